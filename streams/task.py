@@ -1,0 +1,110 @@
+"""What one dataset row says: a video, timed queries, timed expected answers.
+
+Owner: streams. Times are seconds on the video's own clock; chunk indices are counted from `StreamTask.start`.
+Invariants (checked by the constructors, so every StreamTask in the program holds them):
+start < end; queries are sorted by time and lie in [start, end); every answer names an existing query, is due no
+earlier than that query and before end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+AnswerKind = Literal["choice", "yes_no", "integer", "text"]
+ANSWER_KINDS: tuple[str, ...] = get_args(AnswerKind)
+
+
+@dataclass(frozen=True)
+class TimedQuery:
+    """A question that reaches the model at `time`.
+
+    `stay_open` queries are not closed by a response; they close at `until` (seconds), or never if it is None.
+    """
+
+    time: float
+    text: str
+    stay_open: bool = False
+    until: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f"query text is empty at time {self.time}")
+        if self.until is not None and self.until <= self.time:
+            raise ValueError(f"query until={self.until} must be later than its time {self.time}")
+        if self.until is not None and not self.stay_open:
+            raise ValueError(f"query until={self.until} has a meaning only with stay_open=true")
+
+
+@dataclass(frozen=True)
+class ExpectedAnswer:
+    """The answer that becomes due at `time` to query number `query` (index into StreamTask.queries)."""
+
+    time: float
+    text: str
+    kind: AnswerKind = "text"
+    query: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f"answer text is empty at time {self.time}")
+        if self.kind not in ANSWER_KINDS:
+            raise ValueError(f"answer kind {self.kind!r} is not one of {', '.join(ANSWER_KINDS)}")
+
+
+@dataclass(frozen=True)
+class TimedThought:
+    """A demonstrated thought for the chunk that holds `time`."""
+
+    time: float
+    text: str
+
+
+@dataclass(frozen=True)
+class StreamTask:
+    """One stream to watch: the segment [start, end) of a video file, with its questions and expected answers."""
+
+    id: str
+    video: str
+    start: float
+    end: float
+    queries: tuple[TimedQuery, ...]
+    answers: tuple[ExpectedAnswer, ...]
+    thoughts: tuple[TimedThought, ...] = ()
+    category: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise ValueError("id is empty")
+        if not 0 <= self.start < self.end or not math.isfinite(self.end):
+            raise ValueError(f"start={self.start} and end={self.end} must satisfy 0 <= start < end")
+        if not self.queries or not self.answers:
+            raise ValueError("a task needs at least one query and one answer")
+        for i, query in enumerate(self.queries):
+            if not self.start <= query.time < self.end:
+                raise ValueError(f"queries[{i}].time={query.time} lies outside [{self.start}, {self.end})")
+            if i and query.time < self.queries[i - 1].time:
+                raise ValueError(f"queries[{i}].time={query.time} is earlier than the query before it")
+        for i, answer in enumerate(self.answers):
+            if not 0 <= answer.query < len(self.queries):
+                raise ValueError(f"answers[{i}].query={answer.query} names no query (there are {len(self.queries)})")
+            if not self.queries[answer.query].time <= answer.time < self.end:
+                raise ValueError(
+                    f"answers[{i}].time={answer.time} must lie between its query "
+                    f"({self.queries[answer.query].time}) and the end ({self.end})"
+                )
+        for i, thought in enumerate(self.thoughts):
+            if not self.start <= thought.time < self.end:
+                raise ValueError(f"thoughts[{i}].time={thought.time} lies outside [{self.start}, {self.end})")
+
+    def chunk_of(self, time: float, chunk_seconds: float) -> int:
+        """Index of the chunk that holds `time` (an item at a boundary belongs to the later chunk)."""
+        # A whole number of chunks can come out of the division as 2.9999999...
+        return math.floor((time - self.start) / chunk_seconds + 1e-6)
+
+    def num_turns(self, chunk_seconds: float, tail_chunks: int, max_turns: int) -> int:
+        """Length of the stream in chunks: last expected answer + `tail_chunks`, cut by the clip and `max_turns`."""
+        last_due = max(self.chunk_of(answer.time, chunk_seconds) for answer in self.answers)
+        in_clip = math.ceil((self.end - self.start) / chunk_seconds - 1e-6)
+        return max(1, min(last_due + 1 + tail_chunks, in_clip, max_turns))
