@@ -1,0 +1,20 @@
+"""A segment as the attention backends see it.
+
+Owner: rollout. Invariant: the last `rows` slots of a segment are its own tokens, in order; its i-th token sees every
+slot before its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`rows` query tokens that start at `start` in the packed forward; slots int64 [n >= rows] they may see."""
+
+    start: int
+    rows: int
+    slots: np.ndarray

@@ -1,0 +1,62 @@
+"""KV pool: token-granular slots (page size 1) shared by all streams of one engine.
+
+Owner: rollout. A stream is a list of slots; eviction gives slots back; no key or value ever moves.
+Invariant: a slot has one owner at a time, and is given out again only after `free`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+class KVPool:
+    """keys, values: [layers, slots, kv_heads, head_dim] in the backbone's dtype."""
+
+    def __init__(
+        self,
+        slots: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"rollout.kv_memory_mb gives {slots} KV slots; at least one is needed")
+        shape = (layers, slots, kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
+        self._available = slots
+        self._taken = np.zeros(slots, bool)
+
+    @staticmethod
+    def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that one token occupies over all layers, keys and values."""
+        return 2 * layers * kv_heads * head_dim * dtype.itemsize
+
+    @property
+    def capacity(self) -> int:
+        return len(self._free)
+
+    @property
+    def available(self) -> int:
+        return self._available
+
+    def allocate(self, n: int) -> np.ndarray:
+        """n free slots, int64 [n]. The engine reserves before it admits, so this never runs dry in a sound engine."""
+        if n > self._available:
+            raise RuntimeError(f"KV pool exhausted: {n} slots wanted, {self._available} of {self.capacity} free")
+        slots = self._free[self._available - n : self._available].copy()
+        self._available -= n
+        assert not self._taken[slots].any(), "a slot was given out twice"
+        self._taken[slots] = True
+        return slots
+
+    def free(self, slots: np.ndarray) -> None:
+        assert self._taken[slots].all(), "a slot was freed that nobody holds"
+        self._taken[slots] = False
+        self._free[self._available : self._available + len(slots)] = slots
+        self._available += len(slots)

@@ -1,0 +1,230 @@
+"""The streaming engine: many streams at once, continuous batching, eviction by editing slot lists.
+
+Owner: rollout. One `step` forwards, in one packed row, whatever every running stream has next: a decode token, or the
+end of one turn and the prefill of the next. Invariants: END (and any token not yet forwarded) goes through under its
+own turn's slot list before the next turn's eviction takes effect; freed slots are reused only after the forward that
+could still see them; weights change only between two steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rollout.attention import Segment, TorchPagedPlan
+from rollout.cache import KVPool
+from rollout.sampler import pick
+from streams.backbone import Backbone
+from streams.log import Kind, LogHeader, StreamLog
+from streams.memory import MemoryPolicy
+from streams.writer import StreamWriter, TurnInput
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """One stream to run. features: per chunk shown, [tokens, H] on the engine's device, in turn order."""
+
+    header: LogHeader
+    turns: tuple[TurnInput, ...]
+    features: tuple[torch.Tensor, ...]
+    policy: MemoryPolicy
+    patch_seconds: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    steps: int = 0
+    sampled_tokens: int = 0
+    prefill_tokens: int = 0
+    evicted_tokens: int = 0
+
+
+@dataclass
+class _Stream:
+    request: StreamRequest
+    writer: StreamWriter
+    reserved: int
+    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    forwarded: int = 0
+    chunks_shown: int = 0
+
+    def slots_of(self, indices: np.ndarray) -> np.ndarray:
+        return self.slots[indices]
+
+
+@dataclass
+class _Step:
+    """What one packed forward is made of, gathered stream by stream."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    new_slots: list[np.ndarray] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    features: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    freed: list[np.ndarray] = field(default_factory=list)
+    choosing: list[tuple[_Stream, int]] = field(default_factory=list)
+    rows: int = 0
+
+
+class Engine:
+    """Runs StreamRequests to StreamLogs on one backbone."""
+
+    def __init__(self, backbone: Backbone, kv_slots: int, max_streams: int) -> None:
+        kv_heads, head_dim = backbone.kv_shape
+        self.backbone = backbone
+        self.pool = KVPool(
+            kv_slots, backbone.num_layers, kv_heads, head_dim, dtype=backbone.dtype, device=backbone.device
+        )
+        self.max_streams = max_streams
+        self.version = 0
+        self.stats = EngineStats()
+        self._groups = int(backbone.model.config.text_config.num_attention_heads) // kv_heads
+        self._waiting: deque[_Stream] = deque()
+        self._running: list[_Stream] = []
+        self._reserved = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: StreamRequest) -> None:
+        """Queue a stream. Raises ValueError if it could never fit into the KV pool."""
+        writer = StreamWriter(
+            request.header, self.backbone.layout, request.policy, self.backbone.cursor(request.patch_seconds)
+        )
+        need = self._bound(request)
+        if need > self.pool.capacity:
+            raise ValueError(
+                f"stream {request.header.stream_id} may need {need} KV slots but the pool holds {self.pool.capacity}: "
+                "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window"
+            )
+        self._waiting.append(_Stream(request, writer, need))
+
+    @torch.no_grad()
+    def step(self) -> list[StreamLog]:
+        """Forward once; returns the streams that finished."""
+        self._admit()
+        step = _Step()
+        for stream in self._running:
+            self._gather(stream, step)
+        if step.rows:
+            self._forward(step)
+        finished = [s for s in self._running if self._is_finished(s)]
+        if finished:
+            self._running = [s for s in self._running if not self._is_finished(s)]
+        for stream in finished:
+            held = stream.slots_of(stream.writer.live[stream.writer.live < stream.forwarded])
+            self.pool.free(held)
+            self._reserved -= stream.reserved
+        return [s.writer.finish() for s in finished]
+
+    def drop_all(self) -> None:
+        """Forget every stream (after an error inside a step) and take all slots back."""
+        self._waiting.clear()
+        self._running.clear()
+        self._reserved = 0
+        self.pool.free(np.flatnonzero(self.pool._taken))
+
+    def _bound(self, request: StreamRequest) -> int:
+        layout = self.backbone.layout
+        scaffold = len(layout.prefill(0, None)[0])
+        video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
+        queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)
+        return request.policy.max_live_tokens(
+            per_turn=scaffold + video + layout.config.max_new_tokens,
+            fixed=len(layout.system_ids) + queries,
+            video_per_turn=video,
+            turns=len(request.turns),
+        )
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.max_streams:
+            if self._reserved + self._waiting[0].reserved > self.pool.capacity:
+                return
+            stream = self._waiting.popleft()
+            self._reserved += stream.reserved
+            self._running.append(stream)
+
+    def _is_finished(self, stream: _Stream) -> bool:
+        writer = stream.writer
+        return writer.turn == len(stream.request.turns) - 1 and writer.state is not None and writer.state.over
+
+    def _gather(self, stream: _Stream, step: _Step) -> None:
+        """Append what `stream` forwards next: the unforwarded end of its turn, then a prefill; or its next tokens."""
+        writer = stream.writer
+        if writer.state is None or writer.state.over:
+            if stream.forwarded < writer.log.length:
+                self._add_segment(stream, step)
+            turn_input = stream.request.turns[writer.turn + 1]
+            evicted, _ = writer.begin_turn(turn_input, self.version)
+            step.freed.append(stream.slots_of(evicted))
+            if turn_input.chunk is not None:
+                video = writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO
+                first = step.rows + int(np.flatnonzero(video)[0]) if video.any() else step.rows
+                step.features.append((first, stream.request.features[stream.chunks_shown]))
+                stream.chunks_shown += 1
+        while (token := writer.forced()) is not None and not writer.state.over:  # type: ignore[union-attr]
+            writer.append_generated(token, self.version)
+        if self._is_finished(stream):
+            return
+        self._add_segment(stream, step)
+        if not writer.state.over:  # type: ignore[union-attr]
+            step.choosing.append((stream, step.rows - 1))
+
+    def _add_segment(self, stream: _Stream, step: _Step) -> None:
+        """All logged tokens not yet forwarded become one segment over the live slots."""
+        log = stream.writer.log
+        start, stop = stream.forwarded, log.length
+        new = self.pool.allocate(stop - start)
+        if stop > len(stream.slots):
+            grown = np.zeros(max(stop, 2 * len(stream.slots)), np.int64)
+            grown[: len(stream.slots)] = stream.slots
+            stream.slots = grown
+        stream.slots[start:stop] = new
+        step.ids.append(log.column("ids")[start:stop].astype(np.int64))
+        step.positions.append(log.positions_between(start, stop))
+        step.new_slots.append(new)
+        step.segments.append(Segment(step.rows, stop - start, stream.slots_of(stream.writer.live)))
+        step.rows += stop - start
+        stream.forwarded = stop
+
+    def _forward(self, step: _Step) -> None:
+        device = self.backbone.device
+        ids = torch.from_numpy(np.concatenate(step.ids)).to(device)
+        positions = torch.from_numpy(np.concatenate(step.positions, axis=1).astype(np.int64)).to(device)
+        embeds = self.backbone.embed(ids)
+        for start, features in step.features:
+            embeds[start : start + len(features)] = features.to(embeds.dtype)
+        plan = TorchPagedPlan(self.pool, np.concatenate(step.new_slots), step.segments, self._groups)
+        hidden = self.backbone.hidden(embeds[None], positions[:, None], plan)[0]
+        for slots in step.freed:
+            self.pool.free(slots)
+        if step.choosing:
+            self._choose(hidden, step.choosing)
+        self.stats = EngineStats(
+            steps=self.stats.steps + 1,
+            sampled_tokens=self.stats.sampled_tokens + len(step.choosing),
+            prefill_tokens=self.stats.prefill_tokens + step.rows - len(step.choosing),
+            evicted_tokens=self.stats.evicted_tokens + sum(len(slots) for slots in step.freed),
+        )
+
+    def _choose(self, hidden: torch.Tensor, choosing: list[tuple[_Stream, int]]) -> None:
+        """Sample the next token of every stream that has a choice, and log it with its log-prob and version."""
+        rows = torch.tensor([row for _, row in choosing], device=hidden.device)
+        headers = [stream.request.header for stream, _ in choosing]
+        scale = torch.tensor([h.score_temperature for h in headers], dtype=torch.float64, device=hidden.device)
+        logits = self.backbone.logits(hidden[rows], 1.0)
+        logits = logits / scale.to(logits.dtype)[:, None]
+        ids, logps = pick(
+            logits,
+            np.array([h.temperature == 0 for h in headers]),
+            np.array([h.seed for h in headers], np.uint64),
+            np.array([stream.writer.log.length for stream, _ in choosing], np.uint64),
+        )
+        for (stream, _), token, logp in zip(choosing, ids, logps, strict=True):
+            stream.writer.append_generated(int(token), self.version, logp=float(logp), sampled=True, target=True)

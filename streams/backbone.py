@@ -1,0 +1,266 @@
+"""The backbone: a Qwen2.5-VL checkpoint through transformers, as the engine, the learner and the scorers run it.
+
+Owner: streams. One class for rollout and learner, so weight names are the same on both sides and any Hugging Face
+checkpoint loads. Invariants: attention of the text model always goes through a plan that says who sees whom (a missing
+plan raises, never means full attention); position ids are ours; no KV cache of transformers is used; the embedding is
+never shrunk and no trained row is re-initialised.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
+from streams.positions import QWEN2_5_VL_CONVENTION, PositionCursor
+from streams.video import normalize_patches, patchify
+
+ATTENTION_NAME = "sightline"
+SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
+STREAMING_FILE = "streaming.json"
+SPARE_ROW_MULTIPLE = 128
+
+Freeze = Literal["none", "tower+merger"]
+FREEZE_MODES: tuple[str, ...] = ("none", "tower+merger")
+
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+
+
+class AttentionPlan(Protocol):
+    """Who sees whom in one forward. q is [B, H, L, D]; k and v are [B, H_kv, L, D]; returns [B, L, H, D]."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor: ...
+
+
+def _planned_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    plan: AttentionPlan | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    if plan is None:
+        raise RuntimeError("attention was called without a plan: the text model must be run through Backbone.hidden")
+    return plan.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(ATTENTION_NAME, _planned_attention)
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How frames become patches: patch and merge sizes in pixels / patches, per-channel mean and std of [0, 1] values."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def load(cls, path: Path, vision_config: Any) -> ImageSpec:
+        """From `preprocessor_config.json`; the defaults are those of CLIP, which Qwen's processors use."""
+        found: dict[str, Any] = {}
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            if (path / name).is_file():
+                found = json.loads((path / name).read_text()) | found
+        return cls(
+            patch_size=vision_config.patch_size,
+            merge_size=vision_config.spatial_merge_size,
+            temporal_patch_size=vision_config.temporal_patch_size,
+            mean=tuple(found.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
+            std=tuple(found.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
+        )
+
+
+def add_streaming_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Add the layout's tokens that the tokenizer lacks; returns the new ids.
+
+    New ids take spare rows of the embedding; rows are added (in multiples of 128) only when none is left. Only new ids
+    are initialised, to the mean of the rows the tokenizer already used: a token that came with the checkpoint is trained.
+    """
+    used = len(tokenizer)
+    known = tokenizer.get_vocab()
+    missing = [token for token in STREAMING_TOKENS if token not in known]
+    if not missing:
+        return ()
+    tokenizer.add_tokens(missing)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(-(-len(tokenizer) // SPARE_ROW_MULTIPLE) * SPARE_ROW_MULTIPLE)
+    new = tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in missing)
+    matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for weight in matrices.values():
+            mean = weight[:used].mean(dim=0)
+            spread = weight[:used].std(dim=0)
+            for i, token in enumerate(new):
+                # A small deterministic spread: identical rows would stay identical under a shared gradient.
+                sign = torch.where((torch.arange(len(mean), device=mean.device) // (i + 1)) % 2 == 0, 1.0, -1.0)
+                weight[token] = mean + 0.1 * sign.to(mean.dtype) * spread
+    return new
+
+
+class Backbone:
+    """A loaded checkpoint with its tokenizer, layout and image settings."""
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout, image: ImageSpec, source: Path) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.image = image
+        self.source = source
+        self.name = str(model.config.model_type)
+        self.position_convention = QWEN2_5_VL_CONVENTION
+        self._ban_index = torch.tensor(layout.banned, dtype=torch.long, device=self.device)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        layout: LayoutConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Backbone:
+        """Load a checkpoint from a local folder (hub ids are resolved by the caller with `resolve_checkpoint`)."""
+        source = Path(path)
+        if not (source / "config.json").is_file():
+            raise FileNotFoundError(f"model.path={path}: no config.json there; give a checkpoint folder or a hub id")
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(
+                f"model.path={path}: model type {config.model_type!r} is not supported "
+                f"(supported: {', '.join(SUPPORTED_MODEL_TYPES)})"
+            )
+        # transformers draws a progress bar per load; five processes at once would fill the terminal with them.
+        transformers_logging.disable_progress_bar()
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        add_streaming_tokens(model, tokenizer)
+        model.config.text_config._attn_implementation = ATTENTION_NAME
+        model.config.use_cache = False
+        model.eval()
+        rows = model.get_output_embeddings().weight.shape[0]
+        image = ImageSpec.load(source, model.config.vision_config)
+        return cls(model, tokenizer, Layout(tokenizer, layout, rows), image, source)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.model.config.text_config.num_hidden_layers)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(KV heads, head dimension) of the text model."""
+        text = self.model.config.text_config
+        return int(text.num_key_value_heads), int(text.hidden_size // text.num_attention_heads)
+
+    def cursor(self, patch_seconds: float) -> PositionCursor:
+        """A fresh position cursor for one stream; `patch_seconds` is the time between temporal patches."""
+        return PositionCursor(float(self.model.config.vision_config.tokens_per_second), patch_seconds)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings: int [...] -> [..., H]."""
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(self, embeds: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """Final hidden states [B, L, H] of embeds [B, L, H] at M-RoPE positions int [3, B, L] under `plan`."""
+        # A 4-D mask passes through transformers untouched and keeps it from building one of its own.
+        unused = embeds.new_zeros((1, 1, 1, 1))
+        return self.model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=unused, use_cache=False, plan=plan
+        ).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64)."""
+        logits = self.model.lm_head(hidden)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        return (logits / temperature).index_fill(-1, self._ban_index.to(logits.device), float("-inf"))
+
+    def encode_video(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
+        """Encode clips, each uint8 [chunks, frames, h, w, 3] -> [chunks, tokens, H], in one call of the tower."""
+        patches, grids = [], []
+        for clip in frames:
+            chunks, count, height, width, _ = clip.shape
+            grid = (
+                count // self.image.temporal_patch_size,
+                height // self.image.patch_size,
+                width // self.image.patch_size,
+            )
+            for chunk in clip:
+                patches.append(patchify(chunk, self.image.patch_size, self.image.temporal_patch_size, self.image.merge_size))
+            grids += [grid] * chunks
+        pixels = normalize_patches(torch.from_numpy(np.concatenate(patches)).to(self.device), self.image.mean, self.image.std)
+        grid_thw = torch.tensor(grids, dtype=torch.long, device=self.device)
+        features = self.model.model.visual(pixels.to(self.dtype), grid_thw=grid_thw).pooler_output
+        sizes = [int(np.prod(grid)) // self.image.merge_size**2 for grid in grids]
+        per_chunk = torch.split(features, sizes)
+        out, at = [], 0
+        for clip in frames:
+            out.append(torch.stack(per_chunk[at : at + clip.shape[0]]))
+            at += clip.shape[0]
+        return out
+
+    def freeze(self, mode: str) -> None:
+        """Set which parameters train: `none` frozen, or the vision tower with its merger frozen."""
+        if mode not in FREEZE_MODES:
+            raise ValueError(f"learner.freeze={mode!r} is not one of {', '.join(FREEZE_MODES)}")
+        self.model.requires_grad_(True)
+        if mode == "tower+merger":
+            self.model.model.visual.requires_grad_(False)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def save(self, path: Path, streaming: dict[str, Any]) -> None:
+        """Write a standard Hugging Face checkpoint with tokenizer, chat template, processors and `streaming.json`."""
+        path.mkdir(parents=True, exist_ok=True)
+        implementation = self.model.config.text_config._attn_implementation
+        # The registered name means nothing to other programs: the export must load with their default attention.
+        self.model.config.text_config._attn_implementation = "sdpa"
+        self.model.save_pretrained(path)
+        self.model.config.text_config._attn_implementation = implementation
+        self.tokenizer.save_pretrained(path)
+        for name in _PROCESSOR_FILES:
+            if (self.source / name).is_file() and self.source.resolve() != path.resolve():
+                (path / name).write_bytes((self.source / name).read_bytes())
+        streaming = {"position_convention": self.position_convention, "banned": list(self.layout.banned)} | streaming
+        (path / STREAMING_FILE).write_text(json.dumps(streaming, indent=2, sort_keys=True) + "\n")
+
+
+def resolve_checkpoint(path: str) -> Path:
+    """A local folder as it is, a hub id through the hub's cache (downloads on first use)."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise FileNotFoundError(f"model.path={path}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path))

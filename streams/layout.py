@@ -1,0 +1,231 @@
+"""Watch-Think-Speak layout: the tokens of a turn, the ban list, forced tokens, and parsing what was generated.
+
+Owner: streams. Token ids in, token ids out: text is tokenised once, when a turn is laid out, and generated ids are
+never re-tokenised. Layout of turn t (Qwen2.5-VL), equal to `apply_chat_template` on the same conversation:
+
+    [\\n <|im_start|> user \\n <|vision_start|>] [video] [<|vision_end|> (\\n query) <|im_end|> \\n <|im_start|> assistant \\n]
+    [<think> thought </think> (<response> text | <silent>) <|im_end|>]
+
+Turn 0 is preceded by the system message, without its trailing newline: that newline opens turn 0, as any other.
+Source: ThinkStream (arXiv 2603.12938), Watch-Think-Speak paradigm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from streams.log import Kind, StreamLog
+from streams.turns import ParsedTurn
+
+STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
+"""Added tokens in the published order; those that a tokenizer already has keep their ids."""
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags. "
+    "Then write <response> and your answer if an answer is due now, otherwise write <silent>."
+)
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Hydra key `layout`. think_budget: tokens of the think span with its tags, then `</think>` is forced.
+
+    max_new_tokens: generated tokens of one turn, with tags and end token; the last one is forced to the end token.
+    force_empty_thoughts: every turn starts with a forced `<think></think>` (an evaluation condition).
+    """
+
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    think_budget: int = 20
+    max_new_tokens: int = 30
+    force_empty_thoughts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.think_budget < 2:
+            raise ValueError(f"layout.think_budget={self.think_budget} must hold at least both think tags (2)")
+        if self.max_new_tokens < self.think_budget + 2:
+            raise ValueError(
+                f"layout.max_new_tokens={self.max_new_tokens} must leave room for a decision and the end token "
+                f"after layout.think_budget={self.think_budget} (at least {self.think_budget + 2})"
+            )
+
+
+@dataclass(frozen=True)
+class LayoutTokens:
+    """The ids that the layout is made of, read from a tokenizer once."""
+
+    im_start: int
+    im_end: int
+    vision_start: int
+    vision_end: int
+    video_pad: int
+    silent: int
+    response: int
+    think: int
+    think_end: int
+
+
+@dataclass
+class Layout:
+    """Lays out turns for one tokenizer. `vocab_rows` is the height of the checkpoint's LM head."""
+
+    tokenizer: Any
+    config: LayoutConfig
+    vocab_rows: int
+    tokens: LayoutTokens = field(init=False)
+    banned: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        def one(text: str) -> int:
+            token = self.tokenizer.convert_tokens_to_ids(text)
+            if token is None or self.tokenizer.convert_ids_to_tokens(token) != text:
+                raise ValueError(f"the tokenizer has no token {text!r}: load the checkpoint through streams.backbone")
+            return int(token)
+
+        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+        self.tokens = LayoutTokens(*[one(name) for name in (*names, *STREAMING_TOKENS)])
+        self.banned = self._ban_list()
+        encode = self._encode
+        self._newline_user = [*encode("\n"), self.tokens.im_start, *encode("user\n")]
+        self._header = [self.tokens.im_end, *encode("\n"), self.tokens.im_start, *encode("assistant\n")]
+        self.system_ids = [
+            self.tokens.im_start,
+            *encode(f"system\n{self.config.system_prompt.strip()}"),
+            self.tokens.im_end,
+        ]
+
+    def query_ids(self, text: str) -> list[int]:
+        """Ids of a query text. Raises ValueError if the text spells a control token (it could forge a turn)."""
+        ids = self._encode(text.strip())
+        control = set(self._control_ids())
+        for token in ids:
+            if token in control:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(f"the query {text!r} spells the control token {name!r}")
+        return ids
+
+    def text_ids(self, text: str, what: str) -> list[int]:
+        """Ids of a demonstrated thought or answer; refuses banned and structural ids, naming `what`."""
+        ids = self._encode(text.strip())
+        refused = set(self.banned) | set(self._control_ids())
+        for token in ids:
+            if token in refused:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(f"{what} {text!r} contains {name!r}, which the model may not write there")
+        return ids
+
+    def prefill(self, video_tokens: int | None, query: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [n], kinds int8 [n]) of a turn's prefill; `video_tokens` None means a text-only turn."""
+        parts: list[tuple[list[int], Kind]] = [(self._newline_user, Kind.SCAFFOLD)]
+        if video_tokens is not None:
+            parts.append(([self.tokens.vision_start], Kind.SCAFFOLD))
+            parts.append(([self.tokens.video_pad] * video_tokens, Kind.VIDEO))
+            parts.append(([self.tokens.vision_end], Kind.SCAFFOLD))
+        if query:
+            # The newline before the query belongs to it: it comes and goes with the question.
+            newline = self._encode("\n") if video_tokens is not None else []
+            parts.append(([*newline, *query], Kind.QUERY))
+        parts.append((self._header, Kind.SCAFFOLD))
+        ids = np.concatenate([np.asarray(part, np.int32) for part, _ in parts])
+        kinds = np.concatenate([np.full(len(part), kind, np.int8) for part, kind in parts])
+        return ids, kinds
+
+    def demonstration(self, thought: str, response: str | None) -> list[int]:
+        """Generated ids of a demonstrated turn, end token included."""
+        t = self.tokens
+        ids = [t.think, *self.text_ids(thought, "the thought"), t.think_end]
+        ids += [t.silent] if response is None else [t.response, *self.text_ids(response, "the answer")]
+        return [*ids, t.im_end]
+
+    def parse_turns(self, log: StreamLog) -> tuple[ParsedTurn, ...]:
+        """What each turn of a finished log thought and said."""
+        generated = np.isin(log.kind, (Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END))
+        forced = generated & ~log.sampled & ~log.target
+        turns = []
+        for turn in range(log.num_turns):
+            rows = np.flatnonzero(generated & (log.turn == turn))
+            turns.append(self.parse_turn(turn, log.ids[rows], log.kind[rows], forced[rows]))
+        return tuple(turns)
+
+    def parse_turn(self, turn: int, ids: np.ndarray, kinds: np.ndarray, forced: np.ndarray) -> ParsedTurn:
+        """Parse the generated ids of one turn; `forced` marks tokens the engine wrote (a budget, an end)."""
+        t = self.tokens
+        think = ids[kinds == Kind.THINK]
+        decision = ids[kinds == Kind.DECISION]
+        said = ids[kinds == Kind.RESPONSE]
+        pair = len(think) >= 2 and think[0] == t.think and think[-1] == t.think_end
+        pair = pair and not np.isin(think[1:-1], (t.think, t.silent, t.response)).any()
+        spoke = len(decision) == 1 and decision[0] == t.response
+        structural = np.isin(said, (t.think, t.think_end, t.silent, t.response)).any()
+        body = len(said) > 0 if spoke else len(said) == 0
+        ended = len(ids) > 0 and kinds[-1] == Kind.END and not forced[-1]
+        return ParsedTurn(
+            turn=turn,
+            thought=self._decode(think),
+            response=self._decode(said) if spoke else None,
+            well_formed=bool(pair and len(decision) == 1 and body and not structural and ended),
+            think_tokens=len(think),
+            new_tokens=len(ids),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)).strip()
+
+    def _control_ids(self) -> list[int]:
+        return [int(i) for i in self.tokenizer.added_tokens_decoder]
+
+    def _ban_list(self) -> tuple[int, ...]:
+        t = self.tokens
+        allowed = {t.im_end, t.silent, t.response, t.think, t.think_end}
+        control = {i for i in self._control_ids() if i not in allowed}
+        padded = range(len(self.tokenizer), self.vocab_rows)
+        return tuple(sorted(i for i in control.union(padded) if i < self.vocab_rows))
+
+
+@dataclass
+class TurnState:
+    """Follows one turn while it is generated: the kind of the next token, and whether it is forced.
+
+    A thought may hold `think_budget` tokens with its tags: the last of them is forced to be `</think>`. The last of
+    `max_new_tokens` is forced to be the end token.
+    """
+
+    tokens: LayoutTokens
+    config: LayoutConfig
+    count: int = 0
+    thinking: bool = True
+    decided: bool = False
+    spoke: bool = False
+    over: bool = False
+
+    def forced(self) -> int | None:
+        """The id that must come next, or None if the model chooses."""
+        if self.config.force_empty_thoughts and self.count < 2:
+            return self.tokens.think if self.count == 0 else self.tokens.think_end
+        if self.count == self.config.max_new_tokens - 1:
+            return self.tokens.im_end
+        if self.thinking and self.count == self.config.think_budget - 1:
+            return self.tokens.think_end
+        return None
+
+    def advance(self, token: int) -> Kind:
+        """Take the next token; returns its kind."""
+        assert not self.over, "the turn has ended"
+        self.count += 1
+        if token == self.tokens.im_end:
+            self.over = True
+            return Kind.END
+        if self.thinking:
+            self.thinking = token != self.tokens.think_end
+            return Kind.THINK
+        if not self.decided:
+            self.decided = True
+            if token in (self.tokens.silent, self.tokens.response):
+                self.spoke = token == self.tokens.response
+                return Kind.DECISION
+        return Kind.RESPONSE

@@ -1,0 +1,240 @@
+"""StreamLog: the record of what was done to one stream, token by token, in append order.
+
+Owner: streams. It is the only thing the learner trains from, and the one contract between rollout and learner.
+Invariants (asserted by LogBuilder): tokens are only appended; `expiry` is never raised and is lowered only to the
+start of a segment that has not begun; turns, segments never decrease; `behaviour_logp` is NaN unless `sampled`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+NEVER = np.iinfo(np.int32).max
+"""The expiry of a token that stays visible for ever."""
+
+
+class Kind(IntEnum):
+    """What a token is. Generated text = THINK, DECISION, RESPONSE (sampled or forced), without END."""
+
+    SYSTEM = 0
+    SCAFFOLD = 1
+    VIDEO = 2
+    QUERY = 3
+    THINK = 4
+    DECISION = 5
+    RESPONSE = 6
+    END = 7
+    MEMORY = 8
+
+
+GENERATED = (Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One chunk of video as it was appended.
+
+    frame_times: seconds on the video's clock. grid: merged (t, h, w) tokens of the whole chunk. keep: indices of the
+    kept tokens in the full grid, None = all. feature: key of the clip whose features were embedded, with the weight
+    version that encoded them (0 when the tower is frozen).
+    """
+
+    turn: int
+    video: str
+    frame_times: tuple[float, ...]
+    grid: tuple[int, int, int]
+    feature: str = ""
+    feature_version: int = 0
+    keep: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w if self.keep is None else len(self.keep)
+
+
+@dataclass(frozen=True)
+class LogHeader:
+    """What the log's numbers depend on. `score_temperature` is what every scorer divides the logits by."""
+
+    stream_id: str
+    task_id: str
+    backbone: str
+    policy: str
+    policy_knobs: tuple[tuple[str, int], ...]
+    position_convention: str
+    banned: tuple[int, ...]
+    seed: int
+    temperature: float = 1.0
+    score_temperature: float = 1.0
+
+    @property
+    def trainable(self) -> bool:
+        """Greedy streams are scored at temperature 1 but never trained: nothing was sampled at that temperature."""
+        return self.temperature == self.score_temperature
+
+
+@dataclass(frozen=True)
+class StreamLog:
+    """A finished log of L tokens.
+
+    ids int32 [L]; kind, lane int8 [L]; turn, segment int32 [L]; positions int32 [3, L] (temporal, height, width);
+    expiry int32 [L]; sampled, target bool [L]; behaviour_logp float64 [L]; version int32 [L].
+    """
+
+    header: LogHeader
+    ids: np.ndarray
+    kind: np.ndarray
+    turn: np.ndarray
+    segment: np.ndarray
+    lane: np.ndarray
+    positions: np.ndarray
+    expiry: np.ndarray
+    sampled: np.ndarray
+    target: np.ndarray
+    behaviour_logp: np.ndarray
+    version: np.ndarray
+    chunks: tuple[ChunkRecord, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_turns(self) -> int:
+        return int(self.turn[-1]) + 1 if len(self) else 0
+
+    @property
+    def oldest_version(self) -> int:
+        return int(self.version.min())
+
+    @property
+    def single_version(self) -> int | None:
+        """The one weight version that made every token, or None if the stream lived through a swap."""
+        first = int(self.version[0])
+        return first if bool((self.version == first).all()) else None
+
+    @property
+    def evicted_tokens(self) -> int:
+        return int((self.expiry < len(self)).sum())
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.ids, self.kind, self.turn, self.segment, self.lane, self.positions, self.expiry)
+        return sum(a.nbytes for a in (*arrays, self.sampled, self.target, self.behaviour_logp, self.version))
+
+
+_COLUMNS: dict[str, type] = {
+    "ids": np.int32,
+    "kind": np.int8,
+    "turn": np.int32,
+    "segment": np.int32,
+    "lane": np.int8,
+    "expiry": np.int32,
+    "sampled": np.bool_,
+    "target": np.bool_,
+    "behaviour_logp": np.float64,
+    "version": np.int32,
+}
+
+
+@dataclass
+class LogBuilder:
+    """Grows a StreamLog. Columns are over-allocated and doubled, so an append costs no copy of what is there."""
+
+    header: LogHeader
+    length: int = 0
+    segment_start: int = 0
+    _columns: dict[str, np.ndarray] = field(default_factory=dict)
+    _positions: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int32))
+    _chunks: list[ChunkRecord] = field(default_factory=list)
+    _segment: int = -1
+
+    def __post_init__(self) -> None:
+        self._columns = {name: np.zeros(0, dtype) for name, dtype in _COLUMNS.items()}
+
+    def column(self, name: str) -> np.ndarray:
+        """The live part of one column, as a view."""
+        return self._columns[name][: self.length]
+
+    def positions_between(self, start: int, stop: int) -> np.ndarray:
+        return self._positions[:, start:stop]
+
+    def begin_segment(self) -> int:
+        """The next append starts a new segment; returns its first index."""
+        self._segment += 1
+        self.segment_start = self.length
+        return self.length
+
+    def add_chunk(self, chunk: ChunkRecord) -> None:
+        self._chunks.append(chunk)
+
+    def append(
+        self,
+        ids: np.ndarray | list[int],
+        kind: np.ndarray | int,
+        positions: np.ndarray,
+        *,
+        turn: int,
+        version: int,
+        lane: int = 0,
+        sampled: bool = False,
+        target: bool = False,
+        logp: float = float("nan"),
+    ) -> slice:
+        """Append tokens to the current segment; positions int [3, n]. Returns where they stand."""
+        assert self._segment >= 0, "append before begin_segment"
+        assert not self.length or turn >= self._columns["turn"][self.length - 1], "turns never decrease"
+        assert sampled == (logp == logp), "a sampled token has a log-prob, any other has none"
+        at = slice(self.length, self.length + len(ids))
+        self._reserve(at.stop)
+        values = {
+            "ids": ids,
+            "kind": kind,
+            "turn": turn,
+            "segment": self._segment,
+            "lane": lane,
+            "expiry": NEVER,
+            "sampled": sampled,
+            "target": target,
+            "behaviour_logp": logp,
+            "version": version,
+        }
+        for name, value in values.items():
+            self._columns[name][at] = value
+        self._positions[:, at] = positions
+        self.length = at.stop
+        return at
+
+    def expire(self, indices: np.ndarray) -> None:
+        """Lower the expiry of `indices` to the start of the next segment, which has not begun."""
+        if not len(indices):
+            return
+        expiry = self._columns["expiry"]
+        assert indices.max() < self.length, "only logged tokens expire"
+        assert (expiry[indices] >= self.length).all(), "expiry is never raised"
+        expiry[indices] = self.length
+
+    def finish(self) -> StreamLog:
+        columns = {name: self.column(name).copy() for name in _COLUMNS}
+        return StreamLog(
+            header=self.header,
+            positions=self.positions_between(0, self.length).copy(),
+            chunks=tuple(self._chunks),
+            **columns,
+        )
+
+    def _reserve(self, size: int) -> None:
+        capacity = self._positions.shape[1]
+        if size <= capacity:
+            return
+        capacity = max(size, 2 * capacity, 256)
+        for name, column in self._columns.items():
+            grown = np.zeros(capacity, column.dtype)
+            grown[: self.length] = column[: self.length]
+            self._columns[name] = grown
+        positions = np.zeros((3, capacity), np.int32)
+        positions[:, : self.length] = self._positions[:, : self.length]
+        self._positions = positions

@@ -1,0 +1,49 @@
+"""Streaming M-RoPE: the position ids of a stream, chunk by chunk, with a running offset.
+
+Owner: streams. The project owns this rule because `get_rope_index` differs between transformers releases.
+Invariant: positions depend only on what was appended before (causal), and eviction never changes them.
+Source: Qwen2.5-VL technical report (arXiv 2502.13923), section 2.1.2; the offset after a vision block is the largest
+position used so far plus one, as the published checkpoints were trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+QWEN2_5_VL_CONVENTION = "qwen2_5_vl:absolute-time:max-plus-one"
+
+
+@dataclass
+class PositionCursor:
+    """Hands out int32 [3, n] position ids (temporal, height, width) and moves the offset.
+
+    tokens_per_second: the temporal scale of the checkpoint's vision config. patch_seconds: time between two temporal
+    patches of one chunk; ids of patch k are floor(k * patch_seconds * tokens_per_second) past the offset, computed
+    in floating point so that sub-second patches do not collapse onto one another.
+    """
+
+    tokens_per_second: float
+    patch_seconds: float
+    offset: int = 0
+
+    def text(self, n: int) -> np.ndarray:
+        ids = np.arange(self.offset, self.offset + n, dtype=np.int32)
+        self.offset += n
+        return np.broadcast_to(ids, (3, n))
+
+    def video(self, grid: tuple[int, int, int], keep: tuple[int, ...] | None = None) -> np.ndarray:
+        """Positions of one chunk; `grid` is merged (t, h, w). Dropped tokens still advance the offset."""
+        t, h, w = grid
+        patch = np.floor(np.arange(t) * self.patch_seconds * self.tokens_per_second + 1e-9).astype(np.int32)
+        ids = np.stack(
+            [
+                np.repeat(patch, h * w),
+                np.tile(np.repeat(np.arange(h, dtype=np.int32), w), t),
+                np.tile(np.arange(w, dtype=np.int32), t * h),
+            ]
+        )
+        ids = ids + self.offset
+        self.offset = int(ids.max()) + 1
+        return ids if keep is None else ids[:, list(keep)]

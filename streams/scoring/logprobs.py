@@ -1,0 +1,143 @@
+"""Log-probs at target positions: one forward over packed rows, then a chunked LM head.
+
+Owner: streams.scoring. Invariants: logits exist only at target positions, `head_chunk` rows at a time; the ban list
+and the score temperature are applied before log-softmax, as in the engine; the predictor of a target is the log entry
+just before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from streams.backbone import AttentionPlan, Backbone
+from streams.log import StreamLog
+from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
+from streams.scoring.packing import Rows, pack, plan_micro_batches
+
+
+@dataclass(frozen=True)
+class Scores:
+    """logp, entropy float [N] of the N targets of a Rows; entropy is over the allowed ids, in nats, without gradient."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor
+
+
+def attention_plan(rows: Rows, kind: str = "sdpa") -> AttentionPlan:
+    """`sdpa` (dense mask) or `flex` (block mask) for packed rows."""
+    if kind == "flex":
+        return FlexPlan(block_mask(rows.expiry, rows.lane))
+    return DensePlan(dense_mask(rows.expiry, rows.lane))
+
+
+def score_rows(
+    backbone: Backbone,
+    rows: Rows,
+    features: torch.Tensor | None,
+    *,
+    temperature: float = 1.0,
+    head_chunk: int = 1024,
+    attention: str = "sdpa",
+) -> Scores:
+    """Scores of the rows' targets. `features` [M, H] are the embeddings of the video tokens, log by log.
+
+    Gradients flow into the backbone and into `features` where they require them.
+    """
+    rows = rows.to(backbone.device)
+    embeds = backbone.embed(rows.ids)
+    count, length, width = embeds.shape
+    if len(rows.video_index):
+        if features is None or len(features) != len(rows.video_index):
+            got = 0 if features is None else len(features)
+            raise ValueError(f"{len(rows.video_index)} video tokens but {got} features: media and log do not match")
+        flat = embeds.reshape(-1, width).index_put((rows.video_index,), features.to(embeds.dtype))
+        embeds = flat.reshape(count, length, width)
+    hidden = backbone.hidden(embeds, rows.positions, attention_plan(rows, attention))
+    at_predictors = hidden.reshape(-1, width)[rows.predictor]
+
+    def head(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logp = torch.log_softmax(backbone.logits(states, temperature), dim=-1)
+        with torch.no_grad():
+            # 0 * -inf at banned ids would be NaN.
+            entropy = -(logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(-1)
+        return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+    logps, entropies = [], []
+    for start in range(0, rows.num_targets, head_chunk):
+        states = at_predictors[start : start + head_chunk]
+        targets = rows.target_ids[start : start + head_chunk]
+        # Re-computing a chunk's logits in the backward keeps [N, V] from ever being held whole.
+        if torch.is_grad_enabled() and rows.num_targets > head_chunk:
+            logp, entropy = checkpoint(head, states, targets, use_reentrant=False)
+        else:
+            logp, entropy = head(states, targets)
+        logps.append(logp)
+        entropies.append(entropy)
+    if not logps:
+        empty = at_predictors.new_zeros(0)
+        return Scores(empty, empty)
+    return Scores(torch.cat(logps), torch.cat(entropies))
+
+
+@dataclass(frozen=True)
+class LogpDiff:
+    """Behaviour against re-scored log-probs: |difference| over `tokens` tokens; None where there was no token."""
+
+    tokens: int
+    mean: float | None
+    max: float | None
+
+    @classmethod
+    def of(cls, differences: np.ndarray) -> LogpDiff:
+        if not len(differences):
+            return cls(0, None, None)
+        return cls(len(differences), float(differences.mean()), float(differences.max()))
+
+    @classmethod
+    def merge(cls, parts: list[LogpDiff]) -> LogpDiff:
+        full = [part for part in parts if part.tokens]
+        tokens = sum(part.tokens for part in full)
+        if not tokens:
+            return cls(0, None, None)
+        mean = sum(part.tokens * (part.mean or 0.0) for part in full) / tokens
+        return cls(tokens, mean, max(part.max or 0.0 for part in full))
+
+
+@torch.no_grad()
+def behaviour_differences(
+    backbone: Backbone,
+    logs: list[StreamLog],
+    features: list[torch.Tensor],
+    *,
+    row_tokens: int = 2048,
+    max_tokens: int = 16384,
+    attention: str = "sdpa",
+) -> list[np.ndarray]:
+    """|behaviour - re-scored| log-prob of every sampled token, one float64 array per log.
+
+    features: per log [video tokens, H], as they were embedded. All logs must share one score temperature.
+    """
+    temperatures = {log.header.score_temperature for log in logs}
+    if len(temperatures) > 1:
+        raise ValueError(f"logs of several score temperatures in one call: {sorted(temperatures)}")
+    out: list[np.ndarray] = [np.zeros(0)] * len(logs)
+    for batch in plan_micro_batches([len(log) for log in logs], row_tokens, max_tokens):
+        members = sorted(i for row in batch for i in row)
+        rows = pack(logs, batch, which="sampled")
+        scores = score_rows(
+            backbone,
+            rows,
+            torch.cat([features[i] for i in members]) if members else None,
+            temperature=logs[members[0]].header.score_temperature,
+            attention=attention,
+        )
+        logp = scores.logp.double().cpu().numpy()
+        stream, index = rows.stream.numpy(), rows.target_index.numpy()
+        for i in members:
+            mine = stream == i
+            out[i] = np.abs(logp[mine] - logs[i].behaviour_logp[index[mine]])
+    return out

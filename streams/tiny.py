@@ -1,0 +1,181 @@
+"""Tiny backbones: a random Qwen2.5-VL with its own small tokenizer, saved in the standard Hugging Face format.
+
+Owner: streams. Everything that loads a real checkpoint loads these, through the same code. The tokenizer follows
+Qwen's pre-tokenizer rules and has merges over newlines and leading spaces, so that tokenisation at the seams of a
+turn is exercised. Weights are Xavier-initialised: with the default 0.02 a model this small does not learn colours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+QWEN_CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string -%}{{ message.content }}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- elif part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- else -%}{{ part.text }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{ '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+_CORPUS = (
+    "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags.\n"
+    "Then write the response and your answer if an answer is due now, otherwise stay silent.\n\n",
+    "What colour is the shape now?\nWhat colour was the first shape?\n",
+    "Say the colour of the next shape as soon as it appears.\n\n",
+    "red green blue yellow nothing\nred\ngreen\nblue\nyellow\nnothing\n",
+    "a red square, a green circle, a blue triangle, a yellow square\n\n\n",
+    "system\nuser\nassistant\nThe answer is yes. The answer is no. A. B. C. D.\n\n",
+    "How many shapes are there? There are two shapes. Which one is first?\n",
+)
+
+
+@dataclass(frozen=True)
+class TinySpec:
+    """Shape of the tiny Qwen2.5-VL. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do."""
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 256
+    vision_depth: int = 2
+    vision_hidden: int = 64
+    vision_heads: int = 4
+    vision_mlp: int = 128
+    vocab_rows: int = 640
+    tie_embeddings: bool = False
+    rope_theta: float = 1e6
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Train the small tokenizer on a few lines (byte-level BPE, deterministic) and add Qwen's control tokens."""
+    trainee = Tokenizer(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainee.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    trainee.train_from_iterator(_CORPUS * 4, trainer)
+    model = json.loads(trainee.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_CONTROL_TOKENS])
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig:
+    token = tokenizer.convert_tokens_to_ids
+    head = spec.hidden // spec.heads
+    quarter = head // 8
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": spec.vocab_rows,
+            "hidden_size": spec.hidden,
+            "intermediate_size": spec.mlp,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": spec.kv_heads,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": spec.tie_embeddings,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": spec.rope_theta,
+                "mrope_section": [head // 2 - 2 * (quarter + quarter // 2), quarter + quarter // 2, quarter + quarter // 2],
+            },
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": spec.vision_depth,
+            "hidden_size": spec.vision_hidden,
+            "intermediate_size": spec.vision_mlp,
+            "num_heads": spec.vision_heads,
+            "out_hidden_size": spec.hidden,
+            "tokens_per_second": 2,
+            "fullatt_block_indexes": [spec.vision_depth - 1],
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=spec.tie_embeddings,
+    )
+
+
+def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embedding_std: float = 0.5) -> None:
+    """Xavier on every matrix, normal embeddings, small random biases; norms keep their ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_q" in name:
+                continue
+            if "embed_tokens" in name:
+                parameter.normal_(0.0, embedding_std, generator=generator)
+            elif parameter.ndim >= 2:
+                torch.nn.init.xavier_uniform_(parameter.flatten(1), gain=gain, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def build_tiny(path: Path, spec: TinySpec | None = None, *, seed: int = 0, gain: float = 1.0, std: float = 0.5) -> Path:
+    """Write a tiny checkpoint (model, tokenizer, chat template, image processor settings) to `path`."""
+    spec = spec or TinySpec()
+    tokenizer = build_tokenizer()
+    model = Qwen2_5_VLForConditionalGeneration(build_config(spec, tokenizer))
+    initialise(model, seed, gain=gain, embedding_std=std)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    # Inputs centred near the mean of grey footage: the tower then sees colours as signed deviations.
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    return path

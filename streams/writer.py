@@ -1,0 +1,151 @@
+"""StreamWriter: writes one stream's log, turn by turn; the one place where layout, memory and positions meet.
+
+Owner: streams. The rollout engine drives it with sampled tokens, SFT with demonstrated ones: both write the same log.
+Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment.
+Invariants: a turn starts at its first prefilled token; eviction happens only between segments; queries are closed by
+a turn that chose to respond, or by their `until` turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from streams.layout import Layout, TurnState
+from streams.log import NEVER, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
+from streams.memory import LiveTokens, MemoryPolicy, TurnStart
+from streams.positions import PositionCursor
+
+
+@dataclass(frozen=True)
+class QueryInput:
+    """A query as ids; `until_turn` is None for a query that a response closes, NEVER for one that never closes."""
+
+    ids: tuple[int, ...]
+    until_turn: int | None = None
+
+
+@dataclass(frozen=True)
+class TurnInput:
+    """What one turn shows: a chunk of video, a query, both, or neither."""
+
+    chunk: ChunkRecord | None
+    query: QueryInput | None = None
+
+
+@dataclass
+class StreamWriter:
+    """Writes the log of one stream. `live` holds the log indices that are still visible, in order."""
+
+    header: LogHeader
+    layout: Layout
+    policy: MemoryPolicy
+    positions: PositionCursor
+    log: LogBuilder = field(init=False)
+    live: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    turn: int = -1
+    state: TurnState | None = None
+    _video_turns: list[int] = field(default_factory=lambda: [0])
+    _closed_in: list[int] = field(default_factory=list)
+    _until: list[int | None] = field(default_factory=list)
+    _generation_begun: bool = False
+
+    def __post_init__(self) -> None:
+        self.log = LogBuilder(self.header)
+
+    def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
+        """Evict, then append the prefill. Returns (evicted log indices, where the prefill stands)."""
+        assert self.state is None or self.state.over, "the turn before has not ended"
+        self._close_queries()
+        self.turn += 1
+        evicted = self._evict(turn_input.chunk is not None)
+        chunk, query = turn_input.chunk, turn_input.query
+        ids, kinds = self.layout.prefill(
+            None if chunk is None else chunk.num_tokens, None if query is None else list(query.ids)
+        )
+        start = self.log.begin_segment()
+        if self.turn == 0:
+            self._append(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM, version)
+        # One append per run of the same kind: only the video run has positions of its own.
+        edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), len(kinds)]
+        for a, b in zip(edges, edges[1:], strict=False):
+            self._append(ids[a:b], Kind(int(kinds[a])), version, chunk if kinds[a] == Kind.VIDEO else None)
+        if chunk is not None:
+            self.log.add_chunk(chunk)
+        self._video_turns.append(self._video_turns[-1] + (chunk is not None))
+        self._closed_in.append(NEVER)
+        self._until.append(None)
+        if query is not None and query.until_turn is not None:
+            self._until[-1] = query.until_turn
+            self._closed_in[-1] = query.until_turn
+        self.state = TurnState(self.layout.tokens, self.layout.config)
+        self._generation_begun = False
+        return evicted, slice(start, self.log.length)
+
+    def forced(self) -> int | None:
+        """The id that must come next in this turn, None if the model chooses."""
+        assert self.state is not None
+        return self.state.forced()
+
+    def append_generated(
+        self,
+        token: int,
+        version: int,
+        *,
+        logp: float = float("nan"),
+        sampled: bool = False,
+        target: bool = False,
+    ) -> Kind:
+        """Append one generated token of the running turn; returns its kind."""
+        assert self.state is not None
+        assert not self.state.over, "the turn has ended"
+        if not self._generation_begun:
+            self.log.begin_segment()
+            self._generation_begun = True
+        kind = self.state.advance(token)
+        at = self.log.append(
+            [token],
+            kind,
+            self.positions.text(1),
+            turn=self.turn,
+            version=version,
+            sampled=sampled,
+            target=target,
+            logp=logp,
+        )
+        self.live = np.append(self.live, at.start)
+        return kind
+
+    def finish(self) -> StreamLog:
+        return self.log.finish()
+
+    def _append(self, ids: np.ndarray, kind: Kind, version: int, chunk: ChunkRecord | None = None) -> None:
+        if chunk is None:
+            positions = self.positions.text(len(ids))
+        else:
+            positions = self.positions.video(chunk.grid, chunk.keep)
+        at = self.log.append(ids, kind, positions, turn=self.turn, version=version)
+        self.live = np.concatenate([self.live, np.arange(at.start, at.stop)])
+
+    def _close_queries(self) -> None:
+        """After a turn that responded, close every query that has arrived, unless it stays open until its time."""
+        if self.state is None or not self.state.spoke:
+            return
+        for turn in range(self.turn + 1):
+            if self._until[turn] is None and self._closed_in[turn] == NEVER:
+                self._closed_in[turn] = self.turn
+
+    def _evict(self, has_video: bool) -> np.ndarray:
+        live = LiveTokens(self.log.column("kind")[self.live], self.log.column("turn")[self.live])
+        start = TurnStart(
+            turn=self.turn,
+            has_video=has_video,
+            video_turns=np.asarray(self._video_turns, np.int32),
+            closed_in=np.asarray(self._closed_in, np.int64),
+        )
+        leaving = self.policy.leaving(live, start)
+        evicted = self.live[leaving]
+        self.log.expire(evicted)
+        self.live = self.live[~leaving]
+        return evicted
