@@ -11,7 +11,7 @@ import torch
 
 
 class KVPool:
-    """keys, values: [layers, slots, kv_heads, head_dim] in the backbone's dtype."""
+    """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both."""
 
     def __init__(
         self,
@@ -25,9 +25,7 @@ class KVPool:
     ) -> None:
         if slots < 1:
             raise ValueError(f"rollout.kv_memory_mb gives {slots} KV slots; at least one is needed")
-        shape = (layers, slots, kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.kv = torch.zeros((layers, slots, 2, kv_heads, head_dim), dtype=dtype, device=device)
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
         self._available = slots
         self._taken = np.zeros(slots, bool)

@@ -18,6 +18,7 @@ from rollout.attention import Segment, TorchPagedPlan
 from rollout.cache import KVPool
 from rollout.sampler import pick
 from streams.backbone import Backbone
+from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import MemoryPolicy
 from streams.writer import StreamWriter, TurnInput
@@ -31,6 +32,7 @@ class StreamRequest:
     turns: tuple[TurnInput, ...]
     features: tuple[torch.Tensor, ...]
     policy: MemoryPolicy
+    layout: Layout
     patch_seconds: float
 
 
@@ -95,7 +97,7 @@ class Engine:
     def add(self, request: StreamRequest) -> None:
         """Queue a stream. Raises ValueError if it could never fit into the KV pool."""
         writer = StreamWriter(
-            request.header, self.backbone.layout, request.policy, self.backbone.cursor(request.patch_seconds)
+            request.header, request.layout, request.policy, self.backbone.cursor(request.patch_seconds)
         )
         need = self._bound(request)
         if need > self.pool.capacity:
@@ -118,10 +120,15 @@ class Engine:
         if finished:
             self._running = [s for s in self._running if not self._is_finished(s)]
         for stream in finished:
-            held = stream.slots_of(stream.writer.live[stream.writer.live < stream.forwarded])
-            self.pool.free(held)
-            self._reserved -= stream.reserved
+            self._release(stream)
         return [s.writer.finish() for s in finished]
+
+    def cancel(self, stream_ids: set[str]) -> None:
+        """Forget these streams, waiting or running, and take their slots back. Call between two steps."""
+        self._waiting = deque(s for s in self._waiting if s.request.header.stream_id not in stream_ids)
+        for stream in [s for s in self._running if s.request.header.stream_id in stream_ids]:
+            self._release(stream)
+            self._running.remove(stream)
 
     def drop_all(self) -> None:
         """Forget every stream (after an error inside a step) and take all slots back."""
@@ -130,8 +137,13 @@ class Engine:
         self._reserved = 0
         self.pool.free(np.flatnonzero(self.pool._taken))
 
+    def _release(self, stream: _Stream) -> None:
+        live = stream.writer.live
+        self.pool.free(stream.slots_of(live[live < stream.forwarded]))
+        self._reserved -= stream.reserved
+
     def _bound(self, request: StreamRequest) -> int:
-        layout = self.backbone.layout
+        layout = request.layout
         scaffold = len(layout.prefill(0, None)[0])
         video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
         queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)

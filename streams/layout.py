@@ -96,9 +96,9 @@ class Layout:
             self.tokens.im_end,
         ]
 
-    def query_ids(self, text: str) -> list[int]:
+    def query_ids(self, text: str, *, strip: bool = True) -> list[int]:
         """Ids of a query text. Raises ValueError if the text spells a control token (it could forge a turn)."""
-        ids = self._encode(text.strip())
+        ids = self._encode(text.strip() if strip else text)
         control = set(self._control_ids())
         for token in ids:
             if token in control:
@@ -174,7 +174,9 @@ class Layout:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _decode(self, ids: np.ndarray) -> str:
-        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)).strip()
+        """Text without control and layout tokens (a thought comes without its tags)."""
+        control = set(self._control_ids())
+        return str(self.tokenizer.decode([int(i) for i in ids if int(i) not in control])).strip()
 
     def _control_ids(self) -> list[int]:
         return [int(i) for i in self.tokenizer.added_tokens_decoder]

@@ -91,7 +91,7 @@ def request(
         temperature=temperature,
         score_temperature=temperature or 1.0,
     )
-    return StreamRequest(header, turns, features, make_policy(memory), patch_seconds=0.5)
+    return StreamRequest(header, turns, features, make_policy(memory), backbone.layout, patch_seconds=0.5)
 
 
 def run(backbone: Backbone, requests: list[StreamRequest], max_streams: int = 16) -> list[StreamLog]:

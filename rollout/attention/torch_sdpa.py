@@ -18,7 +18,7 @@ from rollout.cache import KVPool
 
 @dataclass(frozen=True)
 class _Bucket:
-    """S segments padded to Q queries and K keys. query, row_of int64 [S, Q], key int64 [S, K], mask [S, 1, G*Q, K]."""
+    """S segments padded to Q queries and K keys. query int64 [S, Q], key int64 [S * K], mask [S, 1, G*Q, K]."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -45,7 +45,7 @@ def _bucket(segments: list[Segment], groups: int, device: torch.device) -> _Buck
     to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     return _Bucket(
         query=to(query),
-        key=to(key),
+        key=to(key.reshape(-1)),
         mask=to(np.tile(mask, (1, groups, 1))[:, None]),
         kept=to(np.flatnonzero(real)),
         rows=to(query[real]),
@@ -56,7 +56,7 @@ class TorchPagedPlan:
     """Writes the step's new keys and values into the pool, then attends segment by segment over the pool."""
 
     def __init__(self, pool: KVPool, new_slots: np.ndarray, segments: list[Segment], groups: int) -> None:
-        device = pool.keys.device
+        device = pool.kv.device
         self.pool = pool
         self.new_slots = torch.from_numpy(new_slots).to(device)
         decode = [s for s in segments if s.rows == 1]
@@ -67,9 +67,9 @@ class TorchPagedPlan:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """q [1, H, N, D], k and v [1, H_kv, N, D] of the packed row -> [1, N, H, D]."""
-        keys, values = self.pool.keys[layer], self.pool.values[layer]
-        keys.index_copy_(0, self.new_slots, k[0].transpose(0, 1))
-        values.index_copy_(0, self.new_slots, v[0].transpose(0, 1))
+        pool = self.pool.kv[layer]
+        pool.index_copy_(0, self.new_slots, torch.stack((k[0].transpose(0, 1), v[0].transpose(0, 1)), dim=1))
+        flat = pool.flatten(1)
         heads, tokens, dim = q.shape[1:]
         kv_heads = k.shape[1]
         packed = q[0].transpose(0, 1)
@@ -79,8 +79,8 @@ class TorchPagedPlan:
             # [S, Q, H_kv, G, D] -> [S, H_kv, G * Q, D]: query heads of one KV head become extra queries.
             grouped = packed[bucket.query].view(count, width, kv_heads, heads // kv_heads, dim)
             grouped = grouped.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, -1, dim)
-            seen_k = keys[bucket.key].transpose(1, 2)
-            seen_v = values[bucket.key].transpose(1, 2)
+            seen = flat.index_select(0, bucket.key).view(count, -1, 2, kv_heads, dim)
+            seen_k, seen_v = seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
             mixed = F.scaled_dot_product_attention(grouped, seen_k, seen_v, attn_mask=bucket.mask, scale=scaling)
             mixed = mixed.view(count, kv_heads, heads // kv_heads, width, dim).permute(0, 3, 1, 2, 4)
             out[bucket.rows] = mixed.reshape(count * width, heads, dim)[bucket.kept]

@@ -83,30 +83,6 @@ def score_rows(
     return Scores(torch.cat(logps), torch.cat(entropies))
 
 
-@dataclass(frozen=True)
-class LogpDiff:
-    """Behaviour against re-scored log-probs: |difference| over `tokens` tokens; None where there was no token."""
-
-    tokens: int
-    mean: float | None
-    max: float | None
-
-    @classmethod
-    def of(cls, differences: np.ndarray) -> LogpDiff:
-        if not len(differences):
-            return cls(0, None, None)
-        return cls(len(differences), float(differences.mean()), float(differences.max()))
-
-    @classmethod
-    def merge(cls, parts: list[LogpDiff]) -> LogpDiff:
-        full = [part for part in parts if part.tokens]
-        tokens = sum(part.tokens for part in full)
-        if not tokens:
-            return cls(0, None, None)
-        mean = sum(part.tokens * (part.mean or 0.0) for part in full) / tokens
-        return cls(tokens, mean, max(part.max or 0.0 for part in full))
-
-
 @torch.no_grad()
 def behaviour_differences(
     backbone: Backbone,

@@ -1,0 +1,45 @@
+# Sightline: everything runs from .venv, made on first use. A torch that is already in .venv is kept.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+DEEPSPEED := deepspeed==0.19.8
+SEED ?= 0
+ARGS ?=
+
+.PHONY: setup setup-test quickstart test lint clean
+
+setup: $(VENV)/.installed
+
+setup-test: $(VENV)/.installed-dev
+
+# DeepSpeed builds without its optional kernels and needs torch to be there first.
+$(VENV)/.installed: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -c "import deepspeed" 2>/dev/null || \
+		(DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation "$(DEEPSPEED)")
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+quickstart: setup
+	$(BIN)/python launch.py experiment=quickstart seed=$(SEED) $(ARGS)
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Quick tests first, then those with real processes and long streams.
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,268 @@
+"""The typed schema of a run: every Hydra key, its type and what it must satisfy.
+
+Owner: conf. Worker-level settings stand next to the class they configure; this module adds the jobs' own and assembles
+them. Invariants: an unknown key is an error that names it; impossible combinations are refused here, before any actor.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from learner.config import LearnerConfig
+from rewards.compose import RewardConfig
+from rollout.config import RolloutConfig
+from streams.layout import LayoutConfig
+from streams.memory import MemoryConfig
+from streams.synthetic import SyntheticConfig
+from streams.tiny import TinySpec
+from streams.video import VideoConfig
+
+STAGES = ("data", "sft", "rl", "eval")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """`job=NAME`: the stages it runs, in order."""
+
+    name: str = "all"
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages:
+            raise ValueError(f"job.stages={self.stages}: stages are {', '.join(STAGES)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """path: a checkpoint folder or hub id; empty = build the tiny random backbone of `tiny`."""
+
+    path: str = ""
+    dtype: str = "float32"
+    tiny: TinySpec = field(default_factory=TinySpec)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype={self.dtype!r} is not one of float32, bfloat16")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """train, heldout: JSONL files; empty = the generator's, under run_root/data."""
+
+    train: str = ""
+    heldout: str = ""
+    tail_chunks: int = 5
+    max_turns: int = 240
+    cache_mb: int = 256
+    video: VideoConfig = field(default_factory=VideoConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        if self.tail_chunks < 0 or self.max_turns < 1 or self.cache_mb < 1:
+            raise ValueError(
+                f"data.tail_chunks={self.tail_chunks} must be >= 0, data.max_turns={self.max_turns} and "
+                f"data.cache_mb={self.cache_mb} at least 1"
+            )
+        if bool(self.train) != bool(self.heldout):
+            raise ValueError("data.train and data.heldout must be set together, or both left to the generator")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Cold start. late_*: a demonstration speaks late by a uniform number of chunks with this probability.
+
+    learner: values that replace single `learner` settings during the cold start.
+    """
+
+    steps: int = 60
+    batch: int = 16
+    late_probability: float = 0.0
+    late_min: int = 1
+    late_max: int = 4
+    balance_decisions: bool = True
+    decision_weight_clamp: float = 20.0
+    learner: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise ValueError(f"sft.steps={self.steps} and sft.batch={self.batch} must be at least 1")
+        if not 0 <= self.late_probability <= 1:
+            raise ValueError(f"sft.late_probability={self.late_probability} must lie in [0, 1]")
+        if not 1 <= self.late_min <= self.late_max:
+            raise ValueError(f"sft.late_min={self.late_min} and sft.late_max={self.late_max}: 1 <= min <= max")
+        if self.decision_weight_clamp < 1:
+            raise ValueError(f"sft.decision_weight_clamp={self.decision_weight_clamp} must be at least 1")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """RL. groups_per_step x group_size streams make one optimiser step; groups_in_flight bounds their age."""
+
+    name: str = "grpo"
+    steps: int = 40
+    groups_per_step: int = 8
+    group_size: int = 8
+    groups_in_flight: int = 16
+    advantage: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    init: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.name != "grpo":
+            raise ValueError(f"algorithm.name={self.name!r}: only grpo is supported so far")
+        if self.steps < 1:
+            raise ValueError(f"algorithm.steps={self.steps} must be at least 1")
+        if self.group_size < 1:
+            raise ValueError(f"algorithm.group_size={self.group_size} must be at least 1")
+        if self.advantage not in ("grpo", "mean"):
+            raise ValueError(f"algorithm.advantage={self.advantage!r} is not one of grpo, mean")
+        if self.group_size == 1:
+            raise ValueError(
+                f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "
+                "always 0, nothing would be learned; use at least 2 streams a group"
+            )
+        if not 0 < self.clip_low < 1 or self.clip_high <= 0:
+            raise ValueError(
+                f"algorithm.clip_low={self.clip_low} must lie in (0, 1), algorithm.clip_high={self.clip_high} above 0"
+            )
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """max_lag: a worker more versions behind the learner gets no new task."""
+
+    max_lag: int = 1
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """checkpoint: `auto` = what the run has made (after SFT and after RL), or a folder. conditions: also evaluate the
+    recall questions with forced empty thoughts and under `recent_frames` with the same window."""
+
+    checkpoint: str = "auto"
+    conditions: bool = True
+    score_logs: bool = True
+    max_logp_diff: float = 1e-3
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: optimiser steps between checkpoints of the RL stage (0 = only at its end)."""
+
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every={self.every} must not be negative")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """uri: an MLflow server; empty = a SQLite file under run_root. Tracking never stops training."""
+
+    enabled: bool = True
+    uri: str = ""
+    experiment: str = "sightline"
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """placement: `cpu`, or `auto` = one GPU per learner rank and worker where the cluster has that many, else CPU.
+
+    address: empty starts a local Ray. num_cpus: CPUs of the local Ray (0 = all). actor_cpus: CPUs each actor reserves.
+    start_timeout_s: until every actor answers. call_timeout_s: of any single call (a group, a step, a save).
+    """
+
+    address: str = ""
+    placement: str = "auto"
+    num_cpus: int = 0
+    actor_cpus: float = 0.25
+    start_timeout_s: float = 180.0
+    call_timeout_s: float = 600.0
+    log_to_driver: bool = False
+
+    def __post_init__(self) -> None:
+        if self.placement not in ("cpu", "auto"):
+            raise ValueError(f"cluster.placement={self.placement!r} is not one of cpu, auto")
+        if self.num_cpus < 0 or self.actor_cpus <= 0:
+            raise ValueError(f"cluster.num_cpus={self.num_cpus} must be >= 0 and cluster.actor_cpus={self.actor_cpus} > 0")
+        if self.start_timeout_s <= 0 or self.call_timeout_s <= 0:
+            raise ValueError("cluster.start_timeout_s and cluster.call_timeout_s must be positive")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Every path derives from `run_root`."""
+
+    run_root: str = "outputs/run"
+    seed: int = 0
+    job: JobConfig = field(default_factory=JobConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        if not self.run_root:
+            raise ValueError("run_root is empty: name the folder that this run writes to")
+        self.learner.with_overrides(self.sft.learner)
+        generated = not self.data.train
+        if generated and self.memory.name != "full" and self.data.synthetic.window < self.memory.window:
+            raise ValueError(
+                f"data.synthetic.window={self.data.synthetic.window} is smaller than memory.window="
+                f"{self.memory.window}: recall questions would be asked while their answer is still in memory"
+            )
+
+    @property
+    def root(self) -> Path:
+        return Path(self.run_root)
+
+    @property
+    def streams_per_step(self) -> int:
+        return self.algorithm.groups_per_step * self.algorithm.group_size
+
+
+def load_config(raw: DictConfig) -> RunConfig:
+    """Validate a composed Hydra config. Raises ValueError that names the key, for unknown keys and wrong values alike."""
+    schema = OmegaConf.structured(RunConfig)
+    _unlock(schema)
+    try:
+        merged = OmegaConf.merge(schema, raw)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {first}") from error
+    assert isinstance(config, RunConfig)
+    if raw.get("cluster", {}).get("address") and not os.path.isabs(config.run_root):
+        raise ValueError(
+            f"run_root={config.run_root}: with cluster.address set it must be an absolute path that every node sees "
+            "(under `ray job submit` a relative one lands in a cache folder and is lost)"
+        )
+    return config
+
+
+def _unlock(node: DictConfig) -> None:
+    """OmegaConf makes frozen dataclasses read-only even for merging defaults with overrides."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _unlock(child)

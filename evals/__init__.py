@@ -1,0 +1,1 @@
+"""Evaluation: held-out streams, greedy, on the rollout workers."""

@@ -1,0 +1,82 @@
+"""The evaluation stage: every checkpoint of the run on the held-out tasks, the conditions, and the mismatch check.
+
+Owner: evals. The logs of the last checkpoint's evaluation are scored by the learner at the same weights: that is the
+mismatch of exactness between engine and learner on streams nobody trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+from evals.heldout import Condition, EvalResult, chance, evaluate, scripted_rewards
+from evals.summary import heldout_fields, mismatch_fields
+from rl.cluster import Session
+from rl.tracking import Progress, Tracker
+from streams.memory import MemoryConfig
+from streams.messages import LearnerSetup, ScoreReport, WorkerSetup
+from streams.task import StreamTask
+
+
+def run_evaluation(
+    config: RunConfig,
+    session: Session,
+    tasks: tuple[StreamTask, ...],
+    checkpoints: dict[str, Path],
+    worker_setup: Callable[[Path, str], WorkerSetup],
+    learner_setup: Callable[[Path], LearnerSetup],
+    tracker: Tracker,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Evaluate `checkpoints` (name -> folder, in order); returns the summary's fields."""
+    if not tasks:
+        raise ValueError("there is no usable held-out task (see the skipped lines above, and data.heldout)")
+    results: dict[str, EvalResult] = {}
+    for name, checkpoint in checkpoints.items():
+        session.setup_workers(worker_setup(checkpoint, config.learner.freeze))
+        results[name] = evaluate(config, session, tasks, Condition("trained"), progress, name)
+        _report(name, results[name], tracker, progress)
+    last, checkpoint = list(checkpoints.items())[-1]
+    if config.eval.conditions:
+        recall = tuple(task for task in tasks if task.category == "recall")
+        for condition in (
+            Condition("empty_thoughts", empty_thoughts=True),
+            Condition("recent_frames", memory=MemoryConfig("recent_frames", config.memory.window)),
+        ):
+            if recall:
+                results[condition.name] = evaluate(config, session, recall, condition, progress, last)
+                _report(condition.name, results[condition.name], tracker, progress)
+    report: ScoreReport | None = None
+    if config.eval.score_logs:
+        session.setup_learner(learner_setup(checkpoint))
+        report = session.call(session.learner.score.remote(results[last].payloads), "the learner to score held-out logs")
+        tracker.metrics(
+            {
+                "mismatch/learner_max": report.diff.max,
+                "mismatch/learner_mean": report.diff.mean,
+                "mismatch/learner_tokens": float(report.diff.tokens),
+            },
+            step=0,
+        )
+    oracle, silent = scripted_rewards(config, session, tasks)
+    skipped = [asdict(sample) for result in results.values() for sample in result.skipped]
+    return {
+        **heldout_fields(results),
+        "recall_chance": chance(tasks, "recall"),
+        "reward_scripted_oracle": oracle,
+        "reward_always_silent": silent,
+        **mismatch_fields(report),
+        "skipped_heldout": skipped,
+    }
+
+
+def _report(name: str, result: EvalResult, tracker: Tracker, progress: Progress) -> None:
+    shown = ", ".join(f"{mode} {value:.3f}" for mode, value in result.accuracy.items())
+    progress.say(f"eval {name}: n {result.n}, reward {result.reward:.3f}, timing {result.timing:.3f}, accuracy {shown}")
+    values = {"reward": result.reward, "timing": result.timing} | {
+        f"accuracy_{mode}": value for mode, value in result.accuracy.items()
+    }
+    tracker.metrics({f"eval_{name}/{key}": value for key, value in values.items()}, step=0)

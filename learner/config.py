@@ -1,0 +1,67 @@
+"""Typed settings of the learner (Hydra key `learner`, with `sft.learner` overriding single values for the cold start).
+
+Owner: learner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from streams.backbone import FREEZE_MODES
+
+ATTENTION = ("auto", "sdpa", "flex")
+SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """row_tokens: packed tokens of a row; micro_batch_tokens: padded tokens of one forward. head_chunk: target
+    positions whose logits exist at once. freeze: `none` or `tower+merger` (the boundary of what is cached).
+    attention: `auto` = FlexAttention on CUDA, SDPA with the same mask on CPU. schedule: a transformers scheduler.
+    """
+
+    ranks: int = 1
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    zero_stage: int = 1
+    dtype: str = "float32"
+    freeze: str = "none"
+    attention: str = "auto"
+    row_tokens: int = 1024
+    micro_batch_tokens: int = 16384
+    head_chunk: int = 4096
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ranks != 1:
+            raise ValueError(f"learner.ranks={self.ranks}: only one rank is supported so far")
+        if self.zero_stage not in (0, 1):
+            raise ValueError(f"learner.zero_stage={self.zero_stage}: stages 0 and 1 are supported so far")
+        if self.freeze not in FREEZE_MODES:
+            raise ValueError(f"learner.freeze={self.freeze!r} is not one of {', '.join(FREEZE_MODES)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"learner.attention={self.attention!r} is not one of {', '.join(ATTENTION)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"learner.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"learner.dtype={self.dtype!r} is not one of float32, bfloat16")
+        if self.lr <= 0 or self.grad_clip <= 0:
+            raise ValueError(f"learner.lr={self.lr} and learner.grad_clip={self.grad_clip} must be positive")
+        for key in ("row_tokens", "micro_batch_tokens", "head_chunk", "threads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"learner.{key}={getattr(self, key)} must be at least 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"learner.warmup_steps={self.warmup_steps} must not be negative")
+
+    def with_overrides(self, overrides: dict[str, Any]) -> LearnerConfig:
+        """A copy with single values replaced, as `sft.learner` does; unknown names are refused."""
+        unknown = sorted(set(overrides) - set(vars(self)))
+        if unknown:
+            raise ValueError(f"sft.learner.{unknown[0]} is not a learner setting (known: {', '.join(vars(self))})")
+        values = vars(self) | overrides
+        return LearnerConfig(**(values | {"betas": tuple(values["betas"])}))

@@ -1,0 +1,62 @@
+"""Losses: pure functions of log-probs that return (loss, metrics).
+
+Owner: learner. Invariants: a loss is a sum over this micro-batch divided by the whole step's normaliser, so the
+gradient of a step does not depend on how it was cut into micro-batches; metrics are sums, divided by the caller.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Sums = dict[str, torch.Tensor]
+
+
+def grpo_loss(
+    logp: torch.Tensor,
+    behaviour: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    normaliser: float,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, Sums]:
+    """Clipped policy gradient, token mean; all inputs [N].
+
+    The ratio is taken against the recorded behaviour log-probs, so it is right for streams of any age.
+    Source: PPO (arXiv 1707.06347, eq. 7) with group-relative advantages (GRPO, arXiv 2402.03300, eq. 3) and separate
+    clip bounds (DAPO, arXiv 2503.14476, eq. 10).
+    """
+    log_ratio = logp - behaviour
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    with torch.no_grad():
+        # The clip is active where it changes the objective, not wherever the ratio leaves the interval.
+        active = (clipped * advantage < ratio * advantage).to(logp.dtype)
+        sums = {
+            "clip_share": active.sum(),
+            "ratio": ratio.sum(),
+            # k3 estimator of KL(behaviour || current), http://joschu.net/blog/kl-approx.html
+            "behaviour_kl": (ratio - 1.0 - log_ratio).sum(),
+            "ratio_square": ratio.square().sum(),
+        }
+    return -objective.sum() / normaliser, sums
+
+
+def decision_weights(silent: int, spoken: int, clamp: float) -> tuple[float, float]:
+    """(weight of <silent>, weight of <response>) that balance the two decisions of a step: N / (2 n), clamped.
+
+    Source: ThinkStream (arXiv 2603.12938), cold-start loss.
+    """
+    total = silent + spoken
+    return (
+        min(total / (2 * silent), clamp) if silent else 1.0,
+        min(total / (2 * spoken), clamp) if spoken else 1.0,
+    )
+
+
+def sft_loss(logp: torch.Tensor, weight: torch.Tensor, *, normaliser: float) -> tuple[torch.Tensor, Sums]:
+    """Weighted cross-entropy: -sum(weight * logp) / normaliser; inputs [N]."""
+    with torch.no_grad():
+        sums = {"nll": -logp.sum()}
+    return -(weight * logp).sum() / normaliser, sums

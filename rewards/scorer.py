@@ -1,0 +1,29 @@
+"""The scorer's Ray actor: a thin shell around the composed reward.
+
+Owner: rewards. One reward call's failure costs that stream (see `rewards.compose`), never the run.
+"""
+
+from __future__ import annotations
+
+import os
+
+from rewards.compose import Reward, RewardConfig, RewardResult
+from rewards.outcome import StreamOutcome
+from streams.messages import RewardJob
+
+
+class Scorer:
+    """Actor class; made a Ray actor by `rl.cluster`."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self._reward = Reward.from_config(config)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def score(self, jobs: tuple[RewardJob, ...]) -> tuple[tuple[RewardResult, ...], ...]:
+        """Per job, one result per stream."""
+        return tuple(
+            tuple(self._reward(StreamOutcome(job.task, turns, job.chunk_seconds)) for turns in job.turns)
+            for job in jobs
+        )

@@ -1,0 +1,1 @@
+"""RL: the asynchronous loop and what it keeps: buffer, advantages, weights, checkpoints, tracking, cluster."""

@@ -1,0 +1,97 @@
+"""The sample buffer: who is admitted, who is ready, how old a sample may be. Pure bookkeeping, no Ray, no tensors.
+
+Owner: rl. Proof of the bound. Groups are numbered in admission order and trained in that order, B per step. Let a group
+be admitted when the learner stands at version v. At most C groups are admitted and not yet trained, this one included,
+so at most C - 1 stand before it, and it is trained after at most floor((C - 1) / B) further full steps: the learner
+then stands at most at v + floor((C - 1) / B). The worker that got it was at most `lag` versions behind, so its oldest
+token has version >= v - lag. Hence age <= floor((C - 1) / B) + lag. Dropped groups only shorten the queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+G = TypeVar("G")
+
+
+@dataclass(frozen=True)
+class AgeBound:
+    """capacity C: groups admitted and not yet trained. batch B: groups a step. lag: versions a worker may be behind."""
+
+    capacity: int
+    batch: int
+    lag: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"algorithm.groups_per_step={self.batch} must be at least 1")
+        if self.capacity < self.batch:
+            raise ValueError(
+                f"algorithm.groups_in_flight={self.capacity} must be at least algorithm.groups_per_step={self.batch}, "
+                "or no step could ever be filled"
+            )
+        if self.lag < 0:
+            raise ValueError(f"weights.max_lag={self.lag} must not be negative")
+
+    @property
+    def bound(self) -> int:
+        return (self.capacity - 1) // self.batch + self.lag
+
+
+@dataclass
+class GroupBuffer(Generic[G]):
+    """Groups between admission and training. `admit` -> `fulfil` or `drop` -> `next_batch` -> `trained`."""
+
+    limits: AgeBound
+    _next: int = 0
+    _waiting: dict[int, G | None] = field(default_factory=dict)
+    _in_training: int = 0
+
+    @property
+    def untrained(self) -> int:
+        return len(self._waiting) + self._in_training
+
+    @property
+    def ready(self) -> int:
+        return sum(value is not None for value in self._waiting.values())
+
+    def may_admit(self) -> bool:
+        return self.untrained < self.limits.capacity
+
+    def admit(self) -> int:
+        """A place in the queue; raises RuntimeError beyond the capacity (the bound would not hold)."""
+        if not self.may_admit():
+            raise RuntimeError(f"{self.untrained} groups are admitted and untrained; the capacity is the age bound")
+        self._next += 1
+        self._waiting[self._next - 1] = None
+        return self._next - 1
+
+    def fulfil(self, ticket: int, group: G) -> None:
+        assert self._waiting[ticket] is None, f"ticket {ticket} was fulfilled twice"
+        self._waiting[ticket] = group
+
+    def drop(self, ticket: int) -> None:
+        del self._waiting[ticket]
+
+    def next_batch(self) -> list[G] | None:
+        """The B oldest groups if all are ready, else None: a later group never overtakes an earlier one."""
+        assert not self._in_training, "one batch is trained at a time"
+        oldest = sorted(self._waiting)[: self.limits.batch]
+        groups = [group for group in (self._waiting[t] for t in oldest) if group is not None]
+        if len(oldest) < self.limits.batch or len(groups) < len(oldest):
+            return None
+        for ticket in oldest:
+            del self._waiting[ticket]
+        self._in_training = len(groups)
+        return groups
+
+    def trained(self) -> None:
+        self._in_training = 0
+
+    def check_age(self, learner_version: int, oldest_version: int, group: str) -> int:
+        """Age of a group at use; raises RuntimeError if the proof above were wrong."""
+        age = learner_version - oldest_version
+        if age > self.limits.bound:
+            raise RuntimeError(f"group {group} has age {age}, above the bound {self.limits.bound}")
+        return age

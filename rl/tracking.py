@@ -1,0 +1,129 @@
+"""Tracking: MLflow behind a thread of its own, and live progress on the terminal.
+
+Owner: rl. Named boundary: a tracker that fails is reported once and never stops or slows training. Metrics of a step
+are logged in one batch; their names are the fixed list in docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from conf.schema import TrackingConfig
+
+log = logging.getLogger("sightline.tracking")
+CLOSE_TIMEOUT_S = 60.0
+
+
+class Tracker:
+    """Writes parameters and metrics to MLflow in the background. `uri` is where to look at them."""
+
+    def __init__(self, config: TrackingConfig, root: Path, run_name: str) -> None:
+        self.enabled = config.enabled
+        self.uri = config.uri or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+        self.failed: str | None = None
+        self._config, self._root, self._name = config, root, run_name
+        self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        if self.enabled:
+            root.mkdir(parents=True, exist_ok=True)
+            self._thread.start()
+
+    def params(self, values: dict[str, Any]) -> None:
+        self._put("params", {key: str(value)[:500] for key, value in values.items()})
+
+    def metrics(self, values: dict[str, float | None], step: int) -> None:
+        """Log finite values; None and NaN (nothing to measure) are left out, never logged as 0."""
+        finite = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+        self._put("metrics", (finite, step, int(time.time() * 1000)))
+
+    def artifact(self, path: Path) -> None:
+        self._put("artifact", path)
+
+    def close(self, status: str = "FINISHED") -> None:
+        if not self.enabled or not self._thread.is_alive():
+            return
+        self._put("end", status)
+        self._queue.put(None)
+        self._thread.join(timeout=CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.warning("tracking: %s did not take everything within %g s", self.uri, CLOSE_TIMEOUT_S)
+
+    def _put(self, kind: str, value: Any) -> None:
+        if self.enabled and self.failed is None:
+            self._queue.put((kind, value))
+
+    def _work(self) -> None:
+        try:
+            self._drain()
+        except Exception as error:  # noqa: BLE001 - named boundary: the tracker
+            self.failed = f"{type(error).__name__}: {error}"
+            log.warning("tracking to %s stopped, training goes on: %s", self.uri, self.failed.splitlines()[0])
+
+    def _drain(self) -> None:
+        # The SQLite store announces every migration of an empty database.
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        import mlflow
+        from mlflow.entities import Metric, Param
+
+        client = mlflow.MlflowClient(tracking_uri=self.uri)
+        experiment = client.get_experiment_by_name(self._config.experiment)
+        if experiment is None:
+            location = None if self._config.uri else (self._root / "mlflow-artifacts").resolve().as_uri()
+            experiment_id = client.create_experiment(self._config.experiment, artifact_location=location)
+        else:
+            experiment_id = experiment.experiment_id
+        run = client.create_run(experiment_id, run_name=self._name).info.run_id
+        while (entry := self._queue.get()) is not None:
+            kind, value = entry
+            if kind == "params":
+                client.log_batch(run, params=[Param(k, v) for k, v in value.items()])
+            elif kind == "metrics":
+                values, step, stamp = value
+                client.log_batch(run, metrics=[Metric(k, v, stamp, step) for k, v in values.items()])
+            elif kind == "artifact":
+                client.log_artifact(run, str(value))
+            else:
+                client.set_terminated(run, status=value)
+
+
+class Progress:
+    """One line per event: rewritten in place on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self._live = sys.stdout.isatty()
+        self._began = time.monotonic()
+        self._open = False
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._close_line()
+        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {text}", markup=False, soft_wrap=True)
+
+    def step(self, stage: str, done: int, total: int, values: dict[str, float | None]) -> None:
+        """Where a stage stands."""
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if v is not None)
+        text = f"[{time.monotonic() - self._began:6.1f}s] {stage} {done}/{total}  {shown}"
+        if not self._live:
+            self.console.print(text, markup=False, soft_wrap=True)
+            return
+        sys.stdout.write("\r\x1b[2K" + text[: self.console.width - 1])
+        sys.stdout.flush()
+        self._open = True
+        if done == total:
+            self._close_line()
+
+    def _close_line(self) -> None:
+        if self._open:
+            sys.stdout.write("\n")
+            self._open = False

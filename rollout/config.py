@@ -1,0 +1,46 @@
+"""Typed settings of the rollout workers (Hydra key `rollout`).
+
+Owner: rollout. Sampling that the learner cannot score exactly is refused here, before any actor starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """workers: actor processes. max_streams: streams that one engine runs at once. kv_memory_mb: its KV pool.
+
+    monitor_every: re-score every N-th finished single-version stream with the worker's own weights (0 = never).
+    group_deadline_s: a group not finished by then is dropped and counted. threads: torch threads of a worker.
+    """
+
+    workers: int = 2
+    max_streams: int = 64
+    kv_memory_mb: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    monitor_every: int = 16
+    group_deadline_s: float = 120.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("workers", "max_streams", "kv_memory_mb", "threads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"rollout.{key}={getattr(self, key)} must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"rollout.temperature={self.temperature} must be positive: greedy streams cannot be trained on"
+            )
+        if self.top_k != 0 or self.top_p != 1.0:
+            raise ValueError(
+                f"rollout.top_k={self.top_k}, rollout.top_p={self.top_p}: truncated sampling needs the allowed ids of "
+                "every step in the log, which is not built yet; set top_k=0 and top_p=1.0"
+            )
+        if self.monitor_every < 0 or self.group_deadline_s <= 0:
+            raise ValueError(
+                f"rollout.monitor_every={self.monitor_every} must be >= 0 and "
+                f"rollout.group_deadline_s={self.group_deadline_s} positive"
+            )

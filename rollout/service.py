@@ -1,0 +1,405 @@
+"""The rollout worker without Ray: reads clips, feeds the engine, swaps weights, answers with logs.
+
+Owner: rollout. Two threads: `prepare` reads and lays out (a slow file delays no running stream), `engine` encodes, steps
+and swaps. Invariants: only the engine thread touches backbone and engine; new weights are copied in between two steps;
+one task's failure is that task's result, with its cause, and never the worker's end.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollout.cache import KVPool
+from rollout.engine import Engine, StreamRequest
+from rollout.sampler import stream_seed
+from rollout.vision import ByteBudgetCache
+from rollout.weights import StagedWeights
+from streams.backbone import Backbone
+from streams.inputs import clip_key, turn_inputs
+from streams.layout import Layout
+from streams.log import LogHeader, StreamLog
+from streams.memory import MemoryConfig, knobs, make_policy
+from streams.messages import (
+    GroupPayload,
+    GroupSummary,
+    RolloutTask,
+    ScriptTask,
+    SwapReport,
+    WeightsUpdate,
+    WorkerSetup,
+    WorkerStats,
+)
+from streams.scoring.logprobs import behaviour_differences
+from streams.scoring.stats import LogpDiff
+from streams.video import Clip, ClipReader
+from streams.writer import StreamWriter
+
+log = logging.getLogger("sightline.rollout")
+
+GroupResult = tuple[GroupSummary, GroupPayload | None]
+IDLE_WAKE_S = 5.0
+"""How long the engine thread sleeps at most when it has nothing to do; work wakes it at once."""
+
+
+@dataclass
+class _Group:
+    task: RolloutTask
+    future: Future[GroupResult]
+    began: float
+    deadline: float
+    clip: Clip | None = None
+    features: torch.Tensor | None = None
+    features_ref: Any = None
+    layout: Layout | None = None
+    logs: dict[str, StreamLog] = field(default_factory=dict)
+    monitor: list[LogpDiff] = field(default_factory=list)
+
+    def stream_ids(self) -> list[str]:
+        return [f"{self.task.group}/{i}" for i in range(self.task.streams)]
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """cache_mb: frames and features kept, each. deadline_s: of one group, from its submission."""
+
+    cache_mb: int = 256
+    deadline_s: float = 120.0
+
+
+class RolloutService:
+    """See the module docstring. put: stores an array and returns a reference to ship; get: resolves one."""
+
+    def __init__(
+        self,
+        worker: int,
+        setup: WorkerSetup,
+        limits: ServiceLimits,
+        put: Callable[[np.ndarray], Any],
+        get: Callable[[Any], np.ndarray],
+    ) -> None:
+        self.worker = worker
+        self.setup = setup
+        self.limits = limits
+        self._put, self._get = put, get
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.backbone = Backbone.load(
+            setup.checkpoint, setup.layout, dtype=getattr(torch, setup.dtype), device=device
+        )
+        slot_bytes = KVPool.bytes_per_slot(self.backbone.num_layers, *self.backbone.kv_shape, self.backbone.dtype)
+        self.engine = Engine(self.backbone, setup.kv_memory_mb * 2**20 // slot_bytes, setup.max_streams)
+        self.engine.version = setup.version
+        self._layouts = {
+            empty: Layout(
+                self.backbone.tokenizer,
+                replace(setup.layout, force_empty_thoughts=empty or setup.layout.force_empty_thoughts),
+                self.backbone.layout.vocab_rows,
+            )
+            for empty in (False, True)
+        }
+        image = self.backbone.image
+        self._reader = ClipReader(setup.video, image.patch_size, image.merge_size)
+        self._frames: ByteBudgetCache[Clip] = ByteBudgetCache(limits.cache_mb * 2**20)
+        self._features: ByteBudgetCache[tuple[torch.Tensor, Any]] = ByteBudgetCache(limits.cache_mb * 2**20)
+        self._prepare = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._wake = threading.Condition()
+        self._inbox: deque[_Group] = deque()
+        self._swaps: deque[tuple[StagedWeights, float, Future[SwapReport]]] = deque()
+        self._groups: dict[str, _Group] = {}
+        self._stopping = False
+        self._finished_streams = 0
+        self._clips_encoded = 0
+        self._busy_s = 0.0
+        self._born = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    # --- called from any thread -------------------------------------------------------------------------------
+
+    def submit(self, task: RolloutTask) -> Future[GroupResult]:
+        """Run one group; the future holds its summary and payload, or a summary that says why it failed."""
+        future: Future[GroupResult] = Future()
+        now = time.monotonic()
+        group = _Group(task, future, now, now + self.limits.deadline_s)
+        self._prepare.submit(self._prepare_group, group)
+        return future
+
+    def script(self, task: ScriptTask) -> Future[GroupResult]:
+        """Lay out one demonstration as a log with its frames."""
+        return self._prepare.submit(self._write_script, task)
+
+    def stage(self, update: WeightsUpdate, fetch_s: float) -> Future[SwapReport]:
+        """Unpack a fetched version and have it swapped in between two steps."""
+        staged = StagedWeights.stage(update, self.backbone)
+        future: Future[SwapReport] = Future()
+        with self._wake:
+            self._swaps.append((staged, fetch_s, future))
+            self._wake.notify()
+        return future
+
+    def stats(self) -> WorkerStats:
+        return WorkerStats(
+            worker=self.worker,
+            busy_s=self._busy_s,
+            total_s=time.monotonic() - self._born,
+            sampled_tokens=self.engine.stats.sampled_tokens,
+            engine_steps=self.engine.stats.steps,
+            clips_encoded=self._clips_encoded,
+        )
+
+    def close(self) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout=30.0)
+        self._prepare.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()
+
+    # --- prepare thread -----------------------------------------------------------------------------------------
+
+    def _prepare_group(self, group: _Group) -> None:
+        task = group.task
+        try:
+            group.layout = self._layouts[task.empty_thoughts]
+            group.clip = self._read(task.task, task.turns)
+            if task.features is not None:
+                group.features = torch.from_numpy(self._get(task.features).copy())
+                group.features_ref = task.features
+        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
+            self._fail(group, error)
+            return
+        with self._wake:
+            self._inbox.append(group)
+            self._wake.notify()
+
+    def _read(self, task: Any, turns: int) -> Clip:
+        key = clip_key(task, turns)
+        clip = self._frames.get(key)
+        if clip is None:
+            clip = self._reader.read(task.video, task.start, task.end, turns)
+            self._frames.put(key, clip, clip.nbytes)
+        return clip
+
+    def _write_script(self, task: ScriptTask) -> GroupResult:
+        began = time.monotonic()
+        try:
+            clip = self._read(task.task, len(task.script))
+            layout = self._layouts[False]
+            writer = StreamWriter(
+                self._header(task.group, task.task.id, self.setup.memory, layout, 1.0),
+                layout,
+                make_policy(self.setup.memory),
+                self._cursor(clip),
+            )
+            turns = turn_inputs(task.task, clip, layout, self.setup.video.chunk_seconds, self.backbone.image.merge_size)
+            for turn_input, scripted in zip(turns, task.script, strict=True):
+                ids = layout.demonstration(scripted.thought, scripted.response)
+                if len(ids) > layout.config.max_new_tokens:
+                    raise ValueError(
+                        f"the demonstration of turn {writer.turn + 1} has {len(ids)} tokens, more than "
+                        f"layout.max_new_tokens={layout.config.max_new_tokens}"
+                    )
+                writer.begin_turn(turn_input, version=self.setup.version)
+                for token in ids:
+                    writer.append_generated(token, self.setup.version, target=True)
+            stream = writer.finish()
+        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
+            return self._failure(task.group, task.task.id, 0.0, began, error), None
+        summary = GroupSummary(
+            group=task.group,
+            task_id=task.task.id,
+            worker=self.worker,
+            turns=(layout.parse_turns(stream),),
+            log_tokens=len(stream),
+            seconds=time.monotonic() - began,
+            clip_seconds=task.task.end - task.task.start,
+        )
+        return summary, GroupPayload((stream,), "frames", clip.frames)
+
+    # --- engine thread ------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._stopping or self._inbox or self._swaps or self.engine.busy):
+                    self._wake.wait(timeout=IDLE_WAKE_S)
+                if self._stopping:
+                    return
+                arrived, swaps = list(self._inbox), list(self._swaps)
+                self._inbox.clear()
+                self._swaps.clear()
+            began = time.monotonic()
+            for staged, fetch_s, future in swaps:
+                self._swap(staged, fetch_s, future)
+            for group in arrived:
+                self._start(group)
+            self._step()
+            self._drop_late()
+            self._busy_s += time.monotonic() - began
+
+    def _swap(self, staged: StagedWeights, fetch_s: float, future: Future[SwapReport]) -> None:
+        began = time.monotonic()
+        if staged.version > self.engine.version:
+            staged.apply(self.backbone)
+            self.engine.version = staged.version
+            if staged.touches_tower:
+                self._features.clear()
+        future.set_result(SwapReport(self.worker, self.engine.version, fetch_s, time.monotonic() - began))
+
+    def _start(self, group: _Group) -> None:
+        task = group.task
+        assert group.clip is not None
+        assert group.layout is not None
+        try:
+            self._encode(group)
+            memory = task.memory or self.setup.memory
+            turns = turn_inputs(
+                task.task,
+                group.clip,
+                group.layout,
+                self.setup.video.chunk_seconds,
+                self.backbone.image.merge_size,
+                0 if self.setup.freeze == "tower+merger" else self.engine.version,
+            )
+            for stream_id in group.stream_ids():
+                self.engine.add(
+                    StreamRequest(
+                        header=self._header(stream_id, task.task.id, memory, group.layout, task.temperature),
+                        turns=turns,
+                        features=tuple(group.features),  # type: ignore[arg-type]
+                        policy=make_policy(memory),
+                        layout=group.layout,
+                        patch_seconds=self._cursor(group.clip).patch_seconds,
+                    )
+                )
+        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
+            self.engine.cancel(set(group.stream_ids()))
+            self._fail(group, error)
+            return
+        self._groups[task.group] = group
+
+    @torch.no_grad()
+    def _encode(self, group: _Group) -> None:
+        """Features [chunks, tokens, H] of the group's clip: as given, as cached, or encoded now."""
+        if group.features is not None:
+            return
+        assert group.clip is not None
+        key = clip_key(group.task.task, group.task.turns)
+        kept = self._features.get(key)
+        if kept is None:
+            features = self.backbone.encode_video([group.clip.frames])[0]
+            self._clips_encoded += 1
+            frozen = self.setup.freeze == "tower+merger"
+            kept = (features, self._put(features.cpu().numpy()) if frozen else None)
+            self._features.put(key, kept, features.nbytes)
+        group.features, group.features_ref = kept
+
+    def _step(self) -> None:
+        if not self.engine.busy:
+            return
+        try:
+            finished = self.engine.step()
+        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout (all that run share the step)
+            self.engine.drop_all()
+            for group in list(self._groups.values()):
+                self._fail(group, error)
+            self._groups.clear()
+            return
+        for stream in finished:
+            name = stream.header.stream_id.rsplit("/", 1)[0]
+            group = self._groups[name]
+            group.logs[stream.header.stream_id] = stream
+            self._monitor(group, stream)
+            if len(group.logs) == group.task.streams:
+                del self._groups[name]
+                group.future.set_result(self._result(group))
+
+    def _monitor(self, group: _Group, stream: StreamLog) -> None:
+        """Re-score every N-th stream that lived under one version, on the weights that made it."""
+        self._finished_streams += 1
+        every = self.setup.monitor_every
+        if not every or self._finished_streams % every or stream.single_version != self.engine.version:
+            return
+        assert group.features is not None
+        features = group.features.flatten(0, 1)
+        group.monitor.append(LogpDiff.of(behaviour_differences(self.backbone, [stream], [features])[0]))
+
+    def _drop_late(self) -> None:
+        now = time.monotonic()
+        for name, group in list(self._groups.items()):
+            if now > group.deadline:
+                self.engine.cancel(set(group.stream_ids()))
+                del self._groups[name]
+                limit = f"rollout.group_deadline_s={self.limits.deadline_s:g}"
+                self._fail(group, TimeoutError(f"the group was not finished within {limit}"))
+
+    def _result(self, group: _Group) -> GroupResult:
+        assert group.layout is not None
+        assert group.clip is not None
+        logs = tuple(group.logs[stream_id] for stream_id in group.stream_ids())
+        summary = GroupSummary(
+            group=group.task.group,
+            task_id=group.task.task.id,
+            worker=self.worker,
+            turns=tuple(group.layout.parse_turns(stream) for stream in logs),
+            oldest_version=min(stream.oldest_version for stream in logs),
+            versions=tuple(sorted({int(v) for stream in logs for v in np.unique(stream.version)})),
+            tokens=sum(int(stream.sampled.sum()) for stream in logs),
+            log_tokens=sum(len(stream) for stream in logs),
+            evicted_tokens=sum(stream.evicted_tokens for stream in logs),
+            seconds=time.monotonic() - group.began,
+            clip_seconds=group.task.task.end - group.task.task.start,
+            monitor=LogpDiff.merge(group.monitor),
+            features=group.features_ref,
+        )
+        if group.features_ref is not None:
+            return summary, GroupPayload(logs, "features", group.features_ref)
+        return summary, GroupPayload(logs, "frames", group.clip.frames)
+
+    def _fail(self, group: _Group, error: Exception) -> None:
+        task = group.task
+        clip_seconds = task.task.end - task.task.start
+        summary = self._failure(task.group, task.task.id, clip_seconds, group.began, error)
+        group.future.set_result((summary, None))
+
+    def _failure(self, group: str, task: str, clip_seconds: float, began: float, error: Exception) -> GroupSummary:
+        cause = f"{type(error).__name__}: {error}"
+        log.warning("worker %d, weights v%d: group %s failed: %s", self.worker, self.engine.version, group, cause)
+        return GroupSummary(
+            group=group,
+            task_id=task,
+            worker=self.worker,
+            seconds=time.monotonic() - began,
+            clip_seconds=clip_seconds,
+            failed=cause,
+        )
+
+    def _header(
+        self, stream_id: str, task_id: str, memory: MemoryConfig, layout: Layout, temperature: float
+    ) -> LogHeader:
+        return LogHeader(
+            stream_id=stream_id,
+            task_id=task_id,
+            backbone=self.backbone.name,
+            policy=memory.name,
+            policy_knobs=knobs(memory),
+            position_convention=self.backbone.position_convention,
+            banned=layout.banned,
+            seed=stream_seed(self.setup.run_seed, stream_id),
+            temperature=temperature,
+            score_temperature=temperature or 1.0,
+        )
+
+    def _cursor(self, clip: Clip) -> Any:
+        video = self.setup.video
+        patches = video.frames_per_chunk // self.backbone.image.temporal_patch_size
+        return self.backbone.cursor(video.chunk_seconds / patches)

@@ -1,0 +1,45 @@
+"""Vision: clips read once, encoded once, kept under a byte budget.
+
+Owner: rollout. Invariants: every stream of a group embeds the very tensor that is shipped to the learner; features are
+forgotten when weights of the tower change.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ByteBudgetCache(Generic[T]):
+    """Least recently used values under a byte budget; a value larger than the budget is not kept."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget = budget_bytes
+        self.used = 0
+        self._values: OrderedDict[str, tuple[T, int]] = OrderedDict()
+
+    def get(self, key: str) -> T | None:
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def put(self, key: str, value: T, nbytes: int) -> None:
+        if key in self._values:
+            self.used -= self._values.pop(key)[1]
+        if nbytes > self.budget:
+            return
+        while self.used + nbytes > self.budget:
+            _, (_, freed) = self._values.popitem(last=False)
+            self.used -= freed
+        self._values[key] = (value, nbytes)
+        self.used += nbytes
+
+    def clear(self) -> None:
+        self._values.clear()
+        self.used = 0
+
+    def __len__(self) -> int:
+        return len(self._values)

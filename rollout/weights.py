@@ -1,0 +1,51 @@
+"""Weights on the worker's side: staged in the background, copied into place between two engine steps.
+
+Owner: rollout. Invariants: the running weights change only in `StagedWeights.apply`, called between steps; a version
+older than the running one is never applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from streams.backbone import Backbone
+from streams.messages import WeightsUpdate
+
+
+@dataclass(frozen=True)
+class StagedWeights:
+    """A fetched version, unpacked into tensors of the backbone's dtype and device, not yet running."""
+
+    version: int
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def stage(cls, update: WeightsUpdate, backbone: Backbone) -> StagedWeights:
+        """Unpack an update. Raises ValueError if it does not fit the backbone."""
+        dtype = getattr(torch, update.dtype)
+        # The object store hands out read-only memory: one copy here is the staging buffer.
+        flat = torch.from_numpy(np.array(update.buffer)).view(dtype)
+        parameters = dict(backbone.model.named_parameters())
+        tensors, at = {}, 0
+        for name, shape in zip(update.names, update.shapes, strict=True):
+            if name not in parameters or tuple(parameters[name].shape) != shape:
+                raise ValueError(f"weights of version {update.version}: {name} {shape} does not fit this backbone")
+            size = int(np.prod(shape))
+            tensors[name] = flat[at : at + size].view(shape).to(parameters[name])
+            at += size
+        if at != len(flat):
+            raise ValueError(f"weights of version {update.version}: {len(flat) - at} values are left over")
+        return cls(update.version, tensors)
+
+    @property
+    def touches_tower(self) -> bool:
+        return any(".visual." in name for name in self.tensors)
+
+    @torch.no_grad()
+    def apply(self, backbone: Backbone) -> None:
+        parameters = dict(backbone.model.named_parameters())
+        for name, tensor in self.tensors.items():
+            parameters[name].copy_(tensor)

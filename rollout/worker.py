@@ -1,0 +1,89 @@
+"""The rollout worker's Ray actor: a thin asynchronous shell around `RolloutService`.
+
+Owner: rollout. Every call returns when its own work is done and blocks no other: groups, demonstrations, weights and
+counters overlap. Weights are fetched in a thread of their own, so no stream waits for a transfer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rollout.service import RolloutService, ServiceLimits
+from streams.messages import (
+    MESSAGES_VERSION,
+    GroupPayload,
+    GroupSummary,
+    RolloutTask,
+    ScriptTask,
+    SwapReport,
+    WeightsUpdate,
+    WorkerInfo,
+    WorkerSetup,
+    WorkerStats,
+)
+
+
+class RolloutWorker:
+    """Actor class; made a Ray actor by `rl.cluster` with the placement's resources."""
+
+    def __init__(self, worker: int, threads: int, deadline_s: float, cache_mb: int) -> None:
+        torch.set_num_threads(threads)
+        self._worker = worker
+        self._limits = ServiceLimits(cache_mb=cache_mb, deadline_s=deadline_s)
+        self._service: RolloutService | None = None
+
+    async def setup(self, setup: WorkerSetup) -> WorkerInfo:
+        """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""
+        if setup.messages_version != MESSAGES_VERSION:
+            raise ValueError(f"worker speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
+        if self._service is not None:
+            await asyncio.to_thread(self._service.close)
+        self._service = await asyncio.to_thread(
+            RolloutService, self._worker, setup, self._limits, _put, self._get_array
+        )
+        return WorkerInfo(
+            worker=self._worker,
+            node=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            kv_slots=self._service.engine.pool.capacity,
+            parameters=sum(p.numel() for p in self._service.backbone.model.parameters()),
+        )
+
+    async def rollout(self, task: RolloutTask) -> tuple[GroupSummary, GroupPayload | None]:
+        return await asyncio.wrap_future(self._ready().submit(task))
+
+    async def script(self, task: ScriptTask) -> tuple[GroupSummary, GroupPayload | None]:
+        return await asyncio.wrap_future(self._ready().script(task))
+
+    async def update_weights(self, update: list[Any]) -> SwapReport:
+        """`update` holds one object reference (in a list, so that Ray does not fetch it before the call)."""
+        service = self._ready()
+        began = time.monotonic()
+        fetched: WeightsUpdate = await asyncio.wait_for(update[0], timeout=self._limits.deadline_s)
+        future = await asyncio.to_thread(service.stage, fetched, time.monotonic() - began)
+        return await asyncio.wrap_future(future)
+
+    async def stats(self) -> WorkerStats:
+        return self._ready().stats()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    def _ready(self) -> RolloutService:
+        if self._service is None:
+            raise RuntimeError("the rollout worker was used before setup()")
+        return self._service
+
+    def _get_array(self, reference: Any) -> np.ndarray:
+        return ray.get(reference, timeout=self._limits.deadline_s)
+
+
+def _put(array: np.ndarray) -> Any:
+    return ray.put(array)

@@ -1,0 +1,33 @@
+"""Demonstrations: what a task's stream should think and say, turn by turn, in words.
+
+Owner: sft. Pure. A demonstration thinks and answers rightly; with `late_probability` it speaks `late_min`..`late_max`
+chunks after the answer became due (uniformly). Invariant: the script of (seed, epoch, task) is always the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from conf.schema import SftConfig
+from streams.messages import ScriptedTurn
+from streams.task import StreamTask
+
+
+def script_for(
+    task: StreamTask, turns: int, chunk_seconds: float, config: SftConfig, *, seed: int, epoch: int
+) -> tuple[ScriptedTurn, ...]:
+    """One ScriptedTurn per turn. Answers that would fall behind the last turn are said in it."""
+    digest = hashlib.blake2b(f"{seed}:{epoch}:{task.id}".encode(), digest_size=8).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    thoughts = {task.chunk_of(t.time, chunk_seconds): t.text for t in task.thoughts}
+    said: dict[int, list[str]] = {}
+    for answer in task.answers:
+        turn = task.chunk_of(answer.time, chunk_seconds)
+        if rng.random() < config.late_probability:
+            turn += int(rng.integers(config.late_min, config.late_max + 1))
+        said.setdefault(min(turn, turns - 1), []).append(answer.text)
+    return tuple(
+        ScriptedTurn(thoughts.get(turn, ""), " ".join(said[turn]) if turn in said else None) for turn in range(turns)
+    )

@@ -1,0 +1,61 @@
+"""From a task and its clip to the turns that a stream is shown.
+
+Owner: streams. The one place that decides which query arrives in which turn; rollout and SFT both use it.
+"""
+
+from __future__ import annotations
+
+from streams.layout import Layout
+from streams.log import NEVER, ChunkRecord
+from streams.task import StreamTask
+from streams.video import Clip
+from streams.writer import QueryInput, TurnInput
+
+
+def turn_inputs(
+    task: StreamTask,
+    clip: Clip,
+    layout: Layout,
+    chunk_seconds: float,
+    merge_size: int,
+    feature_version: int = 0,
+) -> tuple[TurnInput, ...]:
+    """One TurnInput per chunk of `clip`. Queries of the same chunk arrive together, each on a line of its own.
+
+    Raises ValueError if a query spells a control token.
+    """
+    t, h, w = clip.grid_thw
+    grid = (t, h // merge_size, w // merge_size)
+    by_turn: dict[int, QueryInput] = {}
+    for query in task.queries:
+        turn = task.chunk_of(query.time, chunk_seconds)
+        ids = tuple(layout.query_ids(query.text))
+        until: int | None = None
+        if query.stay_open:
+            until = NEVER if query.until is None else task.chunk_of(query.until, chunk_seconds)
+        if turn in by_turn:
+            before = by_turn[turn]
+            ids = (*before.ids, *layout.query_ids("\n" + query.text, strip=False))
+            # Queries that share a turn share a fate: the one that stays longest keeps both.
+            until = max((u for u in (before.until_turn, until) if u is not None), default=None)
+        by_turn[turn] = QueryInput(ids, until)
+    key = clip_key(task, len(clip.frames))
+    return tuple(
+        TurnInput(
+            ChunkRecord(
+                turn=turn,
+                video=task.video,
+                frame_times=tuple(float(x) for x in clip.frame_times[turn]),
+                grid=grid,
+                feature=key,
+                feature_version=feature_version,
+            ),
+            by_turn.get(turn),
+        )
+        for turn in range(len(clip.frames))
+    )
+
+
+def clip_key(task: StreamTask, turns: int) -> str:
+    """Names the pixels a stream sees: two tasks over the same span of the same file share features."""
+    return f"{task.video}:{task.start:g}:{task.end:g}:{turns}"

@@ -1,0 +1,218 @@
+"""Every dataclass that crosses a process boundary: frozen, in one place.
+
+Owner: streams. Invariants: a message is a value (nobody changes it after sending); large arrays sit in payloads that
+travel by object reference from the process that made them to the one that needs them, never through the driver.
+`MESSAGES_VERSION` changes with any field; actors refuse a setup of another version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from streams.layout import LayoutConfig
+from streams.log import StreamLog
+from streams.memory import MemoryConfig
+from streams.scoring.stats import LogpDiff
+from streams.task import StreamTask
+from streams.turns import ParsedTurn
+from streams.video import VideoConfig
+
+MESSAGES_VERSION = 1
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a rollout worker needs before its first group."""
+
+    checkpoint: str
+    dtype: str
+    layout: LayoutConfig
+    memory: MemoryConfig
+    video: VideoConfig
+    freeze: str
+    max_streams: int
+    kv_memory_mb: int
+    monitor_every: int
+    run_seed: int
+    version: int = 0
+    messages_version: int = MESSAGES_VERSION
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What a worker answers to its setup."""
+
+    worker: int
+    node: str
+    pid: int
+    kv_slots: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RolloutTask:
+    """One group to run: `streams` sampled copies watching one task for `turns` turns.
+
+    temperature 0 is greedy. features: object reference of the clip's features if some worker has encoded it, else None.
+    memory and empty_thoughts change the conditions of an evaluation; memory None means the worker's own.
+    """
+
+    group: str
+    epoch: int
+    task: StreamTask
+    streams: int
+    turns: int
+    temperature: float
+    features: Any = None
+    memory: MemoryConfig | None = None
+    empty_thoughts: bool = False
+
+
+@dataclass(frozen=True)
+class ScriptedTurn:
+    """A demonstrated turn in words: what to think, and what to say (None = stay silent)."""
+
+    thought: str
+    response: str | None
+
+
+@dataclass(frozen=True)
+class ScriptTask:
+    """One demonstration to lay out as a log: the task and one scripted turn per chunk."""
+
+    group: str
+    task: StreamTask
+    script: tuple[ScriptedTurn, ...]
+
+
+@dataclass(frozen=True)
+class GroupPayload:
+    """The heavy half of a group, kept in the object store for the learner.
+
+    media: uint8 frames [chunks, frames, h, w, 3] (`media_kind` "frames"), or float features [chunks, tokens, H]
+    ("features"), or an object reference to either. Shared by all logs of the group.
+    """
+
+    logs: tuple[StreamLog, ...]
+    media_kind: str
+    media: Any
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """The light half of a group, for driver and scorer. `failed` says why there is no payload; None if all went well.
+
+    oldest_version: of any token in the group. versions: weight versions seen by its tokens. tokens: sampled tokens.
+    monitor: worker-side mismatch of the re-scored streams of this group. features: object reference or None.
+    """
+
+    group: str
+    task_id: str
+    worker: int
+    turns: tuple[tuple[ParsedTurn, ...], ...] = ()
+    oldest_version: int = 0
+    versions: tuple[int, ...] = ()
+    tokens: int = 0
+    log_tokens: int = 0
+    evicted_tokens: int = 0
+    seconds: float = 0.0
+    clip_seconds: float = 0.0
+    monitor: LogpDiff = field(default_factory=LogpDiff)
+    features: Any = None
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class WeightsUpdate:
+    """One published version: every trainable tensor in one flat uint8 buffer (a single transfer, not one per tensor)."""
+
+    version: int
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    buffer: np.ndarray
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """A worker has swapped to `version`: seconds to fetch in the background, seconds the engine stood still."""
+
+    worker: int
+    version: int
+    fetch_s: float
+    pause_s: float
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """Counters since the worker's setup."""
+
+    worker: int
+    busy_s: float
+    total_s: float
+    sampled_tokens: int
+    engine_steps: int
+    clips_encoded: int
+
+
+@dataclass(frozen=True)
+class LearnerSetup:
+    """What a learner rank needs before its first step. `optimiser` and the rest are learner config, as plain values."""
+
+    checkpoint: str
+    layout: LayoutConfig
+    learner: dict[str, Any]
+    total_steps: int
+    seed: int
+    version: int = 0
+    messages_version: int = MESSAGES_VERSION
+
+
+@dataclass(frozen=True)
+class TrainGroup:
+    """One group as the learner trains it. payload: GroupPayload or object reference; advantages: one per stream."""
+
+    group: str
+    payload: Any
+    advantages: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One optimiser step. loss: "grpo" or "sft"; settings: the loss's own knobs."""
+
+    step: int
+    loss: str
+    groups: tuple[TrainGroup, ...]
+    settings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What one optimiser step did; `version` is the learner's version after it."""
+
+    step: int
+    version: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """Scores of groups under the learner's current weights: mismatch of behaviour log-probs, over all and by kind."""
+
+    version: int
+    diff: LogpDiff
+    by_kind: dict[str, LogpDiff]
+
+
+@dataclass(frozen=True)
+class RewardJob:
+    """Streams of one group to be scored."""
+
+    group: str
+    task: StreamTask
+    turns: tuple[tuple[ParsedTurn, ...], ...]
+    chunk_seconds: float

@@ -1,0 +1,329 @@
+"""Video clips as pixels: causal frame grid, resizing to a pixel budget, patches for the vision tower.
+
+Owner: streams. Decoding happens in a child process (`streams.decode`) under a deadline, so that no file can
+stop a job. Invariants: a chunk's frames depend only on the video and the chunk's place in the stream, never
+on what follows; pixels stay uint8 until `normalize_patches`; a file that cannot be read costs a VideoError
+and, at most, the child process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from streams.decode import READY, DecodeRequest, frame_times, smart_resize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    import torch
+
+__all__ = [
+    "Clip",
+    "ClipReader",
+    "VideoConfig",
+    "VideoError",
+    "frame_times",
+    "normalize_patches",
+    "patchify",
+    "smart_resize",
+]
+
+TEMPORAL_PATCH = 2
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 5.0
+REPLY_GRACE_S = 2.0
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; it costs its sample, not the job."""
+
+    def __init__(self, video: str, reason: str) -> None:
+        super().__init__(video, reason)
+        self.video = video
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.video}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Hydra key `data.video`. min_pixels, max_pixels: budget of one frame after resizing."""
+
+    chunk_seconds: float = 1.0
+    frames_per_chunk: int = 2
+    min_pixels: int = 28 * 28
+    max_pixels: int = 56 * 56
+    decode_timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_seconds", "decode_timeout_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"data.video.{name}={value} must be a positive number of seconds")
+        if self.frames_per_chunk < 1 or self.frames_per_chunk % TEMPORAL_PATCH:
+            raise ValueError(
+                f"data.video.frames_per_chunk={self.frames_per_chunk} must be a positive multiple of "
+                f"{TEMPORAL_PATCH}: the vision tower joins {TEMPORAL_PATCH} frames into one patch"
+            )
+        if self.min_pixels < 1:
+            raise ValueError(f"data.video.min_pixels={self.min_pixels} must be at least 1")
+        if self.max_pixels < self.min_pixels:
+            raise ValueError(
+                f"data.video.max_pixels={self.max_pixels} must not be smaller than "
+                f"data.video.min_pixels={self.min_pixels}"
+            )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """frames: uint8 [num_chunks, frames_per_chunk, H, W, 3]. frame_times: float64 [num_chunks,
+    frames_per_chunk].
+
+    The times are those asked for, in seconds on the video's clock; the frame shown is the last one up to that
+    time.
+    """
+
+    frames: np.ndarray
+    frame_times: np.ndarray
+    patch_size: int = 14
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        """Patches of one chunk (before merging): time, rows, columns."""
+        _, count, height, width, _ = self.frames.shape
+        return count // TEMPORAL_PATCH, height // self.patch_size, width // self.patch_size
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.frames.nbytes + self.frame_times.nbytes)
+
+
+def patchify(
+    frames: np.ndarray, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
+) -> np.ndarray:
+    """uint8 [T, H, W, 3] to the rows that Qwen2-VL's processors make: uint8 [patches, 3 * time * patch *
+    patch].
+
+    Rows go through time, then through blocks of merge_size x merge_size patches, so that the patches that
+    become one token are neighbours. Columns are channel, time, row, column.
+    """
+    count, height, width, channels = frames.shape
+    side = patch_size * merge_size
+    if (
+        frames.dtype != np.uint8
+        or channels != 3
+        or count % temporal_patch_size
+        or height % side
+        or width % side
+    ):
+        raise ValueError(
+            f"frames of shape {list(frames.shape)} and type {frames.dtype} must be uint8 [T, H, W, 3] with T "
+            f"a multiple of {temporal_patch_size} and H, W multiples of {side}"
+        )
+    split = frames.reshape(
+        count // temporal_patch_size,
+        temporal_patch_size,
+        height // side,
+        merge_size,
+        patch_size,
+        width // side,
+        merge_size,
+        patch_size,
+        channels,
+    )
+    rows_first = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return np.ascontiguousarray(rows_first).reshape(
+        -1, channels * temporal_patch_size * patch_size * patch_size
+    )
+
+
+def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(x / 255 - mean) / std per channel, in float32 and in the layout of `patchify`."""
+    import torch  # here, so that readers of this module need not load it
+
+    if patches.dtype != torch.uint8 or patches.shape[-1] % 3:
+        raise ValueError(
+            f"patches of shape {list(patches.shape)} and type {patches.dtype} must be uint8 [.., 3 * n]"
+        )
+    shape = (*patches.shape[:-1], 3, patches.shape[-1] // 3)
+    unit = patches.reshape(shape).to(torch.float32) / 255
+    centre = torch.tensor(mean, dtype=torch.float32, device=patches.device)[:, None]
+    spread = torch.tensor(std, dtype=torch.float32, device=patches.device)[:, None]
+    return ((unit - centre) / spread).reshape(patches.shape)
+
+
+class _Child:
+    """One decode process and the pipe to it. Its error output is kept for the message if it dies."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe(duplex=True)
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._noise: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+        try:
+            # -P: the working directory is not searched for modules, it may be anybody's.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "streams.decode", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._noise,
+            )
+        finally:
+            theirs.close()
+
+    def wait_ready(self) -> None:
+        try:
+            if self.connection.poll(START_TIMEOUT_S) and self.connection.recv() == READY:
+                return
+        except (EOFError, OSError):
+            pass
+        how = self.stop()
+        raise RuntimeError(
+            f"the video decode process did not start (waited {START_TIMEOUT_S:g} s at most): {how}"
+        )
+
+    def ask(self, request: DecodeRequest, give_up: float) -> Any:
+        """The reply, or None when it did not come before `give_up` (the child must then be stopped)."""
+        # A child that hangs half-way through its reply would block `recv`: killed, it ends in EOFError.
+        patience = max(0.0, give_up - time.monotonic())
+        watchdog = threading.Timer(patience + REPLY_GRACE_S, self.process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            self.connection.send(asdict(request))
+            if self.connection.poll(max(0.0, give_up - time.monotonic())):
+                return self.connection.recv()
+        finally:
+            watchdog.cancel()
+        return None
+
+    def stop(self, patience_s: float = 0.0) -> str:
+        """Ends the process, after `patience_s` if it does not end by itself; says how it ended."""
+        self.connection.close()
+        try:
+            code = self.process.wait(patience_s) if patience_s else self.process.poll()
+        except subprocess.TimeoutExpired:
+            code = None
+        if code is None:
+            self.process.kill()
+            try:
+                code = self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                return f"it could not be killed within {STOP_TIMEOUT_S:g} s (process {self.process.pid})"
+        self._noise.seek(0)
+        said = self._noise.read()[-400:].decode(errors="replace").strip()
+        self._noise.close()
+        return f"exit code {code}" + (f", last words: {said}" if said and code else "")
+
+
+class ClipReader:
+    """Reads clips. Not for several threads at once.
+
+    The decode process is started by the first read, and by the next read after it was lost.
+    """
+
+    def __init__(self, config: VideoConfig, patch_size: int = 14, merge_size: int = 2) -> None:
+        self.config = config
+        self.patch_size = patch_size
+        self.factor = patch_size * merge_size
+        self._child: _Child | None = None
+
+    def read(self, video: str, start: float, end: float, num_chunks: int) -> Clip:
+        """The first `num_chunks` chunks of the segment [start, end); a partial one repeats its last frame."""
+        if not (0 <= start < end and math.isfinite(end)):
+            raise ValueError(f"{video}: start={start} and end={end} must satisfy 0 <= start < end")
+        seconds = self.config.chunk_seconds
+        if num_chunks < 1 or start + (num_chunks - 1) * seconds >= end - 1e-6 * seconds:
+            raise ValueError(
+                f"{video}: num_chunks={num_chunks} of {seconds:g} s must be at least 1 and "
+                f"the last one must start inside [{start}, {end})"
+            )
+        request = DecodeRequest(
+            video=video,
+            start=start,
+            end=end,
+            num_chunks=num_chunks,
+            chunk_seconds=seconds,
+            frames_per_chunk=self.config.frames_per_chunk,
+            min_pixels=self.config.min_pixels,
+            max_pixels=self.config.max_pixels,
+            factor=self.factor,
+            deadline_s=self.config.decode_timeout_s,
+        )
+        kind, payload = self._ask(request)
+        if kind != "frames":
+            raise VideoError(video, str(payload))
+        times = frame_times(start, num_chunks, seconds, self.config.frames_per_chunk)
+        return Clip(frames=payload, frame_times=times, patch_size=self.patch_size)
+
+    def _ask(self, request: DecodeRequest) -> tuple[str, Any]:
+        if self._child is not None and self._child.process.poll() is not None:
+            # It died while it was idle: not this video's fault.
+            self.close()
+        if self._child is None:
+            child = _Child()
+            child.wait_ready()
+            self._child = child
+        child = self._child
+        limit = self.config.decode_timeout_s
+        give_up = time.monotonic() + limit
+        reply: tuple[str, Any] | None = None
+        lost = False
+        try:
+            reply = child.ask(request, give_up)
+        except (EOFError, OSError):
+            lost = time.monotonic() < give_up
+        finally:
+            # Also when an interrupt passes through: the late reply must not answer the next request.
+            how = ""
+            if reply is None:
+                self._child = None
+                # A process that just died needs a moment until its exit code can be read.
+                how = child.stop(patience_s=1.0 if lost else 0.0)
+        if reply is not None:
+            return reply
+        if lost:
+            raise VideoError(
+                request.video,
+                f"the decode process died while reading it ({how}); the next read starts another",
+            )
+        raise VideoError(
+            request.video,
+            f"decoding did not finish within data.video.decode_timeout_s={limit:g} s; "
+            "the decode process was ended",
+        )
+
+    @property
+    def child_pid(self) -> int | None:
+        """Process id of the decode process, None while there is none."""
+        return None if self._child is None else self._child.process.pid
+
+    def close(self) -> None:
+        """Ends the decode process. The reader may be used again: the next read starts another."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.stop(patience_s=STOP_TIMEOUT_S)
+
+    def __enter__(self) -> ClipReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
