@@ -299,7 +299,11 @@ def preflight(config: RunConfig) -> None:
 
 def _clear_outputs(root: Path, stages: list[str]) -> None:
     """A run replaces what its own stages made before; tracking history and other stages' output stay."""
-    made = {"sft": ["checkpoints/sft", "stages/sft.json"], "rl": ["checkpoints/rl", "stages/rl.json"], "eval": ["summary.json"]}
+    made = {
+        "sft": ["checkpoints/sft", "stages/sft.json"],
+        "rl": ["checkpoints/rl", "stages/rl.json"],
+        "eval": ["summary.json"],
+    }
     for stage in stages:
         for name in made.get(stage, []):
             path = root / name

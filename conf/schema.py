@@ -78,6 +78,8 @@ class DataConfig:
 class SftConfig:
     """Cold start. late_*: a demonstration speaks late by a uniform number of chunks with this probability.
 
+    answer_weight: loss weight of the words of an answer, which are few beside thoughts and tags. pending_thought: how a
+    thought reads while an answer is due and not yet said ("{thought}" and "{answer}" are filled in; empty = unchanged).
     learner: values that replace single `learner` settings during the cold start.
     """
 
@@ -88,6 +90,8 @@ class SftConfig:
     late_max: int = 4
     balance_decisions: bool = True
     decision_weight_clamp: float = 20.0
+    answer_weight: float = 1.0
+    pending_thought: str = ""
     learner: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,10 +99,19 @@ class SftConfig:
             raise ValueError(f"sft.steps={self.steps} and sft.batch={self.batch} must be at least 1")
         if not 0 <= self.late_probability <= 1:
             raise ValueError(f"sft.late_probability={self.late_probability} must lie in [0, 1]")
+        try:
+            self.pending_thought.format(thought="", answer="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"sft.pending_thought={self.pending_thought!r} may use {{thought}} and {{answer}} only: {error!r}"
+            ) from error
         if not 1 <= self.late_min <= self.late_max:
             raise ValueError(f"sft.late_min={self.late_min} and sft.late_max={self.late_max}: 1 <= min <= max")
-        if self.decision_weight_clamp < 1:
-            raise ValueError(f"sft.decision_weight_clamp={self.decision_weight_clamp} must be at least 1")
+        if self.decision_weight_clamp <= 0 or self.answer_weight <= 0:
+            raise ValueError(
+                f"sft.decision_weight_clamp={self.decision_weight_clamp} and sft.answer_weight={self.answer_weight} "
+                "must be positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,9 @@ class ClusterConfig:
         if self.placement not in ("cpu", "auto"):
             raise ValueError(f"cluster.placement={self.placement!r} is not one of cpu, auto")
         if self.num_cpus < 0 or self.actor_cpus <= 0:
-            raise ValueError(f"cluster.num_cpus={self.num_cpus} must be >= 0 and cluster.actor_cpus={self.actor_cpus} > 0")
+            raise ValueError(
+                f"cluster.num_cpus={self.num_cpus} must be >= 0 and cluster.actor_cpus={self.actor_cpus} > 0"
+            )
         if self.start_timeout_s <= 0 or self.call_timeout_s <= 0:
             raise ValueError("cluster.start_timeout_s and cluster.call_timeout_s must be positive")
 

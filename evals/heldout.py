@@ -21,6 +21,7 @@ from streams.dataset import SkippedSample
 from streams.memory import MemoryConfig
 from streams.messages import GroupSummary, RewardJob, RolloutTask
 from streams.task import StreamTask
+from streams.turns import ParsedTurn
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def evaluate(
             skipped.append(SkippedSample(f"task {task.id} ({task.video})", summary.failed))
             progress.say(f"eval: failed {task.id}: {summary.failed}")
             # A failure counts as silence: it answered nothing.
-            turns = (silent_turns(task.num_turns(chunk, data.tail_chunks, data.max_turns)),)
+            turns: tuple[tuple[ParsedTurn, ...], ...] = (
+                silent_turns(task.num_turns(chunk, data.tail_chunks, data.max_turns)),
+            )
         else:
             turns = summary.turns
             payloads.append(payload)

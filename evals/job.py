@@ -52,7 +52,9 @@ def run_evaluation(
     report: ScoreReport | None = None
     if config.eval.score_logs:
         session.setup_learner(learner_setup(checkpoint))
-        report = session.call(session.learner.score.remote(results[last].payloads), "the learner to score held-out logs")
+        report = session.call(
+            session.learner.score.remote(results[last].payloads), "the learner to score held-out logs"
+        )
         tracker.metrics(
             {
                 "mismatch/learner_max": report.diff.max,

@@ -85,9 +85,7 @@ def encode_media(backbone: Backbone, media: list[tuple[str, np.ndarray]]) -> lis
 
 def prepare_single_rank(rank_port: int) -> None:
     """Environment of a one-rank process group, set inside the actor before DeepSpeed is imported."""
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(rank_port)
-    )
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(rank_port))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.ops
@@ -113,9 +111,7 @@ class LearnerEngine:
         torch.manual_seed(setup.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         layout: LayoutConfig = setup.layout
-        self.backbone = Backbone.load(
-            setup.checkpoint, layout, dtype=getattr(torch, self.config.dtype), device=device
-        )
+        self.backbone = Backbone.load(setup.checkpoint, layout, dtype=getattr(torch, self.config.dtype), device=device)
         self.backbone.freeze(self.config.freeze)
         self.version = setup.version
         trainable = list(self.backbone.trainable().values())
@@ -154,12 +150,12 @@ class LearnerEngine:
         if refused:
             raise ValueError(f"stream {refused[0]} was decoded greedily: it can be scored but not trained on")
         targets = sum(int(log.target.sum()) for log in logs)
-        weights = self._decision_weights(logs, settings) if loss == "sft" else (1.0, 1.0)
-        normaliser = float(targets) if loss == "grpo" else self._weight_sum(logs, weights)
+        normaliser = float(targets)
+        if loss == "sft":
+            weights = self._sft_weights(logs, settings)
+            normaliser = float(sum(weights.of(log.ids[log.target], log.kind[log.target]).sum() for log in logs))
         totals: dict[str, float] = defaultdict(float)
-        batches = plan_micro_batches(
-            [len(log) for log in logs], self.config.row_tokens, self.config.micro_batch_tokens
-        )
+        batches = plan_micro_batches([len(log) for log in logs], self.config.row_tokens, self.config.micro_batch_tokens)
         on_policy: list[np.ndarray] = []
         self.backbone.model.train()
         for i, batch in enumerate(batches):
@@ -169,7 +165,7 @@ class LearnerEngine:
             self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
             logp, entropy = self.deepspeed(rows, media, order, logs[members[0]].header.score_temperature)
             if loss == "grpo":
-                behaviour = _behaviour(rows, logs)
+                behaviour = _at_targets(rows, logs, "behaviour_logp")
                 on_policy.append(self._on_policy_differences(rows, logs, logp, behaviour))
                 value, sums = grpo_loss(
                     logp,
@@ -180,8 +176,8 @@ class LearnerEngine:
                     clip_high=settings["clip_high"],
                 )
             else:
-                weight = self._token_weights(rows, weights)
-                value, sums = sft_loss(logp, weight.to(logp), normaliser=normaliser)
+                weight = weights.of(rows.target_ids.numpy(), _at_targets(rows, logs, "kind"))
+                value, sums = sft_loss(logp, torch.from_numpy(weight).to(logp), normaliser=normaliser)
             self.deepspeed.backward(value)
             totals["loss"] += float(value.detach())
             totals["entropy"] += float(entropy.sum()) / targets
@@ -207,7 +203,8 @@ class LearnerEngine:
     def score(self, payloads: list[GroupPayload]) -> ScoreReport:
         """Re-score every sampled token under the current weights (part b of the mismatch monitor)."""
         self.backbone.model.eval()
-        logs, features = [], []
+        logs: list[StreamLog] = []
+        features: list[torch.Tensor] = []
         with torch.no_grad():
             for payload in payloads:
                 clip = encode_media(self.backbone, [(payload.media_kind, payload.media)])[0].flatten(0, 1)
@@ -257,39 +254,47 @@ class LearnerEngine:
         difference = np.abs(logp.detach().double().cpu().numpy() - behaviour)
         return difference[fresh[rows.stream.numpy()]]
 
-    def _decision_weights(self, logs: list[StreamLog], settings: dict[str, float]) -> tuple[float, float]:
-        if not settings.get("balance_decisions", 1.0):
-            return 1.0, 1.0
+    def _sft_weights(self, logs: list[StreamLog], settings: dict[str, float]) -> SftWeights:
+        """Weights of a whole step, from the decisions that all its logs demonstrate."""
         tokens = self.backbone.layout.tokens
         decisions = np.concatenate([log.ids[log.target & (log.kind == Kind.DECISION)] for log in logs])
-        return decision_weights(
-            int((decisions == tokens.silent).sum()),
-            int((decisions == tokens.response).sum()),
-            settings["decision_weight_clamp"],
-        )
+        silent, spoken = 1.0, 1.0
+        if settings["balance_decisions"]:
+            silent, spoken = decision_weights(
+                int((decisions == tokens.silent).sum()),
+                int((decisions == tokens.response).sum()),
+                settings["decision_weight_clamp"],
+            )
+        return SftWeights(tokens.silent, tokens.response, silent, spoken, settings["answer_weight"])
 
-    def _weight_sum(self, logs: list[StreamLog], weights: tuple[float, float]) -> float:
-        ids = np.concatenate([log.ids[log.target] for log in logs])
-        tokens = self.backbone.layout.tokens
-        extra = (weights[0] - 1) * (ids == tokens.silent).sum() + (weights[1] - 1) * (ids == tokens.response).sum()
-        return float(len(ids) + extra)
 
-    def _token_weights(self, rows: Rows, weights: tuple[float, float]) -> torch.Tensor:
-        tokens = self.backbone.layout.tokens
-        weight = torch.ones(rows.num_targets)
-        weight[rows.target_ids == tokens.silent] = weights[0]
-        weight[rows.target_ids == tokens.response] = weights[1]
+@dataclass(frozen=True)
+class SftWeights:
+    """Weights of the two decision tokens and of the words of an answer; every other target weighs 1."""
+
+    silent_id: int
+    response_id: int
+    silent: float
+    spoken: float
+    answer: float
+
+    def of(self, ids: np.ndarray, kind: np.ndarray) -> np.ndarray:
+        """float64 [N] for target ids and kinds [N]."""
+        weight = np.where(kind == Kind.RESPONSE, self.answer, 1.0)
+        decision = kind == Kind.DECISION
+        weight[decision & (ids == self.silent_id)] = self.silent
+        weight[decision & (ids == self.response_id)] = self.spoken
         return weight
 
 
-def _behaviour(rows: Rows, logs: list[StreamLog]) -> np.ndarray:
-    """Recorded behaviour log-probs of the rows' targets, float64 [N]."""
-    flat = np.zeros(rows.num_targets)
+def _at_targets(rows: Rows, logs: list[StreamLog], column: str) -> np.ndarray:
+    """The values [N] that a log column holds at the rows' targets."""
     stream, index = rows.stream.numpy(), rows.target_index.numpy()
+    values = np.zeros(rows.num_targets, getattr(logs[0], column).dtype)
     for s in np.unique(stream):
         mine = stream == s
-        flat[mine] = logs[int(s)].behaviour_logp[index[mine]]
-    return flat
+        values[mine] = getattr(logs[int(s)], column)[index[mine]]
+    return values
 
 
 def _distinct_media(items: list[TrainItem], clip_of: list[int]) -> tuple[list[tuple[str, np.ndarray]], list[int]]:

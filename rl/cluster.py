@@ -6,6 +6,7 @@ an actor that died is reported with its name and cause. Actors are separate proc
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def wait_for(reference: Any, timeout_s: float, what: str) -> Any:
     try:
         return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise TimeoutError(f"waited {timeout_s:g} s for {what}; raise cluster.call_timeout_s if it is only slow") from error
+        raise TimeoutError(
+            f"waited {timeout_s:g} s for {what}; raise cluster.call_timeout_s if it is only slow"
+        ) from error
     except RayActorError as error:
         raise RuntimeError(f"an actor died while the run waited for {what}: {error}") from error
 
@@ -151,14 +154,16 @@ class Session:
         # Ray warns about accelerators that a CPU-only actor hides from itself.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray 2.60 announces that its own token guards the local cluster; nobody has to act on it.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         if cluster.address:
-            ray.init(address=cluster.address, log_to_driver=cluster.log_to_driver, logging_level="warning")
+            ray.init(address=cluster.address, log_to_driver=cluster.log_to_driver, logging_level=logging.WARNING)
             return
         ray.init(
             num_cpus=cluster.num_cpus or None,
             include_dashboard=False,
             log_to_driver=cluster.log_to_driver,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             runtime_env={"env_vars": {"PYTHONPATH": _project_path(), "TOKENIZERS_PARALLELISM": "false"}},
         )
 
@@ -168,16 +173,17 @@ class Session:
         bundles = plan_bundles(config, resources.get("GPU", 0.0))
         check_fits(bundles, resources)
         shapes = [{"CPU": b.cpus} | ({"GPU": b.gpus} if b.gpus else {}) for b in bundles]
-        self._group = placement_group(shapes, strategy="PACK")
-        if not self._group.wait(timeout_seconds=config.cluster.start_timeout_s):
+        group = self._group = placement_group(shapes, strategy="PACK")
+        if not group.wait(timeout_seconds=config.cluster.start_timeout_s):
             raise TimeoutError(
                 f"waited {config.cluster.start_timeout_s:g} s for Ray to place {len(bundles)} actors "
                 f"({', '.join(b.name for b in bundles)}); available now: {ray.available_resources()}"
             )
 
         def place(actor: type, index: int, threads: int, *args: Any) -> Any:
-            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-            options = ray.remote(actor).options(
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            remote: Any = ray.remote(actor)
+            options = remote.options(
                 num_cpus=bundles[index].cpus,
                 num_gpus=bundles[index].gpus,
                 scheduling_strategy=strategy,

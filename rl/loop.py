@@ -191,7 +191,12 @@ class RLLoop:
             )
 
     def _scored(
-        self, results: tuple[RewardResult, ...], summary: GroupSummary, payload: Any, ticket: int, admitted: float
+        self,
+        results: tuple[RewardResult, ...],
+        summary: GroupSummary,
+        payload: Any,
+        ticket: int,
+        admitted: float,
     ) -> None:
         self._dropped_in_a_row = 0
         for i, result in enumerate(results):
@@ -209,10 +214,7 @@ class RLLoop:
         if groups is None:
             return
         algorithm = self.config.algorithm
-        ages = [
-            self.buffer.check_age(self.version, g.summary.oldest_version, g.summary.group)
-            for g in groups
-        ]
+        ages = [self.buffer.check_age(self.version, g.summary.oldest_version, g.summary.group) for g in groups]
         batch = TrainBatch(
             step=self.version,
             loss="grpo",

@@ -21,6 +21,8 @@ from conf.schema import TrackingConfig
 
 log = logging.getLogger("sightline.tracking")
 CLOSE_TIMEOUT_S = 60.0
+PLAIN_LINES = 40
+"""Lines that one stage prints at most, where there is no terminal to rewrite."""
 
 
 class Tracker:
@@ -70,9 +72,10 @@ class Tracker:
 
     def _drain(self) -> None:
         # The SQLite store announces every migration of an empty database.
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
         import mlflow
+
+        for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow.entities import Metric, Param
 
         client = mlflow.MlflowClient(tracking_uri=self.uri)
@@ -115,7 +118,8 @@ class Progress:
         shown = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if v is not None)
         text = f"[{time.monotonic() - self._began:6.1f}s] {stage} {done}/{total}  {shown}"
         if not self._live:
-            self.console.print(text, markup=False, soft_wrap=True)
+            if done == 1 or done == total or done % max(1, total // PLAIN_LINES) == 0:
+                self.console.print(text, markup=False, soft_wrap=True)
             return
         sys.stdout.write("\r\x1b[2K" + text[: self.console.width - 1])
         sys.stdout.flush()

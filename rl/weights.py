@@ -21,7 +21,7 @@ class WeightLedger:
     fetching: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.running = {worker: self.published for worker in range(self.workers)}
+        self.running = dict.fromkeys(range(self.workers), self.published)
 
     def publish(self, version: int) -> None:
         assert version > self.published, "versions only grow"

@@ -92,9 +92,7 @@ class RolloutService:
         self.limits = limits
         self._put, self._get = put, get
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = Backbone.load(
-            setup.checkpoint, setup.layout, dtype=getattr(torch, setup.dtype), device=device
-        )
+        self.backbone = Backbone.load(setup.checkpoint, setup.layout, dtype=getattr(torch, setup.dtype), device=device)
         slot_bytes = KVPool.bytes_per_slot(self.backbone.num_layers, *self.backbone.kv_shape, self.backbone.dtype)
         self.engine = Engine(self.backbone, setup.kv_memory_mb * 2**20 // slot_bytes, setup.max_streams)
         self.engine.version = setup.version

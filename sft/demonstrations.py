@@ -24,10 +24,16 @@ def script_for(
     thoughts = {task.chunk_of(t.time, chunk_seconds): t.text for t in task.thoughts}
     said: dict[int, list[str]] = {}
     for answer in task.answers:
-        turn = task.chunk_of(answer.time, chunk_seconds)
+        due = task.chunk_of(answer.time, chunk_seconds)
+        turn = due
         if rng.random() < config.late_probability:
             turn += int(rng.integers(config.late_min, config.late_max + 1))
-        said.setdefault(min(turn, turns - 1), []).append(answer.text)
+        turn = min(turn, turns - 1)
+        said.setdefault(turn, []).append(answer.text)
+        if config.pending_thought:
+            for pending in range(due, turn + 1):
+                thought = thoughts.get(pending, "")
+                thoughts[pending] = config.pending_thought.format(thought=thought, answer=answer.text)
     return tuple(
         ScriptedTurn(thoughts.get(turn, ""), " ".join(said[turn]) if turn in said else None) for turn in range(turns)
     )

@@ -52,6 +52,7 @@ def run_sft(
     settings = {
         "balance_decisions": float(config.sft.balance_decisions),
         "decision_weight_clamp": config.sft.decision_weight_clamp,
+        "answer_weight": config.sft.answer_weight,
     }
     samples = _samples(config, session, tasks, result, progress)
     pending: Any = None
@@ -65,7 +66,6 @@ def run_sft(
         pending = session.learner.train.options(num_returns=2).remote(batch)[0]
         consumed += [summary.group for summary, _ in groups]
     _collect(session, pending, config.sft.steps, result, tracker, progress)
-    samples.close()
     final = (config.root / "checkpoints" / "sft").resolve()
     partial = partial_path(final)
     session.call(session.learner.save.remote(str(partial), streaming), "the cold start's checkpoint")

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +25,9 @@ from streams.positions import QWEN2_5_VL_CONVENTION, PositionCursor
 from streams.video import normalize_patches, patchify
 
 ATTENTION_NAME = "sightline"
+# transformers hands the spans of a packed row to implementations with "flash" in their name and loops over the spans
+# for all others.
+VISION_ATTENTION_NAME = "sightline_flash_spans"
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 STREAMING_FILE = "streaming.json"
 SPARE_ROW_MULTIPLE = 128
@@ -41,9 +46,7 @@ _PROCESSOR_FILES = (
 class AttentionPlan(Protocol):
     """Who sees whom in one forward. q is [B, H, L, D]; k and v are [B, H_kv, L, D]; returns [B, L, H, D]."""
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-    ) -> torch.Tensor: ...
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor: ...
 
 
 def _planned_attention(
@@ -61,7 +64,43 @@ def _planned_attention(
     return plan.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
 
 
+def _vision_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Full attention inside each span of a packed row; q, k, v [1, H, L, D] -> [1, L, H, D].
+
+    Spans of one length share one SDPA call: a clip of small frames would otherwise cost one call per frame and layer.
+    """
+    if cu_seq_lens_q is None:
+        raise RuntimeError("the vision tower was called without the spans of its frames")
+    edges = cu_seq_lens_q.tolist()
+    by_length: dict[int, list[int]] = {}
+    for start, stop in pairwise(edges):
+        if stop > start:
+            by_length.setdefault(stop - start, []).append(start)
+    if len(by_length) == 1:
+        ((length, starts),) = by_length.items()
+        q, k, v = (t[0].unflatten(1, (len(starts), length)).transpose(0, 1) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        return out.transpose(1, 2).flatten(0, 1)[None], None
+    out = query.new_zeros((query.shape[2], query.shape[1], query.shape[3]))
+    for length, starts in by_length.items():
+        rows = torch.tensor(starts, device=query.device)[:, None] + torch.arange(length, device=query.device)
+        q, k, v = (t[0][:, rows].transpose(0, 1) for t in (query, key, value))
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        out = out.index_put((rows.reshape(-1),), mixed.transpose(1, 2).flatten(0, 1))
+    return out[None], None
+
+
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)
+AttentionInterface.register(VISION_ATTENTION_NAME, _vision_attention)
 
 
 @dataclass(frozen=True)
@@ -152,10 +191,12 @@ class Backbone:
             )
         # transformers draws a progress bar per load; five processes at once would fill the terminal with them.
         transformers_logging.disable_progress_bar()
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(source)
         add_streaming_tokens(model, tokenizer)
         model.config.text_config._attn_implementation = ATTENTION_NAME
+        model.config.vision_config._attn_implementation = VISION_ATTENTION_NAME
         model.config.use_cache = False
         model.eval()
         rows = model.get_output_embeddings().weight.shape[0]
@@ -214,9 +255,13 @@ class Backbone:
                 width // self.image.patch_size,
             )
             for chunk in clip:
-                patches.append(patchify(chunk, self.image.patch_size, self.image.temporal_patch_size, self.image.merge_size))
+                patches.append(
+                    patchify(chunk, self.image.patch_size, self.image.temporal_patch_size, self.image.merge_size)
+                )
             grids += [grid] * chunks
-        pixels = normalize_patches(torch.from_numpy(np.concatenate(patches)).to(self.device), self.image.mean, self.image.std)
+        pixels = normalize_patches(
+            torch.from_numpy(np.concatenate(patches)).to(self.device), self.image.mean, self.image.std
+        )
         grid_thw = torch.tensor(grids, dtype=torch.long, device=self.device)
         features = self.model.model.visual(pixels.to(self.dtype), grid_thw=grid_thw).pooler_output
         sizes = [int(np.prod(grid)) // self.image.merge_size**2 for grid in grids]
@@ -241,16 +286,20 @@ class Backbone:
     def save(self, path: Path, streaming: dict[str, Any]) -> None:
         """Write a standard Hugging Face checkpoint with tokenizer, chat template, processors and `streaming.json`."""
         path.mkdir(parents=True, exist_ok=True)
-        implementation = self.model.config.text_config._attn_implementation
-        # The registered name means nothing to other programs: the export must load with their default attention.
-        self.model.config.text_config._attn_implementation = "sdpa"
+        config = self.model.config
+        # The registered names mean nothing to other programs: the export must load with their default attention.
+        config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
         self.model.save_pretrained(path)
-        self.model.config.text_config._attn_implementation = implementation
+        config.text_config._attn_implementation = ATTENTION_NAME
+        config.vision_config._attn_implementation = VISION_ATTENTION_NAME
         self.tokenizer.save_pretrained(path)
         for name in _PROCESSOR_FILES:
             if (self.source / name).is_file() and self.source.resolve() != path.resolve():
                 (path / name).write_bytes((self.source / name).read_bytes())
-        streaming = {"position_convention": self.position_convention, "banned": list(self.layout.banned)} | streaming
+        streaming = {
+            "position_convention": self.position_convention,
+            "banned": list(self.layout.banned),
+        } | streaming
         (path / STREAMING_FILE).write_text(json.dumps(streaming, indent=2, sort_keys=True) + "\n")
 
 

@@ -161,9 +161,7 @@ def clip_timestamps(reader: Any, request: DecodeRequest) -> np.ndarray:
         )
     last_chunk = request.start + (request.num_chunks - 1) * request.chunk_seconds
     if last_chunk > held + usual:
-        raise DecodeError(
-            f"chunk {request.num_chunks - 1} starts at {last_chunk:g} s but the file holds {held:.2f} s"
-        )
+        raise DecodeError(f"chunk {request.num_chunks - 1} starts at {last_chunk:g} s but the file holds {held:.2f} s")
     return starts
 
 
@@ -175,9 +173,7 @@ def decode_clip(request: DecodeRequest) -> np.ndarray:
     try:
         reader = decord.VideoReader(request.video, num_threads=1)
         starts = clip_timestamps(reader, request)
-        times = frame_times(
-            request.start, request.num_chunks, request.chunk_seconds, request.frames_per_chunk
-        )
+        times = frame_times(request.start, request.num_chunks, request.chunk_seconds, request.frames_per_chunk)
         indices = causal_indices(starts, times, request.end)
         frames: dict[int, np.ndarray] = {}
         wanted = set(indices.ravel().tolist())
@@ -192,9 +188,7 @@ def decode_clip(request: DecodeRequest) -> np.ndarray:
     except StopIteration:
         raise DecodeError(f"the file promises {len(starts)} frames but ends after {index}") from None
     except (decord.DECORDError, RuntimeError, AssertionError) as error:
-        raise DecodeError(
-            f"decord cannot decode it, the file is truncated or damaged ({short(error)})"
-        ) from None
+        raise DecodeError(f"decord cannot decode it, the file is truncated or damaged ({short(error)})") from None
     if len({frame.shape for frame in frames.values()}) != 1:
         raise DecodeError("its frames change size on the way")
     return np.stack([np.stack([frames[int(i)] for i in row]) for row in indices])

@@ -104,9 +104,7 @@ def write_clip(
     import av
 
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(
-            f"frames of shape {list(frames.shape)}, type {frames.dtype} must be uint8 [n, h, w, 3]"
-        )
+        raise ValueError(f"frames of shape {list(frames.shape)}, type {frames.dtype} must be uint8 [n, h, w, 3]")
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"frames of {width}x{height} pixels: H.264 with 4:2:0 colour needs even sides")
@@ -117,7 +115,5 @@ def write_clip(
         # Threads would split the frame, the bytes would depend on the machine.
         stream.codec_context.thread_count = 1
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())

@@ -2,7 +2,7 @@
 
 Owner: streams. Each clip has one query and one answer. Modes (StreamTask.category), in equal numbers:
 now    - the colour of the shape that is visible; alert - the colour of the next shape, as soon as it appears;
-recall - the colour of the first shape, asked when it vanished more than `window` chunks ago.
+recall - the colour of the last shape, asked when it vanished more than `window` chunks ago.
 Invariants: colours of a clip's shapes are independent; answers are balanced over the colours within a mode;
 thoughts name only what is visible; the same config gives the same files; a folder that we did not write is
 never replaced.
@@ -103,9 +103,7 @@ def generate(root: str | Path, config: SyntheticConfig) -> GeneratedData:
     if _intact(root, config):
         return _result(root, config, fresh=False)
     if root.exists() and not _ours(root):
-        raise ValueError(
-            f"{root} exists and was not made by this generator: choose another folder for the data"
-        )
+        raise ValueError(f"{root} exists and was not made by this generator: choose another folder for the data")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the rename stays on one file system.
@@ -127,15 +125,12 @@ def generate(root: str | Path, config: SyntheticConfig) -> GeneratedData:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write the synthetic data to {root}: {error.strerror} "
-            "(free some space or choose another folder)",
+            f"cannot write the synthetic data to {root}: {error.strerror} (free some space or choose another folder)",
         ) from error
     return _result(root, config, fresh=True)
 
 
-def make_task(
-    config: SyntheticConfig, split: str, index: int, mode: str, colour: str
-) -> tuple[StreamTask, Scene]:
+def make_task(config: SyntheticConfig, split: str, index: int, mode: str, colour: str) -> tuple[StreamTask, Scene]:
     """Clip number `index` of a split: its task, with a video path relative to the folder, and its scene."""
     rng = _rng(config, split, index)
     shapes, asked, due = _MAKERS[mode](config, rng, colour)
@@ -184,7 +179,7 @@ def make_task(
 
 _QUESTIONS = {
     "now": "What colour is the shape now?",
-    "recall": "What colour was the first shape?",
+    "recall": "What colour was the last shape?",
     "alert": "Say the colour of the next shape as soon as it appears.",
 }
 
@@ -204,19 +199,25 @@ def _make_now(config: SyntheticConfig, rng: np.random.Generator, colour: str) ->
 
 def _make_recall(config: SyntheticConfig, rng: np.random.Generator, colour: str) -> Made:
     earliest, latest = config.due_range
-    # Neither the last chunk in which the shape is visible nor its text may be within `window` turns of the
-    # query.
-    options = [
-        (first, first + length, asked)
-        for first in range(3)
-        for length in (2, 3, 4)
-        for asked in range(max(earliest, first + length + config.window), latest + 1)
-    ]
-    first, stop, asked = options[rng.integers(len(options))]
+
+    def options(firsts: range) -> list[tuple[int, int, int]]:
+        # Neither the last chunk in which the shape is visible nor its text may be within `window` turns of the
+        # query.
+        return [
+            (first, first + length, asked)
+            for first in firsts
+            for length in (2, 3, 4)
+            for asked in range(max(earliest, first + length + config.window), latest + 1)
+        ]
+
+    # In half of the clips an earlier shape, so that the only colour of the clip is not always the answer.
+    distracted = options(range(2, 5)) if rng.random() < 0.5 else []
+    possible = distracted or options(range(3))
+    first, stop, asked = possible[rng.integers(len(possible))]
     shapes = [(first, stop, colour)]
-    if rng.random() < 0.5:
-        begin = int(rng.integers(stop + 1, asked + 1))
-        shapes.append((begin, begin + int(rng.integers(2, 5)), _any_colour(rng)))
+    if distracted:
+        begin = int(rng.integers(0, first - 1))
+        shapes.insert(0, (begin, int(rng.integers(begin + 1, first)), _any_colour(rng)))
     return shapes, asked, asked
 
 
@@ -312,9 +313,7 @@ def _intact(root: Path, config: SyntheticConfig) -> bool:
     sizes = manifest.get("sizes")
     if manifest.get("hash") != _config_hash(config) or not isinstance(sizes, dict):
         return False
-    return all(
-        (root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items()
-    )
+    return all((root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items())
 
 
 def _result(root: Path, config: SyntheticConfig, *, fresh: bool) -> GeneratedData:

@@ -16,6 +16,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.utils import logging as transformers_logging
 
 QWEN_CONTROL_TOKENS = (
     "<|endoftext|>",
@@ -55,6 +56,8 @@ _CORPUS = (
     "Say the colour of the next shape as soon as it appears.\n\n",
     "red green blue yellow nothing\nred\ngreen\nblue\nyellow\nnothing\n",
     "a red square, a green circle, a blue triangle, a yellow square\n\n\n",
+    "nothing answer red, red answer red, green answer green, blue answer blue, yellow answer yellow\n",
+    "nothing answer green, nothing answer blue, nothing answer yellow\n",
     "system\nuser\nassistant\nThe answer is yes. The answer is no. A. B. C. D.\n\n",
     "How many shapes are there? There are two shapes. Which one is first?\n",
 )
@@ -94,7 +97,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     trainee.train_from_iterator(_CORPUS * 4, trainer)
     model = json.loads(trainee.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)  # type: ignore[arg-type]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_CONTROL_TOKENS])
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.eos_token = "<|im_end|>"
@@ -120,7 +123,11 @@ def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig:
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": spec.rope_theta,
-                "mrope_section": [head // 2 - 2 * (quarter + quarter // 2), quarter + quarter // 2, quarter + quarter // 2],
+                "mrope_section": [
+                    head // 2 - 2 * (quarter + quarter // 2),
+                    quarter + quarter // 2,
+                    quarter + quarter // 2,
+                ],
             },
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
@@ -161,6 +168,7 @@ def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embeddin
 def build_tiny(path: Path, spec: TinySpec | None = None, *, seed: int = 0, gain: float = 1.0, std: float = 0.5) -> Path:
     """Write a tiny checkpoint (model, tokenizer, chat template, image processor settings) to `path`."""
     spec = spec or TinySpec()
+    transformers_logging.disable_progress_bar()
     tokenizer = build_tokenizer()
     model = Qwen2_5_VLForConditionalGeneration(build_config(spec, tokenizer))
     initialise(model, seed, gain=gain, embedding_std=std)

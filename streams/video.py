@@ -112,9 +112,7 @@ class Clip:
         return int(self.frames.nbytes + self.frame_times.nbytes)
 
 
-def patchify(
-    frames: np.ndarray, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
-) -> np.ndarray:
+def patchify(frames: np.ndarray, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2) -> np.ndarray:
     """uint8 [T, H, W, 3] to the rows that Qwen2-VL's processors make: uint8 [patches, 3 * time * patch *
     patch].
 
@@ -123,13 +121,7 @@ def patchify(
     """
     count, height, width, channels = frames.shape
     side = patch_size * merge_size
-    if (
-        frames.dtype != np.uint8
-        or channels != 3
-        or count % temporal_patch_size
-        or height % side
-        or width % side
-    ):
+    if frames.dtype != np.uint8 or channels != 3 or count % temporal_patch_size or height % side or width % side:
         raise ValueError(
             f"frames of shape {list(frames.shape)} and type {frames.dtype} must be uint8 [T, H, W, 3] with T "
             f"a multiple of {temporal_patch_size} and H, W multiples of {side}"
@@ -146,9 +138,7 @@ def patchify(
         channels,
     )
     rows_first = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return np.ascontiguousarray(rows_first).reshape(
-        -1, channels * temporal_patch_size * patch_size * patch_size
-    )
+    return np.ascontiguousarray(rows_first).reshape(-1, channels * temporal_patch_size * patch_size * patch_size)
 
 
 def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -156,9 +146,7 @@ def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequenc
     import torch  # here, so that readers of this module need not load it
 
     if patches.dtype != torch.uint8 or patches.shape[-1] % 3:
-        raise ValueError(
-            f"patches of shape {list(patches.shape)} and type {patches.dtype} must be uint8 [.., 3 * n]"
-        )
+        raise ValueError(f"patches of shape {list(patches.shape)} and type {patches.dtype} must be uint8 [.., 3 * n]")
     shape = (*patches.shape[:-1], 3, patches.shape[-1] // 3)
     unit = patches.reshape(shape).to(torch.float32) / 255
     centre = torch.tensor(mean, dtype=torch.float32, device=patches.device)[:, None]
@@ -194,9 +182,7 @@ class _Child:
         except (EOFError, OSError):
             pass
         how = self.stop()
-        raise RuntimeError(
-            f"the video decode process did not start (waited {START_TIMEOUT_S:g} s at most): {how}"
-        )
+        raise RuntimeError(f"the video decode process did not start (waited {START_TIMEOUT_S:g} s at most): {how}")
 
     def ask(self, request: DecodeRequest, give_up: float) -> Any:
         """The reply, or None when it did not come before `give_up` (the child must then be stopped)."""
@@ -305,8 +291,7 @@ class ClipReader:
             )
         raise VideoError(
             request.video,
-            f"decoding did not finish within data.video.decode_timeout_s={limit:g} s; "
-            "the decode process was ended",
+            f"decoding did not finish within data.video.decode_timeout_s={limit:g} s; the decode process was ended",
         )
 
     @property

@@ -8,6 +8,7 @@ a turn that chose to respond, or by their `until` turn.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,7 +70,7 @@ class StreamWriter:
             self._append(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM, version)
         # One append per run of the same kind: only the video run has positions of its own.
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), len(kinds)]
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             self._append(ids[a:b], Kind(int(kinds[a])), version, chunk if kinds[a] == Kind.VIDEO else None)
         if chunk is not None:
             self.log.add_chunk(chunk)

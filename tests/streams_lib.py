@@ -21,7 +21,12 @@ from streams.memory import MemoryConfig, knobs, make_policy
 from streams.tiny import build_tiny
 from streams.writer import QueryInput, TurnInput
 
-QUERIES = ("What colour is the shape now?", "Say when it appears.", "yes?", "How many shapes are there? Which is first?")
+QUERIES = (
+    "What colour is the shape now?",
+    "Say when it appears.",
+    "yes?",
+    "How many shapes are there? Which is first?",
+)
 GRIDS = ((1, 1, 1), (1, 2, 2), (1, 1, 2), (1, 2, 1), (2, 2, 2))
 
 

@@ -125,9 +125,7 @@ def test_duplicate_ids(tmp_path):
 
 def test_bytes_that_are_not_utf8_cost_their_line(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_bytes(
-        json.dumps(ROW).encode() + b"\r\n" + b'{"id": "\xff"}\r\n' + json.dumps(changed(id="c")).encode()
-    )
+    path.write_bytes(json.dumps(ROW).encode() + b"\r\n" + b'{"id": "\xff"}\r\n' + json.dumps(changed(id="c")).encode())
     found = load_tasks(path)
     assert [task.id for task in found.tasks] == ["a", "c"]
     assert found.skipped[0].source.endswith(":2")
@@ -135,9 +133,7 @@ def test_bytes_that_are_not_utf8_cost_their_line(tmp_path):
 
 
 def test_missing_empty_and_useless_files(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere.jsonl does not exist \(set data\.\* or run job=data\)"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl does not exist \(set data\.\* or run job=data\)"):
         load_tasks(tmp_path / "nowhere.jsonl")
     with pytest.raises(FileNotFoundError, match="is not a file"):
         load_tasks(tmp_path)
@@ -200,9 +196,7 @@ def tasks(draw):
         index = draw(st.integers(0, len(queries) - 1))
         time = draw(st.floats(queries[index].time, 9.5))
         answers.append(ExpectedAnswer(time, draw(TEXT), draw(st.sampled_from(ANSWER_KINDS)), index))
-    thoughts = tuple(
-        TimedThought(time, draw(st.just("") | TEXT)) for time in draw(st.lists(times, max_size=2))
-    )
+    thoughts = tuple(TimedThought(time, draw(st.just("") | TEXT)) for time in draw(st.lists(times, max_size=2)))
     category = draw(st.sampled_from(["", "now"]))
     return StreamTask(draw(TEXT), "/v/x.mp4", 0.5, 10.0, tuple(queries), tuple(answers), thoughts, category)
 

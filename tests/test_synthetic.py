@@ -67,11 +67,11 @@ def check_clip(config, mode, colour, task, scene):
     assert [task.chunk_of(thought.time, seconds) for thought in task.thoughts] == list(range(scene.chunks))
     if mode == "recall":
         assert asked == due
-        assert scene.shown[0].colour == colour
-        assert scene.shown[0].first <= 2
-        # Neither picture nor note of the first shape lies in the last `window` turns or in this one.
-        assert asked - (scene.shown[0].stop - 1) >= config.window + 1
-        assert all(shape is not scene.shown[0] for shape in seen[asked - config.window :])
+        last = scene.shown[-1]
+        assert last.colour == colour
+        # Neither picture nor note of any shape lies in the last `window` turns or in this one.
+        assert asked - (last.stop - 1) >= config.window + 1
+        assert all(shape is None for shape in seen[asked - config.window :])
         return
     target = seen[due]
     assert target is scene.shown[-1]
@@ -104,9 +104,7 @@ def test_every_clip_keeps_the_contract():
 )
 def test_other_windows_and_lengths(window, low, more, seconds, seed):
     high = max(low, window + 8, 11) + more
-    config = SyntheticConfig(
-        9, 3, window=window, seed=seed, chunk_seconds=seconds, min_turns=low, max_turns=high
-    )
+    config = SyntheticConfig(9, 3, window=window, seed=seed, chunk_seconds=seconds, min_turns=low, max_turns=high)
     for mode, colour, task, scene in both_splits(config):
         check_clip(config, mode, colour, task, scene)
 

@@ -61,9 +61,7 @@ def test_config_names_its_key(field, value):
 # ---- frame grid ----
 
 
-@given(
-    st.floats(0, 1e4), st.integers(1, 20), st.integers(1, 20), st.floats(0.1, 10), st.sampled_from([2, 4, 8])
-)
+@given(st.floats(0, 1e4), st.integers(1, 20), st.integers(1, 20), st.floats(0.1, 10), st.sampled_from([2, 4, 8]))
 def test_a_longer_clip_has_the_same_earlier_times(start, chunks, more, seconds, per_chunk):
     short = frame_times(start, chunks, seconds, per_chunk)
     long = frame_times(start, chunks + more, seconds, per_chunk)
@@ -151,9 +149,7 @@ def test_variable_frame_rate(tmp_path, reader):
     times = [*range(30), *range(50, 80)]
     path = write_encoded(tmp_path / "vfr.mp4", grey_ramp(60), times, {"preset": "medium"})
     clip = reader.read(path, 0.0, 8.0, 8)
-    expected = [
-        [max(i for i, at in enumerate(times) if at / 10 <= t) for t in row] for row in clip.frame_times
-    ]
+    expected = [[max(i for i, at in enumerate(times) if at / 10 <= t) for t in row] for row in clip.frame_times]
     assert expected[3:5] == [[29, 29], [29, 29]]
     np.testing.assert_allclose([[frame_number(f) for f in row] for row in clip.frames], expected, atol=0.6)
 

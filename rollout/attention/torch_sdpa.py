@@ -63,9 +63,7 @@ class TorchPagedPlan:
         prefill = [s for s in segments if s.rows > 1]
         self.buckets = [_bucket(part, groups, device) for part in (decode, prefill) if part]
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """q [1, H, N, D], k and v [1, H_kv, N, D] of the packed row -> [1, N, H, D]."""
         pool = self.pool.kv[layer]
         pool.index_copy_(0, self.new_slots, torch.stack((k[0].transpose(0, 1), v[0].transpose(0, 1)), dim=1))

@@ -39,7 +39,13 @@ def mask_mod(
 def block_mask(expiry: torch.Tensor, lane: torch.Tensor, block: int = 128) -> BlockMask:
     rows, length = expiry.shape
     return create_block_mask(
-        mask_mod(expiry, lane), B=rows, H=None, Q_LEN=length, KV_LEN=length, device=expiry.device, BLOCK_SIZE=block
+        mask_mod(expiry, lane),
+        B=rows,
+        H=None,
+        Q_LEN=length,
+        KV_LEN=length,
+        device=expiry.device,
+        BLOCK_SIZE=block,
     )
 
 
@@ -49,9 +55,7 @@ class DensePlan:
 
     mask: torch.Tensor
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scaling)
@@ -64,8 +68,6 @@ class FlexPlan:
 
     mask: BlockMask
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         out = flex_attention(q, k, v, block_mask=self.mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)

@@ -1,0 +1,159 @@
+"""The reward of a stream: configured terms, multiplied or summed per expected answer, then averaged.
+
+Owner: rewards. Invariants: a total lies in [0, 1] and does not depend on the order of the terms; a term
+that raises, or returns something else than one value in [0, 1] per answer, costs that stream (total 0,
+`failed` names the cause), never the run; settings that cannot work are refused when the config is made.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rewards import format as _format  # noqa: F401  (registers its term)
+from rewards.correctness import correct_answers
+from rewards.outcome import StreamOutcome, match_answers
+from rewards.registry import Term, build
+from rewards.timing import Timing
+
+COMBINES = ("product", "weighted_sum")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """terms: name -> parameters. Two parameters are read here and not passed on: `target`, the dotted path or
+    name of the term if it is not the key itself; `weight` (> 0, default 1), with combine=weighted_sum only.
+
+    There are no default terms: a config file's terms would be merged with them, not replace them.
+    """
+
+    combine: str = "product"
+    terms: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.combine not in COMBINES:
+            raise ValueError(f"reward.combine={self.combine!r} is not one of {', '.join(COMBINES)}")
+        for name, params in self.terms.items():
+            _read_term(name, params, self.combine)
+
+    @classmethod
+    def quickstart(cls) -> RewardConfig:
+        """correctness x timing: 1 in the due chunk, 0.25 less per chunk after it, nothing before it."""
+        return cls("product", {"correctness": {}, "timing": {}})
+
+
+@dataclass(frozen=True)
+class AnswerResult:
+    """correct: the matched response is right, whatever its time. value: this answer's part of the total."""
+
+    index: int
+    category: str
+    response_turn: int | None
+    due_turn: int
+    correct: bool
+    timing: float
+    value: float
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """components: mean per term over the answers. failed: a failed call's cause, with the stream's id."""
+
+    total: float
+    components: dict[str, float]
+    answers: tuple[AnswerResult, ...]
+    failed: str | None = None
+
+
+class Reward:
+    """The configured reward; call it with a stream's outcome."""
+
+    def __init__(self, terms: Mapping[str, tuple[Term, float]], combine: str) -> None:
+        if not terms:
+            raise ValueError("reward.terms is empty: name at least one term, for example reward.terms.correctness={}")
+        # Floating-point products depend on their order; a config's order of keys must not.
+        self._terms = {name: terms[name] for name in sorted(terms)}
+        self._combine = combine
+        given = [term for term, _ in self._terms.values() if isinstance(term, Timing)]
+        self._timing = given[0] if given else Timing()
+
+    @classmethod
+    def from_config(cls, config: RewardConfig) -> Reward:
+        return cls(
+            {name: _read_term(name, params, config.combine) for name, params in config.terms.items()},
+            config.combine,
+        )
+
+    def __call__(self, outcome: StreamOutcome) -> RewardResult:
+        values, failed = self._call_terms(outcome)
+        count = len(outcome.task.answers)
+        combined = np.zeros(count) if failed else self._combined(values)
+        timing, correct = self._timing(outcome), correct_answers(outcome)
+        answers = tuple(
+            AnswerResult(
+                index=match.index,
+                category=outcome.task.category,
+                response_turn=match.response_turn,
+                due_turn=match.due_turn,
+                correct=correct[match.index],
+                timing=float(timing[match.index]),
+                value=float(combined[match.index]),
+            )
+            for match in match_answers(outcome)
+        )
+        # A failed stream still has every component, so that means over streams keep their denominators.
+        components = {name: 0.0 if failed else float(values[name].mean()) for name in self._terms}
+        return RewardResult(float(combined.mean()), components, answers, failed)
+
+    def _call_terms(self, outcome: StreamOutcome) -> tuple[dict[str, np.ndarray], str | None]:
+        """Every term's values, or the cause if one failed: the boundary around a user's reward code."""
+        values: dict[str, np.ndarray] = {}
+        for name, (term, _) in self._terms.items():
+            try:
+                values[name] = _checked(term(outcome), len(outcome.task.answers))
+            except Exception as error:  # noqa: BLE001  (the named boundary: costs this stream, not the run)
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                cause = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+                return {}, f"stream {outcome.task.id}: reward.terms.{name}: {cause}"
+        return values, None
+
+    def _combined(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        if self._combine == "product":
+            return np.prod(np.stack(list(values.values())), axis=0)
+        # The two sums run in the same order, so that a perfect stream is worth exactly 1.
+        total, weights = np.zeros_like(next(iter(values.values()))), 0.0
+        for name, (_, weight) in self._terms.items():
+            total = total + weight * values[name]
+            weights += weight
+        return total / weights
+
+
+def _checked(value: Any, count: int) -> np.ndarray:
+    array = np.asarray(value, dtype=np.float64)
+    if array.shape != (count,):
+        raise ValueError(f"returned shape {array.shape}; return one value per expected answer, shape ({count},)")
+    wrong = array[~((array >= 0) & (array <= 1))]
+    if wrong.size:
+        raise ValueError(f"returned {wrong[0]}; every value must lie in [0, 1]")
+    return array
+
+
+def _read_term(name: str, params: Any, combine: str) -> tuple[Term, float]:
+    key = f"reward.terms.{name}"
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{key}={params!r} must be a mapping of parameters; write {{}} for none")
+    weight, target = params.get("weight", 1.0), params.get("target", name)
+    if "weight" in params and combine != "weighted_sum":
+        raise ValueError(f"{key}.weight={weight!r} has a meaning only with reward.combine=weighted_sum; drop it")
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight) or weight <= 0:
+        raise ValueError(f"{key}.weight={weight!r} must be a number above 0; remove the term to switch it off")
+    if not isinstance(target, str):
+        raise ValueError(f"{key}.target={target!r} must be a term's name or package.module:attribute")
+    own = {param: value for param, value in params.items() if param not in ("weight", "target")}
+    return build(target, own, key), float(weight)

@@ -1,0 +1,125 @@
+"""Which response answers which expected answer: the one matching rule that every reward term reads.
+
+Owner: rewards. Turn indices are chunk indices of `StreamTask.chunk_of`. Invariants: a response belongs to
+one answer at most and an answer to one response at most; no response before its query's turn is ever
+matched; only turns that the stream really had count, so an answer due after the last turn stays unanswered
+unless it was answered early.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from streams.task import StreamTask
+from streams.turns import ParsedTurn
+
+
+@dataclass(frozen=True)
+class StreamOutcome:
+    """What a stream was asked and what it did: all that a reward term may look at."""
+
+    task: StreamTask
+    turns: tuple[ParsedTurn, ...]
+    chunk_seconds: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.chunk_seconds) and self.chunk_seconds > 0):
+            raise ValueError(
+                f"data.video.chunk_seconds={self.chunk_seconds} must be a positive number of seconds: "
+                "turns cannot be placed in time without it"
+            )
+
+
+@dataclass(frozen=True)
+class AnswerMatch:
+    """Expected answer number `index` and the response that went to it (None, None if nothing did)."""
+
+    index: int
+    query_turn: int
+    due_turn: int
+    response_turn: int | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class DueAnswer:
+    """An expected answer placed on the stream's turns."""
+
+    index: int
+    query: int
+    query_turn: int
+    due_turn: int
+    time: float
+
+
+def due_answers(task: StreamTask, chunk_seconds: float) -> tuple[DueAnswer, ...]:
+    """The expected answers of `task` in its own order, in turns."""
+    return tuple(
+        DueAnswer(
+            index=i,
+            query=answer.query,
+            query_turn=task.chunk_of(task.queries[answer.query].time, chunk_seconds),
+            due_turn=task.chunk_of(answer.time, chunk_seconds),
+            time=answer.time,
+        )
+        for i, answer in enumerate(task.answers)
+    )
+
+
+def most_recently_due(waiting: Collection[DueAnswer], turn: int) -> DueAnswer | None:
+    """The unanswered answer that became due last at or before `turn`; of equals, the first in the task."""
+    due = [answer for answer in waiting if answer.due_turn <= turn]
+    return max(due, key=lambda answer: (answer.time, -answer.index), default=None)
+
+
+def _answered_early(waiting: Collection[DueAnswer], turn: int) -> DueAnswer | None:
+    """The unanswered answer of the query asked last; of that query's answers, the one due next."""
+    asked = [answer for answer in waiting if answer.query_turn <= turn]
+    # Queries are sorted by time, so a later index was asked later, within one turn too.
+    return max(asked, key=lambda answer: (answer.query, -answer.time, -answer.index), default=None)
+
+
+def match_answers(outcome: StreamOutcome) -> tuple[AnswerMatch, ...]:
+    """One match per expected answer, in the task's order.
+
+    Responses are taken in time order. Each goes to the most recently due unanswered answer; if none is due,
+    to the unanswered answer of the query asked last (an early response). With one query and one answer this
+    is the first response in or after the query's turn.
+    """
+    return _assign(outcome)[0]
+
+
+def spare_responses(outcome: StreamOutcome) -> int:
+    """How many responses answered nothing: said before any query, or after every answer had its response."""
+    return _assign(outcome)[1]
+
+
+def _assign(outcome: StreamOutcome) -> tuple[tuple[AnswerMatch, ...], int]:
+    answers = due_answers(outcome.task, outcome.chunk_seconds)
+    waiting = {answer.index: answer for answer in answers}
+    taken: dict[int, ParsedTurn] = {}
+    spare = 0
+    for turn in sorted(outcome.turns, key=lambda t: t.turn):
+        if turn.response is None:
+            continue
+        found = most_recently_due(waiting.values(), turn.turn) or _answered_early(waiting.values(), turn.turn)
+        if found is None:
+            spare += 1
+            continue
+        del waiting[found.index]
+        taken[found.index] = turn
+    matches = []
+    for answer in answers:
+        said = taken.get(answer.index)
+        matches.append(
+            AnswerMatch(
+                index=answer.index,
+                query_turn=answer.query_turn,
+                due_turn=answer.due_turn,
+                response_turn=None if said is None else said.turn,
+                response=None if said is None else said.response,
+            )
+        )
+    return tuple(matches), spare
