@@ -254,10 +254,10 @@ class Backbone:
                 height // self.image.patch_size,
                 width // self.image.patch_size,
             )
-            for chunk in clip:
-                patches.append(
-                    patchify(chunk, self.image.patch_size, self.image.temporal_patch_size, self.image.merge_size)
-                )
+            patches += [
+                patchify(chunk, self.image.patch_size, self.image.temporal_patch_size, self.image.merge_size)
+                for chunk in clip
+            ]
             grids += [grid] * chunks
         pixels = normalize_patches(
             torch.from_numpy(np.concatenate(patches)).to(self.device), self.image.mean, self.image.std

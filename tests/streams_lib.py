@@ -15,8 +15,8 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from rollout.engine import Engine, StreamRequest
 from rollout.sampler import stream_seed
 from streams.backbone import Backbone
-from streams.layout import LayoutConfig
-from streams.log import NEVER, ChunkRecord, LogHeader, StreamLog
+from streams.layout import Layout, LayoutConfig
+from streams.log import NEVER, ChunkRecord, Kind, LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy
 from streams.tiny import build_tiny
 from streams.writer import QueryInput, TurnInput
@@ -30,9 +30,22 @@ QUERIES = (
 GRIDS = ((1, 1, 1), (1, 2, 2), (1, 1, 2), (1, 2, 1), (2, 2, 2))
 
 
+WORDS = ("red", "green", "nothing", " answer", "\n", "\n\n", " red", ".")
+
+
 def loud_backbone(folder: Path, dtype: torch.dtype, layout: LayoutConfig | None = None) -> Backbone:
+    """A loud tiny backbone that may only write a few words and the layout's tokens.
+
+    With the whole vocabulary open, random weights hardly ever end a turn or decide anything by themselves.
+    """
     path = build_tiny(folder / "loud", seed=7, gain=2.0, std=1.0)
-    return Backbone.load(path, layout or LayoutConfig(think_budget=5, max_new_tokens=10), dtype=dtype)
+    config = layout or LayoutConfig(think_budget=5, max_new_tokens=10)
+    backbone = Backbone.load(path, config, dtype=dtype)
+    tokens = backbone.layout.tokens
+    allowed = {tokens.im_end, tokens.silent, tokens.response, tokens.think, tokens.think_end}
+    allowed |= {token for word in WORDS for token in backbone.tokenizer.encode(word)}
+    backbone.layout.banned = tuple(i for i in range(backbone.layout.vocab_rows) if i not in allowed)
+    return Backbone(backbone.model, backbone.tokenizer, backbone.layout, backbone.image, path)
 
 
 @contextmanager
@@ -114,3 +127,40 @@ def run(backbone: Backbone, requests: list[StreamRequest], max_streams: int = 16
 
 def joined_features(r: StreamRequest) -> torch.Tensor:
     return torch.cat(r.features)
+
+
+def brute_force_expiry(
+    log: StreamLog, turns: tuple[TurnInput, ...], memory: MemoryConfig, layout: Layout
+) -> np.ndarray:
+    """Expiry from the policy's definition, token by token, with no code shared with the writer; int64 [L]."""
+    count = log.num_turns
+    start = [int(np.flatnonzero(log.turn == t)[0]) for t in range(count)]
+
+    def start_of(turn: int) -> int:
+        return start[turn] if turn < count else NEVER
+
+    def nth_video_turn_after(turn: int, n: int) -> int:
+        later = [t for t in range(turn + 1, count) if turns[t].chunk is not None]
+        return start[later[n - 1]] if len(later) >= n else NEVER
+
+    responded = [
+        bool(((log.turn == t) & (log.ids == layout.tokens.response) & (log.kind == Kind.DECISION)).any())
+        for t in range(count)
+    ]
+    expiry = np.full(len(log), NEVER, np.int64)
+    for i in range(len(log)):
+        kind, turn = Kind(int(log.kind[i])), int(log.turn[i])
+        if memory.name == "full" or kind == Kind.SYSTEM:
+            continue
+        if kind == Kind.VIDEO:
+            expiry[i] = nth_video_turn_after(turn, memory.window)
+        elif memory.name == "recent_frames" and kind == Kind.QUERY:
+            query = turns[turn].query
+            closes = query.until_turn
+            if closes is None:
+                closes = next((t for t in range(turn, count) if responded[t]), NEVER)
+            if closes < count:
+                expiry[i] = max(start_of(closes + 1), start_of(turn + memory.window))
+        elif memory.name == "recent_frames":
+            expiry[i] = start_of(turn + memory.window)
+    return expiry
