@@ -285,6 +285,8 @@ def describe(config: RunConfig) -> list[str]:
 def preflight(config: RunConfig) -> None:
     """What can be known to fail before any actor starts."""
     from rl.buffer import AgeBound
+    from streams.backbone import is_hub_id
+    from streams.dataset import load_tasks
 
     algorithm = config.algorithm
     AgeBound(algorithm.groups_in_flight, algorithm.groups_per_step, config.weights.max_lag)
@@ -293,8 +295,23 @@ def preflight(config: RunConfig) -> None:
     for split in needed:
         given = getattr(config.data, split)
         path = Path(given) if given else config.root / "data" / f"{split}.jsonl"
-        if not path.is_file() and (given or "data" not in stages):
-            raise FileNotFoundError(f"data.{split}: {path} does not exist (set data.{split} or run job=data first)")
+        if given or "data" not in stages:
+            if not path.is_file():
+                raise FileNotFoundError(f"data.{split}: {path} does not exist (set data.{split} or run job=data first)")
+            # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
+            load_tasks(path)
+    for key, value in (
+        ("model.path", config.model.path),
+        ("algorithm.init", config.algorithm.init),
+        ("eval.checkpoint", config.eval.checkpoint),
+    ):
+        if value not in ("", "auto") and not Path(value).expanduser().is_dir() and not is_hub_id(value):
+            raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
+    if stages == {"eval"} and config.eval.checkpoint == "auto" and not config.model.path:
+        if not list(config.root.glob("checkpoints/**/hf")):
+            raise FileNotFoundError(
+                f"job=eval: no checkpoint under {config.root / 'checkpoints'}; run job=sft first or set eval.checkpoint"
+            )
 
 
 def _clear_outputs(root: Path, stages: list[str]) -> None:
@@ -338,10 +355,11 @@ def main(raw: DictConfig) -> None:
     try:
         config = load_config(raw)
         preflight(config)
-    except (ValueError, FileNotFoundError) as error:
+        run = Run(config)
+    except (ValueError, FileNotFoundError, TimeoutError) as error:
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
-    Run(config).run()
+    run.run()
 
 
 if __name__ == "__main__":

@@ -346,6 +346,7 @@ class RLLoop:
             "rollout/dropped_groups": float(len(self.result.skipped)),
             "buffer/ready": float(self.buffer.ready),
             "busy/learner": self._learner_busy_s / (now - self._began),
+            "busy/workers": float(np.mean([s.busy_share for s in swaps])) if swaps else None,
             "swap/pause_s": max((s.pause_s for s in swaps), default=None),
             "swap/fetch_s": max((s.fetch_s for s in swaps), default=None),
             "mismatch/worker_max": monitor.max,

@@ -116,8 +116,8 @@ class RolloutService:
         self._stopping = False
         self._finished_streams = 0
         self._clips_encoded = 0
-        self._busy_s = 0.0
-        self._born = time.monotonic()
+        self._busy_s = self._busy_at_swap = 0.0
+        self._born = self._swapped_at = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -251,7 +251,11 @@ class RolloutService:
             self.engine.version = staged.version
             if staged.touches_tower:
                 self._features.clear()
-        future.set_result(SwapReport(self.worker, self.engine.version, fetch_s, time.monotonic() - began))
+        now = time.monotonic()
+        busy, self._busy_at_swap = self._busy_s - self._busy_at_swap, self._busy_s
+        since, self._swapped_at = now - self._swapped_at, now
+        report = SwapReport(self.worker, self.engine.version, fetch_s, now - began, busy / since if since else 0.0)
+        future.set_result(report)
 
     def _start(self, group: _Group) -> None:
         task = group.task

@@ -303,12 +303,17 @@ class Backbone:
         (path / STREAMING_FILE).write_text(json.dumps(streaming, indent=2, sort_keys=True) + "\n")
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder has the form of a hub id, owner/name."""
+    return not path.startswith((".", "/", "~")) and path.count("/") == 1
+
+
 def resolve_checkpoint(path: str) -> Path:
     """A local folder as it is, a hub id through the hub's cache (downloads on first use)."""
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise FileNotFoundError(f"model.path={path}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 

@@ -138,12 +138,16 @@ class WeightsUpdate:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """A worker has swapped to `version`: seconds to fetch in the background, seconds the engine stood still."""
+    """A worker has swapped to `version`: seconds to fetch in the background, seconds the engine stood still.
+
+    busy_share: share of the time since the swap before in which the engine had work.
+    """
 
     worker: int
     version: int
     fetch_s: float
     pause_s: float
+    busy_share: float
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""Scoring: packing, the two masks, the chunked head. The learner's block mask is the engine's own record."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streams.log import NEVER
+from streams.memory import MemoryConfig
+from streams.scoring.logprobs import score_rows
+from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
+from streams.scoring.packing import pack, plan_micro_batches, plan_rows
+from streams.scoring.stats import LogpDiff
+from tests.streams_lib import joined_features, loud_backbone, norms_in_input_dtype, random_turns, request, run
+
+
+@pytest.fixture(scope="module")
+def fp64(tmp_path_factory):
+    with norms_in_input_dtype():
+        yield loud_backbone(tmp_path_factory.mktemp("scoring"), torch.float64)
+
+
+@pytest.fixture(scope="module")
+def logged(fp64):
+    rng = np.random.default_rng(0)
+    memory = [MemoryConfig("full"), MemoryConfig("rcsm", 2), MemoryConfig("recent_frames", 2)]
+    requests = [request(fp64, memory[i % 3], random_turns(fp64, rng, 4 + i), f"s{i}") for i in range(6)]
+    return requests, run(fp64, requests)
+
+
+def brute_force(expiry, lane):
+    length = len(expiry)
+    return np.array(
+        [[k <= q < expiry[k] and lane[k] <= lane[q] for k in range(length)] for q in range(length)], bool
+    ).reshape(length, length)
+
+
+EXPIRY = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 1)), min_size=1, max_size=40)
+
+
+@given(EXPIRY)
+@settings(max_examples=100, deadline=None)
+def test_dense_mask_is_the_predicate(tokens):
+    expiry = np.array([i + 1 + e for i, (e, _) in enumerate(tokens)])
+    lane = np.array([lane for _, lane in tokens])
+    dense = dense_mask(torch.from_numpy(expiry)[None], torch.from_numpy(lane)[None])[0, 0].numpy()
+    assert (dense == brute_force(expiry, lane)).all()
+
+
+def test_packed_streams_score_as_each_alone_and_padding_changes_nothing(fp64, logged):
+    requests, logs = logged
+    features = torch.cat([joined_features(r) for r in requests])
+    alone = []
+    for r, log in zip(requests, logs, strict=True):
+        rows = pack([log], [[0]])
+        alone.append(score_rows(fp64, rows, joined_features(r)))
+    for layout in ([[0, 1, 2, 3, 4, 5]], [[5, 0], [3], [1, 2, 4]]):
+        rows = pack(logs, layout)
+        scores = score_rows(fp64, rows, features)
+        for i, single in enumerate(alone):
+            mine = rows.stream == i
+            order = torch.argsort(rows.target_index[mine])
+            torch.testing.assert_close(scores.logp[mine][order], single.logp, atol=1e-10, rtol=0)
+            torch.testing.assert_close(scores.entropy[mine][order], single.entropy, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_scores_and_gradients_do_not_depend_on_the_head_chunk(fp64, logged, chunk):
+    requests, logs = logged
+    rows = pack(logs, [[0, 1], [2]])
+    features = torch.cat([joined_features(r) for r in requests[:3]])
+    weight = fp64.model.lm_head.weight
+
+    def scored(head_chunk):
+        fp64.model.zero_grad()
+        scores = score_rows(fp64, rows, features, head_chunk=head_chunk)
+        scores.logp.sum().backward()
+        return scores.logp.detach(), weight.grad.clone()
+
+    logp, grad = scored(chunk)
+    whole_logp, whole_grad = scored(10_000)
+    torch.testing.assert_close(logp, whole_logp, atol=1e-12, rtol=0)
+    torch.testing.assert_close(grad, whole_grad, atol=1e-9, rtol=0)
+
+
+def test_flex_attention_on_the_learners_block_mask_equals_the_dense_mask(fp64, logged):
+    """FlexAttention's eager forward (no backward exists on CPU) on the very mask that the learner would use on CUDA."""
+    requests, logs = logged
+    rows = pack(logs, [[0, 1, 2, 3], [4, 5]])
+    features = torch.cat([joined_features(r) for r in requests])
+    with torch.no_grad():
+        dense = score_rows(fp64, rows, features, attention="sdpa")
+        flex = score_rows(fp64, rows, features, attention="flex")
+    torch.testing.assert_close(flex.logp, dense.logp, atol=1e-10, rtol=0)
+    # And the comparison can fail: the same block mask without eviction is far away.
+    wrong = torch.where(rows.expiry < rows.expiry.shape[1], rows.expiry, rows.expiry)
+    q = torch.randn(2, 4, rows.ids.shape[1], 16, dtype=torch.float64)
+    k = torch.randn(2, 2, rows.ids.shape[1], 16, dtype=torch.float64)
+    right = DensePlan(dense_mask(rows.expiry, rows.lane)).attend(0, q, k, k, 0.25)
+    torch.testing.assert_close(FlexPlan(block_mask(wrong, rows.lane)).attend(0, q, k, k, 0.25), right)
+    never = torch.full_like(rows.expiry, rows.expiry.shape[1])
+    assert (FlexPlan(block_mask(never, rows.lane)).attend(0, q, k, k, 0.25) - right).abs().max() > 1e-3
+
+
+def test_expiry_is_capped_at_each_streams_end(logged):
+    _, logs = logged
+    rows = pack(logs, [[0, 1, 2]])
+    ends = np.cumsum([len(log) for log in logs[:3]])
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        assert int(rows.expiry[0, start:end].max()) == end
+    assert any((log.expiry == NEVER).any() for log in logs)
+
+
+def test_features_that_do_not_match_the_log_are_refused(fp64, logged):
+    requests, logs = logged
+    rows = pack(logs[:1], [[0]])
+    with pytest.raises(ValueError, match="media and log do not match"):
+        score_rows(fp64, rows, joined_features(requests[0])[:-1])
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(10, 120), st.integers(50, 400))
+@settings(max_examples=200, deadline=None)
+def test_every_stream_is_packed_once_and_limits_hold(lengths, capacity, max_tokens):
+    rows = plan_rows(lengths, capacity)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(len(row) == 1 or sum(lengths[i] for i in row) <= capacity for row in rows)
+    batches = plan_micro_batches(lengths, capacity, max_tokens)
+    assert sorted(i for batch in batches for row in batch for i in row) == list(range(len(lengths)))
+    for batch in batches:
+        width = max(sum(lengths[i] for i in row) for row in batch)
+        assert len(batch) == 1 or len(batch) * width <= max_tokens
+
+
+def test_an_empty_sample_is_none_and_merging_weighs_by_tokens():
+    assert LogpDiff.of(np.zeros(0)) == LogpDiff(0, None, None)
+    assert LogpDiff.merge([LogpDiff(), LogpDiff()]) == LogpDiff(0, None, None)
+    merged = LogpDiff.merge([LogpDiff(1, 1.0, 1.0), LogpDiff(), LogpDiff(3, 3.0, 5.0)])
+    assert merged == LogpDiff(4, 2.5, 5.0)
