@@ -307,11 +307,11 @@ def preflight(config: RunConfig) -> None:
     ):
         if value not in ("", "auto") and not Path(value).expanduser().is_dir() and not is_hub_id(value):
             raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
-    if stages == {"eval"} and config.eval.checkpoint == "auto" and not config.model.path:
-        if not list(config.root.glob("checkpoints/**/hf")):
-            raise FileNotFoundError(
-                f"job=eval: no checkpoint under {config.root / 'checkpoints'}; run job=sft first or set eval.checkpoint"
-            )
+    unset = config.eval.checkpoint == "auto" and not config.model.path
+    if stages == {"eval"} and unset and not list(config.root.glob("checkpoints/**/hf")):
+        raise FileNotFoundError(
+            f"job=eval: no checkpoint under {config.root / 'checkpoints'}; run job=sft first or set eval.checkpoint"
+        )
 
 
 def _clear_outputs(root: Path, stages: list[str]) -> None:

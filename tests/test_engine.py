@@ -17,7 +17,10 @@ def backbone(tmp_path_factory):
     return loud_backbone(tmp_path_factory.mktemp("engine"), torch.float32)
 
 
-def requests(backbone, count=6, temperature=1.0, memory=MemoryConfig("rcsm", 2)):
+MEMORY = MemoryConfig("rcsm", 2)
+
+
+def requests(backbone, count=6, temperature=1.0, memory=MEMORY):
     rng = np.random.default_rng(0)
     return [
         request(backbone, memory, random_turns(backbone, rng, 6), f"s{i}", temperature=temperature)

@@ -132,7 +132,7 @@ class TestPlantedDefects:
         assert rescored_with(fp64, logs, requests, late).max() > self.CAUGHT
 
     def test_an_end_token_forwarded_after_eviction_is_caught(self, fp64, evicting, monkeypatch):
-        memory, requests, _ = evicting
+        _, requests, _ = evicting
         right = Engine._gather
 
         def late_end(self, stream, step):

@@ -23,7 +23,10 @@ def layout():
     return Layout(tokenizer, LayoutConfig(system_prompt="Hi."), 640)
 
 
-def header(memory=MemoryConfig("full")):
+FULL = MemoryConfig("full")
+
+
+def header(memory=FULL):
     return LogHeader("s", "t", "b", memory.name, knobs(memory), "p", (), 0)
 
 
