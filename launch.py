@@ -27,7 +27,10 @@ ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaCon
 
 
 class Run:
-    """One invocation: the stages share the session, the tracker and the clock."""
+    """One invocation: the stages share the session, the tracker and the clock.
+
+    Stages import what they need when they run: `--help` and a config error must not wait for torch and Ray.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         from rl.cluster import Session
@@ -44,8 +47,12 @@ class Run:
             self.progress.say(line)
         self.tracker = Tracker(config.tracking, self.root, f"{config.job.name}-seed{config.seed}")
         self.tracker.params(_flat(asdict(config)))
-        # Actors import while the driver makes the data.
-        self.session = Session(config) if set(config.job.stages) - {"data"} else None
+        try:
+            # Actors import while the driver makes the data.
+            self.session = Session(config) if set(config.job.stages) - {"data"} else None
+        except BaseException:
+            self.tracker.close("FAILED")
+            raise
 
     def run(self) -> None:
         status = "FAILED"
@@ -93,8 +100,14 @@ class Run:
         session = self._ready_session()
         tasks = self._tasks("train")
         checkpoint = self._rl_start()
-        session.setup_workers(self._worker_setup(checkpoint, self.config.learner.freeze))
-        session.setup_learner(self._learner_setup(checkpoint, self.config.learner, self.config.algorithm.steps))
+        infos = session.setup_workers(self._worker_setup(checkpoint, self.config.learner.freeze))
+        trained = session.setup_learner(
+            self._learner_setup(checkpoint, self.config.learner, self.config.algorithm.steps)
+        )
+        self.progress.say(
+            f"rl: {infos[0].kv_slots} KV slots on each worker; {trained:,} of {infos[0].parameters:,} parameters train "
+            f"(learner.freeze={self.config.learner.freeze})"
+        )
         loop = RLLoop(self.config, session, tasks, self.tracker, self.progress, self._streaming())
         result = loop.run()
         self.skipped += result.skipped
@@ -122,7 +135,7 @@ class Run:
         summary = self._finish_summary(summary)
         self.progress.say(f"summary: {self.root / 'summary.json'}")
         if self.tracker.enabled:
-            self.progress.say(f"metrics: mlflow ui --backend-store-uri {self.tracker.uri}")
+            self.progress.say(f"metrics: .venv/bin/mlflow ui --backend-store-uri {self.tracker.uri}")
         worst = summary["max_abs_logp_diff"]
         limit = self.config.eval.max_logp_diff
         if self.config.eval.score_logs and (worst is None or worst > limit):
@@ -262,13 +275,15 @@ class Run:
 def describe(config: RunConfig) -> list[str]:
     """The derived quantities of a run, printed before it starts."""
     from rl.buffer import AgeBound
+    from streams.log import BYTES_PER_TOKEN
 
     algorithm = config.algorithm
     age = AgeBound(algorithm.groups_in_flight, algorithm.groups_per_step, config.weights.max_lag)
     memory = config.memory
-    # 34 bytes a token: the columns of streams.log.StreamLog.
-    per_turn = config.layout.max_new_tokens + 32
-    log_kib = 50 * per_turn * min(config.data.max_turns, 10**6) / 1024
+    video = config.data.video
+    # Merged tokens of 28 x 28 pixels, two frames a temporal patch; a turn's scaffold is 13 tokens.
+    per_turn = video.max_pixels // 28**2 * (video.frames_per_chunk // 2) + 13 + config.layout.max_new_tokens
+    log_kib = BYTES_PER_TOKEN * per_turn * config.data.max_turns / 1024
     kept = "everything" if memory.name == "full" else f"the last {memory.window} chunks"
     return [
         f"run: job={config.job.name} seed={config.seed} run_root={config.root.resolve()}",

@@ -26,6 +26,7 @@ from rl.cluster import Session
 from rl.source import epochs, group_id
 from rl.tracking import Progress, Tracker
 from rl.weights import WeightLedger
+from rollout.vision import ByteBudgetCache
 from streams.dataset import SkippedSample
 from streams.messages import (
     GroupSummary,
@@ -97,7 +98,8 @@ class RLLoop:
         self._pending: dict[Any, tuple[str, Callable[[Any], None]]] = {}
         self._load = [0] * len(session.workers)
         self._per_worker = max(1, config.rollout.max_streams // algorithm.group_size)
-        self._features: dict[str, Any] = {}
+        # References keep features alive in the object store: the budget bounds what a long dataset may pin there.
+        self._features: ByteBudgetCache[Any] = ByteBudgetCache(config.data.cache_mb * 2**20)
         self._seen_tasks: set[str] = set()
         self._swaps: list[SwapReport] = []
         self._dropped_in_a_row = 0
@@ -170,7 +172,7 @@ class RLLoop:
             self._drop(summary, ticket, task)
             return
         if summary.features is not None:
-            self._features[task.id] = summary.features
+            self._features.put(task.id, summary.features, summary.feature_bytes)
         job = RewardJob(summary.group, task, summary.turns, self.config.data.video.chunk_seconds)
         self._expect(
             self.session.scorer.score.remote((job,)),

@@ -362,6 +362,7 @@ class RolloutService:
             clip_seconds=group.task.task.end - group.task.task.start,
             monitor=LogpDiff.merge(group.monitor),
             features=group.features_ref,
+            feature_bytes=0 if group.features is None else group.features.nbytes,
         )
         if group.features_ref is not None:
             return summary, GroupPayload(logs, "features", group.features_ref)

@@ -140,6 +140,10 @@ _COLUMNS: dict[str, type] = {
 }
 
 
+BYTES_PER_TOKEN = sum(np.dtype(dtype).itemsize for dtype in _COLUMNS.values()) + 3 * np.dtype(np.int32).itemsize
+"""What one token costs in a StreamLog: its columns and three position ids."""
+
+
 @dataclass
 class LogBuilder:
     """Grows a StreamLog. Columns are over-allocated and doubled, so an append costs no copy of what is there."""

@@ -106,7 +106,7 @@ class GroupSummary:
     """The light half of a group, for driver and scorer. `failed` says why there is no payload; None if all went well.
 
     oldest_version: of any token in the group. versions: weight versions seen by its tokens. tokens: sampled tokens.
-    monitor: worker-side mismatch of the re-scored streams of this group. features: object reference or None.
+    monitor: worker-side mismatch of the re-scored streams of this group. features: object reference or None, and its size.
     """
 
     group: str
@@ -122,6 +122,7 @@ class GroupSummary:
     clip_seconds: float = 0.0
     monitor: LogpDiff = field(default_factory=LogpDiff)
     features: Any = None
+    feature_bytes: int = 0
     failed: str | None = None
 
 
