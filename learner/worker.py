@@ -55,12 +55,12 @@ class Learner:
         self._engine = LearnerEngine(setup, self._port)
         return sum(p.numel() for p in self._engine.backbone.trainable().values())
 
-    def train(self, batch: TrainBatch) -> tuple[TrainReport, WeightsUpdate]:
+    def train(self, batch: TrainBatch) -> tuple[TrainReport, WeightsUpdate | None]:
         """One optimiser step; returns the report and the new weights (two objects: the driver reads only the first)."""
         engine = self._ready()
         items = [TrainItem(self._resolve(group.payload), group.advantages) for group in batch.groups]
         report = engine.train(batch.step, batch.loss, items, batch.settings)
-        return report, engine.export_weights()
+        return report, engine.export_weights() if batch.publish else None
 
     def weights(self) -> WeightsUpdate:
         return self._ready().export_weights()

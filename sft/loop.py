@@ -59,7 +59,11 @@ def run_sft(
     for step in range(config.sft.steps):
         groups = [next(samples) for _ in range(config.sft.batch)]
         batch = TrainBatch(
-            step, "sft", tuple(TrainGroup(summary.group, payload) for summary, payload in groups), settings
+            step,
+            "sft",
+            tuple(TrainGroup(summary.group, payload) for summary, payload in groups),
+            settings,
+            publish=False,
         )
         # Collect the step before only now: the learner never waits for the driver.
         _collect(session, pending, config.sft.steps, result, tracker, progress)

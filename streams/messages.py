@@ -187,12 +187,13 @@ class TrainGroup:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One optimiser step. loss: "grpo" or "sft"; settings: the loss's own knobs."""
+    """One optimiser step. loss: "grpo" or "sft"; settings: the loss's own knobs; publish: hand out the new weights."""
 
     step: int
     loss: str
     groups: tuple[TrainGroup, ...]
     settings: dict[str, float] = field(default_factory=dict)
+    publish: bool = True
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from streams.shapes import COLOURS, SHAPES, Scene, Shown, draw, write_clip
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery, TimedThought
 
 MODES = ("now", "recall", "alert")
+TRAIN_TURNS = ("now", "recall", "alert", "recall")
 NAMES = tuple(COLOURS)
 TAIL_CHUNKS = 5
 """Chunks after the one in which the answer is due: an answer that comes four chunks late is still inside."""
@@ -254,9 +255,13 @@ def _rng(config: SyntheticConfig, split: str, *key: int) -> np.random.Generator:
 
 
 def plan(config: SyntheticConfig, split: str) -> list[tuple[str, str]]:
-    """(mode, answer) of every clip of a split: modes take turns, a mode's colours are dealt out evenly."""
+    """(mode, answer) of every clip of a split: modes take turns, a mode's colours are dealt out evenly.
+
+    Recall takes every second turn in training: finding a colour far back in the text takes the most practice.
+    """
     count = config.train_clips if split == "train" else config.heldout_per_mode * len(MODES)
-    modes = [MODES[i % len(MODES)] for i in range(count)]
+    turns = TRAIN_TURNS if split == "train" else MODES
+    modes = [turns[i % len(turns)] for i in range(count)]
     dealt: dict[str, list[str]] = {}
     for number, mode in enumerate(MODES):
         need = modes.count(mode)

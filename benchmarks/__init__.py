@@ -1,0 +1,1 @@
+"""Measured claims: what was run, on which hardware, with which versions; results in `benchmarks/results/`."""

@@ -1,0 +1,84 @@
+"""The quickstart's bars, checked on its summaries.
+
+    make quickstart SEED=0 && cp outputs/quickstart/summary.json benchmarks/results/quickstart_cpu_seed0.json
+    python -m benchmarks.quickstart benchmarks/results/quickstart_cpu_seed*.json
+
+Prints a table and writes it beside the first file as quickstart_cpu.md. Exit 1 when a bar is missed. Owner: benchmarks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed")
+
+COLUMNS = (
+    ("heldout_reward_sft", "reward SFT"),
+    ("heldout_reward_rl", "reward RL"),
+    ("timing_reward_sft", "timing SFT"),
+    ("timing_reward_rl", "timing RL"),
+    ("accuracy_sft", "accuracy SFT"),
+    ("accuracy_now", "now"),
+    ("accuracy_recall", "recall"),
+    ("accuracy_alert", "alert"),
+    ("accuracy_recall_recent_frames", "recall, recent frames"),
+    ("accuracy_recall_empty_thoughts", "recall, no thoughts"),
+    ("max_abs_logp_diff", "max logp diff"),
+    ("max_age", "max age"),
+    ("wall_s", "wall s"),
+)
+
+
+def missed_bars(s: dict[str, Any]) -> list[str]:
+    """Names of the bars that one summary misses."""
+    gap = (s["heldout_reward_rl"] - s["heldout_reward_sft"]) / (1 - s["heldout_reward_sft"])
+    modes = ("now", "recall", "alert")
+    bars = {
+        "RL closes 70 % of the gap": gap >= 0.7,
+        "accuracy_sft >= 0.9": s["accuracy_sft"] >= 0.9,
+        "no mode loses more than 0.03": all(s[f"accuracy_{m}"] >= s[f"accuracy_{m}_sft"] - 0.03 for m in modes),
+        "recall >= 0.85": s["accuracy_recall"] >= 0.85,
+        "recall_chance <= 0.35": s["recall_chance"] <= 0.35,
+        "recall with recent frames <= chance + 0.1": s["accuracy_recall_recent_frames"] <= s["recall_chance"] + 0.1,
+        "max_abs_logp_diff <= 1e-3": s["max_abs_logp_diff"] is not None and s["max_abs_logp_diff"] <= 1e-3,
+        "logp_diff_tokens >= 10000": s["logp_diff_tokens"] >= 10_000,
+        "learner_steps >= 40": s["learner_steps"] >= 40,
+        "max_age >= 1": s["max_age"] >= 1,
+        "96 questions per mode": all(s["heldout_n_by_mode"][m] >= 96 for m in modes),
+        "oracle 1, silence 0": s["reward_scripted_oracle"] == 1 and s["reward_always_silent"] == 0,
+        "within 5 minutes": s["wall_s"] <= 300,
+    }
+    return [name for name, held in bars.items() if not held]
+
+
+def main(paths: list[str]) -> int:
+    summaries = sorted((json.loads(Path(p).read_text()) for p in paths), key=lambda s: s["seed"])
+    if not summaries:
+        print(__doc__)
+        return 2
+    lines = ["| seed | " + " | ".join(label for _, label in COLUMNS) + " | bars missed |"]
+    lines.append("|" + "---|" * (len(COLUMNS) + 2))
+    failed = False
+    for summary in summaries:
+        missed = missed_bars(summary)
+        failed |= bool(missed)
+        cells = [f"{summary[key]:.3g}" if summary[key] is not None else "-" for key, _ in COLUMNS]
+        lines.append(f"| {summary['seed']} | " + " | ".join(cells) + f" | {'; '.join(missed) or 'none'} |")
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    hardware = (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU; Python {platform.python_version()}; {versions}"
+    )
+    text = "# make quickstart, seeds named in advance\n\n" + hardware + "\n\n" + "\n".join(lines) + "\n"
+    (Path(paths[0]).parent / "quickstart_cpu.md").write_text(text)
+    print(text)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
