@@ -41,6 +41,8 @@ class Run:
         self.began = time.monotonic()
         self.progress = Progress()
         self.skipped: list[Any] = []
+        self.bad_rows: dict[str, list[Any]] = {}
+        self._introduced = False
         _clear_outputs(self.root, config.job.stages)
         self.root.mkdir(parents=True, exist_ok=True)
         for line in describe(config):
@@ -88,6 +90,7 @@ class Run:
         session.setup_learner(self._learner_setup(checkpoint, learner, self.config.sft.steps))
         result = run_sft(self.config, session, tasks, self.tracker, self.progress, self._streaming())
         self.skipped += result.skipped
+        result.skipped = [*self.bad_rows["train"], *result.skipped]
         write_json(self.root / "stages" / "sft.json", _plain(asdict(result)))
         self.progress.say(
             f"sft: {result.steps} steps in {result.seconds:.0f} s, loss {result.first_loss:.3f} -> {result.last_loss:.3f}"
@@ -111,6 +114,7 @@ class Run:
         loop = RLLoop(self.config, session, tasks, self.tracker, self.progress, self._streaming())
         result = loop.run()
         self.skipped += result.skipped
+        result.skipped = [*self.bad_rows["train"], *result.skipped]
         write_json(self.root / "stages" / "rl.json", _plain(asdict(result)))
         self.progress.say(
             f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {result.mean_reward_first:.3f} -> "
@@ -136,13 +140,8 @@ class Run:
         self.progress.say(f"summary: {self.root / 'summary.json'}")
         if self.tracker.enabled:
             self.progress.say(f"metrics: .venv/bin/mlflow ui --backend-store-uri {self.tracker.uri}")
-        worst = summary["max_abs_logp_diff"]
-        limit = self.config.eval.max_logp_diff
-        if self.config.eval.score_logs and (worst is None or worst > limit):
-            raise RuntimeError(
-                f"learner and engine disagree: largest log-prob difference {worst} over "
-                f"{summary['logp_diff_tokens']} tokens, eval.max_logp_diff={limit}"
-            )
+        if self.config.eval.score_logs:
+            check_mismatch(self.config, summary)
 
     def _finish_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         from evals.summary import print_table, read_json, write_json
@@ -177,11 +176,11 @@ class Run:
 
     def _ready_session(self) -> Any:
         assert self.session is not None
-        began = time.monotonic()
         pids = self.session.wait_ready()
-        if time.monotonic() - began > 1:
+        if not self._introduced:
             named = ", ".join(f"{name} {pid}" for name, pid in pids.items())
             self.progress.say(f"actors ready after {time.monotonic() - self.began:.0f} s (pids: {named})")
+            self._introduced = True
         return self.session
 
     def _tasks(self, split: str) -> tuple[Any, ...]:
@@ -191,6 +190,7 @@ class Run:
         loaded = load_tasks(path)
         for sample in loaded.skipped:
             self.progress.say(f"data: skipped {sample.source}: {sample.reason}")
+        self.bad_rows[split] = list(loaded.skipped)
         self.skipped += loaded.skipped
         return loaded.tasks
 
@@ -270,6 +270,20 @@ class Run:
             "memory": asdict(config.memory),
             "score_temperature": config.rollout.temperature,
         }
+
+
+def check_mismatch(config: RunConfig, summary: dict[str, Any]) -> None:
+    """Raises RuntimeError if learner and engine disagree on the held-out logs, or if no token was compared."""
+    single = config.model.dtype == config.learner.dtype == "float32"
+    if config.eval.max_logp_diff:
+        key, limit = "max_abs_logp_diff", config.eval.max_logp_diff
+    else:
+        key, limit = ("max_abs_logp_diff", 1e-3) if single else ("mean_abs_logp_diff", 1e-2)
+    if summary[key] is None or summary[key] > limit:
+        raise RuntimeError(
+            f"learner and engine disagree: {key}={summary[key]} over {summary['logp_diff_tokens']} tokens is above "
+            f"{limit} (eval.max_logp_diff={config.eval.max_logp_diff:g})"
+        )
 
 
 def describe(config: RunConfig) -> list[str]:

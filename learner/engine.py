@@ -21,7 +21,7 @@ from torch import nn
 
 from learner.config import LearnerConfig
 from learner.losses import decision_weights, grpo_loss, sft_loss
-from streams.backbone import Backbone
+from streams.backbone import Backbone, to_tensor
 from streams.layout import LayoutConfig
 from streams.log import Kind, StreamLog
 from streams.messages import GroupPayload, LearnerSetup, ScoreReport, TrainReport, WeightsUpdate
@@ -76,11 +76,7 @@ def encode_media(backbone: Backbone, media: list[tuple[str, np.ndarray]]) -> lis
     """[chunks, tokens, H] per clip: features as shipped, frames through the tower in one call (with gradient)."""
     frames = [array for kind, array in media if kind == "frames"]
     encoded = iter(backbone.encode_video(frames) if frames else [])
-    # Shipped arrays are read-only views of the object store; torch wants to own what it may write to.
-    return [
-        next(encoded) if kind == "frames" else torch.from_numpy(array.copy()).to(backbone.device)
-        for kind, array in media
-    ]
+    return [next(encoded) if kind == "frames" else to_tensor(array).to(backbone.device) for kind, array in media]
 
 
 def prepare_single_rank(rank_port: int) -> None:
@@ -149,6 +145,9 @@ class LearnerEngine:
         refused = [log.header.stream_id for log in logs if loss == "grpo" and not log.header.trainable]
         if refused:
             raise ValueError(f"stream {refused[0]} was decoded greedily: it can be scored but not trained on")
+        temperatures = {log.header.score_temperature for log in logs}
+        if len(temperatures) > 1:
+            raise ValueError(f"step {step}: logs of several score temperatures in one batch: {sorted(temperatures)}")
         targets = sum(int(log.target.sum()) for log in logs)
         normaliser = float(targets)
         if loss == "sft":
@@ -242,9 +241,9 @@ class LearnerEngine:
 
     def load(self, path: Path) -> None:
         """Load model, optimiser and scheduler state written by `save`."""
-        loaded, _ = self.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")
-        if loaded is None:
+        if not (path / "deepspeed" / "state").is_dir():
             raise FileNotFoundError(f"{path}: no DeepSpeed state there")
+        self.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")
 
     def _on_policy_differences(
         self, rows: Rows, logs: list[StreamLog], logp: torch.Tensor, behaviour: np.ndarray

@@ -43,6 +43,8 @@ def commit(partial: Path, final: Path, state: CheckpointState) -> None:
             _flush(path)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
+        # A crash may have come between setting an older one aside and deleting it.
+        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(partial, final)
     _flush(final.parent)
@@ -58,7 +60,7 @@ def read_state(path: Path) -> CheckpointState:
     try:
         values = json.loads(file.read_text())
         return CheckpointState(**(values | {"consumed": tuple(values["consumed"])}))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 

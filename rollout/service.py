@@ -24,7 +24,7 @@ from rollout.engine import Engine, StreamRequest
 from rollout.sampler import stream_seed
 from rollout.vision import ByteBudgetCache
 from rollout.weights import StagedWeights
-from streams.backbone import Backbone
+from streams.backbone import Backbone, to_array, to_tensor
 from streams.inputs import clip_key, turn_inputs
 from streams.layout import Layout
 from streams.log import LogHeader, StreamLog
@@ -170,7 +170,7 @@ class RolloutService:
             group.layout = self._layouts[task.empty_thoughts]
             group.clip = self._read(task.task, task.turns)
             if task.features is not None:
-                group.features = torch.from_numpy(self._get(task.features).copy())
+                group.features = to_tensor(self._get(task.features)).to(self.backbone.device)
                 group.features_ref = task.features
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
             self._fail(group, error)
@@ -301,7 +301,7 @@ class RolloutService:
             features = self.backbone.encode_video([group.clip.frames])[0]
             self._clips_encoded += 1
             frozen = self.setup.freeze == "tower+merger"
-            kept = (features, self._put(features.cpu().numpy()) if frozen else None)
+            kept = (features, self._put(to_array(features)) if frozen else None)
             self._features.put(key, kept, features.nbytes)
         group.features, group.features_ref = kept
 

@@ -26,6 +26,11 @@ class StagedWeights:
     def stage(cls, update: WeightsUpdate, backbone: Backbone) -> StagedWeights:
         """Unpack an update. Raises ValueError if it does not fit the backbone."""
         dtype = getattr(torch, update.dtype)
+        wanted = sum(int(np.prod(shape)) for shape in update.shapes) * dtype.itemsize
+        if len(update.buffer) != wanted:
+            raise ValueError(
+                f"weights of version {update.version}: {len(update.buffer)} bytes for shapes that take {wanted}"
+            )
         # The object store hands out read-only memory: one copy here is the staging buffer.
         flat = torch.from_numpy(np.array(update.buffer)).view(dtype)
         parameters = dict(backbone.model.named_parameters())
@@ -36,8 +41,6 @@ class StagedWeights:
             size = int(np.prod(shape))
             tensors[name] = flat[at : at + size].view(shape).to(parameters[name])
             at += size
-        if at != len(flat):
-            raise ValueError(f"weights of version {update.version}: {len(flat) - at} values are left over")
         return cls(update.version, tensors)
 
     @property

@@ -18,13 +18,16 @@ from streams.task import StreamTask
 def script_for(
     task: StreamTask, turns: int, chunk_seconds: float, config: SftConfig, *, seed: int, epoch: int
 ) -> tuple[ScriptedTurn, ...]:
-    """One ScriptedTurn per turn. Answers that would fall behind the last turn are said in it."""
+    """One ScriptedTurn per turn. An answer that would come late beyond the last turn is said in it."""
     digest = hashlib.blake2b(f"{seed}:{epoch}:{task.id}".encode(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     thoughts = {task.chunk_of(t.time, chunk_seconds): t.text for t in task.thoughts}
     said: dict[int, list[str]] = {}
     for answer in task.answers:
         due = task.chunk_of(answer.time, chunk_seconds)
+        if due >= turns:
+            # The stream is cut before: it must not learn to answer what has not happened.
+            continue
         turn = due
         if rng.random() < config.late_probability:
             turn += int(rng.integers(config.late_min, config.late_max + 1))

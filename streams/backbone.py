@@ -43,6 +43,18 @@ _PROCESSOR_FILES = (
 )
 
 
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as a numpy array to ship, bit for bit; bfloat16, which numpy lacks, travels as int16."""
+    plain = tensor.detach().cpu().contiguous()
+    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """The tensor that `to_array` shipped (a copy: arrays from the object store are read-only)."""
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+
+
 class AttentionPlan(Protocol):
     """Who sees whom in one forward. q is [B, H, L, D]; k and v are [B, H_kv, L, D]; returns [B, L, H, D]."""
 

@@ -1,0 +1,191 @@
+"""Losses and advantages: hand-computed values, where the gradient is zero, and what does not depend on the cut."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.losses import decision_weights, grpo_loss, sft_loss
+from rl.advantages import EPSILON, group_advantages
+
+
+def grpo(logp, behaviour, advantage, *, normaliser=None, low=0.2, high=0.3):
+    """(loss, gradient by logp, sums) of float64 inputs."""
+    logp = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
+    loss, sums = grpo_loss(
+        logp,
+        torch.tensor(behaviour, dtype=torch.float64),
+        torch.tensor(advantage, dtype=torch.float64),
+        normaliser=len(logp) if normaliser is None else normaliser,
+        clip_low=low,
+        clip_high=high,
+    )
+    loss.backward()
+    return loss.item(), logp.grad.numpy(), {name: value.item() for name, value in sums.items()}
+
+
+# --- grpo -------------------------------------------------------------------------------------------------------------
+
+
+def test_at_ratio_one_the_loss_is_minus_the_mean_advantage_and_so_is_its_gradient_per_token():
+    advantage = [1.5, -0.5, 0.25, 0.0]
+    loss, gradient, sums = grpo([-1.0, -2.0, -0.1, -3.0], [-1.0, -2.0, -0.1, -3.0], advantage)
+    assert loss == pytest.approx(-1.25 / 4)
+    assert gradient == pytest.approx([-a / 4 for a in advantage])
+    assert sums == pytest.approx({"clip_share": 0, "ratio": 4, "behaviour_kl": 0, "ratio_square": 4})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "clipped"),
+    [
+        # A good token: only the upper bound holds it back.
+        (1.2, 2.0, 2.4, False),
+        (1.5, 2.0, 2.6, True),
+        (0.5, 2.0, 1.0, False),
+        # A bad token: only the lower bound does.
+        (0.9, -2.0, -1.8, False),
+        (0.5, -2.0, -1.6, True),
+        (1.5, -2.0, -3.0, False),
+        # Nothing to gain on either side.
+        (1.5, 0.0, 0.0, False),
+        (0.5, 0.0, 0.0, False),
+    ],
+)
+def test_the_clip_acts_on_one_side_only_and_stops_the_gradient_there(ratio, advantage, objective, clipped):
+    loss, gradient, sums = grpo([math.log(ratio)], [0.0], [advantage])
+    assert loss == pytest.approx(-objective)
+    assert gradient[0] == pytest.approx(0.0 if clipped else -ratio * advantage)
+    assert sums["clip_share"] == float(clipped)
+    assert sums["ratio"] == pytest.approx(ratio)
+    assert sums["ratio_square"] == pytest.approx(ratio**2)
+    assert sums["behaviour_kl"] == pytest.approx(ratio - 1 - math.log(ratio))
+
+
+FLOATS = st.floats(-3, 3)
+TOKENS = st.lists(st.tuples(FLOATS, FLOATS, FLOATS), min_size=1, max_size=24)
+
+
+@given(TOKENS, st.floats(0.05, 0.9), st.floats(0.05, 2.0))
+@settings(max_examples=200, deadline=None)
+def test_the_gradient_is_that_of_the_unclipped_ratio_or_zero(tokens, low, high):
+    logp, behaviour, advantage = (np.array(column) for column in zip(*tokens, strict=True))
+    _, gradient, sums = grpo(logp, behaviour, advantage, normaliser=7.0, low=low, high=high)
+    ratio = np.exp(logp - behaviour)
+    inactive = ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & (ratio < 1 - low))
+    # At the very edge either is a subgradient.
+    edge = np.isclose(ratio, 1 + high) | np.isclose(ratio, 1 - low)
+    expected = np.where(inactive, 0.0, -ratio * advantage / 7.0)
+    assert gradient[~edge] == pytest.approx(expected[~edge])
+    # Advantages near the smallest number drown in the rounding of the comparison.
+    if not edge.any() and not (np.abs(advantage) < 1e-290).any():
+        assert sums["clip_share"] == inactive.sum()
+    assert sums["behaviour_kl"] >= -1e-9
+
+
+@given(TOKENS, st.lists(st.integers(0, 24), max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_the_step_does_not_depend_on_how_it_was_cut_into_micro_batches(tokens, cuts):
+    logp, behaviour, advantage = (np.array(column) for column in zip(*tokens, strict=True))
+    weight = np.abs(advantage) + 0.1
+    edges = sorted({0, len(tokens), *(cut for cut in cuts if cut < len(tokens))})
+    whole, gradient, sums = grpo(logp, behaviour, advantage, normaliser=11.0)
+    parts = [grpo(logp[a:b], behaviour[a:b], advantage[a:b], normaliser=11.0) for a, b in itertools.pairwise(edges)]
+    assert sum(loss for loss, _, _ in parts) == pytest.approx(whole)
+    assert np.concatenate([g for _, g, _ in parts]) == pytest.approx(gradient)
+    for name, total in sums.items():
+        assert sum(part[name] for _, _, part in parts) == pytest.approx(total)
+    cut = [
+        sft_loss(torch.tensor(logp[a:b]), torch.tensor(weight[a:b]), normaliser=11.0)[0].item()
+        for a, b in itertools.pairwise(edges)
+    ]
+    together = sft_loss(torch.tensor(logp), torch.tensor(weight), normaliser=11.0)[0].item()
+    assert sum(cut) == pytest.approx(together)
+
+
+# --- the cold start ---------------------------------------------------------------------------------------------------
+
+
+def test_the_cold_starts_loss_is_the_weighted_cross_entropy():
+    logp = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([1.0, 0.5, 3.0], dtype=torch.float64)
+    loss, sums = sft_loss(logp, weight, normaliser=4.5)
+    loss.backward()
+    assert loss.item() == pytest.approx((1 + 1 + 12) / 4.5)
+    assert logp.grad.numpy() == pytest.approx([-1 / 4.5, -0.5 / 4.5, -3 / 4.5])
+    assert sums["nll"].item() == pytest.approx(7.0), "unweighted"
+    assert not sums["nll"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("silent", "spoken", "clamp", "expected"),
+    [
+        (5, 5, 20.0, (1.0, 1.0)),
+        (9, 1, 20.0, (10 / 18, 5.0)),
+        (1, 9, 20.0, (5.0, 10 / 18)),
+        (9, 1, 3.0, (10 / 18, 3.0)),
+        (9, 1, 0.5, (0.5, 0.5)),
+        (4, 0, 20.0, (0.5, 1.0)),
+        (0, 4, 20.0, (1.0, 0.5)),
+        (0, 0, 20.0, (1.0, 1.0)),
+    ],
+)
+def test_decision_weights_are_half_the_decisions_over_those_of_the_kind(silent, spoken, clamp, expected):
+    assert decision_weights(silent, spoken, clamp) == pytest.approx(expected)
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_unclamped_decision_weights_give_both_decisions_the_same_mass_and_keep_the_total(silent, spoken):
+    of_silent, of_spoken = decision_weights(silent, spoken, math.inf)
+    assert silent * of_silent == pytest.approx(spoken * of_spoken)
+    assert silent * of_silent + spoken * of_spoken == pytest.approx(silent + spoken)
+
+
+# --- advantages -------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_of_a_group_by_hand():
+    rewards = np.array([1.0, 0.0, 0.0, 1.0])
+    assert group_advantages(rewards, "mean") == pytest.approx([0.5, -0.5, -0.5, 0.5])
+    assert group_advantages(rewards, "grpo") == pytest.approx(np.array([1, -1, -1, 1]) * 0.5 / (0.5 + 1e-5))
+    # The population's standard deviation, not the sample's: sqrt(2/3) over 0, 1, 2.
+    assert group_advantages(np.array([0.0, 1.0, 2.0]), "grpo")[2] == pytest.approx(1 / (math.sqrt(2 / 3) + 1e-5))
+
+
+REWARDS = st.lists(st.floats(0, 1), min_size=2, max_size=16).map(np.array)
+
+
+@given(REWARDS, st.sampled_from(["grpo", "mean"]))
+def test_advantages_have_mean_zero_keep_the_order_and_are_bounded(rewards, kind):
+    advantages = group_advantages(rewards, kind)
+    assert advantages.dtype == np.float64
+    assert abs(advantages.mean()) < 1e-6
+    assert (np.diff(advantages[np.argsort(rewards, kind="stable")]) >= 0).all()
+    scale = rewards.std() / (rewards.std() + EPSILON) if kind == "grpo" else rewards.std()
+    assert advantages.std() == pytest.approx(scale, abs=1e-9)
+
+
+@given(REWARDS, st.floats(-2, 2))
+def test_a_constant_added_to_all_rewards_changes_no_advantage(rewards, constant):
+    for kind in ("grpo", "mean"):
+        # Rounding of the sum, magnified at most by 1 / epsilon.
+        assert group_advantages(rewards + constant, kind) == pytest.approx(group_advantages(rewards, kind), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "mean"])
+@pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
+def test_a_group_of_equal_rewards_has_no_advantage(kind, value):
+    assert group_advantages(np.full(6, value), kind).tolist() == [0.0] * 6
+
+
+def test_group_normalisation_of_a_single_stream_and_an_unknown_kind_are_refused_by_their_keys():
+    with pytest.raises(ValueError, match=r"algorithm\.group_size=1"):
+        group_advantages(np.array([1.0]), "grpo")
+    assert group_advantages(np.array([1.0]), "mean").tolist() == [0.0]
+    with pytest.raises(ValueError, match=r"algorithm\.advantage='rloo'"):
+        group_advantages(np.array([1.0, 0.0]), "rloo")
