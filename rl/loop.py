@@ -94,7 +94,6 @@ class RLLoop:
         self.version = 0
         self.consumed: list[str] = []
         self._source = epochs(tasks, config.seed)
-        self._next_task: tuple[int, StreamTask] | None = None
         self._pending: dict[Any, tuple[str, Callable[[Any], None]]] = {}
         self._load = [0] * len(session.workers)
         self._per_worker = max(1, config.rollout.max_streams // algorithm.group_size)
@@ -103,7 +102,7 @@ class RLLoop:
         self._seen_tasks: set[str] = set()
         self._swaps: list[SwapReport] = []
         self._dropped_in_a_row = 0
-        self._saving = False
+        self._saves = 0
         self._began = time.monotonic()
         self._step_began = self._began
         self._learner_busy_s = 0.0
@@ -112,12 +111,12 @@ class RLLoop:
 
     def run(self) -> RLResult:
         """Train `algorithm.steps` optimiser steps, write the final checkpoint, report."""
-        while self.version < self.config.algorithm.steps or self._saving:
+        while self.version < self.config.algorithm.steps or self._saves:
             self._admit()
             self._train()
             self._wait_for_event()
         self._save("final")
-        while self._saving or self.ledger.fetching:
+        while self._saves or self.ledger.fetching:
             self._wait_for_event()
         for stats in self._worker_stats():
             self.result.sampled_tokens += stats.sampled_tokens
@@ -281,7 +280,7 @@ class RLLoop:
         final = self.config.root / "checkpoints" / "rl" / name
         partial = partial_path(final.resolve())
         state = CheckpointState("rl", self.version, self.version, tuple(self.consumed))
-        self._saving = True
+        self._saves += 1
         self._expect(
             self.session.learner.save.remote(str(partial), self.streaming),
             f"checkpoint {name}",
@@ -290,7 +289,7 @@ class RLLoop:
 
     def _saved(self, partial: Path, final: Path, state: CheckpointState) -> None:
         commit(partial, final, state)
-        self._saving = False
+        self._saves -= 1
 
     # --- events ---------------------------------------------------------------------------------------------------
 
