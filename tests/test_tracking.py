@@ -1,0 +1,116 @@
+"""Tracking with a real MLflow: what arrives, what is left out, and that a dead tracker stops nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+
+import pytest
+
+from conf.schema import MemoryConfig, RunConfig, TrackingConfig
+from launch import _flat
+from rl.tracking import CLOSE_TIMEOUT_S, Tracker
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def runs(uri, experiment="sightline"):
+    """(run, client) of every run of the experiment, read back from the store."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    return client, client.search_runs([found.experiment_id])
+
+
+def history(client, run, name):
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+
+
+@pytest.mark.slow
+def test_params_metrics_and_artifacts_arrive_and_what_was_not_measured_is_left_out(tmp_path):
+    tracker = Tracker(TrackingConfig(), tmp_path / "run", "all-seed3")
+    params = _flat(asdict(RunConfig(memory=MemoryConfig("full"))))
+    assert len(params) > 100, "more than one batch of the store's: as every run logs"
+    tracker.params(params | {"long": "x" * 700})
+    tracker.metrics({"reward/total": 0.25, "busy/workers": None, "swap/pause_s": math.nan, "train/loss": 0.0}, step=1)
+    tracker.metrics({"reward/total": 0.5, "swap/pause_s": 0.125, "train/loss": -math.inf}, step=2)
+    tracker.metrics({"busy/workers": None}, step=2)
+    summary = tmp_path / "summary.json"
+    summary.write_text("{}")
+    tracker.artifact(summary)
+    tracker.close("FINISHED")
+    assert tracker.failed is None
+
+    assert tracker.uri == f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}"
+    client, (run,) = runs(tracker.uri)
+    assert run.info.run_name == "all-seed3"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {key: str(value) for key, value in params.items()} | {"long": "x" * 500}
+    assert history(client, run, "reward/total") == [(1, 0.25), (2, 0.5)]
+    assert history(client, run, "swap/pause_s") == [(2, 0.125)]
+    assert history(client, run, "train/loss") == [(1, 0.0)], "a measured 0 is kept"
+    assert "busy/workers" not in run.data.metrics
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.json"]
+
+    # A second run goes into the same experiment of the same file, and tells how it ended.
+    again = Tracker(TrackingConfig(), tmp_path / "run", "eval-seed3")
+    again.metrics({"reward/total": 0.75}, step=1)
+    again.close("FAILED")
+    _, both = runs(tracker.uri)
+    assert {(run.info.run_name, run.info.status) for run in both} == {
+        ("all-seed3", "FINISHED"),
+        ("eval-seed3", "FAILED"),
+    }
+
+
+@pytest.mark.slow
+def test_a_dead_tracker_is_reported_once_and_stops_and_raises_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    tracker = Tracker(TrackingConfig(uri="http://127.0.0.1:9"), tmp_path, "rl-seed0")
+    began = time.monotonic()
+    tracker.params({"seed": 0})
+    while tracker.failed is None and time.monotonic() - began < 60:
+        tracker.metrics({"reward/total": 1.0}, step=1)
+        time.sleep(0.05)
+    assert tracker.failed is not None
+    assert "127.0.0.1" in tracker.failed
+    # Later calls cost nothing, however many.
+    waiting = tracker._queue.qsize()
+    for step in range(1000):
+        tracker.metrics({"reward/total": 1.0}, step)
+    tracker.artifact(tmp_path / "summary.json")
+    assert tracker._queue.qsize() == waiting
+    closing = time.monotonic()
+    tracker.close("FAILED")
+    assert time.monotonic() - closing < CLOSE_TIMEOUT_S / 2
+    said = [record for record in caplog.records if record.name == "sightline.tracking"]
+    assert len(said) == 1
+    assert "training goes on" in said[0].getMessage()
+
+
+@pytest.mark.slow
+def test_a_metric_that_the_store_refuses_stops_tracking_only(tmp_path):
+    tracker = Tracker(TrackingConfig(), tmp_path, "rl-seed0")
+    tracker.metrics({"reward/total": 0.5}, step=1)
+    tracker.metrics({"no ? name": 0.5}, step=2)
+    tracker.metrics({"reward/total": 0.75}, step=3)
+    tracker.close()
+    assert tracker.failed is not None
+    client, (run,) = runs(tracker.uri)
+    assert history(client, run, "reward/total") == [(1, 0.5)], "what had arrived stays"
+
+
+def test_a_disabled_tracker_does_nothing(tmp_path):
+    root = tmp_path / "run"
+    tracker = Tracker(TrackingConfig(enabled=False), root, "all-seed0")
+    tracker.params({"seed": 0})
+    tracker.metrics({"reward/total": 1.0}, step=1)
+    tracker.artifact(root / "summary.json")
+    tracker.close()
+    assert tracker.failed is None
+    assert not tracker._thread.is_alive()
+    assert tracker._queue.empty()
+    assert not root.exists()
