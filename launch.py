@@ -43,7 +43,6 @@ class Run:
         self.skipped: list[Any] = []
         self.bad_rows: dict[str, list[Any]] = {}
         self._introduced = False
-        _clear_outputs(self.root, config.job.stages)
         self.root.mkdir(parents=True, exist_ok=True)
         for line in describe(config):
             self.progress.say(line)
@@ -52,6 +51,8 @@ class Run:
         try:
             # Actors import while the driver makes the data.
             self.session = Session(config) if set(config.job.stages) - {"data"} else None
+            # Only now: a run that cannot start must not cost the results of the one before.
+            _clear_outputs(self.root, config.job.stages)
         except BaseException:
             self.tracker.close("FAILED")
             raise
@@ -120,6 +121,12 @@ class Run:
             f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {result.mean_reward_first:.3f} -> "
             f"{result.mean_reward_last:.3f}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
         )
+        published = {
+            "max_abs_logp_diff": result.published.max,
+            "mean_abs_logp_diff": result.published.mean,
+            "logp_diff_tokens": result.published.tokens,
+        }
+        check_mismatch(self.config, published)
 
     def stage_eval(self) -> None:
         from evals.job import run_evaluation
@@ -162,6 +169,8 @@ class Run:
             "weight_versions_seen": len(rl["versions_seen"]) if rl else None,
             "age0_max_abs_logp_diff": rl.get("age0", {}).get("max"),
             "age0_logp_diff_tokens": rl.get("age0", {}).get("tokens", 0),
+            "published_max_abs_logp_diff": rl.get("published", {}).get("max"),
+            "published_logp_diff_tokens": rl.get("published", {}).get("tokens", 0),
             "worker_max_abs_logp_diff": rl.get("monitor", {}).get("max"),
             "worker_logp_diff_tokens": rl.get("monitor", {}).get("tokens", 0),
             "clips_encoded": rl.get("clips_encoded"),
@@ -279,7 +288,8 @@ def check_mismatch(config: RunConfig, summary: dict[str, Any]) -> None:
         key, limit = "max_abs_logp_diff", config.eval.max_logp_diff
     else:
         key, limit = ("max_abs_logp_diff", 1e-3) if single else ("mean_abs_logp_diff", 1e-2)
-    if summary[key] is None or summary[key] > limit:
+    # Written so that NaN fails, too.
+    if summary[key] is None or not summary[key] <= limit:
         raise RuntimeError(
             f"learner and engine disagree: {key}={summary[key]} over {summary['logp_diff_tokens']} tokens is above "
             f"{limit} (eval.max_logp_diff={config.eval.max_logp_diff:g})"
@@ -334,8 +344,11 @@ def preflight(config: RunConfig) -> None:
         ("algorithm.init", config.algorithm.init),
         ("eval.checkpoint", config.eval.checkpoint),
     ):
-        if value not in ("", "auto") and not Path(value).expanduser().is_dir() and not is_hub_id(value):
+        if value in ("", "auto"):
+            continue
+        if not Path(value).expanduser().is_dir() and not is_hub_id(value):
             raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
+        _check_not_replaced(config, key, value)
     unset = config.eval.checkpoint == "auto" and not config.model.path
     if stages == {"eval"} and unset and not list(config.root.glob("checkpoints/**/hf")):
         raise FileNotFoundError(
@@ -343,20 +356,33 @@ def preflight(config: RunConfig) -> None:
         )
 
 
+REPLACES = {
+    "sft": ["checkpoints/sft", "stages/sft.json", "checkpoints/rl", "stages/rl.json", "summary.json"],
+    "rl": ["checkpoints/rl", "stages/rl.json", "summary.json"],
+    "eval": ["summary.json"],
+}
+"""What a stage replaces: its own output and what was made from it; tracking history stays."""
+
+
 def _clear_outputs(root: Path, stages: list[str]) -> None:
-    """A run replaces what its own stages made before; tracking history and other stages' output stay."""
-    made = {
-        "sft": ["checkpoints/sft", "stages/sft.json"],
-        "rl": ["checkpoints/rl", "stages/rl.json"],
-        "eval": ["summary.json"],
-    }
-    for stage in stages:
-        for name in made.get(stage, []):
-            path = root / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.exists():
-                path.unlink()
+    for name in {name for stage in stages for name in REPLACES.get(stage, [])}:
+        path = root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+
+
+def _check_not_replaced(config: RunConfig, key: str, value: str) -> None:
+    """A run may not start from a checkpoint that it is about to replace."""
+    source = Path(value).expanduser().resolve()
+    for name in {name for stage in config.job.stages for name in REPLACES.get(stage, [])}:
+        replaced = (config.root / name).resolve()
+        if source == replaced or replaced in source.parents:
+            raise ValueError(
+                f"{key}={value} lies in {replaced}, which job={config.job.name} replaces: copy it elsewhere or choose "
+                "another run_root"
+            )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -385,7 +411,7 @@ def main(raw: DictConfig) -> None:
         config = load_config(raw)
         preflight(config)
         run = Run(config)
-    except (ValueError, FileNotFoundError, TimeoutError) as error:
+    except (ValueError, OSError) as error:  # a missing file, a full disk, a wait for Ray (TimeoutError is an OSError)
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
     run.run()

@@ -114,7 +114,7 @@ def _collect(
         n=len(every),
         reward=float(np.mean([r.total for r in results])),
         timing=float(np.mean([answer.timing for r in results for answer in r.answers])),
-        accuracy={"all": float(np.mean(every))} | {k: float(np.mean(v)) for k, v in sorted(by_category.items())},
+        accuracy={k: float(np.mean(v)) for k, v in sorted(by_category.items())} | {"all": float(np.mean(every))},
         skipped=skipped,
         payloads=payloads,
         evicted_tokens=evicted,

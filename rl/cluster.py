@@ -187,7 +187,7 @@ class Session:
                 num_cpus=bundles[index].cpus,
                 num_gpus=bundles[index].gpus,
                 scheduling_strategy=strategy,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)} | _hidden_gpus(bundles[index])},
             )
             return options.remote(*args)
 
@@ -211,6 +211,11 @@ class Session:
         self._worker_ready = [worker.pid.remote() for worker in self.workers]
         self.scorer = place(Scorer, len(bundles) - 1, 1, config.reward)
         self._scorer_ready = self.scorer.pid.remote()
+
+
+def _hidden_gpus(bundle: Bundle) -> dict[str, str]:
+    """An actor without a GPU of its own must not find one: it would fight for memory with those that have."""
+    return {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _project_path() -> str:

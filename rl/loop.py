@@ -62,13 +62,24 @@ class RLResult:
     mean_reward_last: float | None = None
     versions_seen: set[int] = field(default_factory=set)
     skipped: list[SkippedSample] = field(default_factory=list)
+    dropped_groups: int = 0
     dropped_clip_seconds: float = 0.0
     monitor: LogpDiff = field(default_factory=LogpDiff)
     age0: LogpDiff = field(default_factory=LogpDiff)
+    published: LogpDiff = field(default_factory=LogpDiff)
     sampled_tokens: int = 0
     clips_encoded: int = 0
     distinct_clips: int = 0
     seconds: float = 0.0
+
+
+def _advantages(results: tuple[RewardResult, ...], kind: str) -> tuple[float, ...]:
+    """One advantage per stream; a stream whose reward failed has none (0) and does not count in its group's mean."""
+    scored = [i for i, result in enumerate(results) if result.failed is None]
+    advantages = np.zeros(len(results))
+    if len(scored) > 1:
+        advantages[scored] = group_advantages(np.array([results[i].total for i in scored]), kind)
+    return tuple(float(a) for a in advantages)
 
 
 class RLLoop:
@@ -118,6 +129,7 @@ class RLLoop:
         self._save("final")
         while self._saves or self.ledger.fetching:
             self._wait_for_event()
+        self.result.published = self._score_published()
         for stats in self._worker_stats():
             self.result.sampled_tokens += stats.sampled_tokens
             self.result.clips_encoded += stats.clips_encoded
@@ -125,6 +137,33 @@ class RLLoop:
         self.result.steps = self.version
         self.result.seconds = time.monotonic() - self._began
         return self.result
+
+    def _score_published(self) -> LogpDiff:
+        """One group per worker on the weights it swapped in, scored by the learner that published them.
+
+        This is what shows that publishing works: a swap that copied nothing, or named the wrong version, fails here.
+        """
+        payloads = []
+        for i, worker in enumerate(self.session.workers):
+            epoch, task = next(self._source)
+            request = self._request(epoch, task, f"published-{i}/{task.id}")
+            summary, payload = worker.rollout.options(num_returns=2).remote(request)
+            if self.session.call(summary, f"a group on the published weights of worker {i}").failed is None:
+                payloads.append(payload)
+        report = self.session.call(self.session.learner.score.remote(tuple(payloads)), "the published weights' scores")
+        return report.diff
+
+    def _request(self, epoch: int, task: StreamTask, group: str) -> RolloutTask:
+        data = self.config.data
+        return RolloutTask(
+            group=group,
+            epoch=epoch,
+            task=task,
+            streams=self.config.algorithm.group_size,
+            turns=task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns),
+            temperature=self.config.rollout.temperature,
+            features=self._features.get(task.id),
+        )
 
     # --- admission ------------------------------------------------------------------------------------------------
 
@@ -142,17 +181,8 @@ class RLLoop:
 
     def _dispatch(self, worker: int) -> None:
         epoch, task = next(self._source)
-        data = self.config.data
         ticket = self.buffer.admit()
-        request = RolloutTask(
-            group=group_id(epoch, task),
-            epoch=epoch,
-            task=task,
-            streams=self.config.algorithm.group_size,
-            turns=task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns),
-            temperature=self.config.rollout.temperature,
-            features=self._features.get(task.id),
-        )
+        request = self._request(epoch, task, group_id(epoch, task))
         self._load[worker] += 1
         self._seen_tasks.add(task.id)
         summary, payload = self.session.workers[worker].rollout.options(num_returns=2).remote(request)
@@ -182,6 +212,7 @@ class RLLoop:
     def _drop(self, summary: GroupSummary, ticket: int, task: StreamTask) -> None:
         self.buffer.drop(ticket)
         self.result.skipped.append(SkippedSample(f"task {summary.task_id} ({task.video})", str(summary.failed)))
+        self.result.dropped_groups += 1
         self.result.dropped_clip_seconds += summary.clip_seconds
         self.progress.say(f"rl: dropped group {summary.group}: {summary.failed}")
         self._dropped_in_a_row += 1
@@ -204,6 +235,10 @@ class RLLoop:
             if result.failed is not None:
                 name = f"stream {summary.group}/{i}"
                 self.result.skipped.append(SkippedSample(name, f"reward: {result.failed}"))
+        if all(result.failed is not None for result in results):
+            self.result.dropped_groups += 1
+            self.buffer.drop(ticket)
+            return
         self.buffer.fulfil(ticket, ReadyGroup(summary, payload, results, admitted))
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -223,7 +258,7 @@ class RLLoop:
                 TrainGroup(
                     g.summary.group,
                     g.payload,
-                    tuple(group_advantages(np.array([r.total for r in g.results]), algorithm.advantage)),
+                    _advantages(g.results, algorithm.advantage),
                 )
                 for g in groups
             ),
@@ -344,7 +379,7 @@ class RLLoop:
             "rollout/log_tokens": float(sum(g.summary.log_tokens for g in groups)),
             "rollout/evicted_tokens": float(sum(g.summary.evicted_tokens for g in groups)),
             "rollout/group_s": float(np.mean([g.summary.seconds for g in groups])),
-            "rollout/dropped_groups": float(len(self.result.skipped)),
+            "rollout/dropped_groups": float(self.result.dropped_groups),
             "buffer/ready": float(self.buffer.ready),
             "busy/learner": self._learner_busy_s / (now - self._began),
             "busy/workers": float(np.mean([s.busy_share for s in swaps])) if swaps else None,

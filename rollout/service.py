@@ -56,7 +56,7 @@ class _Group:
     task: RolloutTask
     future: Future[GroupResult]
     began: float
-    deadline: float
+    deadline: float = float("inf")
     clip: Clip | None = None
     features: torch.Tensor | None = None
     features_ref: Any = None
@@ -70,7 +70,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """cache_mb: frames and features kept, each. deadline_s: of one group, from its submission."""
+    """cache_mb: frames and features kept, each. deadline_s: of one group, from its first step."""
 
     cache_mb: int = 256
     deadline_s: float = 120.0
@@ -127,7 +127,7 @@ class RolloutService:
         """Run one group; the future holds its summary and payload, or a summary that says why it failed."""
         future: Future[GroupResult] = Future()
         now = time.monotonic()
-        group = _Group(task, future, now, now + self.limits.deadline_s)
+        group = _Group(task, future, now)
         self._prepare.submit(self._prepare_group, group)
         return future
 
@@ -201,6 +201,12 @@ class RolloutService:
             turns = turn_inputs(task.task, clip, layout, self.setup.video.chunk_seconds, self.backbone.image.merge_size)
             for turn_input, scripted in zip(turns, task.script, strict=True):
                 ids = layout.demonstration(scripted.thought, scripted.response)
+                thought = ids.index(layout.tokens.think_end) + 1
+                if thought > layout.config.think_budget:
+                    raise ValueError(
+                        f"the thought of turn {writer.turn + 1} has {thought} tokens with its tags, more than "
+                        f"layout.think_budget={layout.config.think_budget}: {scripted.thought!r}"
+                    )
                 if len(ids) > layout.config.max_new_tokens:
                     raise ValueError(
                         f"the demonstration of turn {writer.turn + 1} has {len(ids)} tokens, more than "
@@ -240,14 +246,24 @@ class RolloutService:
                 self._swap(staged, fetch_s, future)
             for group in arrived:
                 self._start(group)
-            self._step()
+            try:
+                self._step()
+            except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout (all that run share a step)
+                self.engine.drop_all()
+                for group in list(self._groups.values()):
+                    self._fail(group, error)
+                self._groups.clear()
             self._drop_late()
             self._busy_s += time.monotonic() - began
 
     def _swap(self, staged: StagedWeights, fetch_s: float, future: Future[SwapReport]) -> None:
         began = time.monotonic()
         if staged.version > self.engine.version:
-            staged.apply(self.backbone)
+            try:
+                staged.apply(self.backbone)
+            except RuntimeError as error:  # a copy that the device refuses: the driver hears of it and stops
+                future.set_exception(error)
+                return
             self.engine.version = staged.version
             if staged.touches_tower:
                 self._features.clear()
@@ -270,7 +286,7 @@ class RolloutService:
                 group.layout,
                 self.setup.video.chunk_seconds,
                 self.backbone.image.merge_size,
-                0 if self.setup.freeze == "tower+merger" else self.engine.version,
+                None if self.setup.freeze == "tower+merger" else self.engine.version,
             )
             for stream_id in group.stream_ids():
                 self.engine.add(
@@ -287,6 +303,8 @@ class RolloutService:
             self.engine.cancel(set(group.stream_ids()))
             self._fail(group, error)
             return
+        # From here, not from the submission: decoding has a deadline of its own, and waiting is nobody's fault.
+        group.deadline = time.monotonic() + self.limits.deadline_s
         self._groups[task.group] = group
 
     @torch.no_grad()
@@ -308,22 +326,15 @@ class RolloutService:
     def _step(self) -> None:
         if not self.engine.busy:
             return
-        try:
-            finished = self.engine.step()
-        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout (all that run share the step)
-            self.engine.drop_all()
-            for group in list(self._groups.values()):
-                self._fail(group, error)
-            self._groups.clear()
-            return
-        for stream in finished:
+        for stream in self.engine.step():
             name = stream.header.stream_id.rsplit("/", 1)[0]
             group = self._groups[name]
             group.logs[stream.header.stream_id] = stream
             self._monitor(group, stream)
             if len(group.logs) == group.task.streams:
+                result = self._result(group)
                 del self._groups[name]
-                group.future.set_result(self._result(group))
+                group.future.set_result(result)
 
     def _monitor(self, group: _Group, stream: StreamLog) -> None:
         """Re-score every N-th stream that lived under one version, on the weights that made it."""
@@ -354,7 +365,7 @@ class RolloutService:
             worker=self.worker,
             turns=tuple(group.layout.parse_turns(stream) for stream in logs),
             oldest_version=min(stream.oldest_version for stream in logs),
-            versions=tuple(sorted({int(v) for stream in logs for v in np.unique(stream.version)})),
+            versions=tuple(sorted({version for stream in logs for version in stream.versions})),
             tokens=sum(int(stream.sampled.sum()) for stream in logs),
             log_tokens=sum(len(stream) for stream in logs),
             evicted_tokens=sum(stream.evicted_tokens for stream in logs),

@@ -18,7 +18,7 @@ def turn_inputs(
     layout: Layout,
     chunk_seconds: float,
     merge_size: int,
-    feature_version: int = 0,
+    feature_version: int | None = None,
 ) -> tuple[TurnInput, ...]:
     """One TurnInput per chunk of `clip`. Queries of the same chunk arrive together, each on a line of its own.
 
@@ -58,4 +58,4 @@ def turn_inputs(
 
 def clip_key(task: StreamTask, turns: int) -> str:
     """Names the pixels a stream sees: two tasks over the same span of the same file share features."""
-    return f"{task.video}:{task.start:g}:{task.end:g}:{turns}"
+    return f"{task.video}:{task.start!r}:{task.end!r}:{turns}"

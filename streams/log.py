@@ -39,7 +39,7 @@ class ChunkRecord:
 
     frame_times: seconds on the video's clock. grid: merged (t, h, w) tokens of the whole chunk. keep: indices of the
     kept tokens in the full grid, None = all. feature: key of the clip whose features were embedded, with the weight
-    version that encoded them (0 when the tower is frozen).
+    version that encoded them (None when the tower is frozen: every version encodes alike).
     """
 
     turn: int
@@ -47,7 +47,7 @@ class ChunkRecord:
     frame_times: tuple[float, ...]
     grid: tuple[int, int, int]
     feature: str = ""
-    feature_version: int = 0
+    feature_version: int | None = None
     keep: tuple[int, ...] | None = None
 
     @property
@@ -107,14 +107,19 @@ class StreamLog:
         return int(self.turn[-1]) + 1 if len(self) else 0
 
     @property
+    def versions(self) -> tuple[int, ...]:
+        """Every weight version that made a token or encoded a chunk, ascending."""
+        encoded = {c.feature_version for c in self.chunks if c.feature_version is not None}
+        return tuple(sorted(encoded | {int(v) for v in np.unique(self.version)}))
+
+    @property
     def oldest_version(self) -> int:
-        return int(self.version.min())
+        return self.versions[0]
 
     @property
     def single_version(self) -> int | None:
-        """The one weight version that made every token, or None if the stream lived through a swap."""
-        first = int(self.version[0])
-        return first if bool((self.version == first).all()) else None
+        """The one weight version behind every token and chunk, or None if the stream lived through a swap."""
+        return self.versions[0] if len(self.versions) == 1 else None
 
     @property
     def evicted_tokens(self) -> int:
