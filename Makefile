@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEEPSPEED := deepspeed==0.19.8
 SEED ?= 0
+# `make quickstart` starts over; RESUME=auto goes on where an interrupted one stood.
+RESUME ?= never
 ARGS ?=
 
 .PHONY: setup setup-test quickstart test lint clean
@@ -28,7 +30,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 quickstart: setup
-	$(BIN)/python launch.py experiment=quickstart seed=$(SEED) $(ARGS)
+	$(BIN)/python launch.py experiment=quickstart seed=$(SEED) resume=$(RESUME) $(ARGS)
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from streams.synthetic import SyntheticConfig
 from streams.tiny import TinySpec
 from streams.video import VideoConfig
 
-STAGES = ("data", "sft", "rl", "eval")
+STAGES = ("data", "sft", "rl", "eval", "watch")
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class JobConfig:
     """`job=NAME`: the stages it runs, in order."""
 
     name: str = "all"
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    stages: list[str] = field(default_factory=lambda: ["data", "sft", "rl", "eval"])
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"job.stages={self.stages}: stages are {', '.join(STAGES)}")
+        if "watch" in self.stages and len(self.stages) > 1:
+            raise ValueError(f"job.stages={self.stages}: watch runs alone")
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,13 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """RL. groups_per_step x group_size streams make one optimiser step; groups_in_flight bounds their age."""
+    """RL. groups_per_step x group_size streams make one optimiser step; groups_in_flight bounds their age.
+
+    mode: `async`, or `sync` = a step's groups are admitted when every worker runs the step's weights (age 0).
+    """
 
     name: str = "grpo"
+    mode: str = "async"
     steps: int = 40
     groups_per_step: int = 8
     group_size: int = 8
@@ -131,6 +137,8 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         if self.name != "grpo":
             raise ValueError(f"algorithm.name={self.name!r}: only grpo is supported so far")
+        if self.mode not in ("async", "sync"):
+            raise ValueError(f"algorithm.mode={self.mode!r} is not one of async, sync")
         if self.steps < 1:
             raise ValueError(f"algorithm.steps={self.steps} must be at least 1")
         if self.group_size < 1:
@@ -160,23 +168,69 @@ class EvalConfig:
     """checkpoint: `auto` = what the run has made (after SFT and after RL), or a folder. conditions: also evaluate the
     recall questions with forced empty thoughts and under `recent_frames` with the same window. max_logp_diff: largest
     difference allowed between engine and learner; 0 = 1e-3 in float32, and in bfloat16 a mean of 1e-2.
+    every: RL steps between evaluations while training (0 = none), of the first `tasks` held-out tasks (0 = all);
+    `checkpoints/rl/best` keeps the checkpoint with the largest `best` of them (reward, timing, accuracy_<category>).
     """
 
     checkpoint: str = "auto"
+    every: int = 0
+    tasks: int = 0
+    best: str = "reward"
     conditions: bool = True
     score_logs: bool = True
     max_logp_diff: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.tasks < 0:
+            raise ValueError(f"eval.every={self.every} and eval.tasks={self.tasks} must not be negative")
+        if self.best not in ("reward", "timing") and not self.best.startswith("accuracy_"):
+            raise ValueError(f"eval.best={self.best!r} is not one of reward, timing, accuracy_all, accuracy_<category>")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: optimiser steps between checkpoints of the RL stage (0 = only at its end)."""
+    """every: optimiser steps between checkpoints of SFT and RL (0 = only at the end of each).
+
+    keep: how many of a stage stay on disk. optimizer: `all` of them with optimiser state, or only the `latest` (an older
+    one then resumes with fresh moments). grace_s: from SIGTERM to the end of the process, with exit status
+    requeue_status, which a scheduler takes for "run the same command again".
+    """
 
     every: int = 20
+    keep: int = 2
+    optimizer: str = "all"
+    grace_s: float = 60.0
+    requeue_status: int = 75
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"checkpoint.every={self.every} must not be negative")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+        if self.optimizer not in ("all", "latest"):
+            raise ValueError(f"checkpoint.optimizer={self.optimizer!r} is not one of all, latest")
+        if self.grace_s <= 0 or not 1 <= self.requeue_status <= 255:
+            raise ValueError(
+                f"checkpoint.grace_s={self.grace_s} must be positive and checkpoint.requeue_status="
+                f"{self.requeue_status} in 1..255"
+            )
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """job=watch: stream a file through the engine. at: second at which the query arrives; seconds: how long to watch
+    (0 = the whole file). json: print one JSON line per turn instead of words.
+    """
+
+    video: str = ""
+    query: str = ""
+    at: float = 0.0
+    seconds: float = 0.0
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.at < 0 or self.seconds < 0:
+            raise ValueError(f"watch.at={self.at} and watch.seconds={self.seconds} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -217,10 +271,16 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Every path derives from `run_root`."""
+    """A whole run. Every path derives from `run_root`.
+
+    resume: `auto` skips finished stages and goes on with an interrupted one, `never` starts over (and replaces), a
+    checkpoint folder goes on from there. deterministic: RL whose losses do not depend on timing (needs mode=sync).
+    """
 
     run_root: str = "outputs/run"
     seed: int = 0
+    resume: str = "auto"
+    deterministic: bool = False
     job: JobConfig = field(default_factory=JobConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -236,8 +296,16 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
+        if not self.resume:
+            raise ValueError("resume is empty: auto, never, or the folder of a checkpoint")
+        if self.deterministic and self.algorithm.mode != "sync":
+            raise ValueError(
+                f"deterministic=true needs algorithm.mode=sync, not {self.algorithm.mode}: what a worker samples "
+                "asynchronously depends on when new weights reach it"
+            )
         if not self.run_root:
             raise ValueError("run_root is empty: name the folder that this run writes to")
         self.learner.with_overrides(self.sft.learner)

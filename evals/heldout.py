@@ -58,21 +58,10 @@ def evaluate(
     stage: str,
 ) -> EvalResult:
     """Run and score every task once under `condition`, on the weights the workers now hold."""
-    data = config.data
-    chunk = data.video.chunk_seconds
+    chunk = config.data.video.chunk_seconds
 
     def send(worker: Any, task: StreamTask) -> Any:
-        request = RolloutTask(
-            group=f"{stage}:{condition.name}/{task.id}",
-            epoch=0,
-            task=task,
-            streams=1,
-            turns=task.num_turns(chunk, data.tail_chunks, data.max_turns),
-            temperature=0.0,
-            memory=condition.memory,
-            empty_thoughts=condition.empty_thoughts,
-        )
-        return worker.rollout.options(num_returns=2).remote(request)
+        return worker.rollout.options(num_returns=2).remote(stream_request(config, task, condition, stage))
 
     per_worker = config.rollout.max_streams
     jobs, payloads, skipped = [], [], []
@@ -82,10 +71,7 @@ def evaluate(
         if summary.failed is not None:
             skipped.append(SkippedSample(f"task {task.id} ({task.video})", summary.failed))
             progress.say(f"eval: failed {task.id}: {summary.failed}")
-            # A failure counts as silence: it answered nothing.
-            turns: tuple[tuple[ParsedTurn, ...], ...] = (
-                silent_turns(task.num_turns(chunk, data.tail_chunks, data.max_turns)),
-            )
+            turns = failed_turns(config, task)
         else:
             turns = summary.turns
             payloads.append(payload)
@@ -93,10 +79,31 @@ def evaluate(
             log_tokens += summary.log_tokens
         jobs.append(RewardJob(task.id, task, turns, chunk))
     results = [r[0] for r in session.call(session.scorer.score.remote(tuple(jobs)), "the scores of the evaluation")]
-    return _collect(condition.name, results, tuple(skipped), tuple(payloads), evicted, log_tokens)
+    return collect(condition.name, results, tuple(skipped), tuple(payloads), evicted, log_tokens)
 
 
-def _collect(
+def stream_request(config: RunConfig, task: StreamTask, condition: Condition, stage: str) -> RolloutTask:
+    """One greedy stream over `task`; `stage` keeps its name apart from those of other evaluations."""
+    data = config.data
+    return RolloutTask(
+        group=f"{stage}:{condition.name}/{task.id}",
+        epoch=0,
+        task=task,
+        streams=1,
+        turns=task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns),
+        temperature=0.0,
+        memory=condition.memory,
+        empty_thoughts=condition.empty_thoughts,
+    )
+
+
+def failed_turns(config: RunConfig, task: StreamTask) -> tuple[tuple[ParsedTurn, ...], ...]:
+    """What a stream that failed counts as: silence, it answered nothing."""
+    data = config.data
+    return (silent_turns(task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns)),)
+
+
+def collect(
     name: str,
     results: list[RewardResult],
     skipped: tuple[SkippedSample, ...],

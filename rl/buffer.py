@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from conf.schema import RunConfig
+
 G = TypeVar("G")
 
 
@@ -39,6 +41,14 @@ class AgeBound:
         return (self.capacity - 1) // self.batch + self.lag
 
 
+def age_bound(config: RunConfig) -> AgeBound:
+    """The bound of a run. `algorithm.mode=sync` admits a step's groups only when every worker runs its weights: C = B."""
+    algorithm = config.algorithm
+    if algorithm.mode == "sync":
+        return AgeBound(algorithm.groups_per_step, algorithm.groups_per_step, 0)
+    return AgeBound(algorithm.groups_in_flight, algorithm.groups_per_step, config.weights.max_lag)
+
+
 @dataclass
 class GroupBuffer(Generic[G]):
     """Groups between admission and training. `admit` -> `fulfil` or `drop` -> `next_batch` -> `trained`."""
@@ -47,6 +57,11 @@ class GroupBuffer(Generic[G]):
     _next: int = 0
     _waiting: dict[int, G | None] = field(default_factory=dict)
     _in_training: int = 0
+
+    @property
+    def admitted(self) -> int:
+        """Tickets given out so far; the next one's number."""
+        return self._next
 
     @property
     def untrained(self) -> int:

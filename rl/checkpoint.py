@@ -1,8 +1,9 @@
 """Checkpoints: atomic directories with everything a stage made.
 
 Owner: rl. Layout of one: `hf/` (an exported checkpoint that `from_pretrained` loads, with tokenizer, processors, chat
-template and streaming.json), `deepspeed/` (model and optimiser state), `state.json` (version, step, consumed ids).
-Invariant: a directory under its final name is complete; it is written aside, flushed, and renamed.
+template and streaming.json), `deepspeed/` (model, optimiser, scheduler and RNG state), `state.json` (CheckpointState),
+`files.json` (size and CRC of every file). Invariants: a directory under its final name is complete: it is written
+aside, flushed, and renamed; what is read back is checked against `files.json` first.
 """
 
 from __future__ import annotations
@@ -10,20 +11,55 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 STATE_FILE = "state.json"
+FILES_FILE = "files.json"
+OPTIMIZER_FOLDER = "deepspeed"
+ASIDE = (".partial", ".replaced", ".undone")
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Where a stage stood: learner version, optimiser steps, and the ids of all groups trained so far."""
+    """Where a stage stood.
+
+    step: optimiser steps; version: of the learner's weights. consumed: ids of all groups trained so far; dropped: ids
+    that were given up. group_size: streams of a group. counters: the stage's result so far. tracking_run: MLflow's id.
+    """
 
     stage: str
     version: int
     step: int
     consumed: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+    group_size: int = 1
+    counters: dict[str, Any] = field(default_factory=dict)
+    tracking_run: str = ""
+
+    @property
+    def done(self) -> frozenset[str]:
+        return frozenset(self.consumed) | frozenset(self.dropped)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that passed its check. resumable: it holds optimiser state."""
+
+    path: Path
+    state: CheckpointState
+
+    @property
+    def resumable(self) -> bool:
+        return (self.path / OPTIMIZER_FOLDER).is_dir()
+
+
+def step_name(step: int) -> str:
+    return f"step{step:06d}"
 
 
 def partial_path(final: Path) -> Path:
@@ -36,11 +72,13 @@ def partial_path(final: Path) -> Path:
 
 
 def commit(partial: Path, final: Path, state: CheckpointState) -> None:
-    """Add the state, flush everything to disk and rename into place (an older checkpoint of that name goes)."""
+    """Add state and checksums, flush everything to disk, rename into place (an older one of that name goes)."""
     (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _flush(path)
+    files = {
+        str(path.relative_to(partial)): _flush_and_sum(path) for path in sorted(partial.rglob("*")) if path.is_file()
+    }
+    (partial / FILES_FILE).write_text(json.dumps(files, indent=1) + "\n")
+    _flush(partial / FILES_FILE)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         # A crash may have come between setting an older one aside and deleting it.
@@ -59,15 +97,133 @@ def read_state(path: Path) -> CheckpointState:
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no {STATE_FILE}")
     try:
         values = json.loads(file.read_text())
-        return CheckpointState(**(values | {"consumed": tuple(values["consumed"])}))
+        lists = {key: tuple(values[key]) for key in ("consumed", "dropped") if key in values}
+        return CheckpointState(**(values | {"consumed": tuple(values["consumed"])} | lists))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def latest(folder: Path) -> Path | None:
-    """The complete checkpoint with the most steps under `folder`, or None."""
-    complete = [path.parent for path in folder.glob(f"*/{STATE_FILE}") if path.parent.suffix == ""]
-    return max(complete, key=lambda path: read_state(path).step, default=None)
+def verify(path: Path) -> Found:
+    """Check every file against its size and CRC. Raises ValueError or FileNotFoundError that names what is wrong."""
+    listing = path / FILES_FILE
+    if not listing.is_file():
+        raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no {FILES_FILE}")
+    try:
+        files = json.loads(listing.read_text())
+        expected = {name: (int(size), int(crc)) for name, (size, crc) in files.items()}
+    except (UnicodeDecodeError, json.JSONDecodeError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{listing} is damaged: {error}") from error
+    for name, (size, crc) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, {size} were written")
+        if _crc(file) != crc:
+            raise ValueError(f"{file} is not what was written (its checksum differs)")
+    return Found(path, read_state(path))
+
+
+def newest_usable(folder: Path, say: Callable[[str], None]) -> Found | None:
+    """The checkpoint with the most steps under `folder` that passes its check; every other one met is named."""
+    if not folder.is_dir():
+        return None
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".partial":
+            say(f"checkpoint {path} was not finished and is left out")
+    for path in by_age(folder):
+        try:
+            return verify(path)
+        except (ValueError, OSError) as error:
+            say(f"checkpoint {path} cannot be used, trying the one before: {error}")
+    return None
+
+
+def by_age(folder: Path) -> list[Path]:
+    """Directories under their final names that can say their step, newest (most steps) first."""
+    steps: list[tuple[int, str, Path]] = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and path.suffix not in ASIDE and path.name != "best":
+            try:
+                steps.append((read_state(path).step, path.name, path))
+            except (ValueError, OSError):
+                # It may still be a damaged newest one: its name says where it stood.
+                digits = path.name.removeprefix("step")
+                steps.append((int(digits) if digits.isdigit() else 1 << 62, path.name, path))
+    return [path for *_, path in sorted(steps, reverse=True)]
+
+
+def prune(folder: Path, keep: int, optimizer: str, protect: Collection[str] = ()) -> list[str]:
+    """Delete all but the newest `keep` checkpoints and the names in `protect`; returns the names deleted.
+
+    optimizer: `all` keeps the optimiser state of each, `latest` of the newest only.
+    """
+    deleted = []
+    for place, path in enumerate(by_age(folder)):
+        if place >= keep and path.name not in protect:
+            shutil.rmtree(path)
+            deleted.append(path.name)
+        elif place and optimizer == "latest" and (path / OPTIMIZER_FOLDER).is_dir():
+            _drop_optimizer(path)
+    return deleted
+
+
+def set_aside_after(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints of later steps, when a stage goes back to `step`; returns their names."""
+    names = []
+    for path in by_age(folder):
+        if read_state(path).step > step:
+            aside = path.with_name(path.name + ".undone")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            names.append(aside.name)
+    return names
+
+
+def promote(source: Path, best: Path, note: dict[str, Any]) -> None:
+    """Make `best` a copy of a checkpoint's export (hard links where the file system has them), with `note` beside it."""
+    partial = partial_path(best)
+
+    def link(src: str, dst: str) -> None:
+        try:
+            os.link(src, dst)
+        except OSError:
+            shutil.copy2(src, dst)
+
+    shutil.copytree(source / "hf", partial / "hf", copy_function=link)
+    (partial / "best.json").write_text(json.dumps(note, indent=1) + "\n")
+    commit(partial, best, read_state(source))
+
+
+def read_best(best: Path, step: int) -> dict[str, Any]:
+    """The note of `best`, {} if there is none or if it is from a later step than `step` (which was undone)."""
+    file = best / "best.json"
+    note = json.loads(file.read_text()) if file.is_file() else {}
+    return note if note.get("step", 0) <= step else {}
+
+
+def _drop_optimizer(path: Path) -> None:
+    # The listing first: a crash in between leaves files that nobody expects, not files that somebody misses.
+    listing = path / FILES_FILE
+    files = json.loads(listing.read_text())
+    kept = {name: entry for name, entry in files.items() if not name.startswith(OPTIMIZER_FOLDER + os.sep)}
+    aside = listing.with_name(FILES_FILE + ".partial")
+    aside.write_text(json.dumps(kept, indent=1) + "\n")
+    os.replace(aside, listing)
+    shutil.rmtree(path / OPTIMIZER_FOLDER)
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _flush_and_sum(path: Path) -> tuple[int, int]:
+    _flush(path)
+    return path.stat().st_size, _crc(path)
 
 
 def _flush(path: Path) -> None:

@@ -1,30 +1,35 @@
 """The asynchronous RL loop: event-driven, no pause, bounded age.
 
 Owner: rl. The driver only moves references and small summaries. It waits for whichever comes first of: a group rolled
-out, a group scored, an optimiser step, a worker's swap, a checkpoint. Invariants: the age bound of `rl.buffer`; the two
-live versions of `rl.weights`; every group admitted is trained, dropped by name, or left over at the end.
+out, a group scored, an optimiser step, a worker's swap, a checkpoint, an evaluation's stream. Invariants: the age bound
+of `rl.buffer`; the two live versions of `rl.weights`; every group admitted is trained, dropped by name, or left over at
+the end; a group is in a checkpoint's `consumed` exactly if its weights have seen it.
+`algorithm.mode=sync` is the same loop with the capacity of one step and no lag. `deterministic=true` also fixes which
+worker gets which group and lets each worker run one group at a time, so that no batch depends on timing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import ray
-from ray.exceptions import RayActorError
 
-from conf.schema import RunConfig
 from rewards.compose import RewardResult
 from rl.advantages import group_advantages
-from rl.buffer import AgeBound, GroupBuffer
-from rl.checkpoint import CheckpointState, commit, partial_path
-from rl.cluster import Session
+from rl.buffer import GroupBuffer, age_bound
+from rl.checkpoint import CheckpointState, promote, read_best, step_name
+from rl.evaluating import PeriodicEvaluation
+from rl.events import Events
+from rl.journal import StepJournal
+from rl.report import StepClock, mean_reward, step_metrics
+from rl.results import ReadyGroup, RLResult
+from rl.saving import FINAL, Checkpointer
 from rl.source import epochs, group_id
-from rl.tracking import Progress, Tracker
+from rl.stage import StageContext
+from rl.stages import plain
+from rl.stop import Requeue
 from rl.weights import WeightLedger
 from rollout.vision import ByteBudgetCache
 from streams.dataset import SkippedSample
@@ -36,41 +41,9 @@ from streams.messages import (
     TrainBatch,
     TrainGroup,
     TrainReport,
-    WorkerStats,
 )
 from streams.scoring.stats import LogpDiff
 from streams.task import StreamTask
-
-
-@dataclass(frozen=True)
-class ReadyGroup:
-    """A scored group: what the next batch is cut from."""
-
-    summary: GroupSummary
-    payload: Any
-    results: tuple[RewardResult, ...]
-    admitted: float
-
-
-@dataclass
-class RLResult:
-    """What the RL stage reports. dropped_clip_seconds: video length of dropped groups, so that none vanish unseen."""
-
-    steps: int = 0
-    max_age: int = 0
-    mean_reward_first: float | None = None
-    mean_reward_last: float | None = None
-    versions_seen: set[int] = field(default_factory=set)
-    skipped: list[SkippedSample] = field(default_factory=list)
-    dropped_groups: int = 0
-    dropped_clip_seconds: float = 0.0
-    monitor: LogpDiff = field(default_factory=LogpDiff)
-    age0: LogpDiff = field(default_factory=LogpDiff)
-    published: LogpDiff = field(default_factory=LogpDiff)
-    sampled_tokens: int = 0
-    clips_encoded: int = 0
-    distinct_clips: int = 0
-    seconds: float = 0.0
 
 
 def _advantages(results: tuple[RewardResult, ...], kind: str) -> tuple[float, ...]:
@@ -83,60 +56,76 @@ def _advantages(results: tuple[RewardResult, ...], kind: str) -> tuple[float, ..
 
 
 class RLLoop:
-    """One RL stage over a running session whose actors hold the starting checkpoint."""
+    """One RL stage over a running session whose actors hold the starting checkpoint (or the resumed one)."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        session: Session,
-        tasks: tuple[StreamTask, ...],
-        tracker: Tracker,
-        progress: Progress,
-        streaming: dict[str, Any],
+        self, context: StageContext, tasks: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...] = ()
     ) -> None:
-        self.config, self.session = config, session
-        self.tracker, self.progress, self.streaming = tracker, progress, streaming
-        algorithm = config.algorithm
-        self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(
-            AgeBound(algorithm.groups_in_flight, algorithm.groups_per_step, config.weights.max_lag)
+        self.context, self.config, self.session = context, context.config, context.session
+        self.progress = context.progress
+        state = context.resume
+        self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(age_bound(self.config))
+        self.result = RLResult.restore(state.counters) if state else RLResult()
+        self.version = state.version if state else 0
+        self.ledger = WeightLedger(len(self.session.workers), self.buffer.limits.lag, self.version)
+        self.consumed = list(state.consumed) if state else []
+        self.dropped = list(state.dropped) if state else []
+        self.checkpoints = Checkpointer(context)
+        self.result.best = read_best(self.checkpoints.folder / "best", self.version)
+        self.journal = StepJournal.open(self.config.root / "stages" / "rl.steps.jsonl", self.version)
+        self.events = Events(self.config.cluster.call_timeout_s, context.stop)
+        self.evaluation = PeriodicEvaluation(
+            self.config, self.session, self.events, self.ledger, heldout, self.progress.say, self._evaluated
         )
-        self.ledger = WeightLedger(len(session.workers), config.weights.max_lag)
-        self.result = RLResult()
-        self.version = 0
-        self.consumed: list[str] = []
-        self._source = epochs(tasks, config.seed)
-        self._pending: dict[Any, tuple[str, Callable[[Any], None]]] = {}
-        self._load = [0] * len(session.workers)
-        self._per_worker = max(1, config.rollout.max_streams // algorithm.group_size)
+        self._source = epochs(tasks, self.config.seed, [*self.consumed, *self.dropped])
+        self._done_before = len(self.consumed) + len(self.dropped)
+        self._load = [0] * len(self.session.workers)
+        self._per_worker = max(1, self.config.rollout.max_streams // self.config.algorithm.group_size)
         # References keep features alive in the object store: the budget bounds what a long dataset may pin there.
-        self._features: ByteBudgetCache[Any] = ByteBudgetCache(config.data.cache_mb * 2**20)
+        self._features: ByteBudgetCache[Any] = ByteBudgetCache(self.config.data.cache_mb * 2**20)
         self._seen_tasks: set[str] = set()
         self._swaps: list[SwapReport] = []
         self._dropped_in_a_row = 0
-        self._saves = 0
-        self._began = time.monotonic()
-        self._step_began = self._began
+        self._saving: set[int] = set()
+        self._written: set[int] = {self.version} if state else set()
+        self._before_s = self.result.seconds
+        self._step_began = time.monotonic()
         self._learner_busy_s = 0.0
         self._training = False
         self._weights: Any = None
 
     def run(self) -> RLResult:
         """Train `algorithm.steps` optimiser steps, write the final checkpoint, report."""
-        while self.version < self.config.algorithm.steps or self._saves:
+        self.context.tracker.commit(self.journal.take(self.version))
+        if self.version and self.evaluation.due(self.version) and not self.journal.has("eval", self.version):
+            self.evaluation.begin(self.version)
+        while self.version < self.config.algorithm.steps or self._saving or self.evaluation.active:
+            if self.context.stop.requested:
+                self._stop()
+            self.evaluation.pump()
             self._admit()
             self._train()
-            self._wait_for_event()
-        self._save("final")
-        while self._saves or self.ledger.fetching:
-            self._wait_for_event()
+            self.events.wait()
+        self._save(final=True)
+        while self._saving or self.ledger.fetching:
+            self.events.wait()
         self.result.published = self._score_published()
-        for stats in self._worker_stats():
-            self.result.sampled_tokens += stats.sampled_tokens
+        for worker in self.session.workers:
+            stats = self.session.call(worker.stats.remote(), "a worker's counters")
             self.result.clips_encoded += stats.clips_encoded
         self.result.distinct_clips = len(self._seen_tasks)
-        self.result.steps = self.version
-        self.result.seconds = time.monotonic() - self._began
+        self.result.seconds = self._before_s + self.context.seconds()
         return self.result
+
+    def _stop(self) -> None:
+        """Somebody asked the run to end: finish the step under way, write a checkpoint, say so."""
+        while self._training:
+            self.events.wait()
+        if self.version not in self._saving | self._written and self.version:
+            self._save()
+        while self._saving:
+            self.events.wait()
+        raise Requeue(f"rl: stopped at step {self.version}, checkpoint {self.context.stop.last_checkpoint}")
 
     def _score_published(self) -> LogpDiff:
         """One group per worker on the weights it swapped in, scored by the learner that published them.
@@ -170,14 +159,25 @@ class RLLoop:
     def _admit(self) -> None:
         wanted = self.config.algorithm.steps * self.config.algorithm.groups_per_step
         while self.buffer.may_admit() and len(self.consumed) + self.buffer.untrained < wanted:
-            free = [
-                w
-                for w in range(len(self._load))
-                if self._load[w] < self._per_worker and self.ledger.may_work(w, self.version)
-            ]
-            if not free:
+            worker = self._fixed_worker() if self.config.deterministic else self._free_worker()
+            if worker is None:
                 return
-            self._dispatch(min(free, key=lambda w: self._load[w]))
+            self._dispatch(worker)
+
+    def _free_worker(self) -> int | None:
+        """The worker with the fewest groups among those that may have another."""
+        free = [
+            w
+            for w in range(len(self._load))
+            if self._load[w] < self._per_worker and self.ledger.may_work(w, self.version)
+        ]
+        return min(free, key=lambda w: self._load[w], default=None)
+
+    def _fixed_worker(self) -> int | None:
+        """Group number n belongs to worker n mod W, and waits until that worker has nothing else to do."""
+        worker = (self._done_before + self.buffer.admitted) % len(self._load)
+        idle = not self._load[worker] and not self.evaluation.active
+        return worker if idle and self.ledger.may_work(worker, self.version) else None
 
     def _dispatch(self, worker: int) -> None:
         epoch, task = next(self._source)
@@ -186,16 +186,13 @@ class RLLoop:
         self._load[worker] += 1
         self._seen_tasks.add(task.id)
         summary, payload = self.session.workers[worker].rollout.options(num_returns=2).remote(request)
-        admitted = time.monotonic()
-        self._expect(
+        self.events.expect(
             summary,
             f"group {request.group} on rollout worker {worker}",
-            lambda value: self._rolled_out(value, payload, task, ticket, worker, admitted),
+            lambda value: self._rolled_out(value, payload, task, ticket, worker),
         )
 
-    def _rolled_out(
-        self, summary: GroupSummary, payload: Any, task: StreamTask, ticket: int, worker: int, admitted: float
-    ) -> None:
+    def _rolled_out(self, summary: GroupSummary, payload: Any, task: StreamTask, ticket: int, worker: int) -> None:
         self._load[worker] -= 1
         if summary.failed is not None:
             self._drop(summary, ticket, task)
@@ -203,14 +200,15 @@ class RLLoop:
         if summary.features is not None:
             self._features.put(task.id, summary.features, summary.feature_bytes)
         job = RewardJob(summary.group, task, summary.turns, self.config.data.video.chunk_seconds)
-        self._expect(
+        self.events.expect(
             self.session.scorer.score.remote((job,)),
             f"the scores of group {summary.group}",
-            lambda results: self._scored(results[0], summary, payload, ticket, admitted),
+            lambda results: self._scored(results[0], summary, payload, ticket),
         )
 
     def _drop(self, summary: GroupSummary, ticket: int, task: StreamTask) -> None:
         self.buffer.drop(ticket)
+        self.dropped.append(summary.group)
         self.result.skipped.append(SkippedSample(f"task {summary.task_id} ({task.video})", str(summary.failed)))
         self.result.dropped_groups += 1
         self.result.dropped_clip_seconds += summary.clip_seconds
@@ -228,7 +226,6 @@ class RLLoop:
         summary: GroupSummary,
         payload: Any,
         ticket: int,
-        admitted: float,
     ) -> None:
         self._dropped_in_a_row = 0
         for i, result in enumerate(results):
@@ -237,9 +234,10 @@ class RLLoop:
                 self.result.skipped.append(SkippedSample(name, f"reward: {result.failed}"))
         if all(result.failed is not None for result in results):
             self.result.dropped_groups += 1
+            self.dropped.append(summary.group)
             self.buffer.drop(ticket)
             return
-        self.buffer.fulfil(ticket, ReadyGroup(summary, payload, results, admitted))
+        self.buffer.fulfil(ticket, ReadyGroup(summary, payload, results))
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -266,7 +264,7 @@ class RLLoop:
         )
         self._training = True
         report, weights = self.session.learner.train.options(num_returns=2).remote(batch)
-        self._expect(
+        self.events.expect(
             report,
             f"optimiser step {self.version + 1}",
             lambda value: self._trained(value, weights, groups, ages),
@@ -285,11 +283,17 @@ class RLLoop:
         if tokens := int(metrics.get("age0_tokens", 0)):
             age0 = LogpDiff(tokens, metrics["age0_logp_diff_mean"], metrics["age0_logp_diff_max"])
             self.result.age0 = LogpDiff.merge([self.result.age0, age0])
+        self.result.steps = self.version
+        self.result.sampled_tokens += sum(g.summary.tokens for g in groups)
         self._publish(report.version, weights)
         self._report(report, groups, ages)
-        every = self.config.checkpoint.every
-        if every and self.version % every == 0 and self.version < self.config.algorithm.steps:
-            self._save(f"step{self.version:06d}")
+        evaluate = self.evaluation.due(self.version)
+        if self.checkpoints.due(self.version, self.config.algorithm.steps) or (
+            evaluate and self.version < self.config.algorithm.steps
+        ):
+            self._save()
+        if evaluate:
+            self.evaluation.begin(self.version)
 
     def _publish(self, version: int, weights: Any) -> None:
         self.ledger.publish(version)
@@ -298,7 +302,7 @@ class RLLoop:
 
     def _start_fetches(self) -> None:
         for worker in self.ledger.next_fetches():
-            self._expect(
+            self.events.expect(
                 self.session.workers[worker].update_weights.remote([self._weights]),
                 f"rollout worker {worker} to swap to version {self.ledger.published}",
                 self._swapped,
@@ -309,94 +313,90 @@ class RLLoop:
         self._swaps.append(report)
         self._start_fetches()
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------
+    # --- checkpoints and evaluation -----------------------------------------------------------------------------------
 
-    def _save(self, name: str) -> None:
-        final = self.config.root / "checkpoints" / "rl" / name
-        partial = partial_path(final.resolve())
-        state = CheckpointState("rl", self.version, self.version, tuple(self.consumed))
-        self._saves += 1
-        self._expect(
-            self.session.learner.save.remote(str(partial), self.streaming),
-            f"checkpoint {name}",
-            lambda _: self._saved(partial, final.resolve(), state),
+    def _save(self, *, final: bool = False) -> None:
+        step = self.version
+        self.result.seconds = self._before_s + self.context.seconds()
+        state = CheckpointState(
+            "rl",
+            self.version,
+            step,
+            tuple(self.consumed),
+            tuple(self.dropped),
+            self.config.algorithm.group_size,
+            plain(asdict(self.result)),
+        )
+        try:
+            reference = self.checkpoints.save(state, final=final)
+        except OSError as error:
+            self.checkpoints.save_failed(error, step, final=final)
+            return
+        self._saving.add(step)
+        self.events.expect(
+            reference,
+            f"the checkpoint of step {step}",
+            lambda path: self._saved(path, step),
+            lambda error: self._save_failed(error, step, final),
         )
 
-    def _saved(self, partial: Path, final: Path, state: CheckpointState) -> None:
-        commit(partial, final, state)
-        self._saves -= 1
+    def _saved(self, path: str, step: int) -> None:
+        self._saving.discard(step)
+        self._written.add(step)
+        self._promote(step)
+        self.checkpoints.saved(path, protect=self._awaiting_evaluation())
+        self.context.tracker.commit(self.journal.take(step))
 
-    # --- events ---------------------------------------------------------------------------------------------------
+    def _save_failed(self, error: Exception, step: int, final: bool) -> None:
+        self._saving.discard(step)
+        self.checkpoints.save_failed(error, step, final=final)
 
-    def _expect(self, reference: Any, what: str, handle: Callable[[Any], None]) -> None:
-        self._pending[reference] = (what, handle)
+    def _evaluated(self, version: int, values: dict[str, float | None]) -> None:
+        shown = ", ".join(
+            f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if value is not None
+        )
+        self.progress.say(f"eval at step {version}: {shown}")
+        self.journal.append(version, values, kind="eval")
+        self._promote(version)
+        self.context.tracker.commit(self.journal.take(max(self._written, default=0)))
 
-    def _wait_for_event(self) -> None:
-        timeout = self.config.cluster.call_timeout_s
-        if not self._pending:
-            raise RuntimeError(
-                f"nothing is under way at step {self.version}, with {self.buffer.untrained} groups untrained "
-                f"and workers at versions {self.ledger.running}: this is a defect of the loop"
-            )
-        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout)
-        if not done:
-            waiting = "; ".join(what for what, _ in list(self._pending.values())[:5])
-            raise TimeoutError(f"waited {timeout:g} s (cluster.call_timeout_s) and nothing finished of: {waiting}")
-        what, handle = self._pending.pop(done[0])
-        try:
-            value = ray.get(done[0], timeout=timeout)
-        except RayActorError as error:
-            raise RuntimeError(f"an actor died during {what}: {error}") from error
-        handle(value)
+    def _awaiting_evaluation(self) -> set[str]:
+        """Checkpoints whose evaluation is still to come: one of them may be the best."""
+        due = {step for step in self._written if self.evaluation.due(step)}
+        return {step_name(step) for step in due if not self.journal.has("eval", step)}
 
-    def _worker_stats(self) -> list[WorkerStats]:
-        return [self.session.call(w.stats.remote(), "a worker's counters") for w in self.session.workers]
+    def _promote(self, step: int) -> None:
+        """Keep the export of `step` as `best`, if both it and its evaluation are there and it beats the best so far."""
+        metric = f"eval/{self.config.eval.best}"
+        value = next((line.values.get(metric) for line in self.journal.of_kind("eval") if line.step == step), None)
+        if step not in self._written or value is None:
+            return
+        if self.result.best and self.result.best["value"] >= value:
+            return
+        final = step == self.config.algorithm.steps
+        source = self.checkpoints.folder / (FINAL if final else step_name(step))
+        if not source.is_dir():  # the stage was resumed from a checkpoint of another run
+            return
+        self.result.best = {"step": step, "metric": self.config.eval.best, "value": value}
+        promote(source, self.checkpoints.folder / "best", self.result.best)
 
     def _report(self, report: TrainReport, groups: list[ReadyGroup], ages: list[int]) -> None:
         now = time.monotonic()
         wall, self._step_began = now - self._step_began, now
         self._learner_busy_s += report.metrics["step_s"]
-        results = [r for g in groups for r in g.results]
-        reward = float(np.mean([r.total for r in results]))
         if self.result.mean_reward_first is None:
-            self.result.mean_reward_first = reward
-        self.result.mean_reward_last = reward
-        sampled = sum(g.summary.tokens for g in groups)
-        monitor = LogpDiff.merge([g.summary.monitor for g in groups])
+            self.result.mean_reward_first = mean_reward(groups)
+        self.result.mean_reward_last = mean_reward(groups)
         swaps, self._swaps = self._swaps, []
-        values: dict[str, float | None] = {
-            "reward/total": reward,
-            **{
-                f"reward/{name}": float(np.mean([r.components[name] for r in results]))
-                for name in results[0].components
-            },
-            "reward/group_std": float(np.mean([np.std([r.total for r in g.results]) for g in groups])),
-            "reward/failed_streams": float(sum(r.failed is not None for r in results)),
-            **{f"train/{name}": value for name, value in report.metrics.items()},
-            "age/mean": float(np.mean(ages)),
-            "age/max": float(max(ages)),
-            "rollout/tokens_per_s": sampled / wall,
-            "rollout/log_tokens": float(sum(g.summary.log_tokens for g in groups)),
-            "rollout/evicted_tokens": float(sum(g.summary.evicted_tokens for g in groups)),
-            "rollout/group_s": float(np.mean([g.summary.seconds for g in groups])),
-            "rollout/dropped_groups": float(self.result.dropped_groups),
-            "buffer/ready": float(self.buffer.ready),
-            "busy/learner": self._learner_busy_s / (now - self._began),
-            "busy/workers": float(np.mean([s.busy_share for s in swaps])) if swaps else None,
-            "swap/pause_s": max((s.pause_s for s in swaps), default=None),
-            "swap/fetch_s": max((s.fetch_s for s in swaps), default=None),
-            "mismatch/worker_max": monitor.max,
-            "mismatch/worker_mean": monitor.mean,
-            "mismatch/worker_tokens": float(monitor.tokens),
-            "step/wall_s": wall,
-        }
-        self.tracker.metrics(values, report.step + 1)
+        clock = StepClock(wall, self._learner_busy_s / self.context.seconds())
+        values = step_metrics(report, groups, ages, swaps, clock, self.buffer.ready, self.result.dropped_groups)
+        self.journal.append(self.version, values, tuple(g.summary.group for g in groups))
         self.progress.step(
             "rl",
             self.version,
             self.config.algorithm.steps,
             {
-                "reward": reward,
+                "reward": values["reward/total"],
                 "loss": values["train/loss"],
                 "entropy": values["train/entropy"],
                 "clip": values["train/clip_share"],

@@ -1,11 +1,13 @@
 """Tracking: MLflow behind a thread of its own, and live progress on the terminal.
 
 Owner: rl. Named boundary: a tracker that fails is reported once and never stops or slows training. Metrics of a step
-are logged in one batch; their names are the fixed list in docs/metrics.md.
+are logged in one batch; their names are the fixed list in docs/metrics.md. Invariants: a resumed run continues its own
+MLflow run; a metric has at most one value per step; steps reach the charts only when a checkpoint holds them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import queue
@@ -18,22 +20,32 @@ from typing import Any
 from rich.console import Console
 
 from conf.schema import TrackingConfig
+from rl.journal import JournalLine
 
 log = logging.getLogger("sightline.tracking")
 CLOSE_TIMEOUT_S = 60.0
 PLAIN_LINES = 40
 """Lines that one stage prints at most, where there is no terminal to rewrite."""
+RUN_FILE = "tracking.json"
 
 
 class Tracker:
-    """Writes parameters and metrics to MLflow in the background. `uri` is where to look at them."""
+    """Writes parameters and metrics to MLflow in the background. `uri` is where to look at them.
 
-    def __init__(self, config: TrackingConfig, root: Path, run_name: str) -> None:
+    resume: continue the MLflow run that `run_root/tracking.json` names, if there is one. remember: write that file.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, root: Path, run_name: str, *, resume: bool = False, remember: bool = True
+    ) -> None:
         self.enabled = config.enabled
         self.uri = config.uri or f"sqlite:///{(root / 'mlflow.db').resolve()}"
         self.failed: str | None = None
+        self.run_id: str | None = None
         self._config, self._root, self._name = config, root, run_name
+        self._resume, self._remember = resume, remember
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self._logged: dict[str, set[int]] = {}
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         if self.enabled:
             root.mkdir(parents=True, exist_ok=True)
@@ -44,8 +56,12 @@ class Tracker:
 
     def metrics(self, values: dict[str, float | None], step: int) -> None:
         """Log finite values; None and NaN (nothing to measure) are left out, never logged as 0."""
-        finite = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-        self._put("metrics", (finite, step, int(time.time() * 1000)))
+        self._put("metrics", (_finite(values), step, int(time.time() * 1000)))
+
+    def commit(self, lines: list[JournalLine]) -> None:
+        """Log steps that a checkpoint now holds."""
+        for line in lines:
+            self.metrics(line.values, line.step)
 
     def artifact(self, path: Path) -> None:
         self._put("artifact", path)
@@ -79,24 +95,60 @@ class Tracker:
         from mlflow.entities import Metric, Param
 
         client = mlflow.MlflowClient(tracking_uri=self.uri)
+        run, continued = self._open_run(client)
+        while (entry := self._queue.get()) is not None:
+            kind, value = entry
+            if kind == "params":
+                # MLflow refuses to change a parameter: the first attempt's stay.
+                if not continued:
+                    client.log_batch(run, params=[Param(k, v) for k, v in value.items()])
+            elif kind == "metrics":
+                values, step, stamp = value
+                new = {k: v for k, v in values.items() if step not in self._steps(client, run, k, continued)}
+                client.log_batch(run, metrics=[Metric(k, v, stamp, step) for k, v in new.items()])
+                for key in new:
+                    self._logged[key].add(step)
+            elif kind == "artifact":
+                client.log_artifact(run, str(value))
+            else:
+                client.set_terminated(run, status=value)
+
+    def _open_run(self, client: Any) -> tuple[str, bool]:
+        """(id, whether it is continued) of the MLflow run to write to."""
+        from mlflow.exceptions import MlflowException
+
+        file = self._root / RUN_FILE
+        if self._resume and file.is_file():
+            known = json.loads(file.read_text())
+            if known.get("uri") == self.uri:
+                try:
+                    client.update_run(known["run_id"], status="RUNNING")
+                except MlflowException as error:
+                    log.warning("tracking: %s does not know run %s any more: %s", self.uri, known["run_id"], error)
+                else:
+                    self.run_id = str(known["run_id"])
+                    return self.run_id, True
         experiment = client.get_experiment_by_name(self._config.experiment)
         if experiment is None:
             location = None if self._config.uri else (self._root / "mlflow-artifacts").resolve().as_uri()
             experiment_id = client.create_experiment(self._config.experiment, artifact_location=location)
         else:
             experiment_id = experiment.experiment_id
-        run = client.create_run(experiment_id, run_name=self._name).info.run_id
-        while (entry := self._queue.get()) is not None:
-            kind, value = entry
-            if kind == "params":
-                client.log_batch(run, params=[Param(k, v) for k, v in value.items()])
-            elif kind == "metrics":
-                values, step, stamp = value
-                client.log_batch(run, metrics=[Metric(k, v, stamp, step) for k, v in values.items()])
-            elif kind == "artifact":
-                client.log_artifact(run, str(value))
-            else:
-                client.set_terminated(run, status=value)
+        self.run_id = str(client.create_run(experiment_id, run_name=self._name).info.run_id)
+        if self._remember:
+            file.write_text(json.dumps({"uri": self.uri, "run_id": self.run_id}) + "\n")
+        return self.run_id, False
+
+    def _steps(self, client: Any, run: str, key: str, continued: bool) -> set[int]:
+        """Steps at which `key` has a value already; the store is asked once per key of a continued run."""
+        if key not in self._logged:
+            before = client.get_metric_history(run, key) if continued else []
+            self._logged[key] = {int(metric.step) for metric in before}
+        return self._logged[key]
+
+
+def _finite(values: dict[str, float | None]) -> dict[str, float]:
+    return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
 class Progress:

@@ -9,6 +9,7 @@ could still see them; weights change only between two steps.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +31,7 @@ class StreamRequest:
 
     header: LogHeader
     turns: tuple[TurnInput, ...]
-    features: tuple[torch.Tensor, ...]
+    features: Sequence[torch.Tensor]
     policy: MemoryPolicy
     layout: Layout
     patch_seconds: float
@@ -94,8 +95,11 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def add(self, request: StreamRequest) -> None:
-        """Queue a stream. Raises ValueError if it could never fit into the KV pool."""
+    def add(self, request: StreamRequest) -> StreamWriter:
+        """Queue a stream; returns its writer, which grows as the stream runs (to be read between two steps only).
+
+        Raises ValueError if it could never fit into the KV pool.
+        """
         writer = StreamWriter(
             request.header, request.layout, request.policy, self.backbone.cursor(request.patch_seconds)
         )
@@ -106,6 +110,7 @@ class Engine:
                 "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window"
             )
         self._waiting.append(_Stream(request, writer, need))
+        return writer
 
     @torch.no_grad()
     def step(self) -> list[StreamLog]:

@@ -5,15 +5,32 @@ Owner: streams. The one place that decides which query arrives in which turn; ro
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from streams.layout import Layout
 from streams.log import NEVER, ChunkRecord
-from streams.task import StreamTask
+from streams.task import TimedQuery
 from streams.video import Clip
 from streams.writer import QueryInput, TurnInput
 
 
+class Watchable(Protocol):
+    """What is shown to a stream: a StreamTask, or a file that somebody watches without expecting answers."""
+
+    @property
+    def video(self) -> str: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+    @property
+    def queries(self) -> tuple[TimedQuery, ...]: ...
+
+    def chunk_of(self, time: float, chunk_seconds: float) -> int: ...
+
+
 def turn_inputs(
-    task: StreamTask,
+    task: Watchable,
     clip: Clip,
     layout: Layout,
     chunk_seconds: float,
@@ -56,6 +73,6 @@ def turn_inputs(
     )
 
 
-def clip_key(task: StreamTask, turns: int) -> str:
+def clip_key(task: Watchable, turns: int) -> str:
     """Names the pixels a stream sees: two tasks over the same span of the same file share features."""
     return f"{task.video}:{task.start!r}:{task.end!r}:{turns}"

@@ -1,0 +1,104 @@
+"""streaming.json: how a checkpoint must be run, and what happens when the configuration says otherwise.
+
+Owner: conf. Written into every exported checkpoint; read by evaluation, watch, and RL that starts from a folder. Rule:
+the checkpoint's value is used unless the user overrode that key on the command line; then the override is used and a
+warning names both values (an error where a stage is resumed).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+
+STREAMING_FILE = "streaming.json"
+FORMAT = 1
+
+_FIELDS = {
+    "chunk_seconds": "data.video.chunk_seconds",
+    "frames_per_chunk": "data.video.frames_per_chunk",
+    "min_pixels": "data.video.min_pixels",
+    "max_pixels": "data.video.max_pixels",
+    "score_temperature": "rollout.temperature",
+}
+_SECTIONS = {"layout": "layout", "memory": "memory"}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The configuration to use, the keys taken from the checkpoint, and the overrides that contradict it."""
+
+    config: RunConfig
+    taken: tuple[str, ...]
+    conflicts: tuple[str, ...]
+
+
+def streaming_settings(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint of this run says about how to run it."""
+    values: dict[str, Any] = {name: _get(config, key) for name, key in _FIELDS.items()}
+    return {"format": FORMAT} | values | {name: asdict(_get(config, key)) for name, key in _SECTIONS.items()}
+
+
+def read_streaming(checkpoint: Path) -> dict[str, Any]:
+    """config key -> value of a checkpoint folder, {} if it has no streaming.json. Raises ValueError for a damaged one."""
+    file = checkpoint / STREAMING_FILE
+    if not file.is_file():
+        return {}
+    try:
+        saved = json.loads(file.read_text())
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']} is not {FORMAT}, the one this version reads")
+        values = {key: saved[name] for name, key in _FIELDS.items() if name in saved}
+        for name, section in _SECTIONS.items():
+            values |= {f"{section}.{key}": value for key, value in saved.get(name, {}).items()}
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be used: {error}") from error
+    return values
+
+
+def apply_streaming(config: RunConfig, saved: dict[str, Any], overridden: Collection[str]) -> Applied:
+    """Take a checkpoint's settings over. overridden: keys (or groups, as `memory`) set on the command line."""
+    taken, conflicts, changes = [], [], {}
+    for key, value in sorted(saved.items()):
+        try:
+            now = _get(config, key)
+        except AttributeError:
+            continue  # a setting of another version of this program
+        if now == value:
+            continue
+        if key in overridden or key.partition(".")[0] in overridden:
+            conflicts.append(f"{key}={now!r} (the checkpoint was made with {value!r})")
+        else:
+            changes[key] = value
+            taken.append(f"{key}={value!r}")
+    return Applied(_replaced(config, changes), tuple(taken), tuple(conflicts))
+
+
+def overridden_keys(overrides: Collection[str]) -> frozenset[str]:
+    """The keys and groups that command-line overrides set."""
+    return frozenset(text.partition("=")[0].lstrip("+~").partition("@")[0] for text in overrides)
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _replaced(node: Any, changes: dict[str, Any]) -> Any:
+    """A copy of nested dataclasses with dotted keys replaced; validation runs on whole sections, not key by key."""
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            own[head] = value
+    own |= {head: _replaced(getattr(node, head), below) for head, below in nested.items()}
+    return dataclasses.replace(node, **own)

@@ -1,0 +1,140 @@
+"""What can be known before any actor starts: derived quantities, missing inputs, settings that a checkpoint brings.
+
+Owner: rl. Invariant: whatever fails here has cost nothing yet and deleted nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from conf.schema import RunConfig
+from conf.streaming import apply_streaming, overridden_keys, read_streaming
+from rl.buffer import age_bound
+from rl.stages import StagePlan, replaced_by
+from streams.backbone import is_hub_id
+from streams.dataset import load_tasks
+from streams.log import BYTES_PER_TOKEN
+
+
+def describe(config: RunConfig) -> list[str]:
+    """The derived quantities of a run, printed before it starts."""
+    algorithm = config.algorithm
+    age = age_bound(config)
+    memory = config.memory
+    video = config.data.video
+    # Merged tokens of 28 x 28 pixels, two frames a temporal patch; a turn's scaffold is 13 tokens.
+    per_turn = video.max_pixels // 28**2 * (video.frames_per_chunk // 2) + 13 + config.layout.max_new_tokens
+    log_kib = BYTES_PER_TOKEN * per_turn * config.data.max_turns / 1024
+    kept = "everything" if memory.name == "full" else f"the last {memory.window} chunks"
+    return [
+        f"run: job={config.job.name} seed={config.seed} run_root={config.root.resolve()}",
+        f"rl: {algorithm.groups_per_step} groups x {algorithm.group_size} = {config.streams_per_step} streams per step, "
+        f"{algorithm.steps} steps, {algorithm.mode}; age bound ({age.capacity} - 1) // {age.batch} + {age.lag} = {age.bound}",
+        f"memory: {memory.name}, video of {kept}; KV pool {config.rollout.kv_memory_mb} MiB on each of "
+        f"{config.rollout.workers} workers, up to {config.rollout.max_streams} streams each",
+        f"log budget: at most about {log_kib:.0f} KiB a stream, {log_kib * config.streams_per_step / 1024:.1f} MiB a step; "
+        f"frames and features cached: {config.data.cache_mb} MiB each per worker",
+    ]
+
+
+def own_checkpoints(root: Path) -> dict[str, Path]:
+    """The exports that the stages of this run_root have finished, in the order of the stages."""
+    made = {stage: root / "checkpoints" / stage / "final" / "hf" for stage in ("sft", "rl")}
+    return {stage: path for stage, path in made.items() if path.is_dir()}
+
+
+def base_checkpoint(config: RunConfig) -> tuple[str, Path] | None:
+    """(config key, folder) of the checkpoint whose streaming.json the job must respect; None if there is none."""
+    if config.resume not in ("auto", "never"):
+        return "resume", Path(config.resume).expanduser() / "hf"
+    stages = config.job.stages
+    if "sft" in stages or stages == ["data"]:
+        return None
+    chosen = config.algorithm.init if "rl" in stages else config.eval.checkpoint
+    key = "algorithm.init" if "rl" in stages else "eval.checkpoint"
+    if chosen not in ("auto", "best"):
+        path = Path(chosen).expanduser()
+        return (key, path) if path.is_dir() else None
+    if chosen == "best":
+        return key, config.root / "checkpoints" / "rl" / "best" / "hf"
+    own = own_checkpoints(config.root)
+    if "rl" in stages:
+        own.pop("rl", None)
+    if own:
+        return key, list(own.values())[-1]
+    path = Path(config.model.path).expanduser()
+    return ("model.path", path) if config.model.path and path.is_dir() else None
+
+
+def respect_checkpoint(
+    config: RunConfig, overrides: Collection[str], say: Callable[[str], None], warn: Callable[[str], None]
+) -> RunConfig:
+    """Take over what the job's starting checkpoint says about how it runs (see conf.streaming)."""
+    base = base_checkpoint(config)
+    if base is None:
+        return config
+    key, path = base
+    applied = apply_streaming(config, read_streaming(path), overridden_keys(overrides))
+    if applied.conflicts and key == "resume":
+        raise ValueError(
+            f"resume={config.resume}: {'; '.join(applied.conflicts)}. A stage is resumed as it was begun: drop the "
+            "override, or start a new stage with algorithm.init"
+        )
+    if applied.taken:
+        say(f"settings from {path}: {', '.join(applied.taken)}")
+    for conflict in applied.conflicts:
+        warn(f"{conflict}; the override is used")
+    return applied.config
+
+
+def preflight(config: RunConfig, plans: dict[str, StagePlan]) -> None:
+    """Raises ValueError or FileNotFoundError for what would fail later."""
+    age_bound(config)
+    _check_data(config)
+    fresh = [stage for stage in config.job.stages if stage not in plans or plans[stage].fresh]
+    for key, value in (
+        ("model.path", config.model.path),
+        ("algorithm.init", config.algorithm.init),
+        ("eval.checkpoint", config.eval.checkpoint),
+    ):
+        if value in ("", "auto") or (key == "eval.checkpoint" and value == "best"):
+            continue
+        if not Path(value).expanduser().is_dir() and not is_hub_id(value):
+            raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
+        _check_not_replaced(config, key, value, fresh)
+    unset = config.eval.checkpoint == "auto" and not config.model.path
+    if config.job.stages == ["eval"] and unset and not own_checkpoints(config.root):
+        raise FileNotFoundError(
+            f"job=eval: no checkpoint under {config.root / 'checkpoints'}; run job=sft first or set eval.checkpoint"
+        )
+    best = config.root / "checkpoints" / "rl" / "best" / "hf"
+    if config.eval.checkpoint == "best" and "rl" not in config.job.stages and not best.is_dir():
+        raise FileNotFoundError(f"eval.checkpoint=best: there is no {best}; train with eval.every=N first")
+
+
+def _check_data(config: RunConfig) -> None:
+    stages = set(config.job.stages)
+    needed = [split for split, by in (("train", {"sft", "rl"}), ("heldout", {"eval"})) if stages & by]
+    if config.eval.every and "rl" in stages and "heldout" not in needed:
+        needed.append("heldout")
+    for split in needed:
+        given = getattr(config.data, split)
+        path = Path(given) if given else config.root / "data" / f"{split}.jsonl"
+        if given or "data" not in stages:
+            if not path.is_file():
+                raise FileNotFoundError(f"data.{split}: {path} does not exist (set data.{split} or run job=data first)")
+            # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
+            load_tasks(path)
+
+
+def _check_not_replaced(config: RunConfig, key: str, value: str, fresh: list[str]) -> None:
+    """A run may not start from a checkpoint that it is about to replace."""
+    source = Path(value).expanduser().resolve()
+    for name in replaced_by(fresh):
+        replaced = (config.root / name).resolve()
+        if source == replaced or replaced in source.parents:
+            raise ValueError(
+                f"{key}={value} lies in {replaced}, which job={config.job.name} replaces: copy it elsewhere or choose "
+                "another run_root"
+            )

@@ -1,0 +1,138 @@
+"""Evaluation while training: held-out streams on the rollout workers, between the training groups.
+
+Owner: rl. Nothing stops for it: the streams share the engines with the rollouts, a few at a time, and start on a worker
+once it runs the version under evaluation. A worker may swap while such a stream runs; each stream's versions are known,
+and the span of all of them is logged beside the result (with `algorithm.mode=sync` it is one version).
+Invariants: one evaluation at a time; every one that was due is run or named as left out; its result goes into the
+journal under its version's step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.schema import RunConfig
+from evals.heldout import Condition, EvalResult, collect, failed_turns, stream_request
+from rl.cluster import Session
+from rl.events import Events
+from rl.weights import WeightLedger
+from streams.dataset import SkippedSample
+from streams.messages import GroupSummary, RewardJob
+from streams.task import StreamTask
+
+SHARE = 4
+"""An evaluation takes at most one in SHARE of an engine's streams."""
+
+
+@dataclass
+class _Running:
+    version: int
+    left: deque[StreamTask]
+    under_way: int = 0
+    jobs: list[RewardJob] = field(default_factory=list)
+    skipped: list[SkippedSample] = field(default_factory=list)
+    versions: set[int] = field(default_factory=set)
+    scoring: bool = False
+
+
+class PeriodicEvaluation:
+    """Runs an evaluation for every version it is given; `done(version, metrics)` gets its result."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        session: Session,
+        events: Events,
+        ledger: WeightLedger,
+        tasks: tuple[StreamTask, ...],
+        say: Callable[[str], None],
+        done: Callable[[int, dict[str, float | None]], None],
+    ) -> None:
+        self.config, self.session, self.events, self.ledger = config, session, events, ledger
+        self.tasks = tasks[: config.eval.tasks] if config.eval.tasks else tasks
+        self._say, self._done = say, done
+        self._load = [0] * len(session.workers)
+        self._per_worker = max(1, config.rollout.max_streams // SHARE)
+        self._running: _Running | None = None
+        self._next: int | None = None
+
+    @property
+    def active(self) -> bool:
+        return self._running is not None
+
+    def due(self, step: int) -> bool:
+        """Whether `eval.every` asks for an evaluation after `step` (the last step's always, if any is asked for)."""
+        every = self.config.eval.every
+        return bool(every) and bool(self.tasks) and (step % every == 0 or step == self.config.algorithm.steps)
+
+    def begin(self, version: int) -> None:
+        """Evaluate `version` now, or as soon as the evaluation before it has ended."""
+        if self._running is not None:
+            if self._next is not None:
+                self._say(
+                    f"eval: step {self._next} is left out, the evaluation of step {self._running.version} still runs"
+                )
+            self._next = version
+            return
+        self._running = _Running(version, deque(self.tasks))
+        self.pump()
+
+    def pump(self) -> None:
+        """Start streams on the workers that run the version (or a newer one) and have room."""
+        running = self._running
+        if running is None:
+            return
+        for worker in range(len(self._load)):
+            while running.left and self._load[worker] < self._per_worker and self._runs(worker, running.version):
+                self._start(running, running.left.popleft(), worker)
+        if not running.left and not running.under_way and not running.scoring:
+            running.scoring = True
+            self.events.expect(
+                self.session.scorer.score.remote(tuple(running.jobs)),
+                f"the scores of the evaluation of step {running.version}",
+                lambda results: self._finish(running, [r[0] for r in results]),
+            )
+
+    def _runs(self, worker: int, version: int) -> bool:
+        return self.ledger.running[worker] >= version
+
+    def _start(self, running: _Running, task: StreamTask, worker: int) -> None:
+        request = stream_request(self.config, task, Condition("trained"), f"step{running.version}")
+        self._load[worker] += 1
+        running.under_way += 1
+        summary, _ = self.session.workers[worker].rollout.options(num_returns=2).remote(request)
+        self.events.expect(
+            summary,
+            f"the evaluation of {task.id} on rollout worker {worker}",
+            lambda value: self._watched(running, value, task, worker),
+        )
+
+    def _watched(self, running: _Running, summary: GroupSummary, task: StreamTask, worker: int) -> None:
+        self._load[worker] -= 1
+        running.under_way -= 1
+        turns = summary.turns
+        if summary.failed is not None:
+            running.skipped.append(SkippedSample(f"task {task.id} ({task.video})", summary.failed))
+            turns = failed_turns(self.config, task)
+        running.versions.update(summary.versions)
+        chunk = self.config.data.video.chunk_seconds
+        running.jobs.append(RewardJob(task.id, task, turns, chunk))
+        self.pump()
+
+    def _finish(self, running: _Running, results: list[Any]) -> None:
+        result: EvalResult = collect("trained", results, tuple(running.skipped), (), 0, 0)
+        values: dict[str, float | None] = {"reward": result.reward, "timing": result.timing}
+        values |= {f"accuracy_{mode}": value for mode, value in result.accuracy.items()}
+        values |= {
+            "failed": float(len(running.skipped)),
+            "oldest_version": float(min(running.versions)) if running.versions else None,
+            "newest_version": float(max(running.versions)) if running.versions else None,
+        }
+        self._running = None
+        self._done(running.version, {f"eval/{key}": value for key, value in values.items()})
+        if self._next is not None:
+            version, self._next = self._next, None
+            self.begin(version)

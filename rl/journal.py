@@ -1,0 +1,87 @@
+"""The steps of a stage, one JSON line each, in `run_root/stages/<stage>.steps.jsonl`.
+
+Owner: rl. Lines are written as steps happen; a resumed stage rewinds the file to its checkpoint's step, so the file
+always tells one history. The tracker takes lines only up to a step that a checkpoint holds: what a crash undoes was
+never in the charts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class JournalLine:
+    """One step, or one evaluation during training (`kind` "eval"). groups: what the step trained."""
+
+    step: int
+    kind: str
+    values: dict[str, float | None]
+    groups: tuple[str, ...] = ()
+
+
+@dataclass
+class StepJournal:
+    """Appends lines; `take(step)` hands out those up to a step that were not taken yet."""
+
+    path: Path
+    _lines: list[JournalLine] = field(default_factory=list)
+    _taken: int = 0
+
+    @classmethod
+    def open(cls, path: Path, step: int) -> StepJournal:
+        """The journal as a stage at `step` continues it: later lines, and a torn last one, are cut off."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        journal = cls(path)
+        journal._lines = [line for line in _read(path) if line.step <= step] if step else []
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text("".join(_dumps(line) for line in journal._lines))
+        os.replace(aside, path)
+        return journal
+
+    def append(
+        self, step: int, values: dict[str, float | None], groups: tuple[str, ...] = (), kind: str = "step"
+    ) -> None:
+        line = JournalLine(step, kind, values, groups)
+        self._lines.append(line)
+        with self.path.open("a") as file:
+            file.write(_dumps(line))
+
+    def has(self, kind: str, step: int) -> bool:
+        return any(line.kind == kind and line.step == step for line in self._lines)
+
+    def of_kind(self, kind: str) -> list[JournalLine]:
+        return [line for line in self._lines if line.kind == kind]
+
+    def take(self, step: int) -> list[JournalLine]:
+        """Lines not handed out before, in order, up to the first that belongs to a later step."""
+        taken = []
+        while self._taken < len(self._lines) and self._lines[self._taken].step <= step:
+            taken.append(self._lines[self._taken])
+            self._taken += 1
+        return taken
+
+
+def _dumps(line: JournalLine) -> str:
+    row: dict[str, Any] = {"step": line.step, "kind": line.kind, "values": line.values}
+    if line.groups:
+        row["groups"] = list(line.groups)
+    return json.dumps(row) + "\n"
+
+
+def _read(path: Path) -> list[JournalLine]:
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            row = json.loads(text)
+            lines.append(JournalLine(row["step"], row["kind"], row["values"], tuple(row.get("groups", ()))))
+        except (json.JSONDecodeError, KeyError):
+            # Only the last line can be torn, by a crash while it was written.
+            break
+    return lines

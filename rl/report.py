@@ -1,0 +1,64 @@
+"""The metrics of one RL step, by their documented names (docs/metrics.md).
+
+Owner: rl. Pure. A quantity that had no sample is None, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rl.results import ReadyGroup
+from streams.messages import SwapReport, TrainReport
+from streams.scoring.stats import LogpDiff
+
+
+@dataclass(frozen=True)
+class StepClock:
+    """wall_s: since the step before. learner_busy: share of the stage's time in which the learner trained."""
+
+    wall_s: float
+    learner_busy: float
+
+
+def step_metrics(
+    report: TrainReport,
+    groups: Sequence[ReadyGroup],
+    ages: Sequence[int],
+    swaps: Sequence[SwapReport],
+    clock: StepClock,
+    ready: int,
+    dropped: int,
+) -> dict[str, float | None]:
+    """Everything that is charted about the step behind `report`."""
+    results = [r for g in groups for r in g.results]
+    monitor = LogpDiff.merge([g.summary.monitor for g in groups])
+    return {
+        "reward/total": mean_reward(groups),
+        **{f"reward/{name}": float(np.mean([r.components[name] for r in results])) for name in results[0].components},
+        "reward/group_std": float(np.mean([np.std([r.total for r in g.results]) for g in groups])),
+        "reward/failed_streams": float(sum(r.failed is not None for r in results)),
+        **{f"train/{name}": value for name, value in report.metrics.items()},
+        "age/mean": float(np.mean(ages)),
+        "age/max": float(max(ages)),
+        "rollout/tokens_per_s": sum(g.summary.tokens for g in groups) / clock.wall_s,
+        "rollout/log_tokens": float(sum(g.summary.log_tokens for g in groups)),
+        "rollout/evicted_tokens": float(sum(g.summary.evicted_tokens for g in groups)),
+        "rollout/group_s": float(np.mean([g.summary.seconds for g in groups])),
+        "rollout/dropped_groups": float(dropped),
+        "buffer/ready": float(ready),
+        "busy/learner": clock.learner_busy,
+        "busy/workers": float(np.mean([s.busy_share for s in swaps])) if swaps else None,
+        "swap/pause_s": max((s.pause_s for s in swaps), default=None),
+        "swap/fetch_s": max((s.fetch_s for s in swaps), default=None),
+        "mismatch/worker_max": monitor.max,
+        "mismatch/worker_mean": monitor.mean,
+        "mismatch/worker_tokens": float(monitor.tokens),
+        "step/wall_s": clock.wall_s,
+    }
+
+
+def mean_reward(groups: Sequence[ReadyGroup]) -> float:
+    return float(np.mean([r.total for g in groups for r in g.results]))

@@ -1,0 +1,58 @@
+"""What the RL stage keeps and reports.
+
+Owner: rl. `RLResult` travels in every checkpoint: a resumed stage goes on counting where it stood.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.compose import RewardResult
+from streams.dataset import SkippedSample
+from streams.messages import GroupSummary
+from streams.scoring.stats import LogpDiff
+
+
+@dataclass(frozen=True)
+class ReadyGroup:
+    """A scored group: what the next batch is cut from."""
+
+    summary: GroupSummary
+    payload: Any
+    results: tuple[RewardResult, ...]
+
+
+@dataclass
+class RLResult:
+    """What the RL stage reports. dropped_clip_seconds: video length of dropped groups, so that none vanish unseen.
+
+    clips_encoded and distinct_clips count this attempt; everything else counts the stage.
+    """
+
+    steps: int = 0
+    max_age: int = 0
+    mean_reward_first: float | None = None
+    mean_reward_last: float | None = None
+    versions_seen: set[int] = field(default_factory=set)
+    skipped: list[SkippedSample] = field(default_factory=list)
+    dropped_groups: int = 0
+    dropped_clip_seconds: float = 0.0
+    monitor: LogpDiff = field(default_factory=LogpDiff)
+    age0: LogpDiff = field(default_factory=LogpDiff)
+    published: LogpDiff = field(default_factory=LogpDiff)
+    sampled_tokens: int = 0
+    clips_encoded: int = 0
+    distinct_clips: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def restore(cls, counters: dict[str, Any]) -> RLResult:
+        """From the counters of a checkpoint's state (JSON)."""
+        values = dict(counters)
+        values["versions_seen"] = set(values.get("versions_seen", ()))
+        values["skipped"] = [SkippedSample(**sample) for sample in values.get("skipped", ())]
+        for key in ("monitor", "age0", "published"):
+            values[key] = LogpDiff(**values.get(key, {}))
+        return cls(**(values | {"clips_encoded": 0, "distinct_clips": 0}))

@@ -1,0 +1,306 @@
+"""One invocation: the stages of a job in one Ray session, each skipped, continued or started as the plan says.
+
+Owner: rl. Invariants: a stage is marked finished only when everything it made is on disk; nothing is deleted before the
+actors run; whatever ends the run, the tracker hears of it and the session is closed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+from conf.streaming import streaming_settings
+from evals.job import run_evaluation
+from evals.summary import print_table, write_json
+from learner.config import LearnerConfig
+from rl.checks import describe, own_checkpoints
+from rl.cluster import Session
+from rl.disk import check_disk, checkpoint_size
+from rl.loop import RLLoop
+from rl.stage import StageContext
+from rl.stages import TRAINING, StageStore, clear, flat, plain
+from rl.stop import Requeue, StopSignal
+from rl.tracking import Progress, Tracker
+from sft.loop import SftLoop
+from streams.backbone import resolve_checkpoint
+from streams.dataset import SkippedSample, load_tasks
+from streams.messages import LearnerSetup, WorkerSetup
+from streams.synthetic import generate
+from streams.task import StreamTask
+from streams.tiny import build_tiny
+
+
+class Run:
+    """The stages share the session, the tracker and the clock. `store` holds the plan of every stage."""
+
+    def __init__(self, config: RunConfig, store: StageStore, progress: Progress) -> None:
+        self.config, self.store, self.progress = config, store, progress
+        self.root = config.root.resolve()
+        self.began = time.monotonic()
+        self.skipped: list[SkippedSample] = []
+        self.bad_rows: dict[str, list[SkippedSample]] = {}
+        self._introduced = False
+        self.stop = StopSignal(config.checkpoint.grace_s, config.checkpoint.requeue_status)
+        self.stop.install()
+        self.root.mkdir(parents=True, exist_ok=True)
+        for line in describe(config):
+            progress.say(line)
+        plans = store.plans
+        training = any(stage in TRAINING for stage in plans)
+        self.tracker = Tracker(
+            config.tracking,
+            self.root,
+            f"{config.job.name}-seed{config.seed}",
+            resume=training and any(not plan.fresh for stage, plan in plans.items() if stage in TRAINING),
+            remember=training,
+        )
+        self.tracker.params(flat(asdict(config)))
+        try:
+            # Actors import while the driver makes the data.
+            self.session = Session(config) if set(config.job.stages) - {"data"} else None
+            self.stop.install()
+            # Only now: a run that cannot start must not cost the results of the one before.
+            clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
+        except BaseException:
+            self.tracker.close("FAILED")
+            raise
+
+    def run(self) -> None:
+        """Run every stage. Raises rl.stop.Requeue if the run was asked to stop."""
+        status = "FAILED"
+        try:
+            for stage in self.config.job.stages:
+                plan = self.store.plans.get(stage)
+                if plan is not None and plan.skip:
+                    self.progress.say(f"{stage}: finished before, skipped (resume={self.config.resume})")
+                    continue
+                if plan is not None:
+                    self.store.begin(stage)
+                result = getattr(self, f"stage_{stage}")()
+                if plan is not None:
+                    self.store.finish(stage, plain(result))
+            status = "FINISHED"
+        except Requeue:
+            status = "KILLED"
+            raise
+        finally:
+            self.tracker.close(status)
+            if self.session is not None:
+                self.session.close()
+
+    def stage_data(self) -> dict[str, Any]:
+        """Generate the quickstart's clips, unless the data are the user's own."""
+        if self.config.data.train:
+            self.progress.say(f"data: using {self.config.data.train} and {self.config.data.heldout}")
+            return {}
+        began = time.monotonic()
+        made = generate(self.root / "data", self.config.data.synthetic)
+        self.progress.say(f"data: {made.train_jsonl} and {made.heldout_jsonl} in {time.monotonic() - began:.1f} s")
+        return {"train": str(made.train_jsonl), "heldout": str(made.heldout_jsonl)}
+
+    def stage_sft(self) -> dict[str, Any]:
+        learner = self.config.learner.with_overrides(self.config.sft.learner)
+        context = self._prepare_stage("sft", self._initial_model, learner, self.config.sft.steps)
+        loop = SftLoop(context, self._tasks("train"))
+        with self.stop.deferred():
+            result = loop.run()
+        self.skipped += result.skipped
+        result.skipped = [*self.bad_rows["train"], *result.skipped]
+        self.progress.say(
+            f"sft: {result.steps} steps in {result.seconds:.0f} s, loss {result.first_loss:.3f} -> {result.last_loss:.3f}"
+        )
+        return asdict(result)
+
+    def stage_rl(self) -> dict[str, Any]:
+        context = self._prepare_stage("rl", self._rl_start, self.config.learner, self.config.algorithm.steps)
+        heldout = self._tasks("heldout") if self.config.eval.every else ()
+        loop = RLLoop(context, self._tasks("train"), heldout)
+        with self.stop.deferred():
+            result = loop.run()
+        self.skipped += result.skipped
+        result.skipped = [*self.bad_rows["train"], *result.skipped]
+        self.progress.say(
+            f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {_shown(result.mean_reward_first)} -> "
+            f"{_shown(result.mean_reward_last)}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
+        )
+        published = {
+            "max_abs_logp_diff": result.published.max,
+            "mean_abs_logp_diff": result.published.mean,
+            "logp_diff_tokens": result.published.tokens,
+        }
+        check_mismatch(self.config, published)
+        return asdict(result)
+
+    def stage_eval(self) -> None:
+        session = self._ready_session()
+        summary = run_evaluation(
+            self.config,
+            session,
+            self._tasks("heldout"),
+            self._eval_checkpoints(),
+            self._worker_setup,
+            lambda checkpoint: self._learner_setup(checkpoint, self.config.learner, 1),
+            self.tracker,
+            self.progress,
+        )
+        summary["wall_s"] = time.monotonic() - self.began
+        summary = self._finish_summary(summary)
+        self.progress.say(f"summary: {self.root / 'summary.json'}")
+        if self.tracker.enabled:
+            self.progress.say(f"metrics: .venv/bin/mlflow ui --backend-store-uri {self.tracker.uri}")
+        if self.config.eval.score_logs:
+            check_mismatch(self.config, summary)
+
+    def _finish_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
+        rl = self.store.result("rl")
+        skipped = {(s.source, s.reason) for s in self.skipped}
+        skipped |= {(s["source"], s["reason"]) for s in summary.pop("skipped_heldout")}
+        for stage in TRAINING:
+            skipped |= {(s["source"], s["reason"]) for s in self.store.result(stage).get("skipped", [])}
+        summary = {
+            "seed": self.config.seed,
+            **summary,
+            "skipped_samples": len(skipped),
+            "skipped": [{"source": source, "reason": reason} for source, reason in sorted(skipped)],
+            "learner_steps": rl.get("steps"),
+            "max_age": rl.get("max_age"),
+            "weight_versions_seen": len(rl["versions_seen"]) if rl else None,
+            "age0_max_abs_logp_diff": rl.get("age0", {}).get("max"),
+            "age0_logp_diff_tokens": rl.get("age0", {}).get("tokens", 0),
+            "published_max_abs_logp_diff": rl.get("published", {}).get("max"),
+            "published_logp_diff_tokens": rl.get("published", {}).get("tokens", 0),
+            "worker_max_abs_logp_diff": rl.get("monitor", {}).get("max"),
+            "worker_logp_diff_tokens": rl.get("monitor", {}).get("tokens", 0),
+            "clips_encoded": rl.get("clips_encoded"),
+            "distinct_clips": rl.get("distinct_clips"),
+            "attempts": {stage: self.store.read(stage).get("attempts") for stage in TRAINING},
+        }
+        write_json(self.root / "summary.json", summary)
+        self.tracker.artifact(self.root / "summary.json")
+        print_table(self.progress.console, summary)
+        return summary
+
+    # --- what the stages share --------------------------------------------------------------------------------
+
+    def _prepare_stage(self, stage: str, start: Callable[[], Path], learner: LearnerConfig, steps: int) -> StageContext:
+        """Actors loaded with where the stage stands: its starting checkpoint, or the one it goes on from."""
+        found = self.store.plans[stage].resume
+        checkpoint = found.path / "hf" if found else start()
+        size = checkpoint_size(checkpoint, learner.freeze, learner.dtype)
+        self.progress.say(
+            check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
+        )
+        session = self._ready_session()
+        version = found.state.version if found else 0
+        infos = session.setup_workers(self._worker_setup(checkpoint, learner.freeze, version))
+        trained = session.setup_learner(self._learner_setup(checkpoint, learner, steps, version))
+        if found and found.resumable:
+            session.call(session.learner.load.remote(str(found.path)), f"the learner to load {found.path}")
+        if found:
+            self.stop.last_checkpoint = str(found.path)
+        self.progress.say(
+            f"{stage}: {infos[0].kv_slots} KV slots on each worker; {trained:,} of {infos[0].parameters:,} parameters train "
+            f"(freeze={learner.freeze})"
+        )
+        return StageContext(
+            stage=stage,
+            config=self.config,
+            session=session,
+            tracker=self.tracker,
+            progress=self.progress,
+            stop=self.stop,
+            streaming=streaming_settings(self.config),
+            resume=found.state if found else None,
+        )
+
+    def _ready_session(self) -> Session:
+        assert self.session is not None
+        pids = self.session.wait_ready()
+        if not self._introduced:
+            named = ", ".join(f"{name} {pid}" for name, pid in pids.items())
+            self.progress.say(f"actors ready after {time.monotonic() - self.began:.0f} s (pids: {named})")
+            self._introduced = True
+        return self.session
+
+    def _tasks(self, split: str) -> tuple[StreamTask, ...]:
+        path = getattr(self.config.data, split) or self.root / "data" / f"{split}.jsonl"
+        loaded = load_tasks(path)
+        for sample in loaded.skipped:
+            self.progress.say(f"data: skipped {sample.source}: {sample.reason}")
+        self.bad_rows[split] = list(loaded.skipped)
+        self.skipped += loaded.skipped
+        return loaded.tasks
+
+    def _initial_model(self) -> Path:
+        if self.config.model.path:
+            return resolve_checkpoint(self.config.model.path)
+        return build_tiny(self.root / "model", self.config.model.tiny, seed=self.config.seed)
+
+    def _rl_start(self) -> Path:
+        if self.config.algorithm.init != "auto":
+            return resolve_checkpoint(self.config.algorithm.init)
+        return own_checkpoints(self.root).get("sft") or self._initial_model()
+
+    def _eval_checkpoints(self) -> dict[str, Path]:
+        chosen = self.config.eval.checkpoint
+        if chosen == "best":
+            return {"rl": self.root / "checkpoints" / "rl" / "best" / "hf"}
+        if chosen != "auto":
+            return {"rl": resolve_checkpoint(chosen)}
+        found = own_checkpoints(self.root)
+        if found:
+            return found
+        if self.config.model.path:
+            return {"sft": resolve_checkpoint(self.config.model.path)}
+        raise ValueError(
+            f"job=eval: no checkpoint under {self.root / 'checkpoints'}; run job=sft first or set eval.checkpoint"
+        )
+
+    def _worker_setup(self, checkpoint: Path, freeze: str, version: int = 0) -> WorkerSetup:
+        config = self.config
+        return WorkerSetup(
+            checkpoint=str(checkpoint),
+            dtype=config.model.dtype,
+            layout=config.layout,
+            memory=config.memory,
+            video=config.data.video,
+            freeze=freeze,
+            max_streams=config.rollout.max_streams,
+            kv_memory_mb=config.rollout.kv_memory_mb,
+            monitor_every=config.rollout.monitor_every,
+            run_seed=config.seed,
+            version=version,
+        )
+
+    def _learner_setup(self, checkpoint: Path, learner: LearnerConfig, steps: int, version: int = 0) -> LearnerSetup:
+        return LearnerSetup(
+            checkpoint=str(checkpoint),
+            layout=self.config.layout,
+            learner=asdict(learner),
+            total_steps=steps,
+            seed=self.config.seed,
+            version=version,
+        )
+
+
+def check_mismatch(config: RunConfig, summary: dict[str, Any]) -> None:
+    """Raises RuntimeError if learner and engine disagree on the held-out logs, or if no token was compared."""
+    single = config.model.dtype == config.learner.dtype == "float32"
+    if config.eval.max_logp_diff:
+        key, limit = "max_abs_logp_diff", config.eval.max_logp_diff
+    else:
+        key, limit = ("max_abs_logp_diff", 1e-3) if single else ("mean_abs_logp_diff", 1e-2)
+    # Written so that NaN fails, too.
+    if summary[key] is None or not summary[key] <= limit:
+        raise RuntimeError(
+            f"learner and engine disagree: {key}={summary[key]} over {summary['logp_diff_tokens']} tokens is above "
+            f"{limit} (eval.max_logp_diff={config.eval.max_logp_diff:g})"
+        )
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

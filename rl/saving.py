@@ -1,0 +1,70 @@
+"""Writes one stage's checkpoints in the background: the learner saves, a Ray task checks, flushes and renames.
+
+Owner: rl. Invariants: neither learner nor driver waits for the disk's flush; a checkpoint that could not be written is
+named and costs itself, the last one of a stage costs the stage; old ones are deleted only after a new one is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rl.checkpoint import CheckpointState, commit, partial_path, prune, step_name
+from rl.stage import StageContext
+
+FINAL = "final"
+
+
+@ray.remote(num_cpus=0)
+def _commit(saved: Any, partial: str, final: str, state: CheckpointState) -> str:
+    """`saved` is the learner's reply: Ray runs this once it is there, and hands on its error if it failed."""
+    commit(Path(partial), Path(final), state)
+    return final
+
+
+class Checkpointer:
+    """Checkpoints of one stage, under `run_root/checkpoints/<stage>`."""
+
+    def __init__(self, context: StageContext) -> None:
+        self._context, self._config = context, context.config
+        self.folder = (self._config.root / "checkpoints" / context.stage).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.failed = 0
+        self.last_step = context.resume.step if context.resume else -1
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether a checkpoint belongs after `step`; the last step's is the final one."""
+        every = self._config.checkpoint.every
+        return bool(every) and step % every == 0 and step < total
+
+    def save(self, state: CheckpointState, *, final: bool = False) -> Any:
+        """Start writing; returns a reference that is there when the checkpoint is complete. May raise OSError."""
+        name = FINAL if final else step_name(state.step)
+        state = replace(state, tracking_run=self._context.tracker.run_id or "")
+        path = self.folder / name
+        partial = partial_path(path)
+        saved = self._context.session.learner.save.remote(str(partial), self._context.streaming)
+        self.last_step = state.step
+        return _commit.remote(saved, str(partial), str(path), state)
+
+    def saved(self, path: str, protect: Collection[str] = ()) -> None:
+        """A checkpoint is complete: prune the older ones."""
+        self._context.stop.last_checkpoint = path
+        prune(self.folder, self._config.checkpoint.keep, self._config.checkpoint.optimizer, protect)
+
+    def save_failed(self, error: Exception, step: int, *, final: bool) -> None:
+        """A checkpoint could not be written. Raises RuntimeError if it was the stage's last."""
+        self.failed += 1
+        cause = str(error).strip().splitlines()[-1]
+        self._context.progress.say(
+            f"{self._context.stage}: the checkpoint of step {step} could not be written: {cause}"
+        )
+        if final:
+            raise RuntimeError(
+                f"the final checkpoint of {self._context.stage} could not be written ({cause}); mend it (free disk under "
+                f"{self.folder}?) and run again with resume=auto: it goes on from {self._context.stop.last_checkpoint}"
+            ) from error

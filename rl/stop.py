@@ -1,0 +1,71 @@
+"""A polite end: SIGTERM asks for a checkpoint and an exit status that means "run me again".
+
+Owner: rl. Invariants: while a training loop runs, the first SIGTERM only sets a flag on which it acts between two steps;
+anywhere else there is nothing to save and it ends the run at once; after the grace time the process ends whatever it is
+doing, with the same status.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+REQUEUE_STATUS = 75
+"""sysexits' EX_TEMPFAIL: a failure that the same command will not meet again."""
+
+
+class Requeue(Exception):
+    """The run stopped because it was asked to; the same command goes on from the checkpoint it names."""
+
+
+class StopSignal:
+    """Listens for SIGTERM once installed. `last_checkpoint` is what the words of a forced end name."""
+
+    def __init__(self, grace_s: float = 60.0, status: int = REQUEUE_STATUS) -> None:
+        self.grace_s, self.status = grace_s, status
+        self.last_checkpoint = "none"
+        self._asked = threading.Event()
+        self._deferred = False
+
+    @property
+    def requested(self) -> bool:
+        return self._asked.is_set()
+
+    def install(self) -> None:
+        """Take SIGTERM over (again: Ray installs a handler of its own when it connects)."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a stop only sets `requested`, and the loop acts on it between two steps. Outside, it raises Requeue."""
+        if self.requested:
+            raise Requeue("stopped before the stage began")
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            return
+        self._asked.set()
+        timer = threading.Timer(self.grace_s, self._out_of_time)
+        timer.daemon = True
+        timer.start()
+        if not self._deferred:
+            raise Requeue(f"stopped between the stages' steps, the last complete checkpoint is {self.last_checkpoint}")
+
+    def _out_of_time(self) -> None:
+        print(
+            f"stopping: no checkpoint within checkpoint.grace_s={self.grace_s:g} s of SIGTERM; the last complete one "
+            f"is {self.last_checkpoint}; exit status {self.status} (requeue)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(self.status)
