@@ -53,7 +53,7 @@ def _quoted(text: str) -> str:
 
 def start(config: RunConfig, overrides: list[str]) -> None:
     """Plan and run. Imports what it needs here: `--help` and a config error must not wait for torch and Ray."""
-    from rl.checks import preflight, respect_checkpoint
+    from rl.checks import check_nothing_needed_is_replaced, preflight, respect_checkpoint
     from rl.stages import StageStore
     from rl.stop import Requeue
     from rl.tracking import Progress
@@ -61,10 +61,10 @@ def start(config: RunConfig, overrides: list[str]) -> None:
     progress = Progress()
     warn = logging.getLogger("sightline").warning
     try:
+        preflight(config)
         config = respect_checkpoint(config, overrides, progress.say, warn)
         store = StageStore(config.root.resolve(), config, progress.say)
-        store.plan()
-        preflight(config, store.plans)
+        check_nothing_needed_is_replaced(config, store.plan())
         from rl.run import Run
 
         run = Run(config, store, progress)

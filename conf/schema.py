@@ -309,7 +309,7 @@ class RunConfig:
         if not self.run_root:
             raise ValueError("run_root is empty: name the folder that this run writes to")
         self.learner.with_overrides(self.sft.learner)
-        generated = not self.data.train
+        generated = "data" in self.job.stages and not self.data.train
         if generated and self.memory.name != "full" and self.data.synthetic.window < self.memory.window:
             raise ValueError(
                 f"data.synthetic.window={self.data.synthetic.window} is smaller than memory.window="

@@ -88,21 +88,13 @@ def respect_checkpoint(
     return applied.config
 
 
-def preflight(config: RunConfig, plans: dict[str, StagePlan]) -> None:
+def preflight(config: RunConfig) -> None:
     """Raises ValueError or FileNotFoundError for what would fail later."""
     age_bound(config)
     _check_data(config)
-    fresh = [stage for stage in config.job.stages if stage not in plans or plans[stage].fresh]
-    for key, value in (
-        ("model.path", config.model.path),
-        ("algorithm.init", config.algorithm.init),
-        ("eval.checkpoint", config.eval.checkpoint),
-    ):
-        if value in ("", "auto") or (key == "eval.checkpoint" and value == "best"):
-            continue
+    for key, value in _named_checkpoints(config):
         if not Path(value).expanduser().is_dir() and not is_hub_id(value):
             raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
-        _check_not_replaced(config, key, value, fresh)
     unset = config.eval.checkpoint == "auto" and not config.model.path
     if config.job.stages == ["eval"] and unset and not own_checkpoints(config.root):
         raise FileNotFoundError(
@@ -128,13 +120,22 @@ def _check_data(config: RunConfig) -> None:
             load_tasks(path)
 
 
-def _check_not_replaced(config: RunConfig, key: str, value: str, fresh: list[str]) -> None:
-    """A run may not start from a checkpoint that it is about to replace."""
-    source = Path(value).expanduser().resolve()
-    for name in replaced_by(fresh):
-        replaced = (config.root / name).resolve()
-        if source == replaced or replaced in source.parents:
-            raise ValueError(
-                f"{key}={value} lies in {replaced}, which job={config.job.name} replaces: copy it elsewhere or choose "
-                "another run_root"
-            )
+def check_nothing_needed_is_replaced(config: RunConfig, plans: dict[str, StagePlan]) -> None:
+    """A run may not start from a checkpoint that it is about to replace. Raises ValueError."""
+    fresh = [stage for stage in config.job.stages if stage not in plans or plans[stage].fresh]
+    for key, value in _named_checkpoints(config):
+        source = Path(value).expanduser().resolve()
+        for name in replaced_by(fresh):
+            replaced = (config.root / name).resolve()
+            if source == replaced or replaced in source.parents:
+                raise ValueError(
+                    f"{key}={value} lies in {replaced}, which job={config.job.name} replaces: copy it elsewhere or "
+                    "choose another run_root"
+                )
+
+
+def _named_checkpoints(config: RunConfig) -> list[tuple[str, str]]:
+    """(config key, value) of the checkpoints that the user named."""
+    named = [("model.path", config.model.path), ("algorithm.init", config.algorithm.init)]
+    named.append(("eval.checkpoint", config.eval.checkpoint))
+    return [(key, value) for key, value in named if value not in ("", "auto", "best")]

@@ -55,7 +55,7 @@ class Run:
             config.tracking,
             self.root,
             f"{config.job.name}-seed{config.seed}",
-            resume=training and any(not plan.fresh for stage, plan in plans.items() if stage in TRAINING),
+            resume=training and any(plan.attempt > 1 or not plan.fresh for plan in plans.values()),
             remember=training,
         )
         self.tracker.params(flat(asdict(config)))

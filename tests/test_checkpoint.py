@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
-from rl.checkpoint import STATE_FILE, CheckpointState, commit, latest, partial_path, read_state
+from rl.checkpoint import (
+    OPTIMIZER_FOLDER,
+    STATE_FILE,
+    CheckpointState,
+    by_age,
+    commit,
+    newest_usable,
+    partial_path,
+    promote,
+    prune,
+    read_best,
+    read_state,
+    set_aside_after,
+    verify,
+)
 
 
 def state(step=1, consumed=("0/a", "0/b")):
@@ -18,8 +33,15 @@ def write(final, step, content="weights"):
     partial = partial_path(final)
     (partial / "hf").mkdir()
     (partial / "hf" / "model.bin").write_text(content)
+    (partial / OPTIMIZER_FOLDER).mkdir()
+    (partial / OPTIMIZER_FOLDER / "moments.pt").write_text("moments")
     commit(partial, final, state(step))
     return final
+
+
+def latest(folder, say=lambda text: None):
+    found = newest_usable(folder, say)
+    return found.path if found else None
 
 
 def test_a_committed_checkpoint_has_its_content_and_its_state_and_no_leftovers(tmp_path):
@@ -146,3 +168,109 @@ def test_a_state_of_random_bytes_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         read_state(tmp_path)
     assert str(file) in str(caught.value)
+
+
+# ---- damage ----
+
+
+def damaged(path, how):
+    file = path / "hf" / "model.bin"
+    if how == "flipped":
+        file.write_text("weighty"[: len("weights")])
+    elif how == "truncated":
+        file.write_text("weig")
+    elif how == "missing":
+        file.unlink()
+    elif how == "listing":
+        (path / "files.json").write_text("{")
+    elif how == "no listing":
+        (path / "files.json").unlink()
+    else:
+        (path / STATE_FILE).write_text("{}")
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "listing", "no listing", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, how):
+    before = write(tmp_path / "step000002", 2)
+    newest = write(tmp_path / "step000004", 4)
+    said = []
+    assert latest(tmp_path, said.append) == newest
+    assert said == []
+    damaged(newest, how)
+    assert latest(tmp_path, said.append) == before
+    (words,) = said
+    assert str(newest) in words
+    assert "trying the one before" in words
+
+
+def test_a_checkpoint_that_was_not_finished_is_named(tmp_path):
+    complete = write(tmp_path / "step000002", 2)
+    partial_path(tmp_path / "step000004")
+    said = []
+    assert latest(tmp_path, said.append) == complete
+    assert len(said) == 1
+    assert "step000004.partial" in said[0]
+    assert "was not finished" in said[0]
+
+
+def test_when_every_checkpoint_is_damaged_none_is_used_and_each_is_named(tmp_path):
+    for step in (1, 2, 3):
+        damaged(write(tmp_path / f"step{step:06d}", step), "truncated")
+    said = []
+    assert latest(tmp_path, said.append) is None
+    assert len(said) == 3
+
+
+# ---- what is kept ----
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_newest_are_kept_and_those_in_use_are_protected(tmp_path, keep):
+    for step in range(1, 5):
+        write(tmp_path / f"step{step:06d}", step)
+    prune(tmp_path, keep, "all", protect={"step000001"})
+    left = [path.name for path in by_age(tmp_path)]
+    expected = [f"step{step:06d}" for step in range(4, max(0, 4 - keep), -1)]
+    assert left == list(dict.fromkeys([*expected, "step000001"]))
+    assert all((tmp_path / name / OPTIMIZER_FOLDER).is_dir() for name in left)
+
+
+def test_only_the_latest_keeps_its_optimiser_and_the_others_stay_usable(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path / f"step{step:06d}", step)
+    prune(tmp_path, 3, "latest")
+    found = [verify(path) for path in by_age(tmp_path)]
+    assert [(f.state.step, f.resumable) for f in found] == [(3, True), (2, False), (1, False)]
+
+
+def test_the_best_and_what_is_aside_do_not_count_as_checkpoints(tmp_path):
+    source = write(tmp_path / "step000002", 2)
+    promote(source, tmp_path / "best", {"step": 2, "metric": "reward", "value": 0.5})
+    assert by_age(tmp_path) == [source]
+    assert (tmp_path / "best" / "hf" / "model.bin").read_text() == "weights"
+    assert not (tmp_path / "best" / OPTIMIZER_FOLDER).exists()
+    assert read_best(tmp_path / "best", 2)["value"] == 0.5
+    assert read_best(tmp_path / "best", 1) == {}, "of a step that was undone"
+    prune(tmp_path, 1, "all")
+    assert (tmp_path / "best" / "hf").is_dir()
+    write(tmp_path / "step000004", 4, "better")
+    promote(tmp_path / "step000004", tmp_path / "best", {"step": 4, "metric": "reward", "value": 0.75})
+    assert (tmp_path / "best" / "hf" / "model.bin").read_text() == "better"
+    assert (tmp_path / "step000004" / "hf" / "model.bin").read_text() == "better"
+
+
+def test_going_back_to_a_step_sets_later_checkpoints_aside_instead_of_deleting_them(tmp_path):
+    for step in (2, 4, 6):
+        write(tmp_path / f"step{step:06d}", step)
+    assert sorted(set_aside_after(tmp_path, 2)) == ["step000004.undone", "step000006.undone"]
+    assert latest(tmp_path) == tmp_path / "step000002"
+    assert (tmp_path / "step000006.undone" / "hf").is_dir()
+
+
+def test_the_state_comes_back_as_it_was_written(tmp_path):
+    partial = partial_path(tmp_path / "final")
+    full = CheckpointState("rl", 7, 7, ("0/a",), ("0/b",), 4, {"max_age": 2, "skipped": []}, "run")
+    commit(partial, tmp_path / "final", full)
+    assert read_state(tmp_path / "final") == full
+    assert full.done == {"0/a", "0/b"}
+    assert json.loads((tmp_path / "final" / "files.json").read_text()).keys() == {STATE_FILE}

@@ -10,8 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-import launch
+import launch  # noqa: F401  (registers the schema with Hydra)
 from conf.schema import RunConfig, load_config
+from rl.checks import check_nothing_needed_is_replaced, preflight
+from rl.run import check_mismatch
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -74,6 +76,15 @@ def test_one_seed_rules_the_clips_too():
         (["cluster.address=auto", "run_root=relative"], r"run_root=relative"),
         (["data.train=only.jsonl"], r"data\.train and data\.heldout"),
         (["run_root=''"], "run_root"),
+        (["resume=''"], "resume is empty"),
+        (["deterministic=true"], r"deterministic=true needs algorithm\.mode=sync"),
+        (["algorithm.mode=later"], r"algorithm\.mode='later'"),
+        (["checkpoint.keep=0"], r"checkpoint\.keep=0"),
+        (["checkpoint.optimizer=none"], r"checkpoint\.optimizer='none'"),
+        (["checkpoint.requeue_status=0"], r"checkpoint\.requeue_status=0"),
+        (["eval.every=-1"], r"eval\.every=-1"),
+        (["eval.best=loss"], r"eval\.best='loss'"),
+        (["job.stages=[watch,rl]"], "watch runs alone"),
     ],
 )
 def test_what_is_impossible_is_refused_by_key(overrides, key):
@@ -83,7 +94,7 @@ def test_what_is_impossible_is_refused_by_key(overrides, key):
 
 def test_groups_in_flight_below_one_step_are_refused_in_preflight():
     with pytest.raises(ValueError, match=r"algorithm\.groups_in_flight=3"):
-        launch.preflight(composed("algorithm.groups_in_flight=3"))
+        preflight(composed("algorithm.groups_in_flight=3"))
 
 
 def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
@@ -94,7 +105,7 @@ def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text(row)
     config = composed("job=rl", f"run_root={tmp_path}", f"algorithm.init={start}")
     with pytest.raises(ValueError, match=r"algorithm\.init=.*replaces"):
-        launch.preflight(config)
+        check_nothing_needed_is_replaced(config, {})
     assert start.is_dir()
 
 
@@ -102,8 +113,8 @@ def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
 def test_a_mismatch_that_is_missing_nan_or_large_fails_the_run(worst):
     summary = {"max_abs_logp_diff": worst, "mean_abs_logp_diff": worst, "logp_diff_tokens": 5}
     with pytest.raises(RuntimeError, match="learner and engine disagree"):
-        launch.check_mismatch(composed(), summary)
-    launch.check_mismatch(composed(), summary | {"max_abs_logp_diff": 1e-5})
+        check_mismatch(composed(), summary)
+    check_mismatch(composed(), summary | {"max_abs_logp_diff": 1e-5})
 
 
 @pytest.mark.slow
@@ -112,14 +123,19 @@ def test_a_mismatch_that_is_missing_nan_or_large_fails_the_run(worst):
     [
         (["foo=1"], "foo"),
         (["algorithm.group_size=1"], "algorithm.group_size=1"),
-        (["job=eval", "run_root=/nonexistent/run"], "data.heldout"),
+        (["job=eval"], "data.heldout"),
         ([*OWN_DATA], "data.train"),
-        (["model.path=/nonexistent/model"], "model.path=/nonexistent/model"),
+        (["model=/nonexistent/model"], "model.path=/nonexistent/model"),
     ],
 )
-def test_the_command_line_stops_with_the_key_named_and_no_traceback(arguments, message):
+def test_the_command_line_stops_with_the_key_named_and_no_traceback(tmp_path, arguments, message):
     done = subprocess.run(
-        [sys.executable, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "launch.py", f"run_root={tmp_path}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode != 0
     assert message in done.stderr
@@ -133,5 +149,13 @@ def test_help_lists_jobs_and_experiments():
         [sys.executable, "launch.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0
-    for word in ("job=all", "job=sft", "experiment=quickstart", "run_root=DIR", "memory: full"):
+    for word in (
+        "job=all",
+        "job=sft",
+        "job=watch",
+        "resume=auto",
+        "experiment=quickstart",
+        "run_root=DIR",
+        "memory: full",
+    ):
         assert word in done.stdout

@@ -11,7 +11,11 @@ LOGGED = re.compile(r'"((?:reward|age|rollout|buffer|busy|swap|mismatch|step)/[a
 
 def test_every_metric_name_in_the_code_is_in_the_documented_list():
     text = (ROOT / "docs" / "metrics.md").read_text()
-    names = {name for file in ("rl/loop.py", "evals/job.py") for name in LOGGED.findall((ROOT / file).read_text())}
+    names = {
+        name
+        for file in ("rl/report.py", "rl/loop.py", "evals/job.py")
+        for name in LOGGED.findall((ROOT / file).read_text())
+    }
     assert len(names) > 15
     assert not {name for name in names if f"`{name}`" not in text}
 

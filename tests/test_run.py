@@ -271,8 +271,9 @@ def test_checkpoints_are_complete_and_nothing_half_written_is_left(run):
     folder = run.root / "checkpoints"
     assert sorted(path.name for path in (folder / "rl").iterdir()) == ["final", "step000002"]
     assert [path.name for path in folder.iterdir() if path.name not in ("rl", "sft")] == []
-    for path in (folder / "sft", folder / "rl" / "step000002", folder / "rl" / "final"):
-        assert sorted(part.name for part in path.iterdir()) == ["deepspeed", "hf", "state.json"]
+    assert sorted(path.name for path in (folder / "sft").iterdir()) == ["final", "step000002"]
+    for path in (folder / "sft" / "final", folder / "rl" / "step000002", folder / "rl" / "final"):
+        assert sorted(part.name for part in path.iterdir()) == ["deepspeed", "files.json", "hf", "state.json"]
         assert list((path / "deepspeed").rglob("*optim_states.pt"))
         for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
             assert (path / "hf" / name).stat().st_size > 0, name
@@ -327,7 +328,7 @@ def test_loading_the_export_as_a_backbone_adds_no_token_and_changes_no_weight(ex
 def test_training_moved_the_language_model_and_rl_left_the_frozen_tower_alone(run, exported):
     """Between the cold start and the end of RL, whose learner freezes the tower; it trains only where rewards differ."""
     start = AutoModelForImageTextToText.from_pretrained(run.root / "model").state_dict()
-    cold = AutoModelForImageTextToText.from_pretrained(run.root / "checkpoints" / "sft" / "hf").state_dict()
+    cold = AutoModelForImageTextToText.from_pretrained(run.root / "checkpoints" / "sft" / "final" / "hf").state_dict()
     final = AutoModelForImageTextToText.from_pretrained(exported).state_dict()
     tower = [name for name in cold if ".visual." in name]
     assert tower

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from conf.schema import MemoryConfig, RunConfig, TrackingConfig
-from launch import _flat
+from rl.stages import flat
 from rl.tracking import CLOSE_TIMEOUT_S, Tracker
 
 pytestmark = pytest.mark.timeout(180)
@@ -31,7 +31,7 @@ def history(client, run, name):
 @pytest.mark.slow
 def test_params_metrics_and_artifacts_arrive_and_what_was_not_measured_is_left_out(tmp_path):
     tracker = Tracker(TrackingConfig(), tmp_path / "run", "all-seed3")
-    params = _flat(asdict(RunConfig(memory=MemoryConfig("full"))))
+    params = flat(asdict(RunConfig(memory=MemoryConfig("full"))))
     assert len(params) > 100, "more than one batch of the store's: as every run logs"
     tracker.params(params | {"long": "x" * 700})
     tracker.metrics({"reward/total": 0.25, "busy/workers": None, "swap/pause_s": math.nan, "train/loss": 0.0}, step=1)

@@ -1,0 +1,75 @@
+"""The journal tells one history, whatever a crash cut off, and hands every step to the charts once."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl.journal import StepJournal
+
+
+def fill(journal, first, last, evals=()):
+    for step in range(first, last + 1):
+        journal.append(step, {"loss": step / 3, "nothing": None}, (f"0/{step}",))
+        if step in evals:
+            journal.append(step, {"eval/reward": 1.0}, kind="eval")
+
+
+def test_it_comes_back_exactly_as_it_was_written(tmp_path):
+    journal = StepJournal.open(tmp_path / "rl.steps.jsonl", 0)
+    fill(journal, 1, 5, evals=(2,))
+    again = StepJournal.open(tmp_path / "rl.steps.jsonl", 5)
+    assert again.take(5) == journal.take(5)
+    assert again.has("eval", 2)
+    assert not again.has("eval", 3)
+
+
+def test_a_stage_that_starts_over_begins_an_empty_journal(tmp_path):
+    fill(StepJournal.open(tmp_path / "j", 0), 1, 3)
+    assert StepJournal.open(tmp_path / "j", 0).take(99) == []
+    assert (tmp_path / "j").read_text() == ""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    crashes=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 40)), max_size=4),
+    every=st.integers(1, 4),
+)
+def test_after_any_crashes_every_step_is_there_once_and_charted_once(crashes, every):
+    """A stage of 12 steps checkpoints every few, and dies after some step with some bytes of the next line written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, charted, saved = Path(folder) / "j", [], 0
+        for dies_after, torn in [*crashes, (12, 0)]:
+            journal = StepJournal.open(path, saved)
+            charted += [line.step for line in journal.take(saved) if line.step not in charted]
+            for step in range(saved + 1, dies_after + 1):
+                fill(journal, step, step)
+                if step % every == 0 or step == 12:
+                    saved = step
+                    charted += [line.step for line in journal.take(step)]
+            if torn and dies_after < 12:
+                with path.open("a") as file:
+                    file.write('{"step": 99, "kind": "step", "values": {"loss": 1.0}, "x": "'[:torn])
+        lines = StepJournal.open(path, 12).take(12)
+        assert [line.step for line in lines] == list(range(1, 13))
+        assert charted == list(range(1, 13))
+
+
+def test_an_evaluation_that_ends_later_waits_for_a_checkpoint_of_the_steps_before_it(tmp_path):
+    journal = StepJournal.open(tmp_path / "j", 0)
+    fill(journal, 1, 3)
+    journal.append(2, {"eval/reward": 0.5}, kind="eval")
+    assert [line.step for line in journal.take(2)] == [1, 2]
+    assert [(line.step, line.kind) for line in journal.take(3)] == [(3, "step"), (2, "eval")]
+    assert journal.take(3) == []
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-300, -0.0, 123456789.123456789])
+def test_losses_survive_bit_for_bit(tmp_path, value):
+    StepJournal.open(tmp_path / "j", 0).append(1, {"loss": value})
+    (line,) = StepJournal.open(tmp_path / "j", 1).take(1)
+    assert line.values["loss"].hex() == value.hex()

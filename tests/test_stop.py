@@ -1,0 +1,74 @@
+"""SIGTERM, in processes of their own: a checkpoint within the grace time, and a status that means "again"."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = """
+import sys, time
+from rl.stop import Requeue, StopSignal
+stop = StopSignal(grace_s={grace}, status=75)
+stop.install()
+stop.last_checkpoint = "here"
+print("ready", flush=True)
+try:
+    {body}
+except Requeue as asked:
+    print("asked:", asked, flush=True)
+    sys.exit(stop.status)
+"""
+LOOP = """with stop.deferred():
+        while not stop.requested:
+            time.sleep(0.01)
+        time.sleep({writes})
+        print("checkpoint written", flush=True)
+        raise Requeue("stopped at step 3")"""
+
+
+def ended(body, grace=5.0, signals=1):
+    """(status, output, error output, seconds) of PROGRAM after SIGTERM."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(grace=grace, body=body)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err, time.monotonic() - began
+
+
+@pytest.mark.parametrize("signals", [1, 3])
+def test_a_training_loop_writes_its_checkpoint_and_ends_with_the_requeue_status(signals):
+    status, out, _, _ = ended(LOOP.format(writes=0.3), signals=signals)
+    assert status == 75
+    assert out == "checkpoint written\nasked: stopped at step 3\n"
+
+
+def test_a_checkpoint_that_takes_too_long_does_not_keep_the_process_alive():
+    status, out, err, seconds = ended(LOOP.format(writes=30), grace=0.5)
+    assert status == 75
+    assert "checkpoint written" not in out
+    assert "checkpoint.grace_s=0.5" in err
+    assert "the last complete one is here" in err
+    assert seconds < 20
+
+
+def test_outside_a_loop_the_run_ends_at_once():
+    status, out, _, seconds = ended("time.sleep(30)")
+    assert status == 75
+    assert "the last complete checkpoint is here" in out
+    assert seconds < 20

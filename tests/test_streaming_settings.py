@@ -1,0 +1,99 @@
+"""streaming.json: a checkpoint is run as it was trained, and who overrides it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from conf.schema import JobConfig, MemoryConfig, RunConfig
+from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
+from rl.checks import respect_checkpoint
+from streams.layout import LayoutConfig
+from streams.video import VideoConfig
+
+
+def trained():
+    base = RunConfig(memory=MemoryConfig("rcsm", 4), layout=LayoutConfig("Watch.", 6, 10))
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, video=VideoConfig(0.5, 4, 784, 1568)))
+
+
+def written(folder, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STREAMING_FILE).write_text(json.dumps(streaming_settings(config)))
+    return folder
+
+
+def test_what_is_written_is_what_is_applied(tmp_path):
+    config = trained()
+    other = RunConfig(memory=MemoryConfig("full"))
+    applied = apply_streaming(other, read_streaming(written(tmp_path, config)), ())
+    assert streaming_settings(applied.config) == streaming_settings(config)
+    assert applied.conflicts == ()
+    assert "memory.window=4" in applied.taken
+    assert apply_streaming(config, read_streaming(tmp_path), ()).taken == (), "nothing to take: nothing to say"
+
+
+@pytest.mark.parametrize(
+    ("override", "change", "words"),
+    [
+        ("memory.window=8", ("memory", MemoryConfig("rcsm", 8)), "memory.window=8 (the checkpoint was made with 4)"),
+        ("memory=recent_frames", ("memory", MemoryConfig("recent_frames", 4)), "memory.name='recent_frames'"),
+        (
+            "data.video.frames_per_chunk=2",
+            ("data", None),
+            "data.video.frames_per_chunk=2 (the checkpoint was made with 4)",
+        ),
+    ],
+)
+def test_an_override_that_contradicts_is_used_and_named_with_both_values(tmp_path, override, change, words):
+    config = trained()
+    saved = read_streaming(written(tmp_path, config))
+    section, value = change
+    if section == "data":
+        value = dataclasses.replace(config.data, video=VideoConfig(0.5, 2, 784, 1568))
+    other = dataclasses.replace(config, **{section: value})
+    applied = apply_streaming(other, saved, overridden_keys([override, "job=eval"]))
+    assert applied.config == other
+    assert any(words in conflict for conflict in applied.conflicts)
+
+
+def test_an_override_that_says_the_same_is_no_conflict(tmp_path):
+    config = trained()
+    saved = read_streaming(written(tmp_path, config))
+    assert apply_streaming(config, saved, overridden_keys(["memory.window=4"])).conflicts == ()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1, "memory": 3}'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / STREAMING_FILE).write_text(content)
+    with pytest.raises(ValueError, match=STREAMING_FILE):
+        read_streaming(tmp_path)
+
+
+def test_evaluation_warns_and_resuming_refuses(tmp_path):
+    config = trained()
+    written(tmp_path / "checkpoints" / "rl" / "final" / "hf", config)
+    told, warned = [], []
+    evaluating = dataclasses.replace(
+        config, run_root=str(tmp_path), job=JobConfig("eval", ["eval"]), memory=MemoryConfig("rcsm", 8)
+    )
+    used = respect_checkpoint(evaluating, ["memory.window=8"], told.append, warned.append)
+    assert used.memory.window == 8
+    assert warned == ["memory.window=8 (the checkpoint was made with 4); the override is used"]
+    resumed = dataclasses.replace(
+        evaluating, job=JobConfig("rl", ["rl"]), resume=str(tmp_path / "checkpoints" / "rl" / "final")
+    )
+    with pytest.raises(ValueError, match=r"memory\.window=8 \(the checkpoint was made with 4\)"):
+        respect_checkpoint(resumed, ["memory.window=8"], told.append, warned.append)
+
+
+def test_evaluation_without_overrides_takes_the_checkpoints_settings(tmp_path):
+    written(tmp_path / "checkpoints" / "sft" / "final" / "hf", trained())
+    told = []
+    plain = RunConfig(run_root=str(tmp_path), job=JobConfig("eval", ["eval"]), memory=MemoryConfig("full"))
+    used = respect_checkpoint(plain, ["job=eval"], told.append, pytest.fail)
+    assert used.memory == MemoryConfig("rcsm", 4)
+    assert used.data.video.frames_per_chunk == 4
+    assert any("memory.window=4" in line for line in told)
