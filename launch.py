@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -79,6 +80,20 @@ def start(config: RunConfig, overrides: list[str]) -> None:
     except Requeue as stopped:
         print(f"{stopped}; the same command with resume=auto goes on from there", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
+    except (ValueError, OSError, RuntimeError) as error:
+        # These say by themselves what to do; the traceback is for whoever mends the program.
+        note = _keep_traceback(config.root / "logs" / "driver-error.txt")
+        print(f"error: {error}\n{note}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _keep_traceback(path: Path) -> str:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc())
+    except OSError:
+        return traceback.format_exc()
+    return f"(traceback in {path})"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
