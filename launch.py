@@ -88,11 +88,12 @@ def start(config: RunConfig, overrides: list[str]) -> None:
 
 
 def _keep_traceback(path: Path) -> str:
+    text = traceback.format_exc()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(traceback.format_exc())
+        path.write_text(text)
     except OSError:
-        return traceback.format_exc()
+        return text
     return f"(traceback in {path})"
 
 

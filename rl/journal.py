@@ -8,10 +8,13 @@ never in the charts.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("sightline.journal")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class StepJournal:
     path: Path
     _lines: list[JournalLine] = field(default_factory=list)
     _taken: int = 0
+    _behind: bool = False
 
     @classmethod
     def open(cls, path: Path, step: int) -> StepJournal:
@@ -38,18 +42,32 @@ class StepJournal:
         path.parent.mkdir(parents=True, exist_ok=True)
         journal = cls(path)
         journal._lines = [line for line in _read(path) if line.step <= step] if step else []
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text("".join(_dumps(line) for line in journal._lines))
-        os.replace(aside, path)
+        journal._rewrite()
         return journal
 
     def append(
         self, step: int, values: dict[str, float | None], groups: tuple[str, ...] = (), kind: str = "step"
     ) -> None:
+        """Write a line at once. A disk that takes none is named, and the file caught up when it takes some again."""
         line = JournalLine(step, kind, values, groups)
         self._lines.append(line)
-        with self.path.open("a") as file:
-            file.write(_dumps(line))
+        try:
+            if self._behind:
+                self._rewrite()
+            else:
+                with self.path.open("a") as file:
+                    file.write(_dumps(line))
+        except OSError as error:
+            if not self._behind:
+                log.warning("%s cannot be written, training goes on without it: %s", self.path, error)
+            self._behind = True
+        else:
+            self._behind = False
+
+    def _rewrite(self) -> None:
+        aside = self.path.with_name(self.path.name + ".partial")
+        aside.write_text("".join(_dumps(line) for line in self._lines))
+        os.replace(aside, self.path)
 
     def has(self, kind: str, step: int) -> bool:
         return any(line.kind == kind and line.step == step for line in self._lines)

@@ -6,6 +6,7 @@ named and costs itself, the last one of a stage costs the stage; old ones are de
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ class Checkpointer:
         self._context, self._config = context, context.config
         self.folder = (self._config.root / "checkpoints" / context.stage).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in (path for path in self.folder.iterdir() if path.suffix in (".partial", ".replaced")):
+            shutil.rmtree(left, ignore_errors=True)
         self.failed = 0
         self.last_step = context.resume.step if context.resume else -1
 
@@ -59,6 +62,9 @@ class Checkpointer:
     def save_failed(self, error: Exception, step: int, *, final: bool) -> None:
         """A checkpoint could not be written. Raises RuntimeError if it was the stage's last."""
         self.failed += 1
+        name = FINAL if final else step_name(step)
+        # What was written of it would keep the disk full.
+        shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
         cause = str(error).strip().splitlines()[-1]
         self._context.progress.say(
             f"{self._context.stage}: the checkpoint of step {step} could not be written: {cause}"

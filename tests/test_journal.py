@@ -73,3 +73,17 @@ def test_losses_survive_bit_for_bit(tmp_path, value):
     StepJournal.open(tmp_path / "j", 0).append(1, {"loss": value})
     (line,) = StepJournal.open(tmp_path / "j", 1).take(1)
     assert line.values["loss"].hex() == value.hex()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, caplog):
+    path = tmp_path / "j"
+    journal = StepJournal.open(path, 0)
+    fill(journal, 1, 2)
+    path.rename(tmp_path / "saved")
+    path.mkdir()  # nothing can be appended to a folder, as to a file on a full disk
+    fill(journal, 3, 5)
+    assert caplog.text.count("cannot be written, training goes on") == 1
+    path.rmdir()
+    (tmp_path / "saved").rename(path)
+    fill(journal, 6, 6)
+    assert [line.step for line in StepJournal.open(path, 6).take(6)] == [1, 2, 3, 4, 5, 6]
