@@ -172,6 +172,48 @@ class TestPlantedDefects:
         assert diff.max() <= FP64_BAR
 
 
+@pytest.fixture(scope="module")
+def with_levels(tmp_path_factory):
+    with norms_in_input_dtype():
+        backbone = loud_backbone(tmp_path_factory.mktemp("deepstack"), torch.float64, "qwen3_vl")
+        requests = streams(backbone, MemoryConfig("rcsm", 3), 4, seed=10)
+        yield backbone, requests, run(backbone, requests)
+
+
+class TestPlantedDeepstackDefects:
+    """DeepStack levels that reach the learner wrongly; the rows of the engine stay what they were."""
+
+    @pytest.mark.parametrize("defect", ["dropped", "last dropped", "wrong layer", "wrong token", "none"])
+    def test_each_is_caught(self, with_levels, defect):
+        backbone, requests, logs = with_levels
+        width = backbone.model.config.text_config.hidden_size
+
+        def damaged(rows):
+            main, first, second = rows.split(width, dim=-1)
+            empty = torch.zeros_like(first)
+            return torch.cat(
+                {
+                    "dropped": (main, empty, empty),
+                    "last dropped": (main, first, empty),
+                    "wrong layer": (main, second, first),
+                    "wrong token": (main, first.roll(1, 0), second.roll(1, 0)),
+                    "none": (main, first, second),
+                }[defect],
+                dim=-1,
+            )
+
+        features = [damaged(joined_features(r)) for r in requests]
+        diff = np.concatenate(behaviour_differences(backbone, logs, features))
+        assert diff.max() <= FP64_BAR if defect == "none" else diff.max() > TestPlantedDefects.CAUGHT
+
+    def test_levels_without_their_layers_are_caught(self, with_levels, monkeypatch):
+        """The whole injection forgotten in the learner, as by a forward that knows only embeddings."""
+        backbone, requests, logs = with_levels
+        place = backbone._place
+        monkeypatch.setattr(backbone, "_place", lambda *args: (place(*args)[0], {}))
+        assert differences(backbone, logs, requests).max() > TestPlantedDefects.CAUGHT
+
+
 class _NoFloat32(TorchDispatchMode):
     """Collects float32 results of any operation outside the rotary tables (those are the same on both sides)."""
 
