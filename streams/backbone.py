@@ -412,8 +412,8 @@ def check_rope_theta(checkpoint: Path) -> None:
         )
 
 
-def token_side(checkpoint: Path) -> int:
-    """Pixels along one side of a video token: patch size times merge size, from a checkpoint's config."""
+def token_side(checkpoint: str | Path) -> int:
+    """Pixels along one side of a video token: patch size times merge size, from the config of a folder or hub id."""
     vision = AutoConfig.from_pretrained(checkpoint).vision_config
     return int(vision.patch_size) * int(vision.spatial_merge_size)
 

@@ -113,11 +113,16 @@ class TinySpec:
                 f"model.tiny.deepstack={list(self.deepstack)} must name ascending vision layers below "
                 f"model.tiny.vision_depth={self.vision_depth}"
             )
-        if len(self.deepstack) > self.layers:
+        if self.deepstack and len(self.deepstack) >= self.layers:
             raise ValueError(
-                f"model.tiny.deepstack={list(self.deepstack)}: more levels than model.tiny.layers={self.layers}, each of "
-                "which takes one"
+                f"model.tiny.deepstack={list(self.deepstack)}: every level needs a text layer behind the one it follows, "
+                f"or no other token ever sees it; model.tiny.layers={self.layers} must be larger"
             )
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along one side of a video token (2 x 2 patches)."""
+        return 2 * self.patch_size
 
 
 QWEN3_SPEC = TinySpec(model_type="qwen3_vl", vision_depth=3, deepstack=(0, 1), rope_theta=5e6)

@@ -177,7 +177,7 @@ class TestLoading:
     @pytest.mark.parametrize("patch", [14, 16])
     def test_the_side_of_a_video_token_comes_from_the_checkpoint(self, tmp_path, patch):
         path = build_tiny(tmp_path, replace(QWEN3_SPEC, patch_size=patch))
-        assert token_side(path) == 2 * patch
+        assert token_side(path) == 2 * patch == replace(QWEN3_SPEC, patch_size=patch).token_side
         assert Backbone.load(path, LayoutConfig()).image.patch_size == patch
 
     @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -219,7 +219,7 @@ class TestLoading:
         ({"head_dim": 16}, r"model\.tiny\.head_dim=16: qwen2_5_vl has neither"),
         ({"model_type": "qwen3_vl", "deepstack": (1, 0)}, "ascending vision layers"),
         ({"model_type": "qwen3_vl", "deepstack": (2,)}, r"below model\.tiny\.vision_depth=2"),
-        ({"model_type": "qwen3_vl", "deepstack": (0, 1), "layers": 1}, r"more levels than model\.tiny\.layers=1"),
+        ({"model_type": "qwen3_vl", "deepstack": (0, 1), "layers": 2}, r"model\.tiny\.layers=2 must be larger"),
     ],
 )
 def test_impossible_tiny_shapes_are_refused_by_name(wrong, message):
