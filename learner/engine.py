@@ -73,7 +73,7 @@ def resolve_attention(attention: str, device: torch.device) -> str:
 
 
 def encode_media(backbone: Backbone, media: list[tuple[str, np.ndarray]]) -> list[torch.Tensor]:
-    """[chunks, tokens, H] per clip: features as shipped, frames through the tower in one call (with gradient)."""
+    """[chunks, tokens, F] per clip: features as shipped, frames through the tower in one call (with gradient)."""
     frames = [array for kind, array in media if kind == "frames"]
     encoded = iter(backbone.encode_video(frames) if frames else [])
     return [next(encoded) if kind == "frames" else to_tensor(array).to(backbone.device) for kind, array in media]

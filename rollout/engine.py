@@ -18,7 +18,7 @@ import torch
 from rollout.attention import Segment, TorchPagedPlan
 from rollout.cache import KVPool
 from rollout.sampler import pick
-from streams.backbone import Backbone
+from streams.backbone import Backbone, VideoTokens
 from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import MemoryPolicy
@@ -27,7 +27,10 @@ from streams.writer import StreamWriter, TurnInput
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """One stream to run. features: per chunk shown, [tokens, H] on the engine's device, in turn order."""
+    """One stream to run. features: per chunk shown, [tokens, F] on the engine's device, in turn order.
+
+    F = Backbone.feature_width; one row per kept video token of the chunk, in the order of the tokens.
+    """
 
     header: LogHeader
     turns: tuple[TurnInput, ...]
@@ -68,7 +71,8 @@ class _Step:
     positions: list[np.ndarray] = field(default_factory=list)
     new_slots: list[np.ndarray] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    features: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    video: list[np.ndarray] = field(default_factory=list)
+    features: list[torch.Tensor] = field(default_factory=list)
     freed: list[np.ndarray] = field(default_factory=list)
     choosing: list[tuple[_Stream, int]] = field(default_factory=list)
     rows: int = 0
@@ -149,7 +153,11 @@ class Engine:
 
     def _bound(self, request: StreamRequest) -> int:
         layout = request.layout
-        scaffold = len(layout.prefill(0, None)[0])
+        # Turns differ in scaffold, too: a later time has more digits.
+        scaffold = max(
+            sum(len(part.ids) for part in layout.prefill(t.chunk, None) if part.kind != Kind.VIDEO)
+            for t in request.turns
+        )
         video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
         queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)
         return request.policy.max_live_tokens(
@@ -181,9 +189,9 @@ class Engine:
             evicted, _ = writer.begin_turn(turn_input, self.version)
             step.freed.append(stream.slots_of(evicted))
             if turn_input.chunk is not None:
-                video = writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO
-                first = step.rows + int(np.flatnonzero(video)[0]) if video.any() else step.rows
-                step.features.append((first, stream.request.features[stream.chunks_shown]))
+                video = np.flatnonzero(writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO)
+                step.video.append(step.rows + video)
+                step.features.append(stream.request.features[stream.chunks_shown])
                 stream.chunks_shown += 1
         while (token := writer.forced()) is not None and not writer.state.over:  # type: ignore[union-attr]
             writer.append_generated(token, self.version)
@@ -214,11 +222,11 @@ class Engine:
         device = self.backbone.device
         ids = torch.from_numpy(np.concatenate(step.ids)).to(device)
         positions = torch.from_numpy(np.concatenate(step.positions, axis=1).astype(np.int64)).to(device)
-        embeds = self.backbone.embed(ids)
-        for start, features in step.features:
-            embeds[start : start + len(features)] = features.to(embeds.dtype)
+        video = None
+        if step.features:
+            video = VideoTokens(torch.from_numpy(np.concatenate(step.video)).to(device), torch.cat(step.features))
         plan = TorchPagedPlan(self.pool, np.concatenate(step.new_slots), step.segments, self._groups)
-        hidden = self.backbone.hidden(embeds[None], positions[:, None], plan)[0]
+        hidden = self.backbone.hidden(ids[None], positions[:, None], plan, video)[0]
         for slots in step.freed:
             self.pool.free(slots)
         if step.choosing:

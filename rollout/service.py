@@ -42,7 +42,7 @@ from streams.messages import (
 from streams.scoring.logprobs import behaviour_differences
 from streams.scoring.stats import LogpDiff
 from streams.video import Clip, ClipReader
-from streams.writer import StreamWriter
+from streams.writer import StreamWriter, check_timestamps_kept
 
 log = logging.getLogger("sightline.rollout")
 
@@ -96,11 +96,10 @@ class RolloutService:
         slot_bytes = KVPool.bytes_per_slot(self.backbone.num_layers, *self.backbone.kv_shape, self.backbone.dtype)
         self.engine = Engine(self.backbone, setup.kv_memory_mb * 2**20 // slot_bytes, setup.max_streams)
         self.engine.version = setup.version
+        check_timestamps_kept(self.backbone.layout, make_policy(setup.memory))
         self._layouts = {
-            empty: Layout(
-                self.backbone.tokenizer,
-                replace(setup.layout, force_empty_thoughts=empty or setup.layout.force_empty_thoughts),
-                self.backbone.layout.vocab_rows,
+            empty: self.backbone.layout.with_config(
+                replace(setup.layout, force_empty_thoughts=empty or setup.layout.force_empty_thoughts)
             )
             for empty in (False, True)
         }
@@ -309,7 +308,7 @@ class RolloutService:
 
     @torch.no_grad()
     def _encode(self, group: _Group) -> None:
-        """Features [chunks, tokens, H] of the group's clip: as given, as cached, or encoded now."""
+        """Features [chunks, tokens, F] of the group's clip: as given, as cached, or encoded now."""
         if group.features is not None:
             return
         assert group.clip is not None

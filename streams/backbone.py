@@ -1,9 +1,11 @@
-"""The backbone: a Qwen2.5-VL checkpoint through transformers, as the engine, the learner and the scorers run it.
+"""The backbone: a Qwen2.5-VL or Qwen3-VL checkpoint through transformers, as engine, learner and scorers run it.
 
 Owner: streams. One class for rollout and learner, so weight names are the same on both sides and any Hugging Face
 checkpoint loads. Invariants: attention of the text model always goes through a plan that says who sees whom (a missing
 plan raises, never means full attention); position ids are ours; no KV cache of transformers is used; the embedding is
-never shrunk and no trained row is re-initialised.
+never shrunk and no trained row is re-initialised; what the tower makes of one video token is one row of numbers, from the
+cache through the wire to the forward: its embedding and, behind it, every DeepStack level (Qwen3-VL adds level i to the
+hidden states of the video tokens after text layer i).
 """
 
 from __future__ import annotations
@@ -21,14 +23,13 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 from transformers.utils import logging as transformers_logging
 
 from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
-from streams.positions import QWEN2_5_VL_CONVENTION, PositionCursor
+from streams.positions import QWEN2_5_VL_CONVENTION, QWEN3_VL_CONVENTION, PositionCursor, TimestampCursor
 from streams.video import normalize_patches, patchify
 
 ATTENTION_NAME = "sightline"
 # transformers hands the spans of a packed row to implementations with "flash" in their name and loops over the spans
 # for all others.
 VISION_ATTENTION_NAME = "sightline_flash_spans"
-SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 STREAMING_FILE = "streaming.json"
 SPARE_ROW_MULTIPLE = 128
 
@@ -41,6 +42,38 @@ _PROCESSOR_FILES = (
     "processor_config.json",
     "chat_template.json",
 )
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the supported model types, besides their modules.
+
+    timestamps: time is text before every temporal patch, not position ids. mean, std: of the family's image processor,
+    where a checkpoint does not carry its own.
+    """
+
+    convention: str
+    timestamps: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+FAMILIES = {
+    # The statistics of CLIP.
+    "qwen2_5_vl": Family(
+        QWEN2_5_VL_CONVENTION, False, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    ),
+    "qwen3_vl": Family(QWEN3_VL_CONVENTION, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """The video tokens of one forward: flat row index int64 [M] of each, in any order, and its features [M, F]."""
+
+    index: torch.Tensor
+    features: torch.Tensor
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
@@ -126,8 +159,8 @@ class ImageSpec:
     std: tuple[float, float, float]
 
     @classmethod
-    def load(cls, path: Path, vision_config: Any) -> ImageSpec:
-        """From `preprocessor_config.json`; the defaults are those of CLIP, which Qwen's processors use."""
+    def load(cls, path: Path, vision_config: Any, family: Family) -> ImageSpec:
+        """From `preprocessor_config.json`; mean and std default to those of the family's processor."""
         found: dict[str, Any] = {}
         for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
             if (path / name).is_file():
@@ -136,8 +169,8 @@ class ImageSpec:
             patch_size=vision_config.patch_size,
             merge_size=vision_config.spatial_merge_size,
             temporal_patch_size=vision_config.temporal_patch_size,
-            mean=tuple(found.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
-            std=tuple(found.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
+            mean=tuple(found.get("image_mean", family.mean)),
+            std=tuple(found.get("image_std", family.std)),
         )
 
 
@@ -179,7 +212,7 @@ class Backbone:
         self.image = image
         self.source = source
         self.name = str(model.config.model_type)
-        self.position_convention = QWEN2_5_VL_CONVENTION
+        self.position_convention = FAMILIES[self.name].convention
         self._ban_index = torch.tensor(layout.banned, dtype=torch.long, device=self.device)
 
     @classmethod
@@ -201,6 +234,8 @@ class Backbone:
                 f"model.path={path}: model type {config.model_type!r} is not supported "
                 f"(supported: {', '.join(SUPPORTED_MODEL_TYPES)})"
             )
+        family = FAMILIES[config.model_type]
+        check_rope_theta(source)
         # transformers draws a progress bar per load; five processes at once would fill the terminal with them.
         transformers_logging.disable_progress_bar()
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
@@ -212,8 +247,8 @@ class Backbone:
         model.config.use_cache = False
         model.eval()
         rows = model.get_output_embeddings().weight.shape[0]
-        image = ImageSpec.load(source, model.config.vision_config)
-        return cls(model, tokenizer, Layout(tokenizer, layout, rows), image, source)
+        image = ImageSpec.load(source, model.config.vision_config, family)
+        return cls(model, tokenizer, Layout(tokenizer, layout, rows, family.timestamps), image, source)
 
     @property
     def device(self) -> torch.device:
@@ -231,23 +266,68 @@ class Backbone:
     def kv_shape(self) -> tuple[int, int]:
         """(KV heads, head dimension) of the text model."""
         text = self.model.config.text_config
-        return int(text.num_key_value_heads), int(text.hidden_size // text.num_attention_heads)
+        # Qwen3's heads are wider than the hidden size divided among them.
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(text.num_key_value_heads), int(head)
+
+    @property
+    def deepstack_levels(self) -> int:
+        """How many DeepStack levels follow a video token's embedding (0 without DeepStack)."""
+        return len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", ()))
+
+    @property
+    def feature_width(self) -> int:
+        """F: numbers per video token, its embedding and all DeepStack levels."""
+        return int(self.model.config.text_config.hidden_size) * (1 + self.deepstack_levels)
 
     def cursor(self, patch_seconds: float) -> PositionCursor:
         """A fresh position cursor for one stream; `patch_seconds` is the time between temporal patches."""
+        if self.layout.timestamps:
+            return TimestampCursor()
         return PositionCursor(float(self.model.config.vision_config.tokens_per_second), patch_seconds)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings: int [...] -> [..., H]."""
         return self.model.get_input_embeddings()(ids)
 
-    def hidden(self, embeds: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """Final hidden states [B, L, H] of embeds [B, L, H] at M-RoPE positions int [3, B, L] under `plan`."""
+    def hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, video: VideoTokens | None = None
+    ) -> torch.Tensor:
+        """Final hidden states [B, L, H] of ids int [B, L] at M-RoPE positions int [3, B, L] under `plan`.
+
+        Engine and learner both come here: there is one place where features meet their tokens.
+        """
+        embeds = self.embed(ids)
+        levels: dict[str, Any] = {}
+        if video is not None:
+            embeds, levels = self._place(embeds, video)
         # A 4-D mask passes through transformers untouched and keeps it from building one of its own.
         unused = embeds.new_zeros((1, 1, 1, 1))
         return self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=unused, use_cache=False, plan=plan
+            inputs_embeds=embeds, position_ids=positions, attention_mask=unused, use_cache=False, plan=plan, **levels
         ).last_hidden_state
+
+    def _place(self, embeds: torch.Tensor, video: VideoTokens) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Embeddings [B, L, H] with the video tokens in place, and the arguments that inject their DeepStack levels."""
+        if len(video.index) != len(video.features):
+            raise ValueError(
+                f"{len(video.index)} video tokens but {len(video.features)} features: media and log do not match"
+            )
+        if video.features.shape[-1] != self.feature_width:
+            raise ValueError(
+                f"features of width {video.features.shape[-1]}, but {self.name} takes {self.feature_width}: they were "
+                "encoded by another backbone"
+            )
+        width = embeds.shape[-1]
+        features = video.features.to(embeds.dtype)
+        placed = embeds.flatten(0, 1).index_put((video.index,), features[:, :width]).view_as(embeds)
+        if not self.deepstack_levels or not len(video.index):
+            return placed, {}
+        mask = torch.zeros(embeds.shape[0] * embeds.shape[1], dtype=torch.bool, device=embeds.device)
+        mask[video.index] = True
+        # Through a mask rows arrive in ascending order; the learner's packing hands them over log by log.
+        levels = features[video.index.argsort(), width:].split(width, dim=-1)
+        return placed, {"visual_pos_masks": mask.view(embeds.shape[:2]), "deepstack_visual_embeds": list(levels)}
 
     def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
         """Logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64)."""
@@ -257,7 +337,7 @@ class Backbone:
         return (logits / temperature).index_fill(-1, self._ban_index.to(logits.device), float("-inf"))
 
     def encode_video(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
-        """Encode clips, each uint8 [chunks, frames, h, w, 3] -> [chunks, tokens, H], in one call of the tower."""
+        """Encode clips, each uint8 [chunks, frames, h, w, 3] -> [chunks, tokens, F], in one call of the tower."""
         patches, grids = [], []
         for clip in frames:
             chunks, count, height, width, _ = clip.shape
@@ -275,7 +355,10 @@ class Backbone:
             torch.from_numpy(np.concatenate(patches)).to(self.device), self.image.mean, self.image.std
         )
         grid_thw = torch.tensor(grids, dtype=torch.long, device=self.device)
-        features = self.model.model.visual(pixels.to(self.dtype), grid_thw=grid_thw).pooler_output
+        made = self.model.model.visual(pixels.to(self.dtype), grid_thw=grid_thw)
+        features = made.pooler_output
+        if self.deepstack_levels:
+            features = torch.cat([features, *made.deepstack_features], dim=-1)
         sizes = [int(np.prod(grid)) // self.image.merge_size**2 for grid in grids]
         per_chunk = torch.split(features, sizes)
         out, at = [], 0
@@ -285,7 +368,7 @@ class Backbone:
         return out
 
     def freeze(self, mode: str) -> None:
-        """Set which parameters train: `none` frozen, or the vision tower with its merger frozen."""
+        """Set which parameters train: `none` frozen, or the vision tower with its mergers (DeepStack's too) frozen."""
         if mode not in FREEZE_MODES:
             raise ValueError(f"learner.freeze={mode!r} is not one of {', '.join(FREEZE_MODES)}")
         self.model.requires_grad_(True)
@@ -313,6 +396,26 @@ class Backbone:
             "banned": list(self.layout.banned),
         } | streaming
         (path / STREAMING_FILE).write_text(json.dumps(streaming, indent=2, sort_keys=True) + "\n")
+
+
+def check_rope_theta(checkpoint: Path) -> None:
+    """Refuses a Qwen3-VL checkpoint that leaves its rotary base to the reader: releases of transformers differ on it."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    if config.get("model_type") != "qwen3_vl":
+        return
+    text = config.get("text_config") or {}
+    named = [text, text.get("rope_parameters") or {}, text.get("rope_scaling") or {}]
+    if not any(isinstance(place.get("rope_theta"), int | float) for place in named):
+        raise ValueError(
+            f"model.path={checkpoint}: config.json has no text_config.rope_theta, which transformers then takes for "
+            "5,000,000 or 500,000, depending on its release; write the value the checkpoint was trained with"
+        )
+
+
+def token_side(checkpoint: str | Path) -> int:
+    """Pixels along one side of a video token: patch size times merge size, from the config of a folder or hub id."""
+    vision = AutoConfig.from_pretrained(checkpoint).vision_config
+    return int(vision.patch_size) * int(vision.spatial_merge_size)
 
 
 def is_hub_id(path: str) -> bool:

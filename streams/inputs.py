@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+
 from streams.layout import Layout
 from streams.log import NEVER, ChunkRecord
 from streams.task import TimedQuery
-from streams.video import Clip
+from streams.video import Clip, frame_times
 from streams.writer import QueryInput, TurnInput
 
 
@@ -57,6 +59,7 @@ def turn_inputs(
             until = max((u for u in (before.until_turn, until) if u is not None), default=None)
         by_turn[turn] = QueryInput(ids, until)
     key = clip_key(task, len(clip.frames))
+    times = patch_times(len(clip.frames), t, chunk_seconds, clip.frames.shape[1])
     return tuple(
         TurnInput(
             ChunkRecord(
@@ -66,11 +69,22 @@ def turn_inputs(
                 grid=grid,
                 feature=key,
                 feature_version=feature_version,
+                patch_times=tuple(float(x) for x in times[turn]),
             ),
             by_turn.get(turn),
         )
         for turn in range(len(clip.frames))
     )
+
+
+def patch_times(turns: int, patches: int, chunk_seconds: float, frames_per_chunk: int) -> np.ndarray:
+    """Seconds from the start of the stream to every temporal patch, float64 [turns, patches].
+
+    A patch stands at the mean of its first and its last frame, as Qwen3-VL's processor computes it. From the grid and
+    not from the video's clock: the same chunk reads the same wherever in a file the stream starts.
+    """
+    frames = frame_times(0.0, turns, chunk_seconds, frames_per_chunk).reshape(turns, patches, -1)
+    return (frames[:, :, 0] + frames[:, :, -1]) / 2
 
 
 def clip_key(task: Watchable, turns: int) -> str:

@@ -6,18 +6,21 @@ never re-tokenised. Layout of turn t (Qwen2.5-VL), equal to `apply_chat_template
     [\\n <|im_start|> user \\n <|vision_start|>] [video] [<|vision_end|> (\\n query) <|im_end|> \\n <|im_start|> assistant \\n]
     [<think> thought </think> (<response> text | <silent>) <|im_end|>]
 
-Turn 0 is preceded by the system message, without its trailing newline: that newline opens turn 0, as any other.
+Qwen3-VL writes time as text: every temporal patch of a chunk is `<12.3 seconds> <|vision_start|> [video] <|vision_end|>`,
+its time counted from the start of the stream. Turn 0 is preceded by the system message, without its trailing newline:
+that newline opens turn 0, as any other.
 Source: ThinkStream (arXiv 2603.12938), Watch-Think-Speak paradigm.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from streams.log import Kind, StreamLog
+from streams.log import ChunkRecord, Kind, StreamLog
 from streams.turns import ParsedTurn
 
 STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
@@ -67,15 +70,34 @@ class LayoutTokens:
     think_end: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run of prefilled tokens of one kind. A VIDEO run carries the grid that its positions come from, and its kept cells.
+
+    ids int32 [n]; n may be 0 for a vision block of which every token was dropped: its grid still moves the positions.
+    """
+
+    ids: np.ndarray
+    kind: Kind
+    grid: tuple[int, int, int] | None = None
+    keep: tuple[int, ...] | None = None
+
+
 @dataclass
 class Layout:
-    """Lays out turns for one tokenizer. `vocab_rows` is the height of the checkpoint's LM head."""
+    """Lays out turns for one tokenizer. `vocab_rows` is the height of the checkpoint's LM head.
+
+    timestamps: whether every temporal patch is a vision block of its own behind its time in words (Qwen3-VL), or a chunk
+    is one vision block without (Qwen2.5-VL, whose position ids carry time).
+    """
 
     tokenizer: Any
     config: LayoutConfig
     vocab_rows: int
+    timestamps: bool = False
     tokens: LayoutTokens = field(init=False)
     banned: tuple[int, ...] = field(init=False)
+    _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         def one(text: str) -> int:
@@ -95,6 +117,10 @@ class Layout:
             *encode(f"system\n{self.config.system_prompt.strip()}"),
             self.tokens.im_end,
         ]
+
+    def with_config(self, config: LayoutConfig) -> Layout:
+        """The layout of the same checkpoint under other settings."""
+        return replace(self, config=config)
 
     def query_ids(self, text: str, *, strip: bool = True) -> list[int]:
         """Ids of a query text. Raises ValueError if the text spells a control token (it could forge a turn)."""
@@ -116,21 +142,47 @@ class Layout:
                 raise ValueError(f"{what} {text!r} contains {name!r}, which the model may not write there")
         return ids
 
-    def prefill(self, video_tokens: int | None, query: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32 [n], kinds int8 [n]) of a turn's prefill; `video_tokens` None means a text-only turn."""
-        parts: list[tuple[list[int], Kind]] = [(self._newline_user, Kind.SCAFFOLD)]
-        if video_tokens is not None:
-            parts.append(([self.tokens.vision_start], Kind.SCAFFOLD))
-            parts.append(([self.tokens.video_pad] * video_tokens, Kind.VIDEO))
-            parts.append(([self.tokens.vision_end], Kind.SCAFFOLD))
+    def prefill(self, chunk: ChunkRecord | None, query: list[int] | None) -> tuple[Part, ...]:
+        """What a turn is shown, in order; `chunk` None means a text-only turn."""
+        parts = [_part(self._newline_user, Kind.SCAFFOLD)]
+        if chunk is not None:
+            for stamp, grid, keep in self._vision_blocks(chunk):
+                tokens = grid[0] * grid[1] * grid[2] if keep is None else len(keep)
+                parts.append(_part([*stamp, self.tokens.vision_start], Kind.SCAFFOLD))
+                parts.append(Part(np.full(tokens, self.tokens.video_pad, np.int32), Kind.VIDEO, grid, keep))
+                parts.append(_part([self.tokens.vision_end], Kind.SCAFFOLD))
         if query:
             # The newline before the query belongs to it: it comes and goes with the question.
-            newline = self._encode("\n") if video_tokens is not None else []
-            parts.append(([*newline, *query], Kind.QUERY))
-        parts.append((self._header, Kind.SCAFFOLD))
-        ids = np.concatenate([np.asarray(part, np.int32) for part, _ in parts])
-        kinds = np.concatenate([np.full(len(part), kind, np.int8) for part, kind in parts])
-        return ids, kinds
+            newline = self._encode("\n") if chunk is not None else []
+            parts.append(_part([*newline, *query], Kind.QUERY))
+        parts.append(_part(self._header, Kind.SCAFFOLD))
+        return tuple(parts)
+
+    def _vision_blocks(
+        self, chunk: ChunkRecord
+    ) -> Iterator[tuple[list[int], tuple[int, int, int], tuple[int, ...] | None]]:
+        """(ids of the time, merged grid, kept cells of that grid) of every vision block of a chunk."""
+        if not self.timestamps:
+            yield [], chunk.grid, chunk.keep
+            return
+        patches, height, width = chunk.grid
+        if len(chunk.patch_times) != patches:
+            raise ValueError(
+                f"turn {chunk.turn} of {chunk.video}: {len(chunk.patch_times)} patch times for {patches} temporal patches; "
+                "this backbone writes the time of each"
+            )
+        cells = height * width
+        for patch, seconds in enumerate(chunk.patch_times):
+            keep = chunk.keep
+            if keep is not None:
+                keep = tuple(i - patch * cells for i in keep if patch * cells <= i < (patch + 1) * cells)
+            yield self._timestamp(seconds), (1, height, width), keep
+
+    def _timestamp(self, seconds: float) -> list[int]:
+        text = f"<{seconds:.1f} seconds>"
+        if text not in self._stamps:
+            self._stamps[text] = self._encode(text)
+        return self._stamps[text]
 
     def demonstration(self, thought: str, response: str | None) -> list[int]:
         """Generated ids of a demonstrated turn, end token included."""
@@ -187,6 +239,10 @@ class Layout:
         control = {i for i in self._control_ids() if i not in allowed}
         padded = range(len(self.tokenizer), self.vocab_rows)
         return tuple(sorted(i for i in control.union(padded) if i < self.vocab_rows))
+
+
+def _part(ids: list[int], kind: Kind) -> Part:
+    return Part(np.asarray(ids, np.int32), kind)
 
 
 @dataclass

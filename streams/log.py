@@ -39,7 +39,8 @@ class ChunkRecord:
 
     frame_times: seconds on the video's clock. grid: merged (t, h, w) tokens of the whole chunk. keep: indices of the
     kept tokens in the full grid, None = all. feature: key of the clip whose features were embedded, with the weight
-    version that encoded them (None when the tower is frozen: every version encodes alike).
+    version that encoded them (None when the tower is frozen: every version encodes alike). patch_times: seconds from the
+    start of the stream to each of the t temporal patches (the mean of its frames), for layouts that write time as text.
     """
 
     turn: int
@@ -49,6 +50,7 @@ class ChunkRecord:
     feature: str = ""
     feature_version: int | None = None
     keep: tuple[int, ...] | None = None
+    patch_times: tuple[float, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -20,7 +20,7 @@ from streams.task import StreamTask
 from streams.turns import ParsedTurn
 from streams.video import VideoConfig
 
-MESSAGES_VERSION = 1
+MESSAGES_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ class ScriptTask:
 class GroupPayload:
     """The heavy half of a group, kept in the object store for the learner.
 
-    media: uint8 frames [chunks, frames, h, w, 3] (`media_kind` "frames"), or float features [chunks, tokens, H]
-    ("features"), or an object reference to either. Shared by all logs of the group.
+    media: uint8 frames [chunks, frames, h, w, 3] (`media_kind` "frames"), or float features [chunks, tokens, F]
+    ("features"; F = Backbone.feature_width: the embedding of a video token and, behind it, every DeepStack level), or an
+    object reference to either. Shared by all logs of the group.
     """
 
     logs: tuple[StreamLog, ...]

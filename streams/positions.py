@@ -2,8 +2,9 @@
 
 Owner: streams. The project owns this rule because `get_rope_index` differs between transformers releases.
 Invariant: positions depend only on what was appended before (causal), and eviction never changes them.
-Source: Qwen2.5-VL technical report (arXiv 2502.13923), section 2.1.2; the offset after a vision block is the largest
-position used so far plus one, as the published checkpoints were trained.
+Sources: Qwen2.5-VL technical report (arXiv 2502.13923), section 2.1.2: the temporal id is time; Qwen3-VL technical
+report (arXiv 2511.21631): time is written as text, every temporal patch is a vision block of its own. In both the offset
+after a vision block is the largest position used so far plus one, as the published checkpoints were trained.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 QWEN2_5_VL_CONVENTION = "qwen2_5_vl:absolute-time:max-plus-one"
+QWEN3_VL_CONVENTION = "qwen3_vl:timestamp-text:max-plus-one"
 
 
 @dataclass
@@ -47,3 +49,19 @@ class PositionCursor:
         ids = ids + self.offset
         self.offset = int(ids.max()) + 1
         return ids if keep is None else ids[:, list(keep)]
+
+
+@dataclass
+class TimestampCursor(PositionCursor):
+    """Qwen3-VL's rule: position ids carry no time, so a vision block is one temporal patch and its ids start together."""
+
+    tokens_per_second: float = 0.0
+    patch_seconds: float = 0.0
+
+    def video(self, grid: tuple[int, int, int], keep: tuple[int, ...] | None = None) -> np.ndarray:
+        """Positions of one temporal patch; a grid of several would put two moments at one temporal id."""
+        if grid[0] != 1:
+            raise ValueError(
+                f"a vision block of {grid[0]} temporal patches: with timestamps in the text each has its own"
+            )
+        return super().video(grid, keep)

@@ -1,4 +1,4 @@
-"""Tiny backbones: a random Qwen2.5-VL with its own small tokenizer, saved in the standard Hugging Face format.
+"""Tiny backbones: a random Qwen2.5-VL or Qwen3-VL with its own small tokenizer, in the standard Hugging Face format.
 
 Owner: streams. Everything that loads a real checkpoint loads these, through the same code. The tokenizer follows
 Qwen's pre-tokenizer rules and has merges over newlines and leading spaces, so that tokenisation at the seams of a
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3VLConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils import logging as transformers_logging
 
@@ -35,6 +35,9 @@ QWEN_CONTROL_TOKENS = (
     "<|video_pad|>",
 )
 
+QWEN3_TEXT_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+"""Added tokens of Qwen3's tokenizer that are not special: the model writes them, decoding shows them."""
+
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message.role + '\n' }}"
@@ -48,6 +51,8 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
+
+MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 
 _CORPUS = (
     "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags.\n"
@@ -63,10 +68,19 @@ _CORPUS = (
 )
 
 
+_TIMES = ("<0.5 seconds><1.5 seconds><12.5 seconds>",)
+"""As in Qwen's own vocabulary, the word of a timestamp is one token."""
+
+
 @dataclass(frozen=True)
 class TinySpec:
-    """Shape of the tiny Qwen2.5-VL. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do."""
+    """Shape of the tiny backbone. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do.
 
+    head_dim: of the text model, 0 = hidden / heads (Qwen2.5-VL has no other). deepstack: vision layers whose features go
+    into the first text layers (Qwen3-VL only).
+    """
+
+    model_type: str = "qwen2_5_vl"
     hidden: int = 128
     layers: int = 3
     heads: int = 4
@@ -79,9 +93,43 @@ class TinySpec:
     vocab_rows: int = 640
     tie_embeddings: bool = False
     rope_theta: float = 1e6
+    head_dim: int = 0
+    patch_size: int = 14
+    deepstack: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Lists come from YAML.
+        object.__setattr__(self, "deepstack", tuple(self.deepstack))
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(f"model.tiny.model_type={self.model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+        if self.model_type == "qwen2_5_vl" and (self.deepstack or self.head_dim):
+            raise ValueError(
+                f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: qwen2_5_vl has neither; "
+                "set model.tiny.model_type=qwen3_vl or leave them out"
+            )
+        distinct = sorted(set(self.deepstack)) == list(self.deepstack)
+        if not distinct or not all(0 <= layer < self.vision_depth for layer in self.deepstack):
+            raise ValueError(
+                f"model.tiny.deepstack={list(self.deepstack)} must name ascending vision layers below "
+                f"model.tiny.vision_depth={self.vision_depth}"
+            )
+        if self.deepstack and len(self.deepstack) >= self.layers:
+            raise ValueError(
+                f"model.tiny.deepstack={list(self.deepstack)}: every level needs a text layer behind the one it follows, "
+                f"or no other token ever sees it; model.tiny.layers={self.layers} must be larger"
+            )
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along one side of a video token (2 x 2 patches)."""
+        return 2 * self.patch_size
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
+QWEN3_SPEC = TinySpec(model_type="qwen3_vl", vision_depth=3, deepstack=(0, 1), rope_theta=5e6)
+"""The tiny Qwen3-VL, two DeepStack levels from its first two vision layers."""
+
+
+def build_tokenizer(model_type: str = "qwen2_5_vl") -> Qwen2Tokenizer:
     """Train the small tokenizer on a few lines (byte-level BPE, deterministic) and add Qwen's control tokens."""
     trainee = Tokenizer(models.BPE())
     trainee.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,60 +142,67 @@ def build_tokenizer() -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    trainee.train_from_iterator(_CORPUS * 4, trainer)
+    corpus = (*_CORPUS, *_TIMES) if model_type == "qwen3_vl" else _CORPUS
+    trainee.train_from_iterator(corpus * 4, trainer)
     model = json.loads(trainee.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)  # type: ignore[arg-type]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_CONTROL_TOKENS])
+    if model_type == "qwen3_vl":
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in QWEN3_TEXT_TOKENS])
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig:
+def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig | Qwen3VLConfig:
     token = tokenizer.convert_tokens_to_ids
-    head = spec.hidden // spec.heads
-    quarter = head // 8
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": spec.vocab_rows,
-            "hidden_size": spec.hidden,
-            "intermediate_size": spec.mlp,
-            "num_hidden_layers": spec.layers,
-            "num_attention_heads": spec.heads,
-            "num_key_value_heads": spec.kv_heads,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": spec.tie_embeddings,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": spec.rope_theta,
-                "mrope_section": [
-                    head // 2 - 2 * (quarter + quarter // 2),
-                    quarter + quarter // 2,
-                    quarter + quarter // 2,
-                ],
-            },
-            "bos_token_id": token("<|endoftext|>"),
-            "eos_token_id": token("<|im_end|>"),
-            "pad_token_id": token("<|endoftext|>"),
+    half = (spec.head_dim or spec.hidden // spec.heads) // 2
+    # Qwen's split of a rotary half into time, height and width.
+    side = half * 3 // 8 if spec.model_type == "qwen2_5_vl" else half * 5 // 16
+    text_config: dict[str, Any] = {
+        "vocab_size": spec.vocab_rows,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.mlp,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": spec.rope_theta,
+            "mrope_section": [half - 2 * side, side, side],
         },
-        vision_config={
-            "depth": spec.vision_depth,
-            "hidden_size": spec.vision_hidden,
-            "intermediate_size": spec.vision_mlp,
-            "num_heads": spec.vision_heads,
-            "out_hidden_size": spec.hidden,
-            "tokens_per_second": 2,
-            "fullatt_block_indexes": [spec.vision_depth - 1],
-        },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=spec.tie_embeddings,
-    )
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+    }
+    vision_config: dict[str, Any] = {
+        "depth": spec.vision_depth,
+        "hidden_size": spec.vision_hidden,
+        "intermediate_size": spec.vision_mlp,
+        "num_heads": spec.vision_heads,
+        "out_hidden_size": spec.hidden,
+        "patch_size": spec.patch_size,
+    }
+    ids = {
+        "image_token_id": token("<|image_pad|>"),
+        "video_token_id": token("<|video_pad|>"),
+        "vision_start_token_id": token("<|vision_start|>"),
+        "vision_end_token_id": token("<|vision_end|>"),
+    }
+    tied = spec.tie_embeddings
+    if spec.model_type == "qwen2_5_vl":
+        vision_config |= {"tokens_per_second": 2, "fullatt_block_indexes": [spec.vision_depth - 1]}
+        return Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **ids)
+    text_config |= {"head_dim": 2 * half}
+    text_config["rope_parameters"] |= {"mrope_interleaved": True}
+    # An 8 x 8 grid of learned positions: frames of other sizes go through the interpolation.
+    vision_config |= {"deepstack_visual_indexes": list(spec.deepstack), "num_position_embeddings": 64}
+    return Qwen3VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **ids)
 
 
 def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embedding_std: float = 0.5) -> None:
@@ -169,8 +224,8 @@ def build_tiny(path: Path, spec: TinySpec | None = None, *, seed: int = 0, gain:
     """Write a tiny checkpoint (model, tokenizer, chat template, image processor settings) to `path`."""
     spec = spec or TinySpec()
     transformers_logging.disable_progress_bar()
-    tokenizer = build_tokenizer()
-    model = Qwen2_5_VLForConditionalGeneration(build_config(spec, tokenizer))
+    tokenizer = build_tokenizer(spec.model_type)
+    model = AutoModelForImageTextToText.from_config(build_config(spec, tokenizer))
     initialise(model, seed, gain=gain, embedding_std=std)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
@@ -178,12 +233,12 @@ def build_tiny(path: Path, spec: TinySpec | None = None, *, seed: int = 0, gain:
     # Inputs centred near the mean of grey footage: the tower then sees colours as signed deviations.
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": 14,
+        "patch_size": spec.patch_size,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.25, 0.25, 0.25],
-        "size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
+        "size": {"shortest_edge": (2 * spec.patch_size) ** 2, "longest_edge": (4 * spec.patch_size) ** 2},
     }
     (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     return path

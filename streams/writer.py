@@ -8,12 +8,11 @@ a turn that chose to respond, or by their `until` turn.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from streams.layout import Layout, TurnState
+from streams.layout import Layout, Part, TurnState
 from streams.log import NEVER, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
 from streams.memory import LiveTokens, MemoryPolicy, TurnStart
 from streams.positions import PositionCursor
@@ -35,6 +34,17 @@ class TurnInput:
     query: QueryInput | None = None
 
 
+def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
+    """Raises ValueError if text would leave before the video whose time it tells (exact all the same, but senseless)."""
+    text, video = policy.text_window, policy.window
+    if layout.timestamps and text is not None and (video is None or text < video):
+        kept = "all" if video is None else f"memory.window={video}"
+        raise ValueError(
+            f"memory: text stays for {text} turns but video for {kept}: this backbone tells the time of a chunk in text "
+            "before it, which must stay as long as the chunk; give text at least the window of video"
+        )
+
+
 @dataclass
 class StreamWriter:
     """Writes the log of one stream. `live` holds the log indices that are still visible, in order."""
@@ -53,6 +63,7 @@ class StreamWriter:
     _generation_begun: bool = False
 
     def __post_init__(self) -> None:
+        check_timestamps_kept(self.layout, self.policy)
         self.log = LogBuilder(self.header)
 
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
@@ -62,16 +73,12 @@ class StreamWriter:
         self.turn += 1
         evicted = self._evict(turn_input.chunk is not None)
         chunk, query = turn_input.chunk, turn_input.query
-        ids, kinds = self.layout.prefill(
-            None if chunk is None else chunk.num_tokens, None if query is None else list(query.ids)
-        )
+        parts = self.layout.prefill(chunk, None if query is None else list(query.ids))
         start = self.log.begin_segment()
         if self.turn == 0:
-            self._append(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM, version)
-        # One append per run of the same kind: only the video run has positions of its own.
-        edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), len(kinds)]
-        for a, b in itertools.pairwise(edges):
-            self._append(ids[a:b], Kind(int(kinds[a])), version, chunk if kinds[a] == Kind.VIDEO else None)
+            self._append(Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), version)
+        for part in parts:
+            self._append(part, version)
         if chunk is not None:
             self.log.add_chunk(chunk)
         self._video_turns.append(self._video_turns[-1] + (chunk is not None))
@@ -121,12 +128,12 @@ class StreamWriter:
     def finish(self) -> StreamLog:
         return self.log.finish()
 
-    def _append(self, ids: np.ndarray, kind: Kind, version: int, chunk: ChunkRecord | None = None) -> None:
-        if chunk is None:
-            positions = self.positions.text(len(ids))
+    def _append(self, part: Part, version: int) -> None:
+        if part.grid is None:
+            positions = self.positions.text(len(part.ids))
         else:
-            positions = self.positions.video(chunk.grid, chunk.keep)
-        at = self.log.append(ids, kind, positions, turn=self.turn, version=version)
+            positions = self.positions.video(part.grid, part.keep)
+        at = self.log.append(part.ids, part.kind, positions, turn=self.turn, version=version)
         self.live = np.concatenate([self.live, np.arange(at.start, at.stop)])
 
     def _close_queries(self) -> None:

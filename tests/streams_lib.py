@@ -6,11 +6,13 @@ Loud weights (Xavier gain 2, embeddings of std 1) matter: with default initialis
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from rollout.engine import Engine, StreamRequest
 from rollout.sampler import stream_seed
@@ -18,7 +20,7 @@ from streams.backbone import Backbone
 from streams.layout import Layout, LayoutConfig
 from streams.log import NEVER, ChunkRecord, Kind, LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy
-from streams.tiny import build_tiny
+from streams.tiny import QWEN3_SPEC, TinySpec, build_tiny
 from streams.writer import QueryInput, TurnInput
 
 QUERIES = (
@@ -30,15 +32,22 @@ QUERIES = (
 GRIDS = ((1, 1, 1), (1, 2, 2), (1, 1, 2), (1, 2, 1), (2, 2, 2))
 
 
+# Heads of Qwen3-VL are wider than hidden / heads, as in its real checkpoints.
+SPECS = {"qwen2_5_vl": TinySpec(), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}
+MODEL_TYPES = tuple(SPECS)
+
 WORDS = ("red", "green", "nothing", " answer", "\n", "\n\n", " red", ".")
 
 
-def loud_backbone(folder: Path, dtype: torch.dtype, layout: LayoutConfig | None = None) -> Backbone:
+def loud_backbone(
+    folder: Path, dtype: torch.dtype, spec: TinySpec | str = "qwen2_5_vl", layout: LayoutConfig | None = None
+) -> Backbone:
     """A loud tiny backbone that may only write a few words and the layout's tokens.
 
     With the whole vocabulary open, random weights hardly ever end a turn or decide anything by themselves.
     """
-    path = build_tiny(folder / "loud", seed=7, gain=2.0, std=1.0)
+    spec = SPECS[spec] if isinstance(spec, str) else spec
+    path = build_tiny(folder / "loud", spec, seed=7, gain=2.0, std=1.0)
     config = layout or LayoutConfig(think_budget=5, max_new_tokens=10)
     backbone = Backbone.load(path, config, dtype=dtype)
     tokens = backbone.layout.tokens
@@ -50,17 +59,33 @@ def loud_backbone(folder: Path, dtype: torch.dtype, layout: LayoutConfig | None 
 
 @contextmanager
 def norms_in_input_dtype():
-    """Qwen's RMSNorm computes in fp32 whatever its input: for fp64 proofs it computes in the input's dtype."""
-    before = qwen.Qwen2_5_VLRMSNorm.forward
+    """Qwen's RMSNorm computes in fp32 whatever its input: for fp64 proofs it computes in the input's dtype.
+
+    Qwen3-VL's class also normalises queries and keys.
+    """
+    classes = (Qwen2_5_VLRMSNorm, Qwen3VLTextRMSNorm)
+    before = [norm.forward for norm in classes]
 
     def forward(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
-    qwen.Qwen2_5_VLRMSNorm.forward = forward
+    for norm in classes:
+        norm.forward = forward
     try:
         yield
     finally:
-        qwen.Qwen2_5_VLRMSNorm.forward = before
+        for norm, original in zip(classes, before, strict=True):
+            norm.forward = original
+
+
+def chunk_record(turn: int, grid: tuple[int, int, int], keep: tuple[int, ...] | None = None) -> ChunkRecord:
+    """A chunk of one second whose temporal patches hold two frames each."""
+    frames = 2 * grid[0]
+    times = turn + (np.arange(frames) + 0.5) / frames
+    patches = times.reshape(grid[0], 2).mean(axis=1)
+    return ChunkRecord(
+        turn, "clip.mp4", tuple(times.tolist()), grid, "clip", keep=keep, patch_times=tuple(patches.tolist())
+    )
 
 
 def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tuple[TurnInput, ...]:
@@ -70,7 +95,7 @@ def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tu
         chunk = None
         if turn == 0 or rng.random() > 0.15:
             grid = GRIDS[rng.integers(len(GRIDS))]
-            chunk = ChunkRecord(turn, "clip.mp4", (float(turn), turn + 0.5), grid, "clip")
+            chunk = chunk_record(turn, grid)
         query = None
         if rng.random() < 0.25:
             until = None if rng.random() < 0.6 else int(rng.choice([turn + 2, NEVER]))
@@ -91,9 +116,10 @@ def request(
 ) -> StreamRequest:
     """A stream over `turns` with random features, the same ones for the same feature seed."""
     generator = torch.Generator().manual_seed(stream_seed(0, name) % 2**31 if feature_seed is None else feature_seed)
-    width = backbone.model.config.text_config.hidden_size
     features = tuple(
-        torch.randn(t.chunk.num_tokens, width, generator=generator, dtype=torch.float64).to(backbone.dtype)
+        torch.randn(t.chunk.num_tokens, backbone.feature_width, generator=generator, dtype=torch.float64).to(
+            backbone.dtype
+        )
         for t in turns
         if t.chunk is not None
     )

@@ -14,6 +14,7 @@ import launch  # noqa: F401  (registers the schema with Hydra)
 from conf.schema import RunConfig, load_config
 from rl.checks import check_nothing_needed_is_replaced, preflight
 from rl.run import check_mismatch
+from streams.tiny import QWEN3_SPEC
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -50,6 +51,14 @@ def test_the_quickstart_pins_what_its_figures_rest_on():
     assert (config.sft.late_probability, config.sft.late_min, config.sft.late_max) == (0.7, 1, 4)
 
 
+def test_the_quickstart_takes_the_tiny_qwen3_vl_unchanged():
+    config = composed("model=tiny_qwen3_vl")
+    assert config.model.tiny == QWEN3_SPEC
+    # Frames of at most 2 x 2 video tokens, as for the default backbone.
+    assert config.data.video.max_pixels == (2 * config.model.tiny.token_side) ** 2
+    assert composed().model.tiny.token_side == config.model.tiny.token_side
+
+
 def test_one_seed_rules_the_clips_too():
     assert composed("seed=7").data.synthetic.seed == 7
 
@@ -74,6 +83,8 @@ def test_one_seed_rules_the_clips_too():
         (["reward.terms.timing.slack=-1"], r"reward\.terms\.timing\.slack"),
         (["+reward.terms.nope={}"], r"reward\.terms\.nope"),
         (["cluster.address=auto", "run_root=relative"], r"run_root=relative"),
+        (["model.tiny.model_type=qwen3"], r"model\.tiny\.model_type='qwen3'"),
+        (["model.tiny.deepstack=[0]"], r"model\.tiny\.deepstack=\[0\]"),
         (["data.train=only.jsonl"], r"data\.train and data\.heldout"),
         (["run_root=''"], "run_root"),
         (["resume=''"], "resume is empty"),

@@ -9,12 +9,12 @@ import torch
 from rollout.engine import Engine
 from streams.memory import MemoryConfig
 from streams.turns import ParsedTurn
-from tests.streams_lib import loud_backbone, random_turns, request, run
+from tests.streams_lib import MODEL_TYPES, loud_backbone, random_turns, request, run
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return loud_backbone(tmp_path_factory.mktemp("engine"), torch.float32)
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def backbone(request, tmp_path_factory):
+    return loud_backbone(tmp_path_factory.mktemp("engine"), torch.float32, request.param)
 
 
 MEMORY = MemoryConfig("rcsm", 2)

@@ -18,6 +18,7 @@ from streams.log import NEVER, Kind
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences
 from tests.streams_lib import (
+    MODEL_TYPES,
     brute_force_expiry,
     joined_features,
     loud_backbone,
@@ -32,15 +33,15 @@ POLICIES = [MemoryConfig("full"), MemoryConfig("rcsm", 3), MemoryConfig("recent_
 NAMES = [policy.name for policy in POLICIES]
 
 
-@pytest.fixture(scope="module")
-def fp64(tmp_path_factory):
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def fp64(request, tmp_path_factory):
     with norms_in_input_dtype():
-        yield loud_backbone(tmp_path_factory.mktemp("fp64"), torch.float64)
+        yield loud_backbone(tmp_path_factory.mktemp("fp64"), torch.float64, request.param)
 
 
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory):
-    return loud_backbone(tmp_path_factory.mktemp("fp32"), torch.float32)
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def fp32(request, tmp_path_factory):
+    return loud_backbone(tmp_path_factory.mktemp("fp32"), torch.float32, request.param)
 
 
 def streams(backbone, memory, count, seed=0, low=5, high=14):
@@ -154,8 +155,6 @@ class TestPlantedDefects:
                 monkeypatch.setattr(Engine, "_add_segment", add)
 
         monkeypatch.setattr(Engine, "_gather", late_end)
-        # Video features are placed by the row at which a prefill starts: the late END shifts it.
-        monkeypatch.setattr(Engine, "_forward", _forward_with_shifted_features)
         logs = run(fp64, requests)
         assert differences(fp64, logs, requests).max() > self.CAUGHT
 
@@ -173,19 +172,46 @@ class TestPlantedDefects:
         assert diff.max() <= FP64_BAR
 
 
-_FORWARD = Engine._forward
+@pytest.fixture(scope="module")
+def with_levels(tmp_path_factory):
+    with norms_in_input_dtype():
+        backbone = loud_backbone(tmp_path_factory.mktemp("deepstack"), torch.float64, "qwen3_vl")
+        requests = streams(backbone, MemoryConfig("rcsm", 3), 4, seed=10)
+        yield backbone, requests, run(backbone, requests)
 
 
-def _forward_with_shifted_features(self, step):
-    shifted = []
-    for first, features in step.features:
-        ids = np.concatenate(step.ids)
-        at = first
-        while ids[at] != self.backbone.layout.tokens.video_pad:
-            at += 1
-        shifted.append((at, features))
-    step.features = shifted
-    _FORWARD(self, step)
+class TestPlantedDeepstackDefects:
+    """DeepStack levels that reach the learner wrongly; the rows of the engine stay what they were."""
+
+    @pytest.mark.parametrize("defect", ["dropped", "last dropped", "wrong layer", "wrong token", "none"])
+    def test_each_is_caught(self, with_levels, defect):
+        backbone, requests, logs = with_levels
+        width = backbone.model.config.text_config.hidden_size
+
+        def damaged(rows):
+            main, first, second = rows.split(width, dim=-1)
+            empty = torch.zeros_like(first)
+            return torch.cat(
+                {
+                    "dropped": (main, empty, empty),
+                    "last dropped": (main, first, empty),
+                    "wrong layer": (main, second, first),
+                    "wrong token": (main, first.roll(1, 0), second.roll(1, 0)),
+                    "none": (main, first, second),
+                }[defect],
+                dim=-1,
+            )
+
+        features = [damaged(joined_features(r)) for r in requests]
+        diff = np.concatenate(behaviour_differences(backbone, logs, features))
+        assert diff.max() <= FP64_BAR if defect == "none" else diff.max() > TestPlantedDefects.CAUGHT
+
+    def test_levels_without_their_layers_are_caught(self, with_levels, monkeypatch):
+        """The whole injection forgotten in the learner, as by a forward that knows only embeddings."""
+        backbone, requests, logs = with_levels
+        place = backbone._place
+        monkeypatch.setattr(backbone, "_place", lambda *args: (place(*args)[0], {}))
+        assert differences(backbone, logs, requests).max() > TestPlantedDefects.CAUGHT
 
 
 class _NoFloat32(TorchDispatchMode):
@@ -221,8 +247,9 @@ def test_no_fp32_intermediate_is_left_in_the_fp64_forward(fp64):
     assert set(mode.found) == set()
 
 
-def test_without_the_norm_patch_the_detector_does_find_fp32(tmp_path):
-    backbone = loud_backbone(tmp_path, torch.float64)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_without_the_norm_patch_the_detector_does_find_fp32(tmp_path, model_type):
+    backbone = loud_backbone(tmp_path, torch.float64, model_type)
     mode = _NoFloat32()
     with mode:
         run(backbone, streams(backbone, MemoryConfig("full"), 1, seed=6))

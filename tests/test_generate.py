@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from rollout.engine import StreamRequest
+from streams.backbone import token_side
 from streams.layout import LayoutConfig
-from streams.log import ChunkRecord, LogHeader
+from streams.log import LogHeader
 from streams.memory import MemoryConfig, knobs, make_policy
-from streams.positions import PositionCursor
+from streams.positions import PositionCursor, TimestampCursor
+from streams.tiny import TinySpec
 from streams.video import normalize_patches, patchify
 from streams.writer import QueryInput, TurnInput
-from tests.streams_lib import loud_backbone, norms_in_input_dtype, run
+from tests.streams_lib import SPECS, chunk_record, loud_backbone, norms_in_input_dtype, run
 
-SIZES = ((56, 56), (28, 56), (56, 28), (28, 28), (84, 56))
+SIZES = ((2, 2), (1, 2), (2, 1), (1, 1), (3, 2))
+"""Frames, in video tokens."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backbone and the temporal patches of a chunk. Two of them need timestamps: in Qwen2.5-VL they are one grid."""
+
+    spec: TinySpec
+    patches: int = 1
+
+
+CASES = {
+    "qwen2_5_vl": Case(SPECS["qwen2_5_vl"]),
+    "qwen3_vl": Case(SPECS["qwen3_vl"], patches=2),
+    "qwen3_vl of 16 pixels, tied": Case(replace(SPECS["qwen3_vl"], patch_size=16, tie_embeddings=True)),
+}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def case(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
+def backbone(case, tmp_path_factory):
     with norms_in_input_dtype():
         layout = LayoutConfig(think_budget=12, max_new_tokens=16)
-        yield loud_backbone(tmp_path_factory.mktemp("generate"), torch.float64, layout)
+        yield loud_backbone(tmp_path_factory.mktemp("generate"), torch.float64, case.spec, layout)
 
 
-def stream(backbone, seed, turns=6):
+def stream(backbone, seed, turns=6, patches=1):
     """A greedy stream over real frames: (request, uint8 frames of each chunk)."""
     rng = np.random.default_rng(seed)
     height, width = SIZES[seed % len(SIZES)]
-    frames = rng.integers(0, 256, (turns, 2, height, width, 3), np.uint8)
+    side = token_side(backbone.source)
+    frames = rng.integers(0, 256, (turns, 2 * patches, height * side, width * side, 3), np.uint8)
     with torch.no_grad():
         features = backbone.encode_video([frames])[0]
     inputs = []
     for turn in range(turns):
-        chunk = ChunkRecord(turn, "clip.mp4", (turn, turn + 0.5), (1, height // 28, width // 28))
+        chunk = chunk_record(turn, (patches, height, width))
         query = (
             QueryInput(tuple(backbone.layout.query_ids("What colour is the shape now?"))) if turn in (1, 4) else None
         )
@@ -62,29 +88,32 @@ def sampled_runs(log):
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def test_greedy_tokens_equal_the_backbones_own_generate(backbone, tmp_path):
+def test_greedy_tokens_equal_the_backbones_own_generate(backbone, case, tmp_path):
     # The reference runs with transformers' own attention, cache and positions, from the exported checkpoint.
     backbone.save(tmp_path / "export", {})
     reference = AutoModelForImageTextToText.from_pretrained(tmp_path / "export", dtype=torch.float64).eval()
     assert reference.config.text_config._attn_implementation == "sdpa"
-    requests, clips = zip(*(stream(backbone, seed) for seed in range(5)), strict=True)
+    requests, clips = zip(*(stream(backbone, seed, patches=case.patches) for seed in range(5)), strict=True)
     compared = 0
     for log, frames in zip(run(backbone, list(requests)), clips, strict=True):
         chunks, _, height, width, _ = frames.shape
-        pixels = torch.cat([torch.from_numpy(patchify(chunk)) for chunk in frames])
+        patch = backbone.image.patch_size
+        grid = [case.patches, height // patch, width // patch]
+        pixels = torch.cat([torch.from_numpy(patchify(chunk, patch)) for chunk in frames])
         pixels = normalize_patches(pixels, backbone.image.mean, backbone.image.std).double()
         for start, stop in sampled_runs(log):
             shown = int(log.turn[start]) + 1
             ids = torch.from_numpy(log.ids[None, :start].astype(np.int64))
             is_video = ids == backbone.layout.tokens.video_pad
-            per_chunk = (height // 14) * (width // 14)
+            # Only Qwen2.5-VL's positions know of seconds.
+            extra = {} if backbone.layout.timestamps else {"second_per_grid_ts": torch.ones(shown, dtype=torch.long)}
             generated = reference.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 mm_token_type_ids=torch.where(is_video, 2, 0),
-                pixel_values_videos=pixels[: shown * per_chunk],
-                video_grid_thw=torch.tensor([[1, height // 14, width // 14]] * shown),
-                second_per_grid_ts=torch.ones(shown, dtype=torch.long),
+                pixel_values_videos=pixels[: shown * int(np.prod(grid))],
+                video_grid_thw=torch.tensor([grid] * shown),
+                **extra,
                 suppress_tokens=list(log.header.banned),
                 do_sample=False,
                 max_new_tokens=int(stop - start),
@@ -95,12 +124,14 @@ def test_greedy_tokens_equal_the_backbones_own_generate(backbone, tmp_path):
     assert compared > 150
 
 
-def test_our_positions_equal_transformers_for_one_patch_chunks(backbone, tmp_path):
-    request, frames = stream(backbone, 0)
+def test_our_positions_equal_transformers_where_the_conventions_coincide(backbone, case):
+    """Chunks of one temporal patch; with timestamps any chunk, for transformers takes its patches apart as we do."""
+    request, frames = stream(backbone, 0, patches=case.patches)
     log = run(backbone, [request])[0]
     ids = torch.from_numpy(log.ids[None].astype(np.int64))
     types = torch.where(ids == backbone.layout.tokens.video_pad, 2, 0)
-    grid = torch.tensor([[1, frames.shape[2] // 14, frames.shape[3] // 14]] * len(frames))
+    patch = backbone.image.patch_size
+    grid = torch.tensor([[case.patches, frames.shape[2] // patch, frames.shape[3] // patch]] * len(frames))
     theirs, _ = backbone.model.model.get_rope_index(ids, types, video_grid_thw=grid)
     assert (theirs[:, 0].numpy() == log.positions).all()
 
@@ -119,6 +150,22 @@ def test_golden_position_table():
     # A long thin grid: the width rules.
     assert cursor.video((1, 1, 4)).tolist() == [[8, 8, 8, 8], [8, 8, 8, 8], [8, 9, 10, 11]]
     assert cursor.offset == 12
+
+
+def test_golden_position_table_with_timestamps():
+    cursor = TimestampCursor()
+    # Scaffold up to and with the first timestamp's vision start.
+    assert cursor.text(3).tolist() == [[0, 1, 2]] * 3
+    # 2 x 3 merged tokens: all at one temporal id, rows and columns counted from there.
+    assert cursor.video((1, 2, 3)).tolist() == [[3, 3, 3, 3, 3, 3], [3, 3, 3, 4, 4, 4], [3, 4, 5, 3, 4, 5]]
+    # Vision end, the next timestamp and its vision start go on after the largest id: the longer side rules, not time.
+    assert cursor.text(2).tolist() == [[6, 7]] * 3
+    assert cursor.video((1, 2, 3)).tolist() == [[8, 8, 8, 8, 8, 8], [8, 8, 8, 9, 9, 9], [8, 9, 10, 8, 9, 10]]
+    # A patch of which every token was dropped still takes its place.
+    assert cursor.video((1, 4, 1), keep=()).shape == (3, 0)
+    assert cursor.text(1).tolist() == [[15]] * 3
+    with pytest.raises(ValueError, match="2 temporal patches"):
+        cursor.video((2, 1, 1))
 
 
 def test_patches_half_a_second_apart_do_not_collapse():

@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 
 from streams.backbone import Backbone, add_streaming_tokens
 from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig, TurnState
-from streams.log import Kind
+from streams.log import ChunkRecord, Kind
 from streams.tiny import TinySpec, build_tiny, build_tokenizer
 
 QUERY = "What colour is the shape now?"
+ONE = ChunkRecord(0, "v", (0.0,), (1, 1, 1))
+"""A chunk of one video token, as a template writes it."""
+
+
+def joined(parts):
+    """(ids, kinds) of the parts of a prefill."""
+    ids = np.concatenate([part.ids for part in parts])
+    return ids, np.concatenate([np.full(len(part.ids), part.kind) for part in parts])
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,7 @@ def test_one_turn_ids_equal_the_chat_template(layout, query):
     messages = [{"role": "system", "content": layout.config.system_prompt}, {"role": "user", "content": content}]
     text = layout.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = layout.tokenizer.encode(text, add_special_tokens=False)
-    ids, _ = layout.prefill(1, None if query is None else layout.query_ids(query))
+    ids, _ = joined(layout.prefill(ONE, None if query is None else layout.query_ids(query)))
     assert [*layout.system_ids, *ids] == expected
 
 
@@ -44,7 +52,8 @@ def test_several_turns_equal_the_chat_template(layout):
         said = "<silent>" if response is None else f"<response>{response}"
         messages.append({"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "\n" + QUERY}]})
         messages.append({"role": "assistant", "content": f"<think>{thought}</think>{said}"})
-        ids += layout.prefill(1, layout.query_ids(QUERY))[0].tolist() + layout.demonstration(thought, response)
+        ids += joined(layout.prefill(ONE, layout.query_ids(QUERY)))[0].tolist()
+        ids += layout.demonstration(thought, response)
     text = layout.tokenizer.apply_chat_template(messages, tokenize=False)
     assert ids == layout.tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False)
 
@@ -52,13 +61,13 @@ def test_several_turns_equal_the_chat_template(layout):
 def test_a_text_only_turn_has_no_vision_tokens_and_equals_the_chat_template(layout):
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": QUERY}]
     text = layout.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids, kinds = layout.prefill(None, layout.query_ids(QUERY))
+    ids, kinds = joined(layout.prefill(None, layout.query_ids(QUERY)))
     assert layout.tokenizer.encode(text, add_special_tokens=False)[-len(ids) :] == ids.tolist()
     assert Kind.VIDEO not in kinds
 
 
 def test_the_newline_before_a_query_belongs_to_the_query(layout):
-    ids, kinds = layout.prefill(2, layout.query_ids(QUERY))
+    ids, kinds = joined(layout.prefill(ChunkRecord(0, "v", (0.0,), (1, 1, 2)), layout.query_ids(QUERY)))
     query = ids[kinds == Kind.QUERY]
     assert layout.tokenizer.decode(query.tolist()) == "\n" + QUERY
 

@@ -171,7 +171,8 @@ def test_reserved_tokens_bound_what_is_ever_live(layout, name, window):
     memory = MemoryConfig(name, window)
     policy = make_policy(memory)
     writer = StreamWriter(header(memory), layout, policy, PositionCursor(2, 1.0))
-    scaffold = len(layout.prefill(0, None)[0])
+    chunk = ChunkRecord(0, "v", (0.0,), (1, 2, 2))
+    scaffold = sum(len(part.ids) for part in layout.prefill(chunk, None)) - chunk.num_tokens
     ids = layout.demonstration("red green red green", "red")
     bound = policy.max_live_tokens(scaffold + 4 + len(ids), len(layout.system_ids) + 12 * 4, 4, 12)
     for turn in range(12):

@@ -14,13 +14,21 @@ from streams.scoring.logprobs import score_rows
 from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import pack, plan_micro_batches, plan_rows
 from streams.scoring.stats import LogpDiff
-from tests.streams_lib import joined_features, loud_backbone, norms_in_input_dtype, random_turns, request, run
+from tests.streams_lib import (
+    MODEL_TYPES,
+    joined_features,
+    loud_backbone,
+    norms_in_input_dtype,
+    random_turns,
+    request,
+    run,
+)
 
 
-@pytest.fixture(scope="module")
-def fp64(tmp_path_factory):
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def fp64(request, tmp_path_factory):
     with norms_in_input_dtype():
-        yield loud_backbone(tmp_path_factory.mktemp("scoring"), torch.float64)
+        yield loud_backbone(tmp_path_factory.mktemp("scoring"), torch.float64, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +127,10 @@ def test_features_that_do_not_match_the_log_are_refused(fp64, logged):
     rows = pack(logs[:1], [[0]])
     with pytest.raises(ValueError, match="media and log do not match"):
         score_rows(fp64, rows, joined_features(requests[0])[:-1])
+    with pytest.raises(ValueError, match="media and log do not match"):
+        score_rows(fp64, rows, None)
+    with pytest.raises(ValueError, match=r"features of width \d+, but qwen"):
+        score_rows(fp64, rows, joined_features(requests[0])[:, :-1])
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(10, 120), st.integers(50, 400))

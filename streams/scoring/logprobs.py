@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from streams.backbone import AttentionPlan, Backbone
+from streams.backbone import AttentionPlan, Backbone, VideoTokens
 from streams.log import StreamLog
 from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack, plan_micro_batches
@@ -43,21 +43,18 @@ def score_rows(
     head_chunk: int = 1024,
     attention: str = "sdpa",
 ) -> Scores:
-    """Scores of the rows' targets. `features` [M, H] are the embeddings of the video tokens, log by log.
+    """Scores of the rows' targets. `features` [M, F] are what the tower made of the video tokens, log by log.
 
     Gradients flow into the backbone and into `features` where they require them.
     """
     rows = rows.to(backbone.device)
-    embeds = backbone.embed(rows.ids)
-    count, length, width = embeds.shape
+    video = None
     if len(rows.video_index):
-        if features is None or len(features) != len(rows.video_index):
-            got = 0 if features is None else len(features)
-            raise ValueError(f"{len(rows.video_index)} video tokens but {got} features: media and log do not match")
-        flat = embeds.reshape(-1, width).index_put((rows.video_index,), features.to(embeds.dtype))
-        embeds = flat.reshape(count, length, width)
-    hidden = backbone.hidden(embeds, rows.positions, attention_plan(rows, attention))
-    at_predictors = hidden.reshape(-1, width)[rows.predictor]
+        if features is None:
+            raise ValueError(f"{len(rows.video_index)} video tokens but 0 features: media and log do not match")
+        video = VideoTokens(rows.video_index, features)
+    hidden = backbone.hidden(rows.ids, rows.positions, attention_plan(rows, attention), video)
+    at_predictors = hidden.flatten(0, 1)[rows.predictor]
 
     def head(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logp = torch.log_softmax(backbone.logits(states, temperature), dim=-1)
@@ -95,7 +92,7 @@ def behaviour_differences(
 ) -> list[np.ndarray]:
     """|behaviour - re-scored| log-prob of every sampled token, one float64 array per log.
 
-    features: per log [video tokens, H], as they were embedded. All logs must share one score temperature.
+    features: per log [video tokens, F], as they were embedded. All logs must share one score temperature.
     """
     temperatures = {log.header.score_temperature for log in logs}
     if len(temperatures) > 1:
