@@ -90,9 +90,7 @@ class Reference:
     def __init__(
         self, checkpoint: str, layout: LayoutConfig, config: LearnerConfig, device: str, policy: Backbone
     ) -> None:
-        self._backbone = Backbone.load(
-            Path(checkpoint), layout, dtype=getattr(torch, config.dtype), device=device
-        )
+        self._backbone = Backbone.load(Path(checkpoint), layout, dtype=getattr(torch, config.dtype), device=device)
         if self._backbone.layout.banned != policy.layout.banned:
             raise ValueError(
                 f"algorithm.reference={checkpoint}: its vocabulary or ban list is not that of the trained checkpoint "

@@ -57,7 +57,7 @@ def visit_whole(
         for name, parameter in parameters.items() if visit is not None else ():
             visit(name, parameter.detach())
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     for chunk in chunks(parameters, limit):
         with GatheredParameters(list(chunk.values()), modifier_rank=None):
@@ -69,7 +69,9 @@ def export_weights(parameters: dict[str, nn.Parameter], version: int, ranks: Ran
     """Rank 0: every given tensor in one flat buffer of host memory. Other ranks take part and return None."""
     dtypes = {parameter.dtype for parameter in parameters.values()}
     if len(dtypes) > 1:
-        raise ValueError(f"trainable parameters of several dtypes cannot be published together: {sorted(map(str, dtypes))}")
+        raise ValueError(
+            f"trainable parameters of several dtypes cannot be published together: {sorted(map(str, dtypes))}"
+        )
     if not ranks.leads:
         visit_whole(parameters, None)
         return None

@@ -76,9 +76,7 @@ class Ranks:
                 if store is None:
                     store = dist.TCPStore(place.host, place.port, place.world, is_master=False, timeout=timeout)
                 backend = "nccl" if torch.cuda.is_available() else "gloo"
-                dist.init_process_group(
-                    backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
-                )
+                dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
             except (RuntimeError, dist.DistError) as error:
                 raise RuntimeError(
                     f"learner rank {place.rank} could not join the {place.world} ranks at {place.host}:{port} within "
