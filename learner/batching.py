@@ -75,9 +75,18 @@ class MicroBatch:
 class RankWork:
     """This rank's share of a step (or of a scoring call), cut into micro-batches."""
 
-    def __init__(self, items: list[TrainItem], which: str, row_tokens: int, max_tokens: int, head_chunk: int) -> None:
-        """`which` names the bool column that marks targets: 'target' or 'sampled'."""
-        self._items, self._which = items, which
+    def __init__(
+        self,
+        items: list[TrainItem],
+        which: str,
+        blank_clip: np.ndarray,
+        *,
+        row_tokens: int,
+        max_tokens: int,
+        head_chunk: int,
+    ) -> None:
+        """`which` names the bool column that marks targets: 'target' or 'sampled'. blank_clip: what idle towers see."""
+        self._items, self._which, self._blank = items, which, blank_clip
         self.logs: list[StreamLog] = [log for item in items for log in item.payload.logs]
         self._clip_of = [i for i, item in enumerate(items) for _ in item.payload.logs]
         self.advantages = np.array([a for item in items for a in item.advantages])
@@ -88,10 +97,16 @@ class RankWork:
     def temperatures(self) -> set[float]:
         return {log.header.score_temperature for log in self.logs}
 
-    def micro_batch(self, i: int) -> MicroBatch:
-        """The i-th, or an idle one where this rank has no more work."""
+    @property
+    def media_kinds(self) -> set[str]:
+        return {item.payload.media_kind for item in self._items}
+
+    def micro_batch(self, i: int, shape: Shape) -> MicroBatch:
+        """The i-th, or an idle one of that shape where this rank has no more work."""
         if i >= len(self._batches):
-            return MicroBatch(idle_rows(), [], [])
+            # The blank clip takes the place of the row's first token, so that its gradient goes the way of any clip's.
+            media = [("frames", self._blank)] if shape.tower else []
+            return MicroBatch(idle_rows(len(media)), media, [0] * len(media))
         rows = pack(self.logs, self._batches[i], which=self._which)
         clips = [self._clip_of[m] for m in self._members(self._batches[i])]
         distinct = sorted(set(clips))
@@ -119,7 +134,7 @@ class RankWork:
         return sorted(m for row in batch for m in row)
 
 
-def idle_rows() -> Rows:
+def idle_rows(video_tokens: int) -> Rows:
     """One row of arbitrary tokens without targets: it runs every module and has no loss."""
     none = torch.zeros(0, dtype=torch.long)
     zeros = torch.zeros((1, IDLE_TOKENS), dtype=torch.long)
@@ -132,7 +147,7 @@ def idle_rows() -> Rows:
         target_ids=none,
         stream=none,
         target_index=none,
-        video_index=none,
+        video_index=torch.arange(video_tokens),
     )
 
 

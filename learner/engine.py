@@ -30,7 +30,7 @@ from learner.batching import (
     common_shapes,
 )
 from learner.config import LearnerConfig
-from learner.forward import PolicyForward, Reference
+from learner.forward import PolicyForward, Reference, blank_clip
 from learner.losses import Sums, grpo_loss, sft_loss
 from learner.publish import export_weights, full_shape, host_state_dict
 from learner.ranks import Ranks
@@ -48,8 +48,9 @@ class Share:
 
     problem: str | None
     shapes: tuple[Shape, ...]
-    temperatures: tuple[float, ...]
-    counts: TargetCounts
+    temperatures: frozenset[float]
+    media_kinds: frozenset[str]
+    counts: TargetCounts = TargetCounts()
 
 
 @dataclass
@@ -162,16 +163,16 @@ class LearnerEngine:
         on_policy: list[np.ndarray] = []
         self.deepspeed.train()
         for i, shape in enumerate(plan.shapes):
-            batch = work.micro_batch(i)
+            batch = work.micro_batch(i, shape)
             self.deepspeed.set_gradient_accumulation_boundary(i == len(plan.shapes) - 1)
-            logp, entropy, features, nothing = self.deepspeed(batch, shape, plan.temperature)
+            logp, entropy, features = self.deepspeed(batch, shape, plan.temperature)
             value, sums, distance = self._loss(plan, work, batch, logp, features)
             if loss == "grpo":
                 on_policy.append(distance[self._fresh(work, batch.rows)])
             mine.worst = max(mine.worst, _worst(distance, batch.rows, work))
             mine.sums["loss"] += float(value.detach())
             # DeepSpeed averages over the ranks, and the normaliser is already that of all of them.
-            value = (value + nothing) * self.ranks.world
+            value = value * self.ranks.world
             # A gradient that is not finite makes DeepSpeed drop the step on all ranks; a bad loss must have one.
             self.deepspeed.backward(value if math.isfinite(float(value.detach())) else value * math.nan)
             sums["entropy"] = entropy.sum()
@@ -184,15 +185,21 @@ class LearnerEngine:
         return TrainReport(step, self.version, self._metrics(plan, outcomes, grad_norm, began))
 
     def _work(self, items: list[TrainItem], which: str) -> RankWork:
-        config = self.config
-        return RankWork(items, which, config.row_tokens, config.micro_batch_tokens, config.head_chunk)
+        return RankWork(
+            items,
+            which,
+            blank_clip(self.backbone),
+            row_tokens=self.config.row_tokens,
+            max_tokens=self.config.micro_batch_tokens,
+            head_chunk=self.config.head_chunk,
+        )
 
     def _plan(self, step: int, loss: str, work: RankWork, settings: dict[str, float]) -> Step:
         """Agree with the other ranks on the step. Raises ValueError on all of them if any has a problem."""
         tokens = self.backbone.layout.tokens
         counts = TargetCounts.of(work.logs, tokens)
         problem = self._problem(loss, work, settings)
-        mine = Share(problem, work.shapes, tuple(sorted(work.temperatures)), counts)
+        mine = Share(problem, work.shapes, frozenset(work.temperatures), frozenset(work.media_kinds), counts)
         shares = self.ranks.gather(mine, f"to begin step {step}")
         self._refuse(shares, f"step {step}")
         total = sum((share.counts for share in shares), TargetCounts())
@@ -232,6 +239,9 @@ class LearnerEngine:
         temperatures = {t for share in shares for t in share.temperatures}
         if len(temperatures) > 1:
             raise ValueError(f"{what}: logs of several score temperatures in one batch: {sorted(temperatures)}")
+        kinds = {kind for share in shares for kind in share.media_kinds}
+        if len(shares) > 1 and len(kinds) > 1:
+            raise ValueError(f"{what}: media of several kinds ({', '.join(sorted(kinds))}): ranks must call the tower alike")
 
     def _loss(
         self, plan: Step, work: RankWork, batch: MicroBatch, logp: torch.Tensor, features: torch.Tensor | None
@@ -313,7 +323,7 @@ class LearnerEngine:
     def score(self, payloads: list[GroupPayload]) -> ScoreReport:
         """Re-score every sampled token of all ranks' payloads under the current weights."""
         work = self._work([TrainItem(payload) for payload in payloads], "sampled")
-        mine = Share(None, work.shapes, tuple(sorted(work.temperatures)), TargetCounts())
+        mine = Share(None, work.shapes, frozenset(work.temperatures), frozenset(work.media_kinds))
         shares = self.ranks.gather(mine, "to begin scoring")
         self._refuse(shares, "scoring")
         shapes = common_shapes([share.shapes for share in shares])
@@ -322,7 +332,7 @@ class LearnerEngine:
         self.deepspeed.eval()
         with torch.no_grad():
             for i, shape in enumerate(shapes):
-                batch = work.micro_batch(i)
+                batch = work.micro_batch(i, shape)
                 logp, *_ = self.deepspeed(batch, shape, temperature)
                 behaviour = work.at_targets(batch.rows, "behaviour_logp")
                 distance = np.abs(logp.double().cpu().numpy() - behaviour)

@@ -43,7 +43,7 @@ def _features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
 
 
 def blank_clip(backbone: Backbone) -> np.ndarray:
-    """The smallest clip that the tower takes: uint8 [1, frames, h, w, 3]."""
+    """The smallest clip that the tower takes, of one token: uint8 [1, frames, h, w, 3]."""
     image = backbone.image
     side = image.patch_size * image.merge_size
     return np.zeros((1, image.temporal_patch_size, side, side, 3), np.uint8)
@@ -60,14 +60,13 @@ class PolicyForward(nn.Module):
 
     def forward(
         self, batch: MicroBatch, shape: Shape, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(logp, entropy, features, nothing). `nothing` is 0 and belongs into the loss: it keeps an idle tower call in
-        the backward, which under ZeRO-3 is a collective too."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(logp, entropy, features) of the batch's targets; features are for the reference, without gradient.
+
+        Only logp may require a gradient, on every rank: DeepSpeed counts the outputs that do, and ranks must agree.
+        """
         backbone = self._backbone[0]
         features = _features(backbone, batch)
-        nothing = torch.zeros((), device=backbone.device, dtype=backbone.dtype)
-        if shape.tower and not any(kind == "frames" for kind, _ in batch.media):
-            nothing = 0.0 * backbone.encode_video([blank_clip(backbone)])[0].sum()
         scores = score_rows(
             backbone,
             batch.rows,
@@ -77,7 +76,7 @@ class PolicyForward(nn.Module):
             head_chunks=shape.head_chunks,
             attention=resolve_attention(self._config.attention, backbone.device),
         )
-        return scores.logp, scores.entropy, None if features is None else features.detach(), nothing
+        return scores.logp, scores.entropy, None if features is None else features.detach()
 
 
 class Reference:

@@ -6,6 +6,7 @@ patch of exactly those choices; the code paths are the real ones.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import subprocess
@@ -135,12 +136,15 @@ def float64(stack: ExitStack) -> None:
 
     def configure_double(self, optimizer):
         # The check of communication types sees float32, what is used is float64.
-        types = mock.patch.object(DeepSpeedEngine, "get_data_types", lambda _: (torch.float64, torch.float64))
+        types = mock.patch.object(DeepSpeedEngine, "get_data_types", return_value=(torch.float64, torch.float64))
         checked = mock.patch.object(DeepSpeedEngine, "communication_data_type", property(lambda _: torch.float32))
         with types, checked:
             made = configure(self, optimizer)
         made.communication_data_type = torch.float64
-        made.ipg_buckets = {torch.float64: bucket for bucket in made.ipg_buckets.values()}
+        (bucket,) = made.ipg_buckets.values()
+        made.ipg_buckets = {torch.float64: bucket}
+        if torch.is_tensor(getattr(bucket, "buffer", None)):
+            bucket.buffer = bucket.buffer.double()
         return made
 
     used = property(lambda _: torch.float64)
@@ -148,7 +152,7 @@ def float64(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(DeepSpeedEngine, "_configure_zero_optimizer", configure_double))
     accelerator = type(get_accelerator())
     supported = [*get_accelerator().supported_dtypes(), torch.float64]
-    stack.enter_context(mock.patch.object(accelerator, "supported_dtypes", lambda _: supported))
+    stack.enter_context(mock.patch.object(accelerator, "supported_dtypes", return_value=supported))
 
 
 def run(job: Job, ranks: int, folder: Path) -> list[list[Any]]:
@@ -189,6 +193,8 @@ def main(folder: Path, rank: int, world: int) -> None:
     from learner.ranks import RankPlace, Ranks, open_store
 
     job: Job = pickle.loads((folder / "job.pkl").read_bytes())
+    # A rank that hangs shows where, in its stderr.
+    faulthandler.dump_traceback_later(job.timeout_s * 0.8)
     place = RankPlace(rank, world, "127.0.0.1", 0, job.timeout_s)
     store = None
     if rank == 0:
@@ -230,6 +236,16 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
     return replies
 
 
+def moments(engine: Any) -> dict[str, torch.Tensor]:
+    """Adam's first moments, whole: unlike parameters, which Adam moves by about the learning rate whatever the scale."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if engine.config.zero_stage == 0:
+        state = engine.deepspeed.optimizer.state
+        return {name: state[p]["exp_avg"].clone() for name, p in engine.backbone.trainable().items()}
+    return {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in engine.backbone.trainable().items()}
+
+
 def one(engine: Any, call: Call, ranks: Any) -> Any:
     share = share_out([sum(map(len, item.payload.logs)) for item in call.items], ranks.world)[ranks.rank]
     mine = [call.items[i] for i in share]
@@ -239,6 +255,8 @@ def one(engine: Any, call: Call, ranks: Any) -> Any:
         return engine.score([item.payload for item in mine])
     if call.what == "weights":
         return engine.export_weights()
+    if call.what == "moments":
+        return moments(engine)
     if call.what == "save":
         return engine.save(Path(call.path), {"note": "here"})
     if call.what == "load":
