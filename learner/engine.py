@@ -50,7 +50,7 @@ class Share:
     shapes: tuple[Shape, ...]
     temperatures: frozenset[float]
     media_kinds: frozenset[str]
-    counts: TargetCounts = TargetCounts()
+    counts: TargetCounts = field(default_factory=TargetCounts)
 
 
 @dataclass
@@ -241,7 +241,9 @@ class LearnerEngine:
             raise ValueError(f"{what}: logs of several score temperatures in one batch: {sorted(temperatures)}")
         kinds = {kind for share in shares for kind in share.media_kinds}
         if len(shares) > 1 and len(kinds) > 1:
-            raise ValueError(f"{what}: media of several kinds ({', '.join(sorted(kinds))}): ranks must call the tower alike")
+            raise ValueError(
+                f"{what}: media of several kinds ({', '.join(sorted(kinds))}): ranks must call the tower alike"
+            )
 
     def _loss(
         self, plan: Step, work: RankWork, batch: MicroBatch, logp: torch.Tensor, features: torch.Tensor | None

@@ -25,7 +25,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def full_bytes(parameter: nn.Parameter) -> int:
@@ -53,16 +53,20 @@ def visit_whole(
     limit: int = CHUNK_BYTES,
 ) -> None:
     """Call `visit` (rank 0; None elsewhere) on every parameter while it is whole."""
-    if not any(is_partitioned(parameter) for parameter in parameters.values()):
-        for name, parameter in parameters.items() if visit is not None else ():
-            visit(name, parameter.detach())
-        return
-    from deepspeed.runtime.zero import GatheredParameters
+    if any(is_partitioned(parameter) for parameter in parameters.values()):
+        from deepspeed.runtime.zero import GatheredParameters
 
-    for chunk in chunks(parameters, limit):
-        with GatheredParameters(list(chunk.values()), modifier_rank=None):
-            for name, parameter in chunk.items() if visit is not None else ():
-                visit(name, parameter.detach())
+        for chunk in chunks(parameters, limit):
+            with GatheredParameters(list(chunk.values()), modifier_rank=None):
+                _visit(chunk, visit)
+    else:
+        _visit(parameters, visit)
+
+
+def _visit(parameters: dict[str, nn.Parameter], visit: Callable[[str, torch.Tensor], None] | None) -> None:
+    if visit is not None:
+        for name, parameter in parameters.items():
+            visit(name, parameter.detach())
 
 
 def export_weights(parameters: dict[str, nn.Parameter], version: int, ranks: Ranks) -> WeightsUpdate | None:

@@ -186,7 +186,8 @@ class Session:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             # Only rank 0 of several learners answers calls beside its work.
             groups = getattr(actor, "concurrency_groups", None)
-            remote: Any = ray.remote(concurrency_groups=groups)(actor) if groups else ray.remote(actor)
+            make: Any = ray.remote
+            remote = make(concurrency_groups=groups)(actor) if groups else make(actor)
             options = remote.options(
                 num_cpus=bundles[index].cpus,
                 num_gpus=bundles[index].gpus,

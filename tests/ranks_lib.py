@@ -43,7 +43,7 @@ WAIT_S = 200.0
 
 @dataclass(frozen=True)
 class Call:
-    """One call on every rank's engine. what: train, save, load, score, weights, break (the next loss is not finite)."""
+    """One call on every rank's engine: train, score, weights, moments, save, load; or sleep (`path` seconds, rank `step`)."""
 
     what: str
     step: int = 0
@@ -210,7 +210,9 @@ def main(folder: Path, rank: int, world: int) -> None:
             float64(stack)
         replies = play(job, ranks, stack)
     (folder / f"{rank}.out").write_bytes(pickle.dumps(replies))
-    torch.distributed.destroy_process_group()
+    # No orderly farewell: a rank whose peers are gone would wait for them.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
@@ -243,7 +245,9 @@ def moments(engine: Any) -> dict[str, torch.Tensor]:
     if engine.config.zero_stage == 0:
         state = engine.deepspeed.optimizer.state
         return {name: state[p]["exp_avg"].clone() for name, p in engine.backbone.trainable().items()}
-    return {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in engine.backbone.trainable().items()}
+    return {
+        name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in engine.backbone.trainable().items()
+    }
 
 
 def one(engine: Any, call: Call, ranks: Any) -> Any:
@@ -255,6 +259,9 @@ def one(engine: Any, call: Call, ranks: Any) -> Any:
         return engine.score([item.payload for item in mine])
     if call.what == "weights":
         return engine.export_weights()
+    if call.what == "sleep":
+        time.sleep(float(call.path) if ranks.rank == call.step else 0.0)
+        return None
     if call.what == "moments":
         return moments(engine)
     if call.what == "save":

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.config import LearnerConfig
 from learner.batching import TrainItem
+from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.ranks import RankPlace, Ranks
 from rollout.service import RolloutService, ServiceLimits
