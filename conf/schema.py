@@ -121,6 +121,8 @@ class AlgorithmConfig:
     """RL. groups_per_step x group_size streams make one optimiser step; groups_in_flight bounds their age.
 
     mode: `async`, or `sync` = a step's groups are admitted when every worker runs the step's weights (age 0).
+    kl_coef: weight of the KL to a frozen reference (0 = none is held). reference: `auto` = the checkpoint that RL starts
+    from (also after a resume), or a folder. It costs every learner rank the model's parameters once more.
     """
 
     name: str = "grpo"
@@ -132,6 +134,8 @@ class AlgorithmConfig:
     advantage: str = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    kl_coef: float = 0.0
+    reference: str = "auto"
     init: str = "auto"
 
     def __post_init__(self) -> None:
@@ -154,6 +158,10 @@ class AlgorithmConfig:
             raise ValueError(
                 f"algorithm.clip_low={self.clip_low} must lie in (0, 1), algorithm.clip_high={self.clip_high} above 0"
             )
+        if not 0 <= self.kl_coef < float("inf"):
+            raise ValueError(f"algorithm.kl_coef={self.kl_coef} must be 0 or a positive number")
+        if not self.reference:
+            raise ValueError("algorithm.reference is empty: use auto or a checkpoint folder")
 
 
 @dataclass(frozen=True)
@@ -308,7 +316,12 @@ class RunConfig:
             )
         if not self.run_root:
             raise ValueError("run_root is empty: name the folder that this run writes to")
-        self.learner.with_overrides(self.sft.learner)
+        cold_start = self.learner.with_overrides(self.sft.learner)
+        if cold_start.ranks != self.learner.ranks:
+            raise ValueError(
+                f"sft.learner.ranks={cold_start.ranks} differs from learner.ranks={self.learner.ranks}: one set of learner "
+                "actors serves all stages"
+            )
         generated = "data" in self.job.stages and not self.data.train
         if generated and self.memory.name != "full" and self.data.synthetic.window < self.memory.window:
             raise ValueError(

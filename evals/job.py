@@ -52,9 +52,7 @@ def run_evaluation(
     report: ScoreReport | None = None
     if config.eval.score_logs:
         session.setup_learner(learner_setup(checkpoint))
-        report = session.call(
-            session.learner.score.remote(results[last].payloads), "the learner to score held-out logs"
-        )
+        report = session.call(session.learners.score(results[last].payloads), "the learner to score held-out logs")
         tracker.metrics(
             {
                 "mismatch/learner_max": report.diff.max,

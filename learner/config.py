@@ -11,6 +11,8 @@ from typing import Any
 from streams.backbone import FREEZE_MODES
 
 ATTENTION = ("auto", "sdpa", "flex")
+OFFLOAD = ("none", "cpu")
+ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 
 
@@ -19,6 +21,10 @@ class LearnerConfig:
     """row_tokens: packed tokens of a row; micro_batch_tokens: padded tokens of one forward. head_chunk: target
     positions whose logits exist at once. freeze: `none` or `tower+merger` (the boundary of what is cached).
     attention: `auto` = FlexAttention on CUDA, SDPA with the same mask on CPU. schedule: a transformers scheduler.
+
+    ranks: data-parallel learner actors. zero_stage: what DeepSpeed partitions over them: 0 nothing, 1 optimiser states,
+    2 also gradients, 3 also parameters. offload: `cpu` keeps the optimiser's states in host memory.
+    collective_timeout_s: a rank that waits longer for the others gives up.
     """
 
     ranks: int = 1
@@ -29,6 +35,8 @@ class LearnerConfig:
     schedule: str = "constant"
     warmup_steps: int = 0
     zero_stage: int = 1
+    offload: str = "none"
+    collective_timeout_s: float = 600.0
     dtype: str = "float32"
     freeze: str = "none"
     attention: str = "auto"
@@ -38,10 +46,19 @@ class LearnerConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.ranks != 1:
-            raise ValueError(f"learner.ranks={self.ranks}: only one rank is supported so far")
-        if self.zero_stage not in (0, 1):
-            raise ValueError(f"learner.zero_stage={self.zero_stage}: stages 0 and 1 are supported so far")
+        if self.ranks < 1:
+            raise ValueError(f"learner.ranks={self.ranks} must be at least 1")
+        if self.zero_stage not in ZERO_STAGES:
+            raise ValueError(f"learner.zero_stage={self.zero_stage} is not one of 0, 1, 2, 3")
+        if self.offload not in OFFLOAD:
+            raise ValueError(f"learner.offload={self.offload!r} is not one of {', '.join(OFFLOAD)}")
+        if self.zero_stage == 0 and (self.offload != "none" or self.dtype != "float32"):
+            raise ValueError(
+                f"learner.zero_stage=0 with learner.offload={self.offload} and learner.dtype={self.dtype}: stage 0 neither "
+                "offloads nor keeps float32 master weights; use stage 1, 2 or 3"
+            )
+        if self.collective_timeout_s <= 0:
+            raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be positive")
         if self.freeze not in FREEZE_MODES:
             raise ValueError(f"learner.freeze={self.freeze!r} is not one of {', '.join(FREEZE_MODES)}")
         if self.attention not in ATTENTION:

@@ -1,104 +1,104 @@
-"""The learner's engine: DeepSpeed around the shared scoring function, one optimiser step at a time.
+"""The learner's engine: DeepSpeed around the shared scoring function, one optimiser step at a time, on one of N ranks.
 
 Owner: learner. It holds no ray import: payloads arrive resolved. Invariants: it trains only from logs; ids, masks,
-positions and turns are taken as logged; the gradient of a step is independent of the micro-batch cut; `version`
-counts optimiser steps since the weights that the run started from.
+positions and turns are taken as logged; gradient and metrics of a step are independent of the micro-batch cut and of the
+number of ranks; every rank makes the same calls in the same order; `version` counts optimiser steps since the weights
+that the run started from; a step with a loss or gradient that is not finite is refused on all ranks and changes nothing.
 """
 
 from __future__ import annotations
 
-import os
+import gc
+import math
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from learner.batching import (
+    MicroBatch,
+    RankWork,
+    SftWeights,
+    Shape,
+    TargetCounts,
+    TrainItem,
+    common_shapes,
+)
 from learner.config import LearnerConfig
-from learner.losses import decision_weights, grpo_loss, sft_loss
-from streams.backbone import Backbone, to_tensor
-from streams.layout import LayoutConfig
-from streams.log import Kind, StreamLog
+from learner.forward import PolicyForward, Reference, blank_clip
+from learner.losses import Sums, grpo_loss, sft_loss
+from learner.publish import export_weights, full_shape, host_state_dict
+from learner.ranks import Ranks
+from learner.state import load_state, save_state
+from streams.backbone import Backbone
+from streams.log import Kind
 from streams.messages import GroupPayload, LearnerSetup, ScoreReport, TrainReport, WeightsUpdate
-from streams.scoring.logprobs import behaviour_differences, score_rows
-from streams.scoring.packing import Rows, pack, plan_micro_batches
+from streams.scoring.packing import Rows
 from streams.scoring.stats import LogpDiff
 
 
 @dataclass(frozen=True)
-class TrainItem:
-    """One group with its media resolved: logs, media array (see GroupPayload), one advantage per log (RL)."""
+class Share:
+    """What one rank tells the others before a step: its work, or why it cannot do it."""
 
-    payload: GroupPayload
-    advantages: tuple[float, ...] = ()
-
-
-class _Scorer(nn.Module):
-    """What DeepSpeed wraps: the scoring function as a module whose parameters are the backbone's."""
-
-    def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
-        super().__init__()
-        self.model = backbone.model
-        self._backbone = [backbone]
-        self._config = config
-
-    def forward(
-        self, rows: Rows, media: list[tuple[str, np.ndarray]], order: list[int], temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logp, entropy) of the rows' targets. media: distinct clips; order: which clip each log shows."""
-        backbone = self._backbone[0]
-        encoded = encode_media(backbone, media)
-        features = torch.cat([encoded[i].flatten(0, 1) for i in order])
-        scores = score_rows(
-            backbone,
-            rows,
-            features,
-            temperature=temperature,
-            head_chunk=self._config.head_chunk,
-            attention=resolve_attention(self._config.attention, backbone.device),
-        )
-        return scores.logp, scores.entropy
+    problem: str | None
+    shapes: tuple[Shape, ...]
+    temperatures: frozenset[float]
+    media_kinds: frozenset[str]
+    counts: TargetCounts = field(default_factory=TargetCounts)
 
 
-def resolve_attention(attention: str, device: torch.device) -> str:
-    """`auto` is FlexAttention on CUDA; on CPU it is SDPA, since FlexAttention has no backward there."""
-    if attention == "auto":
-        return "flex" if device.type == "cuda" else "sdpa"
-    return attention
+@dataclass
+class Outcome:
+    """What one rank found in a step. worst: (distance, stream) of the most extreme log-prob; infinite if not finite."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    age0: LogpDiff = field(default_factory=LogpDiff)
+    worst: tuple[float, str] = (-1.0, "none")
 
 
-def encode_media(backbone: Backbone, media: list[tuple[str, np.ndarray]]) -> list[torch.Tensor]:
-    """[chunks, tokens, F] per clip: features as shipped, frames through the tower in one call (with gradient)."""
-    frames = [array for kind, array in media if kind == "frames"]
-    encoded = iter(backbone.encode_video(frames) if frames else [])
-    return [next(encoded) if kind == "frames" else to_tensor(array).to(backbone.device) for kind, array in media]
+@dataclass(frozen=True)
+class Step:
+    """The whole step as every rank knows it: its loss, and totals over all ranks."""
+
+    index: int
+    loss: str
+    settings: dict[str, float]
+    shapes: list[Shape]
+    temperature: float
+    targets: int
+    normaliser: float
+    weights: SftWeights | None
 
 
-def prepare_single_rank(rank_port: int) -> None:
-    """Environment of a one-rank process group, set inside the actor before DeepSpeed is imported."""
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(rank_port))
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed.ops
-
-        # Otherwise every start compiles a shared-memory all-reduce in C++ (half a minute, or a failure without a
-        # compiler); gloo does the same job.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's settings; micro-batches are cut by tokens, so its own batch sizes mean nothing."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own CPU Adam is compiled at first use; torch's runs everywhere.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
+        "steps_per_print": 10**9,
+    }
 
 
 class LearnerEngine:
     """Trains one backbone. `import deepspeed` happens here: it is slow, and only learners need it."""
 
-    def __init__(self, setup: LearnerSetup, rank_port: int) -> None:
-        prepare_single_rank(rank_port)
-        import deepspeed
-        from transformers import get_scheduler
-
+    def __init__(self, setup: LearnerSetup, ranks: Ranks) -> None:
+        self.ranks = ranks
         values = dict(setup.learner)
         self.config = LearnerConfig(**(values | {"betas": tuple(values["betas"])}))
         torch.set_num_threads(self.config.threads)
@@ -106,199 +106,274 @@ class LearnerEngine:
         np.random.seed(setup.seed % 2**32)
         torch.manual_seed(setup.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        layout: LayoutConfig = setup.layout
-        self.backbone = Backbone.load(setup.checkpoint, layout, dtype=getattr(torch, self.config.dtype), device=device)
+        # DeepSpeed moves a stage-3 model to the device slice by slice; it need not fit there whole.
+        first = "cpu" if self.config.zero_stage == 3 else device
+        dtype = getattr(torch, self.config.dtype)
+        self.backbone = Backbone.load(setup.checkpoint, setup.layout, dtype=dtype, device=first)
         self.backbone.freeze(self.config.freeze)
+        self.reference: Reference | None = None
+        if setup.reference:
+            self.reference = Reference(setup.reference, setup.layout, self.config, device, self.backbone)
         self.version = setup.version
+        self.deepspeed = self._initialize(setup.total_steps)
+
+    def _initialize(self, total_steps: int) -> Any:
+        import deepspeed
+        from transformers import get_scheduler
+
+        config = self.config
         trainable = list(self.backbone.trainable().values())
-        optimiser = torch.optim.AdamW(
-            trainable, lr=self.config.lr, betas=self.config.betas, weight_decay=self.config.weight_decay
-        )
+        optimiser = torch.optim.AdamW(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         scheduler = get_scheduler(
-            self.config.schedule,
+            config.schedule,
             optimiser,
-            num_warmup_steps=self.config.warmup_steps,
-            num_training_steps=max(setup.total_steps, 1),
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=max(total_steps, 1),
         )
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=_Scorer(self.backbone, self.config),
+        engine, *_ = deepspeed.initialize(
+            model=PolicyForward(self.backbone, config),
             model_parameters=trainable,
             optimizer=optimiser,
             lr_scheduler=scheduler,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": self.config.grad_clip,
-                "zero_optimization": {"stage": self.config.zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": self.config.dtype == "bfloat16"},
-                "steps_per_print": 10**9,
-            },
+            config=deepspeed_config(config),
         )
+        return engine
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(int(np.prod(full_shape(p), dtype=np.int64)) for p in self.backbone.trainable().values())
+
+    def close(self) -> None:
+        """Release the model, so that the next stage's fits beside nothing."""
+        self.deepspeed.destroy()
+        self.reference = None
+        del self.deepspeed, self.backbone
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # --- one optimiser step ---------------------------------------------------------------------------------------
 
     def train(self, step: int, loss: str, items: list[TrainItem], settings: dict[str, float]) -> TrainReport:
-        """One optimiser step over all logs of `items`. loss: "grpo" or "sft"."""
+        """One optimiser step over the logs of all ranks' items. loss: "grpo" or "sft"."""
         began = time.monotonic()
-        logs = [log for item in items for log in item.payload.logs]
-        clip_of = [i for i, item in enumerate(items) for _ in item.payload.logs]
-        advantages = np.array([a for item in items for a in item.advantages])
-        refused = [log.header.stream_id for log in logs if loss == "grpo" and not log.header.trainable]
-        if refused:
-            raise ValueError(f"stream {refused[0]} was decoded greedily: it can be scored but not trained on")
-        temperatures = {log.header.score_temperature for log in logs}
-        if len(temperatures) > 1:
-            raise ValueError(f"step {step}: logs of several score temperatures in one batch: {sorted(temperatures)}")
-        targets = sum(int(log.target.sum()) for log in logs)
-        normaliser = float(targets)
-        if loss == "sft":
-            weights = self._sft_weights(logs, settings)
-            normaliser = float(sum(weights.of(log.ids[log.target], log.kind[log.target]).sum() for log in logs))
-        totals: dict[str, float] = defaultdict(float)
-        batches = plan_micro_batches([len(log) for log in logs], self.config.row_tokens, self.config.micro_batch_tokens)
+        work = self._work(items, "target")
+        plan = self._plan(step, loss, work, settings)
+        mine = Outcome()
         on_policy: list[np.ndarray] = []
-        self.backbone.model.train()
-        for i, batch in enumerate(batches):
-            members = sorted(m for row in batch for m in row)
-            rows = pack(logs, batch)
-            media, order = _distinct_media(items, [clip_of[m] for m in members])
-            self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            logp, entropy = self.deepspeed(rows, media, order, logs[members[0]].header.score_temperature)
+        self.deepspeed.train()
+        for i, shape in enumerate(plan.shapes):
+            batch = work.micro_batch(i, shape)
+            self.deepspeed.set_gradient_accumulation_boundary(i == len(plan.shapes) - 1)
+            logp, entropy, features = self.deepspeed(batch, shape, plan.temperature)
+            value, sums, distance = self._loss(plan, work, batch, logp, features)
             if loss == "grpo":
-                behaviour = _at_targets(rows, logs, "behaviour_logp")
-                on_policy.append(self._on_policy_differences(rows, logs, logp, behaviour))
-                value, sums = grpo_loss(
-                    logp,
-                    torch.from_numpy(behaviour).to(logp),
-                    torch.from_numpy(advantages[rows.stream.numpy()]).to(logp),
-                    normaliser=normaliser,
-                    clip_low=settings["clip_low"],
-                    clip_high=settings["clip_high"],
-                )
-            else:
-                weight = weights.of(rows.target_ids.numpy(), _at_targets(rows, logs, "kind"))
-                value, sums = sft_loss(logp, torch.from_numpy(weight).to(logp), normaliser=normaliser)
-            self.deepspeed.backward(value)
-            totals["loss"] += float(value.detach())
-            totals["entropy"] += float(entropy.sum()) / targets
+                on_policy.append(distance[self._fresh(work, batch.rows)])
+            mine.worst = max(mine.worst, _worst(distance, batch.rows, work))
+            mine.sums["loss"] += float(value.detach())
+            # DeepSpeed averages over the ranks, and the normaliser is already that of all of them.
+            value = value * self.ranks.world
+            # A gradient that is not finite makes DeepSpeed drop the step on all ranks; a bad loss must have one.
+            self.deepspeed.backward(value if math.isfinite(float(value.detach())) else value * math.nan)
+            sums["entropy"] = entropy.sum()
             for name, total in sums.items():
-                totals[name] += float(total) / targets
-        self.deepspeed.step()
+                mine.sums[name] += float(total) / plan.targets
+        mine.age0 = LogpDiff.of(np.concatenate(on_policy) if on_policy else np.zeros(0))
+        outcomes = self.ranks.gather(mine, f"to finish the gradients of step {step}")
+        grad_norm = self._apply(step, outcomes)
         self.version += 1
-        fresh = LogpDiff.of(np.concatenate(on_policy) if on_policy else np.zeros(0))
-        totals["age0_tokens"] = float(fresh.tokens)
-        if fresh.mean is not None and fresh.max is not None:
-            totals["age0_logp_diff_mean"], totals["age0_logp_diff_max"] = fresh.mean, fresh.max
+        return TrainReport(step, self.version, self._metrics(plan, outcomes, grad_norm, began))
+
+    def _work(self, items: list[TrainItem], which: str) -> RankWork:
+        return RankWork(
+            items,
+            which,
+            blank_clip(self.backbone),
+            row_tokens=self.config.row_tokens,
+            max_tokens=self.config.micro_batch_tokens,
+            head_chunk=self.config.head_chunk,
+        )
+
+    def _plan(self, step: int, loss: str, work: RankWork, settings: dict[str, float]) -> Step:
+        """Agree with the other ranks on the step. Raises ValueError on all of them if any has a problem."""
+        tokens = self.backbone.layout.tokens
+        counts = TargetCounts.of(work.logs, tokens)
+        problem = self._problem(loss, work, settings)
+        mine = Share(problem, work.shapes, frozenset(work.temperatures), frozenset(work.media_kinds), counts)
+        shares = self.ranks.gather(mine, f"to begin step {step}")
+        self._refuse(shares, f"step {step}")
+        total = sum((share.counts for share in shares), TargetCounts())
+        if not total.targets:
+            raise ValueError(f"step {step}: no token of its logs is a target, there is nothing to learn")
+        weights = SftWeights.balanced(total, tokens, settings) if loss == "sft" else None
+        return Step(
+            index=step,
+            loss=loss,
+            settings=settings,
+            shapes=common_shapes([share.shapes for share in shares]),
+            temperature=next(t for share in shares for t in share.temperatures),
+            targets=total.targets,
+            normaliser=weights.total(total) if weights else float(total.targets),
+            weights=weights,
+        )
+
+    def _problem(self, loss: str, work: RankWork, settings: dict[str, float]) -> str | None:
+        """Why this rank's share cannot be trained on, or None."""
+        if loss == "sft":
+            return None
+        if settings.get("kl_coef", 0.0) and self.reference is None:
+            return f"algorithm.kl_coef={settings['kl_coef']} but the learner was set up without a reference checkpoint"
+        for log in work.logs:
+            if not log.header.trainable:
+                return f"stream {log.header.stream_id} was decoded greedily: it can be scored but not trained on"
+        if len(work.advantages) != len(work.logs):
+            return f"{len(work.logs)} streams but {len(work.advantages)} advantages"
+        return None
+
+    @staticmethod
+    def _refuse(shares: list[Share], what: str) -> None:
+        """Raises the first problem, on every rank alike."""
+        for rank, share in enumerate(shares):
+            if share.problem is not None:
+                raise ValueError(share.problem if len(shares) == 1 else f"learner rank {rank}: {share.problem}")
+        temperatures = {t for share in shares for t in share.temperatures}
+        if len(temperatures) > 1:
+            raise ValueError(f"{what}: logs of several score temperatures in one batch: {sorted(temperatures)}")
+        kinds = {kind for share in shares for kind in share.media_kinds}
+        if len(shares) > 1 and len(kinds) > 1:
+            raise ValueError(
+                f"{what}: media of several kinds ({', '.join(sorted(kinds))}): ranks must call the tower alike"
+            )
+
+    def _loss(
+        self, plan: Step, work: RankWork, batch: MicroBatch, logp: torch.Tensor, features: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Sums, np.ndarray]:
+        """(loss, sums, distance): distance [N] is |logp - behaviour| in RL and -logp in SFT; infinite if not finite."""
+        rows, scored = batch.rows, logp.detach().double().cpu().numpy()
+        if plan.weights is not None:
+            weight = plan.weights.of(rows.target_ids.numpy(), work.at_targets(rows, "kind"))
+            value, sums = sft_loss(logp, torch.from_numpy(weight).to(logp), normaliser=plan.normaliser)
+            return value, sums, _distance(-scored)
+        behaviour = work.at_targets(rows, "behaviour_logp")
+        advantage = work.advantages[rows.stream.numpy()]
+        kl_coef = plan.settings.get("kl_coef", 0.0)
+        reference = None
+        if kl_coef and self.reference is not None:
+            reference = self.reference.logp(batch, features, plan.temperature) if rows.num_targets else logp.detach()
+        value, sums = grpo_loss(
+            logp,
+            torch.from_numpy(behaviour).to(logp),
+            torch.from_numpy(advantage).to(logp),
+            normaliser=plan.normaliser,
+            clip_low=plan.settings["clip_low"],
+            clip_high=plan.settings["clip_high"],
+            reference=reference,
+            kl_coef=kl_coef,
+        )
+        return value, sums, _distance(np.where(np.isfinite(advantage), np.abs(scored - behaviour), np.inf))
+
+    def _fresh(self, work: RankWork, rows: Rows) -> np.ndarray:
+        """Which targets are of streams sampled wholly at the learner's own version: there the distance must vanish."""
+        fresh = np.array([log.single_version == self.version for log in work.logs], dtype=bool)
+        return fresh[rows.stream.numpy()]
+
+    def _apply(self, step: int, outcomes: list[Outcome]) -> float:
+        """Let the optimiser step; returns the gradient norm. Raises RuntimeError if it was refused."""
+        optimiser = self.deepspeed.optimizer
+        if self.config.zero_stage == 0:
+            # Stage 0 is torch's plain optimiser, which would apply anything.
+            gradients = [p.grad for p in self.backbone.trainable().values() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            applied = math.isfinite(norm)
+            if applied:
+                self.deepspeed.step()
+            else:
+                self.deepspeed.zero_grad()
+        else:
+            self.deepspeed.step()
+            applied = not optimiser.overflow
+            norm = float(self.deepspeed.get_global_grad_norm())
+        if not applied:
+            loss = sum(outcome.sums["loss"] for outcome in outcomes)
+            distance, stream = max(outcome.worst for outcome in outcomes)
+            raise RuntimeError(
+                f"step {step} was refused, the weights are those of version {self.version}: loss {loss:g} or gradient "
+                f"norm {norm:g} is not finite; the most extreme log-prob ({distance:g} nats off) is in stream {stream}. "
+                "Lower learner.lr or look at that stream"
+            )
+        return norm
+
+    def _metrics(self, plan: Step, outcomes: list[Outcome], grad_norm: float, began: float) -> dict[str, float]:
+        """Sums over ranks, and the largest where a largest is meant; the same whatever the number of ranks."""
+        totals = {name: sum(o.sums[name] for o in outcomes) for name in sorted(outcomes[0].sums)}
+        age0 = LogpDiff.merge([outcome.age0 for outcome in outcomes])
+        totals["age0_tokens"] = float(age0.tokens)
+        if age0.mean is not None and age0.max is not None:
+            totals["age0_logp_diff_mean"], totals["age0_logp_diff_max"] = age0.mean, age0.max
         if "ratio_square" in totals:
             square = totals.pop("ratio_square")
             totals["effective_sample_share"] = totals["ratio"] ** 2 / square if square else 0.0
-        grad_norm = self.deepspeed.get_global_grad_norm()
-        totals["grad_norm"] = float(grad_norm) if grad_norm is not None else float("nan")
+        totals["grad_norm"] = grad_norm
         totals["lr"] = float(self.deepspeed.get_lr()[0])
-        totals["target_tokens"] = float(targets)
-        totals["micro_batches"] = float(len(batches))
+        totals["target_tokens"] = float(plan.targets)
+        totals["micro_batches"] = float(len(plan.shapes))
         totals["step_s"] = time.monotonic() - began
-        return TrainReport(step, self.version, dict(totals))
+        return totals
+
+    # --- scoring --------------------------------------------------------------------------------------------------
 
     def score(self, payloads: list[GroupPayload]) -> ScoreReport:
-        """Re-score every sampled token under the current weights (part b of the mismatch monitor)."""
-        self.backbone.model.eval()
-        logs: list[StreamLog] = []
-        features: list[torch.Tensor] = []
+        """Re-score every sampled token of all ranks' payloads under the current weights."""
+        work = self._work([TrainItem(payload) for payload in payloads], "sampled")
+        mine = Share(None, work.shapes, frozenset(work.temperatures), frozenset(work.media_kinds))
+        shares = self.ranks.gather(mine, "to begin scoring")
+        self._refuse(shares, "scoring")
+        shapes = common_shapes([share.shapes for share in shares])
+        temperature = next((t for share in shares for t in share.temperatures), 1.0)
+        found: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.deepspeed.eval()
         with torch.no_grad():
-            for payload in payloads:
-                clip = encode_media(self.backbone, [(payload.media_kind, payload.media)])[0].flatten(0, 1)
-                logs += payload.logs
-                features += [clip] * len(payload.logs)
-        attention = resolve_attention(self.config.attention, self.backbone.device)
-        differences = behaviour_differences(self.backbone, logs, features, attention=attention) if logs else []
-        by_kind: dict[str, list[np.ndarray]] = defaultdict(list)
-        for log, difference in zip(logs, differences, strict=True):
-            kinds = log.kind[log.sampled]
-            for kind in np.unique(kinds):
-                by_kind[Kind(int(kind)).name.lower()].append(difference[kinds == kind])
-        return ScoreReport(
-            version=self.version,
-            diff=LogpDiff.of(np.concatenate(differences) if differences else np.zeros(0)),
-            by_kind={kind: LogpDiff.of(np.concatenate(parts)) for kind, parts in sorted(by_kind.items())},
-        )
+            for i, shape in enumerate(shapes):
+                batch = work.micro_batch(i, shape)
+                logp, *_ = self.deepspeed(batch, shape, temperature)
+                behaviour = work.at_targets(batch.rows, "behaviour_logp")
+                distance = np.abs(logp.double().cpu().numpy() - behaviour)
+                kinds = work.at_targets(batch.rows, "kind")
+                for kind in np.unique(kinds):
+                    found[Kind(int(kind)).name.lower()].append(distance[kinds == kind])
+        here = {kind: LogpDiff.of(np.concatenate(parts)) for kind, parts in found.items()}
+        everywhere = self.ranks.gather(here, "to finish scoring")
+        by_kind = {
+            kind: LogpDiff.merge([part[kind] for part in everywhere if kind in part])
+            for kind in sorted({kind for part in everywhere for kind in part})
+        }
+        return ScoreReport(self.version, LogpDiff.merge(list(by_kind.values())), by_kind)
 
-    def export_weights(self) -> WeightsUpdate:
-        """Every trainable tensor, flat, for publication."""
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.backbone.trainable().items()}
-        buffer = np.concatenate([t.view(-1).view(torch.uint8).numpy() for t in tensors.values()])
-        return WeightsUpdate(
-            version=self.version,
-            names=tuple(tensors),
-            shapes=tuple(tuple(t.shape) for t in tensors.values()),
-            dtype=self.config.dtype,
-            buffer=buffer,
-        )
+    # --- weights and state ----------------------------------------------------------------------------------------
+
+    def export_weights(self) -> WeightsUpdate | None:
+        """Every trainable tensor, flat, for publication; rank 0 only (the others take part in gathering)."""
+        return export_weights(self.backbone.trainable(), self.version, self.ranks)
 
     def save(self, path: Path, streaming: dict[str, Any]) -> None:
-        """Write `path`/hf (an exported checkpoint) and `path`/deepspeed (model and optimiser state)."""
-        self.backbone.save(path / "hf", streaming)
-        self.deepspeed.save_checkpoint(str(path / "deepspeed"), tag="state")
+        """Write `path`/hf (an exported checkpoint) and `path`/deepspeed (all state that the next step depends on)."""
+        whole = host_state_dict(self.backbone.model, self.ranks)
+        if whole is not None:
+            self.backbone.save(path / "hf", streaming, whole)
+        save_state(path, self.deepspeed, self.ranks, self.config, self.version)
 
-    def load(self, path: Path) -> None:
-        """Load model, optimiser and scheduler state written by `save`."""
-        if not (path / "deepspeed" / "state").is_dir():
-            raise FileNotFoundError(f"{path}: no DeepSpeed state there")
-        self.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")
-
-    def _on_policy_differences(
-        self, rows: Rows, logs: list[StreamLog], logp: torch.Tensor, behaviour: np.ndarray
-    ) -> np.ndarray:
-        """|difference| at targets of streams sampled wholly at the learner's own version: there it must vanish."""
-        fresh = np.array([log.single_version == self.version for log in logs])
-        difference = np.abs(logp.detach().double().cpu().numpy() - behaviour)
-        return difference[fresh[rows.stream.numpy()]]
-
-    def _sft_weights(self, logs: list[StreamLog], settings: dict[str, float]) -> SftWeights:
-        """Weights of a whole step, from the decisions that all its logs demonstrate."""
-        tokens = self.backbone.layout.tokens
-        decisions = np.concatenate([log.ids[log.target & (log.kind == Kind.DECISION)] for log in logs])
-        silent, spoken = 1.0, 1.0
-        if settings["balance_decisions"]:
-            silent, spoken = decision_weights(
-                int((decisions == tokens.silent).sum()),
-                int((decisions == tokens.response).sum()),
-                settings["decision_weight_clamp"],
-            )
-        return SftWeights(tokens.silent, tokens.response, silent, spoken, settings["answer_weight"])
+    def load(self, path: Path) -> int:
+        """Load what `save` wrote, and go on from there as if nothing had stopped; returns the version."""
+        self.version = load_state(path, self.deepspeed, self.ranks, self.config)
+        return self.version
 
 
-@dataclass(frozen=True)
-class SftWeights:
-    """Weights of the two decision tokens and of the words of an answer; every other target weighs 1."""
-
-    silent_id: int
-    response_id: int
-    silent: float
-    spoken: float
-    answer: float
-
-    def of(self, ids: np.ndarray, kind: np.ndarray) -> np.ndarray:
-        """float64 [N] for target ids and kinds [N]."""
-        weight = np.where(kind == Kind.RESPONSE, self.answer, 1.0)
-        decision = kind == Kind.DECISION
-        weight[decision & (ids == self.silent_id)] = self.silent
-        weight[decision & (ids == self.response_id)] = self.spoken
-        return weight
+def _distance(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.inf)
 
 
-def _at_targets(rows: Rows, logs: list[StreamLog], column: str) -> np.ndarray:
-    """The values [N] that a log column holds at the rows' targets."""
-    stream, index = rows.stream.numpy(), rows.target_index.numpy()
-    values = np.zeros(rows.num_targets, getattr(logs[0], column).dtype)
-    for s in np.unique(stream):
-        mine = stream == s
-        values[mine] = getattr(logs[int(s)], column)[index[mine]]
-    return values
-
-
-def _distinct_media(items: list[TrainItem], clip_of: list[int]) -> tuple[list[tuple[str, np.ndarray]], list[int]]:
-    """Each clip of a micro-batch once, and for every log which of them it shows."""
-    distinct = sorted(set(clip_of))
-    place = {clip: i for i, clip in enumerate(distinct)}
-    media = [(items[clip].payload.media_kind, items[clip].payload.media) for clip in distinct]
-    return media, [place[clip] for clip in clip_of]
+def _worst(distance: np.ndarray, rows: Rows, work: RankWork) -> tuple[float, str]:
+    if not len(distance):
+        return -1.0, "none"
+    at = int(distance.argmax())
+    return float(distance[at]), work.logs[int(rows.stream[at])].header.stream_id

@@ -19,8 +19,10 @@ def grpo_loss(
     normaliser: float,
     clip_low: float,
     clip_high: float,
+    reference: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
 ) -> tuple[torch.Tensor, Sums]:
-    """Clipped policy gradient, token mean; all inputs [N].
+    """Clipped policy gradient plus `kl_coef` times the KL to the frozen reference, token mean; all inputs [N].
 
     The ratio is taken against the recorded behaviour log-probs, so it is right for streams of any age.
     Source: PPO (arXiv 1707.06347, eq. 7) with group-relative advantages (GRPO, arXiv 2402.03300, eq. 3) and separate
@@ -40,7 +42,21 @@ def grpo_loss(
             "behaviour_kl": (ratio - 1.0 - log_ratio).sum(),
             "ratio_square": ratio.square().sum(),
         }
-    return -objective.sum() / normaliser, sums
+    loss = -objective.sum()
+    if reference is not None:
+        kl = k3_kl(logp, reference)
+        loss = loss + kl_coef * kl.sum()
+        sums["kl"] = kl.detach().sum()
+    return loss / normaliser, sums
+
+
+def k3_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Estimate [N] of KL(current || reference) at sampled tokens: exp(d) - d - 1 >= 0 with d = reference - logp.
+
+    Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as the KL term of GRPO (arXiv 2402.03300, eq. 4).
+    """
+    difference = reference - logp
+    return difference.exp() - difference - 1.0
 
 
 def decision_weights(silent: int, spoken: int, clamp: float) -> tuple[float, float]:

@@ -1,20 +1,22 @@
-"""The learner's Ray actor: a thin shell that resolves object references and calls the engine.
+"""The learner's Ray actors: thin shells that resolve object references and call the engine.
 
-Owner: learner. One actor per rank. Invariant: media are fetched from the object store here, so they never pass through
-the driver.
+Owner: learner. One actor per rank; the driver calls the same method on all of them (see `rl.learners`). Invariants: media
+are fetched from the object store here, so they never pass through the driver; a rank fetches only its own share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
-from learner.engine import LearnerEngine, TrainItem
+from learner.batching import TrainItem
+from learner.engine import LearnerEngine
+from learner.ranks import RankPlace, Ranks, open_store
 from streams.messages import (
     MESSAGES_VERSION,
     GroupPayload,
@@ -25,20 +27,18 @@ from streams.messages import (
     WeightsUpdate,
 )
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+FAILURE_GRACE_S = 3.0
+"""After one rank failed: how long to wait for the others' replies, to name the one that died first."""
 
 
 class Learner:
-    """Actor class; made a Ray actor by `rl.cluster` with the placement's resources."""
+    """Actor class of a rank; made a Ray actor by `rl.cluster` with the placement's resources."""
 
     def __init__(self, fetch_timeout_s: float) -> None:
         self._engine: LearnerEngine | None = None
         self._timeout = fetch_timeout_s
-        self._port = _free_port()
+        self._ranks: Ranks | None = None
+        self._store: Any = None
 
     def warm_up(self) -> int:
         """Import what is slow while the driver makes data; returns the pid."""
@@ -47,13 +47,23 @@ class Learner:
 
         return os.getpid()
 
-    def setup(self, setup: LearnerSetup) -> int:
-        """(Re)build the engine for a stage; returns the number of trainable parameters."""
+    def open_rendezvous(self, world: int, timeout_s: float) -> RankPlace:
+        """Rank 0 of several: where the others find it (its node's address and a free port there)."""
+        place = RankPlace(0, world, ray.util.get_node_ip_address(), 0, timeout_s)
+        self._store = open_store(place)
+        return dataclasses.replace(place, port=self._store.port)
+
+    def setup(self, setup: LearnerSetup, place: RankPlace | None = None) -> int:
+        """(Re)build the engine for a stage; returns the number of trainable parameters. place None: a lone rank."""
         if setup.messages_version != MESSAGES_VERSION:
             raise ValueError(f"learner speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
-        self._engine = None
-        self._engine = LearnerEngine(setup, self._port)
-        return sum(p.numel() for p in self._engine.backbone.trainable().values())
+        if self._ranks is None:
+            self._ranks = Ranks(place or RankPlace(timeout_s=setup.learner["collective_timeout_s"]), self._store)
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        self._engine = LearnerEngine(setup, self._ranks)
+        return self._engine.trainable_parameters
 
     def train(self, batch: TrainBatch) -> tuple[TrainReport, WeightsUpdate | None]:
         """One optimiser step; returns the report and the new weights (two objects: the driver reads only the first)."""
@@ -62,7 +72,7 @@ class Learner:
         report = engine.train(batch.step, batch.loss, items, batch.settings)
         return report, engine.export_weights() if batch.publish else None
 
-    def weights(self) -> WeightsUpdate:
+    def weights(self) -> WeightsUpdate | None:
         return self._ready().export_weights()
 
     def score(self, payloads: tuple[Any, ...]) -> ScoreReport:
@@ -71,8 +81,8 @@ class Learner:
     def save(self, path: str, streaming: dict[str, Any]) -> None:
         self._ready().save(Path(path), streaming)
 
-    def load(self, path: str) -> None:
-        self._ready().load(Path(path))
+    def load(self, path: str) -> int:
+        return self._ready().load(Path(path))
 
     def _ready(self) -> LearnerEngine:
         if self._engine is None:
@@ -85,3 +95,42 @@ class Learner:
 
     def _get(self, value: Any) -> Any:
         return ray.get(value, timeout=self._timeout) if isinstance(value, ray.ObjectRef) else value
+
+
+class LeadLearner(Learner):
+    """Rank 0 of several. `join` runs in a thread beside the training calls and answers for the whole group."""
+
+    concurrency_groups = {"join": 8}  # noqa: RUF012
+
+    @ray.method(concurrency_group="join")
+    def join(self, what: str, replies: list[Any]) -> Any:
+        """Rank 0's reply once all ranks have replied. Raises RuntimeError as soon as one fails, naming it.
+
+        A rank that died is named rather than those that lost their connection to it.
+        """
+        failures = self._failures(replies, self._timeout)
+        if failures is None:
+            missing = [rank for rank, ref in enumerate(replies) if not ray.wait([ref], timeout=0)[0]]
+            raise TimeoutError(f"waited {self._timeout:g} s for learner ranks {missing} to finish {what}")
+        if failures:
+            rank, error = min(failures.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
+            died = isinstance(error, RayActorError)
+            raise RuntimeError(
+                f"learner rank {rank} of {len(replies)} {'died' if died else 'failed'} during {what}: {error}"
+            ) from error
+        return ray.get(replies[0], timeout=self._timeout)
+
+    def _failures(self, replies: list[Any], timeout_s: float) -> dict[int, Exception] | None:
+        """Errors by rank; empty if all replied well, None if some did not reply in time."""
+        failures: dict[int, Exception] = {}
+        pending, limit = list(replies), timeout_s
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=limit)
+            if not done:
+                return failures or None
+            try:
+                ray.get(done[0], timeout=timeout_s)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the group's failure
+                failures[replies.index(done[0])] = error
+                limit = FAILURE_GRACE_S
+        return failures

@@ -137,5 +137,5 @@ def check_nothing_needed_is_replaced(config: RunConfig, plans: dict[str, StagePl
 def _named_checkpoints(config: RunConfig) -> list[tuple[str, str]]:
     """(config key, value) of the checkpoints that the user named."""
     named = [("model.path", config.model.path), ("algorithm.init", config.algorithm.init)]
-    named.append(("eval.checkpoint", config.eval.checkpoint))
+    named += [("eval.checkpoint", config.eval.checkpoint), ("algorithm.reference", config.algorithm.reference)]
     return [(key, value) for key, value in named if value not in ("", "auto", "best")]

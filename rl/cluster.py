@@ -19,8 +19,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from conf.schema import RunConfig
-from learner.worker import Learner
+from learner.worker import LeadLearner, Learner
 from rewards.scorer import Scorer
+from rl.learners import LearnerGroup
 from rollout.worker import RolloutWorker
 from streams.messages import LearnerSetup, WorkerInfo, WorkerSetup
 
@@ -35,12 +36,14 @@ class Bundle:
 
 
 def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
-    """One bundle per actor: learner, workers, scorer."""
+    """One bundle per actor: learner ranks, workers, scorer."""
     cpus = config.cluster.actor_cpus
     wanted = config.learner.ranks + config.rollout.workers
     gpus = 1.0 if config.cluster.placement == "auto" and cluster_gpus >= wanted else 0.0
     workers = [Bundle(f"rollout worker {i}", cpus, gpus) for i in range(config.rollout.workers)]
-    return [Bundle("learner", cpus, gpus), *workers, Bundle("scorer", cpus, 0.0)]
+    ranks = config.learner.ranks
+    learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, gpus) for r in range(ranks)]
+    return [*learners, *workers, Bundle("scorer", cpus, 0.0)]
 
 
 def check_fits(bundles: list[Bundle], resources: dict[str, float]) -> None:
@@ -97,7 +100,7 @@ class Session:
     def wait_ready(self) -> dict[str, int]:
         """Wait until every actor's process answers; returns their pids by name."""
         timeout = self.config.cluster.start_timeout_s
-        pids = {"learner": wait_for(self._learner_ready, timeout, "the learner to start")}
+        pids = {name: wait_for(ref, timeout, f"the {name} to start") for name, ref in self._learner_ready.items()}
         for i, reference in enumerate(self._worker_ready):
             pids[f"rollout worker {i}"] = wait_for(reference, timeout, f"rollout worker {i} to start")
         pids["scorer"] = wait_for(self._scorer_ready, timeout, "the scorer to start")
@@ -113,8 +116,7 @@ class Session:
         return self.worker_infos
 
     def setup_learner(self, setup: LearnerSetup) -> int:
-        timeout = self.config.cluster.start_timeout_s
-        return wait_for(self.learner.setup.remote(setup), timeout, f"the learner to load {setup.checkpoint}")
+        return self.learners.setup(setup, self.config.cluster.start_timeout_s)
 
     def call(self, reference: Any, what: str) -> Any:
         return wait_for(reference, self.config.cluster.call_timeout_s, what)
@@ -182,7 +184,10 @@ class Session:
 
         def place(actor: type, index: int, threads: int, *args: Any) -> Any:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            remote: Any = ray.remote(actor)
+            # Only rank 0 of several learners answers calls beside its work.
+            groups = getattr(actor, "concurrency_groups", None)
+            make: Any = ray.remote
+            remote = make(concurrency_groups=groups)(actor) if groups else make(actor)
             options = remote.options(
                 num_cpus=bundles[index].cpus,
                 num_gpus=bundles[index].gpus,
@@ -193,13 +198,17 @@ class Session:
 
         timeout = config.cluster.call_timeout_s
         learner_threads = max(config.learner.threads, int(config.sft.learner.get("threads", 1)))
-        self.learner = place(Learner, 0, learner_threads, timeout)
-        self._learner_ready = self.learner.warm_up.remote()
+        ranks = config.learner.ranks
+        lead = Learner if ranks == 1 else LeadLearner
+        actors = [place(lead if rank == 0 else Learner, rank, learner_threads, timeout) for rank in range(ranks)]
+        self.learner = actors[0]
+        self.learners = LearnerGroup(actors)
+        self._learner_ready = dict(zip([b.name for b in bundles], self.learners.warm_up(), strict=False))
         rollout = config.rollout
         self.workers = [
             place(
                 RolloutWorker,
-                1 + i,
+                ranks + i,
                 rollout.threads,
                 i,
                 rollout.threads,

@@ -139,7 +139,7 @@ class RLLoop:
             summary, payload = worker.rollout.options(num_returns=2).remote(request)
             if self.session.call(summary, f"a group on the published weights of worker {i}").failed is None:
                 payloads.append(payload)
-        report = self.session.call(self.session.learner.score.remote(tuple(payloads)), "the published weights' scores")
+        report = self.session.call(self.session.learners.score(tuple(payloads)), "the published weights' scores")
         return report.diff
 
     def _request(self, epoch: int, task: StreamTask, group: str) -> RolloutTask:
@@ -257,13 +257,18 @@ class RLLoop:
                     g.summary.group,
                     g.payload,
                     _advantages(g.results, algorithm.advantage),
+                    g.summary.log_tokens,
                 )
                 for g in groups
             ),
-            settings={"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high},
+            settings={
+                "clip_low": algorithm.clip_low,
+                "clip_high": algorithm.clip_high,
+                "kl_coef": algorithm.kl_coef,
+            },
         )
         self._training = True
-        report, weights = self.session.learner.train.options(num_returns=2).remote(batch)
+        report, weights = self.session.learners.train(batch)
         self.events.expect(
             report,
             f"optimiser step {self.version + 1}",

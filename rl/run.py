@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,11 @@ class Run:
         session = self._ready_session()
         version = found.state.version if found else 0
         infos = session.setup_workers(self._worker_setup(checkpoint, learner.freeze, version))
-        trained = session.setup_learner(self._learner_setup(checkpoint, learner, steps, version))
+        reference = str(self._reference()) if stage == "rl" and self.config.algorithm.kl_coef else ""
+        setup = self._learner_setup(checkpoint, learner, steps)
+        trained = session.setup_learner(replace(setup, version=version, reference=reference))
         if found and found.resumable:
-            session.call(session.learner.load.remote(str(found.path)), f"the learner to load {found.path}")
+            session.call(session.learners.load(str(found.path)), f"the learner to load {found.path}")
         if found:
             self.stop.last_checkpoint = str(found.path)
         self.progress.say(
@@ -276,14 +278,18 @@ class Run:
             version=version,
         )
 
-    def _learner_setup(self, checkpoint: Path, learner: LearnerConfig, steps: int, version: int = 0) -> LearnerSetup:
+    def _reference(self) -> Path:
+        """What RL's KL is measured against: where RL started, also after a resume."""
+        given = self.config.algorithm.reference
+        return self._rl_start() if given == "auto" else resolve_checkpoint(given)
+
+    def _learner_setup(self, checkpoint: Path, learner: LearnerConfig, steps: int) -> LearnerSetup:
         return LearnerSetup(
             checkpoint=str(checkpoint),
             layout=self.config.layout,
             learner=asdict(learner),
             total_steps=steps,
             seed=self.config.seed,
-            version=version,
         )
 
 

@@ -50,7 +50,7 @@ class Checkpointer:
         state = replace(state, tracking_run=self._context.tracker.run_id or "")
         path = self.folder / name
         partial = partial_path(path)
-        saved = self._context.session.learner.save.remote(str(partial), self._context.streaming)
+        saved = self._context.session.learners.save(str(partial), self._context.streaming)
         self.last_step = state.step
         return _commit.remote(saved, str(partial), str(path), state)
 

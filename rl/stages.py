@@ -45,8 +45,14 @@ _FREE = (
         f"rollout.{key}"
         for key in ("workers", "max_streams", "kv_memory_mb", "monitor_every", "group_deadline_s", "threads")
     ),
-    *(f"learner.{key}" for key in ("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention")),
-    *(f"sft.learner.{key}" for key in ("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention")),
+    *(
+        f"learner.{key}"
+        for key in ("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention", "collective_timeout_s")
+    ),
+    *(
+        f"sft.learner.{key}"
+        for key in ("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention", "collective_timeout_s")
+    ),
     *(f"data.{key}" for key in ("train", "heldout", "cache_mb", "video.decode_timeout_s")),
     "algorithm.groups_in_flight",
 )

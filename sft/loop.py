@@ -73,13 +73,12 @@ class SftLoop:
                 self._stop()
             groups = [next(self._samples) for _ in range(self.config.sft.batch)]
             step = self.result.steps + (pending is not None)
-            batch = TrainBatch(
-                step, "sft", tuple(TrainGroup(s.group, payload) for s, payload in groups), settings, publish=False
-            )
+            members = tuple(TrainGroup(s.group, payload, tokens=s.log_tokens) for s, payload in groups)
+            batch = TrainBatch(step, "sft", members, settings, publish=False)
             # Collect the step before only now: the learner never waits for the driver.
             self._collect(pending)
             pending = (
-                self.session.learner.train.options(num_returns=2).remote(batch)[0],
+                self.session.learners.train(batch)[0],
                 tuple(summary.group for summary, _ in groups),
             )
             if self.checkpoints.due(step + 1, total):

@@ -378,13 +378,16 @@ class Backbone:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def save(self, path: Path, streaming: dict[str, Any]) -> None:
-        """Write a standard Hugging Face checkpoint with tokenizer, chat template, processors and `streaming.json`."""
+    def save(self, path: Path, streaming: dict[str, Any], state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a standard Hugging Face checkpoint with tokenizer, chat template, processors and `streaming.json`.
+
+        state: the model's whole state dict, where the model itself holds only slices of it.
+        """
         path.mkdir(parents=True, exist_ok=True)
         config = self.model.config
         # The registered names mean nothing to other programs: the export must load with their default attention.
         config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
-        self.model.save_pretrained(path)
+        self.model.save_pretrained(path, state_dict=state)
         config.text_config._attn_implementation = ATTENTION_NAME
         config.vision_config._attn_implementation = VISION_ATTENTION_NAME
         self.tokenizer.save_pretrained(path)

@@ -166,7 +166,10 @@ class WorkerStats:
 
 @dataclass(frozen=True)
 class LearnerSetup:
-    """What a learner rank needs before its first step. `optimiser` and the rest are learner config, as plain values."""
+    """What a learner rank needs before its first step. learner: its config, as plain values.
+
+    reference: the checkpoint that RL started from, for the KL to it (empty = none is held); a resume names the same one.
+    """
 
     checkpoint: str
     layout: LayoutConfig
@@ -174,16 +177,21 @@ class LearnerSetup:
     total_steps: int
     seed: int
     version: int = 0
+    reference: str = ""
     messages_version: int = MESSAGES_VERSION
 
 
 @dataclass(frozen=True)
 class TrainGroup:
-    """One group as the learner trains it. payload: GroupPayload or object reference; advantages: one per stream."""
+    """One group as the learner trains it. payload: GroupPayload or object reference; advantages: one per stream.
+
+    tokens: of all its logs (GroupSummary.log_tokens); groups are shared out over the learner's ranks by it.
+    """
 
     group: str
     payload: Any
     advantages: tuple[float, ...] = ()
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
+from learner.batching import TrainItem
 from learner.config import LearnerConfig
-from learner.engine import LearnerEngine, TrainItem
+from learner.engine import LearnerEngine
+from learner.ranks import RankPlace, Ranks
 from rollout.service import RolloutService, ServiceLimits
 from rollout.weights import StagedWeights
 from streams.backbone import Backbone
@@ -48,10 +49,8 @@ def process_group():
 
 
 @pytest.fixture(scope="module")
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def ranks():
+    return Ranks(RankPlace())
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +113,13 @@ def groups(service, tasks):
 
 
 @pytest.fixture
-def engine(checkpoint, port):
+def engine(checkpoint, ranks):
     """Makes engines: `engine(lr=...)`."""
 
     def make(steps=10, **values):
         given = {"lr": 2e-3, "grad_clip": 1e6, "freeze": "none"} | values
         learner = asdict(LearnerConfig(**given))
-        return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, learner, total_steps=steps, seed=0), port)
+        return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, learner, total_steps=steps, seed=0), ranks)
 
     return make
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.losses import decision_weights, grpo_loss, sft_loss
+from learner.losses import decision_weights, grpo_loss, k3_kl, sft_loss
 from rl.advantages import EPSILON, group_advantages
 
 
@@ -106,6 +106,47 @@ def test_the_step_does_not_depend_on_how_it_was_cut_into_micro_batches(tokens, c
     ]
     together = sft_loss(torch.tensor(logp), torch.tensor(weight), normaliser=11.0)[0].item()
     assert sum(cut) == pytest.approx(together)
+
+
+# --- the KL to the reference ------------------------------------------------------------------------------------------
+
+
+def test_the_kl_term_by_hand_and_its_gradient():
+    logp = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.5, -2.0, 0.0], dtype=torch.float64)
+    kl = k3_kl(logp, reference)
+    kl.sum().backward()
+    expected = [math.exp(d) - d - 1 for d in (-0.5, 0.0, 0.5)]
+    assert kl.tolist() == pytest.approx(expected)
+    assert logp.grad.tolist() == pytest.approx([1 - math.exp(d) for d in (-0.5, 0.0, 0.5)])
+
+
+@given(TOKENS, st.floats(0.0, 2.0))
+@settings(max_examples=100, deadline=None)
+def test_the_kl_adds_its_weighted_mean_to_the_loss_and_nothing_to_the_other_sums(tokens, kl_coef):
+    logp, reference, advantage = (torch.tensor(c, dtype=torch.float64) for c in zip(*tokens, strict=True))
+    given_ = {"normaliser": 5.0, "clip_low": 0.2, "clip_high": 0.2}
+    plain, sums = grpo_loss(logp, logp.clone(), advantage, **given_)
+    loss, with_kl = grpo_loss(logp, logp.clone(), advantage, **given_, reference=reference, kl_coef=kl_coef)
+    kl = k3_kl(logp, reference)
+    assert (kl >= -1e-12).all()
+    assert loss.item() == pytest.approx(plain.item() + kl_coef * kl.sum().item() / 5.0)
+    assert with_kl.pop("kl").item() == pytest.approx(kl.sum().item())
+    assert {k: v.item() for k, v in with_kl.items()} == {k: v.item() for k, v in sums.items()}
+    assert "kl" not in sums
+
+
+def test_a_policy_that_left_the_reference_is_pulled_back():
+    logp = torch.tensor([-0.1, -4.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    zero = torch.zeros(2, dtype=torch.float64)
+    loss, _ = grpo_loss(
+        logp, logp.detach(), zero, normaliser=2.0, clip_low=0.2, clip_high=0.2, reference=reference, kl_coef=0.1
+    )
+    loss.backward()
+    assert logp.grad[0] > 0 > logp.grad[1], (
+        "descent lowers what is likelier than under the reference, and lifts the rest"
+    )
 
 
 # --- the cold start ---------------------------------------------------------------------------------------------------

@@ -41,11 +41,13 @@ def score_rows(
     *,
     temperature: float = 1.0,
     head_chunk: int = 1024,
+    head_chunks: int = 0,
     attention: str = "sdpa",
 ) -> Scores:
     """Scores of the rows' targets. `features` [M, F] are what the tower made of the video tokens, log by log.
 
-    Gradients flow into the backbone and into `features` where they require them.
+    Gradients flow into the backbone and into `features` where they require them. head_chunks: how often the head is
+    called at least, on nothing if need be: ranks that share a model's parameters must call it equally often.
     """
     rows = rows.to(backbone.device)
     video = None
@@ -64,11 +66,12 @@ def score_rows(
         return logp.gather(-1, targets[:, None])[:, 0], entropy
 
     logps, entropies = [], []
-    for start in range(0, rows.num_targets, head_chunk):
+    chunks = max(-(-rows.num_targets // head_chunk), head_chunks)
+    for start in range(0, chunks * head_chunk, head_chunk):
         states = at_predictors[start : start + head_chunk]
         targets = rows.target_ids[start : start + head_chunk]
         # Re-computing a chunk's logits in the backward keeps [N, V] from ever being held whole.
-        if torch.is_grad_enabled() and rows.num_targets > head_chunk:
+        if torch.is_grad_enabled() and chunks > 1:
             logp, entropy = checkpoint(head, states, targets, use_reentrant=False)
         else:
             logp, entropy = head(states, targets)

@@ -1,0 +1,117 @@
+"""What one micro-batch computes: log-probs under the policy (inside DeepSpeed) and under the frozen reference.
+
+Owner: learner. Invariants: the policy's forward calls the tower and the head exactly as often as its `Shape` says, on
+every rank; the reference is a plain copy that no optimiser and no checkpoint ever touches, scored under the same mask,
+ban list and temperature.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from learner.batching import MicroBatch, Shape
+from learner.config import LearnerConfig
+from streams.backbone import Backbone, to_tensor
+from streams.layout import LayoutConfig
+from streams.scoring.logprobs import Scores, score_rows
+
+Media = list[tuple[str, np.ndarray]]
+
+
+def resolve_attention(attention: str, device: torch.device) -> str:
+    """`auto` is FlexAttention on CUDA; on CPU it is SDPA, since FlexAttention has no backward there."""
+    if attention == "auto":
+        return "flex" if device.type == "cuda" else "sdpa"
+    return attention
+
+
+def encode_media(backbone: Backbone, media: Media) -> list[torch.Tensor]:
+    """[chunks, tokens, F] per clip: features as shipped, frames through the tower in one call (with gradient)."""
+    frames = [array for kind, array in media if kind == "frames"]
+    encoded = iter(backbone.encode_video(frames) if frames else [])
+    return [next(encoded) if kind == "frames" else to_tensor(array).to(backbone.device) for kind, array in media]
+
+
+def _features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
+    """Features of the batch's video tokens, log by log; None if it has no log."""
+    encoded = encode_media(backbone, batch.media)
+    return torch.cat([encoded[i].flatten(0, 1) for i in batch.order]) if batch.order else None
+
+
+def blank_clip(backbone: Backbone) -> np.ndarray:
+    """The smallest clip that the tower takes, of one token: uint8 [1, frames, h, w, 3]."""
+    image = backbone.image
+    side = image.patch_size * image.merge_size
+    return np.zeros((1, image.temporal_patch_size, side, side, 3), np.uint8)
+
+
+class PolicyForward(nn.Module):
+    """What DeepSpeed wraps: the scoring function as a module whose parameters are the backbone's."""
+
+    def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
+        super().__init__()
+        self.model = backbone.model
+        self._backbone = [backbone]
+        self._config = config
+
+    def forward(
+        self, batch: MicroBatch, shape: Shape, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(logp, entropy, features) of the batch's targets; features are for the reference, without gradient.
+
+        Only logp may require a gradient, on every rank: DeepSpeed counts the outputs that do, and ranks must agree.
+        """
+        backbone = self._backbone[0]
+        features = _features(backbone, batch)
+        scores = score_rows(
+            backbone,
+            batch.rows,
+            features,
+            temperature=temperature,
+            head_chunk=self._config.head_chunk,
+            head_chunks=shape.head_chunks,
+            attention=resolve_attention(self._config.attention, backbone.device),
+        )
+        return scores.logp, scores.entropy, None if features is None else features.detach()
+
+
+class Reference:
+    """A frozen copy of the checkpoint that RL started from.
+
+    Memory on every rank: its parameters once, in the learner's dtype, whole at every ZeRO stage (a 3B model in bfloat16:
+    about 7 GB); without its vision tower where the policy's tower is frozen, as both then see the same features.
+    """
+
+    def __init__(
+        self, checkpoint: str, layout: LayoutConfig, config: LearnerConfig, device: str, policy: Backbone
+    ) -> None:
+        self._backbone = Backbone.load(Path(checkpoint), layout, dtype=getattr(torch, config.dtype), device=device)
+        if self._backbone.layout.banned != policy.layout.banned:
+            raise ValueError(
+                f"algorithm.reference={checkpoint}: its vocabulary or ban list is not that of the trained checkpoint "
+                f"{policy.source}: their log-probs cannot be compared; name the checkpoint that RL starts from"
+            )
+        self._backbone.model.requires_grad_(False)
+        self._config = config
+        self._own_tower = config.freeze == "none"
+        if not self._own_tower:
+            self._backbone.model.model.visual = None
+
+    @torch.no_grad()
+    def logp(self, batch: MicroBatch, features: torch.Tensor | None, temperature: float) -> torch.Tensor:
+        """Log-probs [N] of the batch's targets. features: the policy's, used if both share a frozen tower."""
+        if self._own_tower:
+            features = _features(self._backbone, batch)
+        scores: Scores = score_rows(
+            self._backbone,
+            batch.rows,
+            features,
+            temperature=temperature,
+            head_chunk=self._config.head_chunk,
+            attention=resolve_attention(self._config.attention, self._backbone.device),
+        )
+        return scores.logp

@@ -1,0 +1,117 @@
+"""Whole parameters out of a partitioned model: for publication and for export.
+
+Owner: learner. Invariants: under ZeRO-3 gathering is collective, so every rank runs these functions between two optimiser
+steps, in the order of `named_parameters`; at most `CHUNK_BYTES` of gathered parameters (or the largest single one, the
+embedding) exist on a rank beyond its partition; only rank 0 copies out, into host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from learner.ranks import Ranks
+from streams.messages import WeightsUpdate
+
+CHUNK_BYTES = 256 * 2**20
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed holds only a slice of it here (ZeRO-3)."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def full_bytes(parameter: nn.Parameter) -> int:
+    return int(np.prod(full_shape(parameter), dtype=np.int64)) * parameter.element_size()
+
+
+def chunks(parameters: dict[str, nn.Parameter], limit: int) -> Iterator[dict[str, nn.Parameter]]:
+    """Consecutive parameters of at most `limit` bytes together; a larger one comes alone."""
+    chunk: dict[str, nn.Parameter] = {}
+    used = 0
+    for name, parameter in parameters.items():
+        size = full_bytes(parameter)
+        if chunk and used + size > limit:
+            yield chunk
+            chunk, used = {}, 0
+        chunk[name] = parameter
+        used += size
+    if chunk:
+        yield chunk
+
+
+def visit_whole(
+    parameters: dict[str, nn.Parameter],
+    visit: Callable[[str, torch.Tensor], None] | None,
+    limit: int = CHUNK_BYTES,
+) -> None:
+    """Call `visit` (rank 0; None elsewhere) on every parameter while it is whole."""
+    if any(is_partitioned(parameter) for parameter in parameters.values()):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for chunk in chunks(parameters, limit):
+            with GatheredParameters(list(chunk.values()), modifier_rank=None):
+                _visit(chunk, visit)
+    else:
+        _visit(parameters, visit)
+
+
+def _visit(parameters: dict[str, nn.Parameter], visit: Callable[[str, torch.Tensor], None] | None) -> None:
+    if visit is not None:
+        for name, parameter in parameters.items():
+            visit(name, parameter.detach())
+
+
+def export_weights(parameters: dict[str, nn.Parameter], version: int, ranks: Ranks) -> WeightsUpdate | None:
+    """Rank 0: every given tensor in one flat buffer of host memory. Other ranks take part and return None."""
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"trainable parameters of several dtypes cannot be published together: {sorted(map(str, dtypes))}"
+        )
+    if not ranks.leads:
+        visit_whole(parameters, None)
+        return None
+    buffer = np.empty(sum(full_bytes(parameter) for parameter in parameters.values()), np.uint8)
+    dtype = next(iter(dtypes), torch.float32)
+    flat = torch.from_numpy(buffer).view(dtype)
+    at = 0
+
+    def copy(name: str, whole: torch.Tensor) -> None:
+        nonlocal at
+        flat[at : at + whole.numel()].copy_(whole.reshape(-1))
+        at += whole.numel()
+
+    visit_whole(parameters, copy)
+    return WeightsUpdate(
+        version=version,
+        names=tuple(parameters),
+        shapes=tuple(full_shape(parameter) for parameter in parameters.values()),
+        dtype=str(dtype).removeprefix("torch."),
+        buffer=buffer,
+    )
+
+
+def host_state_dict(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor] | None:
+    """Rank 0: the model's state dict in host memory; tied entries share one tensor. None on other ranks."""
+    copies: dict[str, torch.Tensor] = {}
+
+    def copy(name: str, whole: torch.Tensor) -> None:
+        copies[name] = whole.to("cpu", copy=True)
+
+    visit_whole(dict(model.named_parameters()), copy if ranks.leads else None)
+    if not ranks.leads:
+        return None
+    # Every name of a tied parameter must be there: which of them is written is for the export to decide.
+    by_parameter = {id(p): copies[name] for name, p in model.named_parameters()}
+    return {
+        name: by_parameter[id(value)] if id(value) in by_parameter else value.detach().cpu()
+        for name, value in model.state_dict(keep_vars=True).items()
+    }

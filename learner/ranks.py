@@ -1,0 +1,120 @@
+"""The learner's ranks: rendezvous, process group, and what ranks tell one another between collectives of DeepSpeed.
+
+Owner: learner. It holds no ray import. Invariants: no port is fixed (rank 0's store takes a free one on its own node and
+names it); every collective has the place's timeout; a rank that waits in vain says who waited for what. All ranks make
+the same calls in the same order: a rank that finds a fault reports it in `agree`, it never leaves the others waiting.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where a rank stands. host, port: rank 0's store (port 0 = a lone rank opens its own). timeout_s: of any collective."""
+
+    rank: int = 0
+    world: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    timeout_s: float = 600.0
+
+
+def open_store(place: RankPlace) -> dist.TCPStore:
+    """Rank 0's store, listening on a free port of its node; it does not wait for anybody."""
+    return dist.TCPStore(
+        place.host,
+        place.port,
+        place.world,
+        is_master=True,
+        timeout=timedelta(seconds=place.timeout_s),
+        wait_for_workers=False,
+    )
+
+
+def prepare_environment(place: RankPlace) -> None:
+    """What DeepSpeed reads from the environment, set inside the process before DeepSpeed is imported."""
+    os.environ.update(
+        RANK=str(place.rank),
+        # A rank sees only the GPU that was reserved for it.
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(place.world),
+        MASTER_ADDR=place.host,
+        MASTER_PORT=str(place.port),
+    )
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed.ops
+
+        # Otherwise every start compiles a shared-memory all-reduce in C++ (half a minute, or a failure without a
+        # compiler); gloo does the same job.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Ranks:
+    """This process's membership in the learner's process group, joined once and used by every engine after it."""
+
+    def __init__(self, place: RankPlace, store: dist.TCPStore | None = None) -> None:
+        """Join. Rank 0 of several brings the store that it opened; the others connect to it."""
+        if place.rank == 0 and store is None:
+            store = open_store(place)
+        port = store.port if store is not None else place.port
+        self.place = RankPlace(place.rank, place.world, place.host, port, place.timeout_s)
+        prepare_environment(self.place)
+        timeout = timedelta(seconds=place.timeout_s)
+        if not dist.is_initialized():
+            try:
+                if store is None:
+                    store = dist.TCPStore(place.host, place.port, place.world, is_master=False, timeout=timeout)
+                backend = "nccl" if torch.cuda.is_available() else "gloo"
+                dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+            except (RuntimeError, dist.DistError) as error:
+                raise RuntimeError(
+                    f"learner rank {place.rank} could not join the {place.world} ranks at {place.host}:{port} within "
+                    f"{place.timeout_s:g} s (learner.collective_timeout_s): {error}"
+                ) from error
+        self._store = store
+        # Small objects go over gloo on any machine: they never wait for, or allocate on, a GPU.
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else None
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world(self) -> int:
+        return self.place.world
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, the one that copies out and reports."""
+        return self.place.rank == 0
+
+    def gather(self, value: T, what: str) -> list[T]:
+        """Everybody's value, in the order of the ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except (RuntimeError, dist.DistError) as error:
+            raise RuntimeError(
+                f"learner rank {self.rank} of {self.world} waited for the other ranks ({what}) and lost one, or "
+                f"{self.place.timeout_s:g} s (learner.collective_timeout_s) went by: {error}"
+            ) from error
+        return values
+
+    def agree(self, problem: str | None, what: str) -> None:
+        """Raises ValueError on every rank if any rank found a problem; names the rank where there are several."""
+        for rank, found in enumerate(self.gather(problem, what)):
+            if found is not None:
+                raise ValueError(found if self.world == 1 else f"learner rank {rank}: {found}")

@@ -1,0 +1,91 @@
+"""The learner's own half of a checkpoint: everything that the next optimiser step depends on.
+
+Owner: learner. Layout below `deepspeed/`: `state/` (DeepSpeed: model, optimiser and scheduler, one file per rank where
+partitioned), `rng_rank00000.pt` ... (random states of every rank), `learner.json` (how it was partitioned, version).
+Invariants: what is loaded continues bit for bit; a checkpoint of another number of ranks, ZeRO stage or dtype is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.config import LearnerConfig
+from learner.ranks import Ranks
+
+FOLDER = "deepspeed"
+TAG = "state"
+FACTS_FILE = "learner.json"
+PARTITIONING = ("ranks", "zero_stage", "offload", "dtype", "freeze")
+"""Learner keys that decide how the state is laid out over files and tensors."""
+
+
+def save_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig, version: int) -> None:
+    """Every rank writes its part (all of them into the same folder, on a file system that they share)."""
+    folder = path / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    deepspeed.save_checkpoint(str(folder), tag=TAG)
+    torch.save(random_states(), folder / _random_file(ranks.rank))
+    if ranks.leads:
+        facts = {key: getattr(config, key) for key in PARTITIONING} | {"version": version}
+        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    # Rank 0's reply is the group's: it comes when the last rank has written.
+    ranks.gather(None, "to write their parts of the checkpoint")
+
+
+def load_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig) -> int:
+    """Load what `save_state` wrote, on every rank; returns the version. Raises FileNotFoundError or ValueError."""
+    folder = path / FOLDER
+    facts = check_fits(folder, ranks, config)
+    ranks.gather(None, f"to find their parts of {path}")
+    loaded, _ = deepspeed.load_checkpoint(str(folder), tag=TAG)
+    if loaded is None:
+        raise ValueError(f"{folder}: DeepSpeed could not load the state there; it is damaged or incomplete")
+    restore_random_states(torch.load(folder / _random_file(ranks.rank), weights_only=True))
+    return int(facts["version"])
+
+
+def check_fits(folder: Path, ranks: Ranks, config: LearnerConfig) -> dict[str, Any]:
+    """The facts of a complete state that was partitioned as this run is. Raises FileNotFoundError or ValueError."""
+    if not (folder / TAG).is_dir() or not (folder / FACTS_FILE).is_file():
+        raise FileNotFoundError(f"{folder.parent}: no DeepSpeed state there")
+    facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text())
+    for key in PARTITIONING:
+        if facts.get(key) != getattr(config, key):
+            raise ValueError(
+                f"{folder} was written with learner.{key}={facts.get(key)} but this run has learner.{key}="
+                f"{getattr(config, key)}: resume with the same value, or start from the exported weights in "
+                f"{folder.parent / 'hf'} (which leaves the optimiser's state behind)"
+            )
+    if not (folder / _random_file(ranks.rank)).is_file():
+        raise FileNotFoundError(f"{folder}: the random state of rank {ranks.rank} is missing")
+    return facts
+
+
+def _random_file(rank: int) -> str:
+    return f"rng_rank{rank:05d}.pt"
+
+
+def random_states() -> dict[str, Any]:
+    """States of all generators of this process, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

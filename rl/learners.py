@@ -1,0 +1,90 @@
+"""The learner's ranks as the driver sees them: one call, one reference to wait on.
+
+Owner: rl. Invariants: a call goes to every rank, in the same order (their collectives must meet); a step's groups are
+shared out by tokens, always in the same way; the reference that a call returns is ready when all ranks have replied and
+carries rank 0's reply, or fails as soon as any rank failed, with an error that names the rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from learner.batching import share_out
+from learner.ranks import RankPlace
+from streams.messages import LearnerSetup, TrainBatch
+
+
+class LearnerGroup:
+    """The actors of all ranks. With one rank every call is that actor's own; there is no extra hop."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        """`actors[0]` is rank 0: a LeadLearner if there are several."""
+        self.actors = actors
+
+    @property
+    def ranks(self) -> int:
+        return len(self.actors)
+
+    def warm_up(self) -> list[Any]:
+        """References to the ranks' pids."""
+        return [actor.warm_up.remote() for actor in self.actors]
+
+    def setup(self, setup: LearnerSetup, timeout_s: float) -> int:
+        """Build all ranks' engines and wait for them; returns the number of trainable parameters."""
+        what = f"to load {setup.checkpoint}"
+        if self.ranks == 1:
+            return self._wait(self.actors[0].setup.remote(setup), timeout_s, f"the learner {what}")
+        collective_s = float(setup.learner["collective_timeout_s"])
+        rendezvous = self.actors[0].open_rendezvous.remote(self.ranks, collective_s)
+        place: RankPlace = self._wait(rendezvous, timeout_s, "learner rank 0 to name its address")
+        places = [dataclasses.replace(place, rank=rank) for rank in range(self.ranks)]
+        replies = [a.setup.remote(setup, place) for a, place in zip(self.actors, places, strict=True)]
+        return self._wait(self._joined(replies, what), timeout_s, f"{self.ranks} learner ranks {what}")
+
+    def train(self, batch: TrainBatch) -> tuple[Any, Any]:
+        """One optimiser step: references to the report and to the new weights (None in it if not published)."""
+        shares = share_out([group.tokens for group in batch.groups], self.ranks)
+        replies = []
+        for actor, share in zip(self.actors, shares, strict=True):
+            part = dataclasses.replace(batch, groups=tuple(batch.groups[i] for i in share))
+            replies.append(actor.train.options(num_returns=2).remote(part))
+        return self._joined([report for report, _ in replies], f"optimiser step {batch.step + 1}"), replies[0][1]
+
+    def weights(self) -> Any:
+        """The weights as they are now."""
+        return self._joined([actor.weights.remote() for actor in self.actors], "publishing the weights")
+
+    def score(self, payloads: tuple[Any, ...], tokens: tuple[int, ...] = ()) -> Any:
+        """Scores of groups under the current weights. tokens: of each group, to share them out evenly."""
+        shares = share_out(list(tokens) if tokens else [1] * len(payloads), self.ranks)
+        replies = [
+            actor.score.remote(tuple(payloads[i] for i in share))
+            for actor, share in zip(self.actors, shares, strict=True)
+        ]
+        return self._joined(replies, f"scoring {len(payloads)} groups")
+
+    def save(self, path: str, streaming: dict[str, Any]) -> Any:
+        """Ready when every rank has written its part below `path`."""
+        return self._joined([actor.save.remote(path, streaming) for actor in self.actors], f"saving {path}")
+
+    def load(self, path: str) -> Any:
+        """Restore everything that `save` wrote; the reply is the version."""
+        return self._joined([actor.load.remote(path) for actor in self.actors], f"loading {path}")
+
+    def _joined(self, replies: list[Any], what: str) -> Any:
+        return replies[0] if self.ranks == 1 else self.actors[0].join.remote(what, replies)
+
+    @staticmethod
+    def _wait(reference: Any, timeout_s: float, what: str) -> Any:
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except GetTimeoutError as error:
+            raise TimeoutError(
+                f"waited {timeout_s:g} s for {what}; raise cluster.start_timeout_s if it is only slow"
+            ) from error
+        except RayActorError as error:
+            raise RuntimeError(f"an actor died while the run waited for {what}: {error}") from error
