@@ -144,7 +144,7 @@ def test_a_failure_inside_a_step_fails_what_runs_returns_all_slots_and_the_servi
     wide = np.zeros((TURNS, 4, 9), np.float32)
     summary, payload = roll(fresh, group(tasks[0], "0/wide", features=wide))
     assert payload is None
-    assert summary.failed.startswith("RuntimeError: ")
+    assert summary.failed.startswith("ValueError: features of width 9, but qwen2_5_vl takes 64")
     assert_idle(fresh)
     summary, payload = roll(fresh, group(tasks[0], "0/after"))
     assert summary.failed is None
