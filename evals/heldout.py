@@ -59,7 +59,9 @@ def evaluate(
 ) -> EvalResult:
     """Run and score every task once under `condition`, on the weights the workers now hold."""
     data = config.data
-    chunk = data.video.chunk_seconds
+
+    def turns_of(task: StreamTask) -> int:
+        return task.num_turns(data.video.chunk_seconds_of(task), data.tail_chunks, data.max_turns)
 
     def send(worker: Any, task: StreamTask) -> Any:
         request = RolloutTask(
@@ -67,7 +69,7 @@ def evaluate(
             epoch=0,
             task=task,
             streams=1,
-            turns=task.num_turns(chunk, data.tail_chunks, data.max_turns),
+            turns=turns_of(task),
             temperature=0.0,
             memory=condition.memory,
             empty_thoughts=condition.empty_thoughts,
@@ -83,15 +85,13 @@ def evaluate(
             skipped.append(SkippedSample(f"task {task.id} ({task.video})", summary.failed))
             progress.say(f"eval: failed {task.id}: {summary.failed}")
             # A failure counts as silence: it answered nothing.
-            turns: tuple[tuple[ParsedTurn, ...], ...] = (
-                silent_turns(task.num_turns(chunk, data.tail_chunks, data.max_turns)),
-            )
+            turns: tuple[tuple[ParsedTurn, ...], ...] = (silent_turns(turns_of(task)),)
         else:
             turns = summary.turns
             payloads.append(payload)
             evicted += summary.evicted_tokens
             log_tokens += summary.log_tokens
-        jobs.append(RewardJob(task.id, task, turns, chunk))
+        jobs.append(RewardJob(task.id, task, turns, data.video.chunk_seconds_of(task)))
     results = [r[0] for r in session.call(session.scorer.score.remote(tuple(jobs)), "the scores of the evaluation")]
     return _collect(condition.name, results, tuple(skipped), tuple(payloads), evicted, log_tokens)
 
@@ -126,11 +126,11 @@ def _collect(
 def scripted_rewards(config: RunConfig, session: Session, tasks: tuple[StreamTask, ...]) -> tuple[float, float]:
     """(mean reward of a scripted oracle, of constant silence) over the tasks, through the run's own scorer."""
     data = config.data
-    chunk = data.video.chunk_seconds
     means = []
     for script in ("oracle", "silent"):
         jobs = []
         for task in tasks:
+            chunk = data.video.chunk_seconds_of(task)
             turns = task.num_turns(chunk, data.tail_chunks, data.max_turns)
             said = oracle_turns(task, chunk, turns) if script == "oracle" else silent_turns(turns)
             jobs.append(RewardJob(task.id, task, (said,), chunk))
