@@ -204,7 +204,9 @@ class RolloutService:
             turns = turn_inputs(task.task, clip, layout, chunk, self.backbone.image.merge_size)
             # Of a task without a known end, the tail is cut where the video ends.
             if any(scripted.response is not None for scripted in task.script[len(turns) :]):
-                raise ValueError(f"the demonstration speaks after the video's end, which comes in turn {len(turns) - 1}")
+                raise ValueError(
+                    f"the demonstration speaks after the video's end, which comes in turn {len(turns) - 1}"
+                )
             for turn_input, scripted in zip(turns, task.script, strict=False):
                 ids = layout.demonstration(scripted.thought, scripted.response)
                 thought = ids.index(layout.tokens.think_end) + 1
