@@ -77,7 +77,7 @@ def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:
     if not found.usable:
         return lines
     answers = [answer for task in found.usable for answer in task.answers]
-    kinds = Counter(answer.kind for answer in answers)
+    kinds: Counter[str] = Counter(answer.kind for answer in answers)
     categories = Counter(task.category or "(none)" for task in found.usable)
     seconds = [task.end - task.start for task in found.usable]
     chunks = [task.due_turns(video.chunk_seconds_of(task)) for task in found.usable]
