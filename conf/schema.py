@@ -6,6 +6,7 @@ them. Invariants: an unknown key is an error that names it; impossible combinati
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from learner.config import LearnerConfig
 from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
+from streams.dataset import FORMATS
 from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.synthetic import SyntheticConfig
+from streams.task import StreamTask
 from streams.tiny import TinySpec
 from streams.video import VideoConfig
 
@@ -56,10 +59,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """train, heldout: JSONL files; empty = the generator's, under run_root/data."""
+    """train, heldout: JSONL files; empty = the generator's, under run_root/data.
+
+    format: what the rows look like; `auto` goes by the first one. ignore_fields: fields that rows may hold unread.
+    """
 
     train: str = ""
     heldout: str = ""
+    format: str = "auto"
+    ignore_fields: list[str] = field(default_factory=list)
     tail_chunks: int = 5
     max_turns: int = 240
     cache_mb: int = 256
@@ -72,21 +80,54 @@ class DataConfig:
                 f"data.tail_chunks={self.tail_chunks} must be >= 0, data.max_turns={self.max_turns} and "
                 f"data.cache_mb={self.cache_mb} at least 1"
             )
+        if self.format not in FORMATS:
+            raise ValueError(f"data.format={self.format!r} is not one of {', '.join(FORMATS)}")
         if bool(self.train) != bool(self.heldout):
             raise ValueError("data.train and data.heldout must be set together, or both left to the generator")
+
+    def turns_of(self, task: StreamTask) -> int:
+        """Chunks that a stream over this task is shown."""
+        return task.num_turns(self.video.chunk_seconds_of(task), self.tail_chunks, self.max_turns)
+
+
+def check_length(job: str, steps: int, epochs: float) -> None:
+    """A stage's length is given either in optimiser steps or in passes over its tasks."""
+    if steps < 0 or not (math.isfinite(epochs) and epochs >= 0):
+        raise ValueError(f"{job}.steps={steps} and {job}.epochs={epochs} must not be negative")
+    if bool(steps) == bool(epochs):
+        raise ValueError(
+            f"{job}.steps={steps} and {job}.epochs={epochs}: exactly one of them must be above 0, the other 0"
+        )
+
+
+def optimiser_steps(steps: int, epochs: float, tasks: int, batch: int) -> int:
+    """`steps`, or as many as it takes to pass `epochs` times over the tasks, `batch` a step; the last may wrap around."""
+    if tasks < 1 or batch < 1:
+        raise ValueError(f"{tasks} usable tasks and a batch of {batch}: both must be at least 1")
+    # 0.1 * 30 tasks is 3.0000000000000004: that is three tasks, not a part of a fourth.
+    return steps or math.ceil(epochs * tasks / batch - 1e-9)
+
+
+def warmup_steps(ratio: float, total: int) -> int:
+    """Warm-up of `ratio` of all steps, rounded up."""
+    return math.ceil(ratio * total - 1e-9)
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Cold start. late_*: a demonstration speaks late by a uniform number of chunks with this probability.
+    """Cold start. steps or epochs (the other is 0): its length. warmup_ratio: share of the steps in which the learning
+    rate rises, in place of learner.warmup_steps (0 = those).
 
-    answer_weight: loss weight of the words of an answer, which are few beside thoughts and tags. pending_thought: how a
-    thought reads while an answer is due and not yet said ("{thought}" and "{answer}" are filled in; empty = unchanged).
-    learner: values that replace single `learner` settings during the cold start.
+    late_*: a demonstration speaks late by a uniform number of chunks with this probability. answer_weight: loss weight
+    of the words of an answer, which are few beside thoughts and tags. pending_thought: how a thought reads while an
+    answer is due and not yet said ("{thought}" and "{answer}" are filled in; empty = unchanged). learner: values that
+    replace single `learner` settings during the cold start.
     """
 
     steps: int = 60
+    epochs: float = 0.0
     batch: int = 16
+    warmup_ratio: float = 0.0
     late_probability: float = 0.0
     late_min: int = 1
     late_max: int = 4
@@ -97,8 +138,11 @@ class SftConfig:
     learner: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"sft.steps={self.steps} and sft.batch={self.batch} must be at least 1")
+        check_length("sft", self.steps, self.epochs)
+        if self.batch < 1:
+            raise ValueError(f"sft.batch={self.batch} must be at least 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"sft.warmup_ratio={self.warmup_ratio} must lie in [0, 1]")
         if not 0 <= self.late_probability <= 1:
             raise ValueError(f"sft.late_probability={self.late_probability} must lie in [0, 1]")
         try:
@@ -121,6 +165,7 @@ class AlgorithmConfig:
     """RL. groups_per_step x group_size streams make one optimiser step; groups_in_flight bounds their age.
 
     mode: `async`, or `sync` = a step's groups are admitted when every worker runs the step's weights (age 0).
+    steps or epochs (the other is 0): its length. warmup_ratio: as `sft.warmup_ratio`.
     kl_coef: weight of the KL to a frozen reference (0 = none is held). reference: `auto` = the checkpoint that RL starts
     from (also after a resume), or a folder. It costs every learner rank the model's parameters once more.
     """
@@ -128,6 +173,8 @@ class AlgorithmConfig:
     name: str = "grpo"
     mode: str = "async"
     steps: int = 40
+    epochs: float = 0.0
+    warmup_ratio: float = 0.0
     groups_per_step: int = 8
     group_size: int = 8
     groups_in_flight: int = 16
@@ -143,8 +190,9 @@ class AlgorithmConfig:
             raise ValueError(f"algorithm.name={self.name!r}: only grpo is supported so far")
         if self.mode not in ("async", "sync"):
             raise ValueError(f"algorithm.mode={self.mode!r} is not one of async, sync")
-        if self.steps < 1:
-            raise ValueError(f"algorithm.steps={self.steps} must be at least 1")
+        check_length("algorithm", self.steps, self.epochs)
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"algorithm.warmup_ratio={self.warmup_ratio} must lie in [0, 1]")
         if self.group_size < 1:
             raise ValueError(f"algorithm.group_size={self.group_size} must be at least 1")
         if self.advantage not in ("grpo", "mean"):
@@ -283,6 +331,7 @@ class RunConfig:
 
     resume: `auto` skips finished stages and goes on with an interrupted one, `never` starts over (and replaces), a
     checkpoint folder goes on from there. deterministic: RL whose losses do not depend on timing (needs mode=sync).
+    deviations: how a preset differs from what it reproduces, in words; printed at start.
     """
 
     run_root: str = "outputs/run"
@@ -305,6 +354,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    deviations: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.resume:
@@ -336,6 +386,37 @@ class RunConfig:
     @property
     def streams_per_step(self) -> int:
         return self.algorithm.groups_per_step * self.algorithm.group_size
+
+    def sft_steps(self, tasks: int) -> int:
+        """Optimiser steps of the cold start on that many usable tasks."""
+        return optimiser_steps(self.sft.steps, self.sft.epochs, tasks, self.sft.batch)
+
+    def rl_steps(self, tasks: int) -> int:
+        """Optimiser steps of the RL stage on that many usable tasks."""
+        algorithm = self.algorithm
+        return optimiser_steps(algorithm.steps, algorithm.epochs, tasks, algorithm.groups_per_step)
+
+    def sft_learner(self, steps: int) -> LearnerConfig:
+        """The learner's settings for a cold start of `steps` steps."""
+        return self._warmed(self.learner.with_overrides(self.sft.learner), self.sft.warmup_ratio, steps)
+
+    def rl_learner(self, steps: int) -> LearnerConfig:
+        """The learner's settings for an RL stage of `steps` steps."""
+        return self._warmed(self.learner, self.algorithm.warmup_ratio, steps)
+
+    @staticmethod
+    def _warmed(learner: LearnerConfig, ratio: float, steps: int) -> LearnerConfig:
+        return learner.with_overrides({"warmup_steps": warmup_steps(ratio, steps)}) if ratio else learner
+
+    def notes(self) -> list[str]:
+        """What a reader of this run's figures must know: printed at start."""
+        notes = []
+        if self.data.video.max_chunks:
+            notes.append(
+                f"warning: data.video.max_chunks={self.data.video.max_chunks} sets the chunk length by the length of "
+                "each video (ceil(seconds / max_chunks)): this is not causal, a live stream cannot do it"
+            )
+        return [*notes, *(f"deviation: {deviation}" for deviation in self.deviations)]
 
 
 def load_config(raw: DictConfig) -> RunConfig:

@@ -21,6 +21,7 @@ FORMAT = 1
 
 _FIELDS = {
     "chunk_seconds": "data.video.chunk_seconds",
+    "max_chunks": "data.video.max_chunks",
     "frames_per_chunk": "data.video.frames_per_chunk",
     "min_pixels": "data.video.min_pixels",
     "max_pixels": "data.video.max_pixels",

@@ -58,7 +58,6 @@ def evaluate(
     stage: str,
 ) -> EvalResult:
     """Run and score every task once under `condition`, on the weights the workers now hold."""
-    chunk = config.data.video.chunk_seconds
 
     def send(worker: Any, task: StreamTask) -> Any:
         return worker.rollout.options(num_returns=2).remote(stream_request(config, task, condition, stage))
@@ -77,20 +76,19 @@ def evaluate(
             payloads.append(payload)
             evicted += summary.evicted_tokens
             log_tokens += summary.log_tokens
-        jobs.append(RewardJob(task.id, task, turns, chunk))
+        jobs.append(RewardJob(task.id, task, turns, config.data.video.chunk_seconds_of(task)))
     results = [r[0] for r in session.call(session.scorer.score.remote(tuple(jobs)), "the scores of the evaluation")]
     return collect(condition.name, results, tuple(skipped), tuple(payloads), evicted, log_tokens)
 
 
 def stream_request(config: RunConfig, task: StreamTask, condition: Condition, stage: str) -> RolloutTask:
     """One greedy stream over `task`; `stage` keeps its name apart from those of other evaluations."""
-    data = config.data
     return RolloutTask(
         group=f"{stage}:{condition.name}/{task.id}",
         epoch=0,
         task=task,
         streams=1,
-        turns=task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns),
+        turns=config.data.turns_of(task),
         temperature=0.0,
         memory=condition.memory,
         empty_thoughts=condition.empty_thoughts,
@@ -99,8 +97,7 @@ def stream_request(config: RunConfig, task: StreamTask, condition: Condition, st
 
 def failed_turns(config: RunConfig, task: StreamTask) -> tuple[tuple[ParsedTurn, ...], ...]:
     """What a stream that failed counts as: silence, it answered nothing."""
-    data = config.data
-    return (silent_turns(task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns)),)
+    return (silent_turns(config.data.turns_of(task)),)
 
 
 def collect(
@@ -132,13 +129,11 @@ def collect(
 
 def scripted_rewards(config: RunConfig, session: Session, tasks: tuple[StreamTask, ...]) -> tuple[float, float]:
     """(mean reward of a scripted oracle, of constant silence) over the tasks, through the run's own scorer."""
-    data = config.data
-    chunk = data.video.chunk_seconds
     means = []
     for script in ("oracle", "silent"):
         jobs = []
         for task in tasks:
-            turns = task.num_turns(chunk, data.tail_chunks, data.max_turns)
+            chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
             said = oracle_turns(task, chunk, turns) if script == "oracle" else silent_turns(turns)
             jobs.append(RewardJob(task.id, task, (said,), chunk))
         scores = session.call(session.scorer.score.remote(tuple(jobs)), f"the scores of the {script} script")

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import overload
 
-import av
 import torch
 from rich.console import Console
 
@@ -25,13 +24,12 @@ from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from rollout.cache import KVPool
 from rollout.engine import Engine, StreamRequest
 from streams.backbone import Backbone, resolve_checkpoint
-from streams.decode import DecodeError, check_container
 from streams.inputs import turn_inputs
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import knobs, make_policy
 from streams.task import TimedQuery
 from streams.turns import ParsedTurn
-from streams.video import Clip, ClipReader, VideoError
+from streams.video import Clip, ClipReader
 from streams.writer import StreamWriter
 
 
@@ -125,7 +123,8 @@ def watch_file(config: RunConfig, checkpoint: Path) -> Iterator[WatchedTurn]:
     """The turns of one greedy stream over `watch.video`, as the engine finishes them. Raises ValueError."""
     watching = config.watch
     video = str(Path(watching.video).expanduser().absolute())
-    length = duration(video)
+    with ClipReader(config.data.video) as reader:
+        length = reader.duration(video)
     if watching.query and watching.at >= length:
         raise ValueError(f"watch.at={watching.at:g} lies after the end of {video} ({length:.1f} s)")
     end = min(length, watching.seconds or length)
@@ -133,10 +132,11 @@ def watch_file(config: RunConfig, checkpoint: Path) -> Iterator[WatchedTurn]:
     shown = WatchedFile(video, end, query)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = Backbone.load(checkpoint, config.layout, dtype=_dtype(checkpoint, device), device=device)
-    seconds = config.data.video.chunk_seconds
+    seconds = config.data.video.chunk_seconds_of(WatchedFile(video, length, ()))
     with ClipReader(config.data.video, backbone.image.patch_size, backbone.image.merge_size) as reader:
-        clip = reader.read(video, 0.0, end, max(1, math.ceil(end / seconds - 1e-6)))
-    request = _request(config, backbone, shown, clip)
+        chunks = max(1, math.ceil(end / seconds - 1e-6))
+        clip = reader.read(video, 0.0, end, chunks, chunk_seconds=seconds)
+    request = _request(config, backbone, shown, clip, seconds)
     slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype)
     engine = Engine(backbone, config.rollout.kv_memory_mb * 2**20 // slot_bytes, 1)
     writer = engine.add(request)
@@ -173,7 +173,7 @@ def _parse(engine: Engine, writer: StreamWriter, turn: int, finished: list[Strea
     return engine.backbone.layout.parse_turns(log)[turn]
 
 
-def _request(config: RunConfig, backbone: Backbone, shown: WatchedFile, clip: Clip) -> StreamRequest:
+def _request(config: RunConfig, backbone: Backbone, shown: WatchedFile, clip: Clip, seconds: float) -> StreamRequest:
     video = config.data.video
     return StreamRequest(
         header=LogHeader(
@@ -188,29 +188,12 @@ def _request(config: RunConfig, backbone: Backbone, shown: WatchedFile, clip: Cl
             temperature=0.0,
             score_temperature=1.0,
         ),
-        turns=turn_inputs(shown, clip, backbone.layout, video.chunk_seconds, backbone.image.merge_size),
+        turns=turn_inputs(shown, clip, backbone.layout, seconds, backbone.image.merge_size),
         features=EncodedOnDemand(backbone, clip),
         policy=make_policy(config.memory),
         layout=backbone.layout,
-        patch_seconds=video.chunk_seconds / (video.frames_per_chunk // backbone.image.temporal_patch_size),
+        patch_seconds=seconds / (video.frames_per_chunk // backbone.image.temporal_patch_size),
     )
-
-
-def duration(video: str) -> float:
-    """Seconds of a video file, from its header. Raises VideoError."""
-    try:
-        check_container(video)
-        with av.open(video) as container:
-            if not container.streams.video:
-                raise VideoError(video, "it has no video stream")
-            stream = container.streams.video[0]
-            if stream.duration and stream.time_base:
-                return float(stream.duration * stream.time_base)
-            if container.duration:
-                return container.duration / av.time_base
-    except (DecodeError, av.FFmpegError) as error:
-        raise VideoError(video, str(error)) from None
-    raise VideoError(video, "its header does not say how long it is: set watch.seconds")
 
 
 def _dtype(checkpoint: Path, device: str) -> torch.dtype:

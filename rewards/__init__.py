@@ -5,6 +5,7 @@ Owner: rewards. Pure functions over `StreamOutcome`, composed from config; impor
 `register` it, or point `reward.terms.<name>.target` at it.
 """
 
+from rewards.brevity import ResponseCount, ThinkLength
 from rewards.compose import AnswerResult, Reward, RewardConfig, RewardResult
 from rewards.correctness import Correctness, correct_answers, is_correct
 from rewards.format import Format, format_score
@@ -18,11 +19,13 @@ __all__ = [
     "AnswerResult",
     "Correctness",
     "Format",
+    "ResponseCount",
     "Reward",
     "RewardConfig",
     "RewardResult",
     "StreamOutcome",
     "Term",
+    "ThinkLength",
     "Timing",
     "correct_answers",
     "format_score",

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rewards import format as _format  # noqa: F401  (registers its term)
+from rewards import brevity as _brevity  # noqa: F401  (these three register their terms)
+from rewards import format as _format  # noqa: F401
+from rewards import thinkstream as _thinkstream  # noqa: F401
 from rewards.correctness import correct_answers
 from rewards.outcome import StreamOutcome, match_answers
 from rewards.registry import Term, build

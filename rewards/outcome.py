@@ -27,8 +27,8 @@ class StreamOutcome:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.chunk_seconds) and self.chunk_seconds > 0):
             raise ValueError(
-                f"data.video.chunk_seconds={self.chunk_seconds} must be a positive number of seconds: "
-                "turns cannot be placed in time without it"
+                f"chunk_seconds={self.chunk_seconds} of task {self.task.id} must be a positive number of seconds "
+                "(data.video.chunk_seconds, data.video.max_chunks): turns cannot be placed in time without it"
             )
 
 

@@ -6,6 +6,7 @@ Owner: rewards. One reward call's failure costs that stream (see `rewards.compos
 from __future__ import annotations
 
 import os
+import socket
 
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
@@ -16,7 +17,14 @@ class Scorer:
     """Actor class; made a Ray actor by `rl.cluster`."""
 
     def __init__(self, config: RewardConfig) -> None:
-        self._reward = Reward.from_config(config)
+        try:
+            self._reward = Reward.from_config(config)
+        except ValueError as error:
+            # The driver has checked the same config: what differs is the machine, or what Python finds on it.
+            raise ValueError(
+                f"{error} (in the scorer, process {os.getpid()} on {socket.gethostname()}: a term's module must be "
+                "importable there, too; put it beside launch.py, on PYTHONPATH, or install it on every node)"
+            ) from error
 
     def pid(self) -> int:
         return os.getpid()

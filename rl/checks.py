@@ -12,7 +12,7 @@ from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
-from streams.backbone import is_hub_id
+from streams.backbone import is_hub_id, token_side
 from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
 
@@ -23,19 +23,31 @@ def describe(config: RunConfig) -> list[str]:
     age = age_bound(config)
     memory = config.memory
     video = config.data.video
-    # Merged tokens of 28 x 28 pixels, two frames a temporal patch; a turn's scaffold is 13 tokens.
-    per_turn = video.max_pixels // 28**2 * (video.frames_per_chunk // 2) + 13 + config.layout.max_new_tokens
+    patches = video.frames_per_chunk // 2
+    # A turn's scaffold is 13 tokens; a timestamp with its own vision tags adds at most 11 a temporal patch.
+    per_turn = patches * (video.max_pixels // pixels_per_token(config) + 11) + 13 + config.layout.max_new_tokens
     log_kib = BYTES_PER_TOKEN * per_turn * config.data.max_turns / 1024
+    length = f"{algorithm.steps} steps" if algorithm.steps else f"{algorithm.epochs:g} epochs"
     kept = "everything" if memory.name == "full" else f"the last {memory.window} chunks"
     return [
         f"run: job={config.job.name} seed={config.seed} run_root={config.root.resolve()}",
         f"rl: {algorithm.groups_per_step} groups x {algorithm.group_size} = {config.streams_per_step} streams per step, "
-        f"{algorithm.steps} steps, {algorithm.mode}; age bound ({age.capacity} - 1) // {age.batch} + {age.lag} = {age.bound}",
+        f"{length}, {algorithm.mode}; age bound ({age.capacity} - 1) // {age.batch} + {age.lag} = {age.bound}",
         f"memory: {memory.name}, video of {kept}; KV pool {config.rollout.kv_memory_mb} MiB on each of "
         f"{config.rollout.workers} workers, up to {config.rollout.max_streams} streams each",
         f"log budget: at most about {log_kib:.0f} KiB a stream, {log_kib * config.streams_per_step / 1024:.1f} MiB a step; "
         f"frames and features cached: {config.data.cache_mb} MiB each per worker",
     ]
+
+
+def pixels_per_token(config: RunConfig) -> int:
+    """Pixels of a frame behind one merged video token. A hub id that is not at hand yet counts as its family's."""
+    path = config.model.path
+    if not path:
+        return config.model.tiny.token_side**2
+    if Path(path).expanduser().is_dir():
+        return token_side(path) ** 2
+    return 32**2 if "Qwen3" in path else 28**2
 
 
 def own_checkpoints(root: Path) -> dict[str, Path]:
@@ -117,7 +129,7 @@ def _check_data(config: RunConfig) -> None:
             if not path.is_file():
                 raise FileNotFoundError(f"data.{split}: {path} does not exist (set data.{split} or run job=data first)")
             # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
-            load_tasks(path)
+            load_tasks(path, format=config.data.format, ignore_fields=config.data.ignore_fields)
 
 
 def check_nothing_needed_is_replaced(config: RunConfig, plans: dict[str, StagePlan]) -> None:

@@ -48,11 +48,13 @@ class PeriodicEvaluation:
         events: Events,
         ledger: WeightLedger,
         tasks: tuple[StreamTask, ...],
+        total: int,
         say: Callable[[str], None],
         done: Callable[[int, dict[str, float | None]], None],
     ) -> None:
         self.config, self.session, self.events, self.ledger = config, session, events, ledger
         self.tasks = tasks[: config.eval.tasks] if config.eval.tasks else tasks
+        self.total = total
         self._say, self._done = say, done
         self._load = [0] * len(session.workers)
         self._per_worker = max(1, config.rollout.max_streams // SHARE)
@@ -66,7 +68,7 @@ class PeriodicEvaluation:
     def due(self, step: int) -> bool:
         """Whether `eval.every` asks for an evaluation after `step` (the last step's always, if any is asked for)."""
         every = self.config.eval.every
-        return bool(every) and bool(self.tasks) and (step % every == 0 or step == self.config.algorithm.steps)
+        return bool(every) and bool(self.tasks) and (step % every == 0 or step == self.total)
 
     def begin(self, version: int) -> None:
         """Evaluate `version` now, or as soon as the evaluation before it has ended."""
@@ -118,7 +120,7 @@ class PeriodicEvaluation:
             running.skipped.append(SkippedSample(f"task {task.id} ({task.video})", summary.failed))
             turns = failed_turns(self.config, task)
         running.versions.update(summary.versions)
-        chunk = self.config.data.video.chunk_seconds
+        chunk = self.config.data.video.chunk_seconds_of(task)
         running.jobs.append(RewardJob(task.id, task, turns, chunk))
         self.pump()
 

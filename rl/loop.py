@@ -62,7 +62,7 @@ class RLLoop:
         self, context: StageContext, tasks: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...] = ()
     ) -> None:
         self.context, self.config, self.session = context, context.config, context.session
-        self.progress = context.progress
+        self.progress, self.total = context.progress, context.steps
         state = context.resume
         self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(age_bound(self.config))
         self.result = RLResult.restore(state.counters) if state else RLResult()
@@ -75,7 +75,7 @@ class RLLoop:
         self.journal = StepJournal.open(self.config.root / "stages" / "rl.steps.jsonl", self.version)
         self.events = Events(self.config.cluster.call_timeout_s, context.stop)
         self.evaluation = PeriodicEvaluation(
-            self.config, self.session, self.events, self.ledger, heldout, self.progress.say, self._evaluated
+            self.config, self.session, self.events, self.ledger, heldout, self.total, self.progress.say, self._evaluated
         )
         self._source = epochs(tasks, self.config.seed, [*self.consumed, *self.dropped])
         self._done_before = len(self.consumed) + len(self.dropped)
@@ -95,11 +95,11 @@ class RLLoop:
         self._weights: Any = None
 
     def run(self) -> RLResult:
-        """Train `algorithm.steps` optimiser steps, write the final checkpoint, report."""
+        """Train all optimiser steps of the stage, write the final checkpoint, report."""
         self.context.tracker.commit(self.journal.take(self.version))
         if self.version and self.evaluation.due(self.version) and not self.journal.has("eval", self.version):
             self.evaluation.begin(self.version)
-        while self.version < self.config.algorithm.steps or self._saving or self.evaluation.active:
+        while self.version < self.total or self._saving or self.evaluation.active:
             if self.context.stop.requested:
                 self._stop()
             self.evaluation.pump()
@@ -143,13 +143,12 @@ class RLLoop:
         return report.diff
 
     def _request(self, epoch: int, task: StreamTask, group: str) -> RolloutTask:
-        data = self.config.data
         return RolloutTask(
             group=group,
             epoch=epoch,
             task=task,
             streams=self.config.algorithm.group_size,
-            turns=task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns),
+            turns=self.config.data.turns_of(task),
             temperature=self.config.rollout.temperature,
             features=self._features.get(task.id),
         )
@@ -157,7 +156,7 @@ class RLLoop:
     # --- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        wanted = self.config.algorithm.steps * self.config.algorithm.groups_per_step
+        wanted = self.total * self.config.algorithm.groups_per_step
         while self.buffer.may_admit() and len(self.consumed) + self.buffer.untrained < wanted:
             worker = self._fixed_worker() if self.config.deterministic else self._free_worker()
             if worker is None:
@@ -199,7 +198,7 @@ class RLLoop:
             return
         if summary.features is not None:
             self._features.put(task.id, summary.features, summary.feature_bytes)
-        job = RewardJob(summary.group, task, summary.turns, self.config.data.video.chunk_seconds)
+        job = RewardJob(summary.group, task, summary.turns, self.config.data.video.chunk_seconds_of(task))
         self.events.expect(
             self.session.scorer.score.remote((job,)),
             f"the scores of group {summary.group}",
@@ -242,7 +241,7 @@ class RLLoop:
     # --- training -------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        if self._training or self.version >= self.config.algorithm.steps or not self.ledger.may_publish():
+        if self._training or self.version >= self.total or not self.ledger.may_publish():
             return
         groups = self.buffer.next_batch()
         if groups is None:
@@ -293,9 +292,7 @@ class RLLoop:
         self._publish(report.version, weights)
         self._report(report, groups, ages)
         evaluate = self.evaluation.due(self.version)
-        if self.checkpoints.due(self.version, self.config.algorithm.steps) or (
-            evaluate and self.version < self.config.algorithm.steps
-        ):
+        if self.checkpoints.due(self.version, self.total) or (evaluate and self.version < self.total):
             self._save()
         if evaluate:
             self.evaluation.begin(self.version)
@@ -378,7 +375,7 @@ class RLLoop:
             return
         if self.result.best and self.result.best["value"] >= value:
             return
-        final = step == self.config.algorithm.steps
+        final = step == self.total
         source = self.checkpoints.folder / (FINAL if final else step_name(step))
         if not source.is_dir():  # the stage was resumed from a checkpoint of another run
             return
@@ -399,7 +396,7 @@ class RLLoop:
         self.progress.step(
             "rl",
             self.version,
-            self.config.algorithm.steps,
+            self.total,
             {
                 "reward": values["reward/total"],
                 "loss": values["train/loss"],

@@ -47,7 +47,7 @@ class Run:
         self.stop = StopSignal(config.checkpoint.grace_s, config.checkpoint.requeue_status)
         self.stop.install()
         self.root.mkdir(parents=True, exist_ok=True)
-        for line in describe(config):
+        for line in [*describe(config), *config.notes()]:
             progress.say(line)
         plans = store.plans
         training = any(stage in TRAINING for stage in plans)
@@ -103,9 +103,9 @@ class Run:
         return {"train": str(made.train_jsonl), "heldout": str(made.heldout_jsonl)}
 
     def stage_sft(self) -> dict[str, Any]:
-        learner = self.config.learner.with_overrides(self.config.sft.learner)
-        context = self._prepare_stage("sft", self._initial_model, learner, self.config.sft.steps)
-        loop = SftLoop(context, self._tasks("train"))
+        tasks = self._tasks("train")
+        steps = self.config.sft_steps(len(tasks))
+        loop = SftLoop(self._prepare_stage("sft", self._initial_model, self.config.sft_learner(steps), steps), tasks)
         with self.stop.deferred():
             result = loop.run()
         self.skipped += result.skipped
@@ -116,9 +116,10 @@ class Run:
         return asdict(result)
 
     def stage_rl(self) -> dict[str, Any]:
-        context = self._prepare_stage("rl", self._rl_start, self.config.learner, self.config.algorithm.steps)
-        heldout = self._tasks("heldout") if self.config.eval.every else ()
-        loop = RLLoop(context, self._tasks("train"), heldout)
+        tasks = self._tasks("train")
+        steps = self.config.rl_steps(len(tasks))
+        context = self._prepare_stage("rl", self._rl_start, self.config.rl_learner(steps), steps)
+        loop = RLLoop(context, tasks, self._tasks("heldout") if self.config.eval.every else ())
         with self.stop.deferred():
             result = loop.run()
         self.skipped += result.skipped
@@ -210,6 +211,7 @@ class Run:
         )
         return StageContext(
             stage=stage,
+            steps=steps,
             config=self.config,
             session=session,
             tracker=self.tracker,
@@ -229,8 +231,9 @@ class Run:
         return self.session
 
     def _tasks(self, split: str) -> tuple[StreamTask, ...]:
-        path = getattr(self.config.data, split) or self.root / "data" / f"{split}.jsonl"
-        loaded = load_tasks(path)
+        data = self.config.data
+        path = getattr(data, split) or self.root / "data" / f"{split}.jsonl"
+        loaded = load_tasks(path, format=data.format, video=data.video, ignore_fields=data.ignore_fields)
         for sample in loaded.skipped:
             self.progress.say(f"data: skipped {sample.source}: {sample.reason}")
         self.bad_rows[split] = list(loaded.skipped)

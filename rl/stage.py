@@ -18,9 +18,12 @@ from rl.tracking import Progress, Tracker
 
 @dataclass(frozen=True)
 class StageContext:
-    """streaming: the exported checkpoints' streaming.json. resume: where the stage stood, None at its start."""
+    """steps: optimiser steps of the whole stage. streaming: the exported checkpoints' streaming.json. resume: where the
+    stage stood, None at its start.
+    """
 
     stage: str
+    steps: int
     config: RunConfig
     session: Session
     tracker: Tracker

@@ -226,7 +226,7 @@ class StageStore:
         return bool(self.config.data.train) or all((folder / f"{s}.jsonl").is_file() for s in ("train", "heldout"))
 
     def _total(self, stage: str) -> int:
-        return self.config.sft.steps if stage == "sft" else self.config.algorithm.steps
+        return self.config.sft.steps if stage == "sft" else self.config.algorithm.steps  # 0: given in epochs
 
     def _write(self, stage: str, manifest: dict[str, Any]) -> None:
         path = self.path(stage)

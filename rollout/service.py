@@ -8,6 +8,7 @@ one task's failure is that task's result, with its cause, and never the worker's
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -41,6 +42,7 @@ from streams.messages import (
 )
 from streams.scoring.logprobs import behaviour_differences
 from streams.scoring.stats import LogpDiff
+from streams.task import StreamTask
 from streams.video import Clip, ClipReader
 from streams.writer import StreamWriter, check_timestamps_kept
 
@@ -182,7 +184,7 @@ class RolloutService:
         key = clip_key(task, turns)
         clip = self._frames.get(key)
         if clip is None:
-            clip = self._reader.read(task.video, task.start, task.end, turns)
+            clip = self._reader.read_task(task, turns)
             self._frames.put(key, clip, clip.nbytes)
         return clip
 
@@ -195,10 +197,16 @@ class RolloutService:
                 self._header(task.group, task.task.id, self.setup.memory, layout, 1.0),
                 layout,
                 make_policy(self.setup.memory),
-                self._cursor(clip),
+                self._cursor(task.task),
             )
-            turns = turn_inputs(task.task, clip, layout, self.setup.video.chunk_seconds, self.backbone.image.merge_size)
-            for turn_input, scripted in zip(turns, task.script, strict=True):
+            chunk = self.setup.video.chunk_seconds_of(task.task)
+            turns = turn_inputs(task.task, clip, layout, chunk, self.backbone.image.merge_size)
+            # Of a task without a known end, the tail is cut where the video ends.
+            if any(scripted.response is not None for scripted in task.script[len(turns) :]):
+                raise ValueError(
+                    f"the demonstration speaks after the video's end, which comes in turn {len(turns) - 1}"
+                )
+            for turn_input, scripted in zip(turns, task.script, strict=False):
                 ids = layout.demonstration(scripted.thought, scripted.response)
                 thought = ids.index(layout.tokens.think_end) + 1
                 if thought > layout.config.think_budget:
@@ -224,7 +232,7 @@ class RolloutService:
             turns=(layout.parse_turns(stream),),
             log_tokens=len(stream),
             seconds=time.monotonic() - began,
-            clip_seconds=task.task.end - task.task.start,
+            clip_seconds=self._clip_seconds(task.task, len(task.script)),
         )
         return summary, GroupPayload((stream,), "frames", clip.frames)
 
@@ -283,7 +291,7 @@ class RolloutService:
                 task.task,
                 group.clip,
                 group.layout,
-                self.setup.video.chunk_seconds,
+                self.setup.video.chunk_seconds_of(task.task),
                 self.backbone.image.merge_size,
                 None if self.setup.freeze == "tower+merger" else self.engine.version,
             )
@@ -295,7 +303,7 @@ class RolloutService:
                         features=tuple(group.features),  # type: ignore[arg-type]
                         policy=make_policy(memory),
                         layout=group.layout,
-                        patch_seconds=self._cursor(group.clip).patch_seconds,
+                        patch_seconds=self._cursor(task.task).patch_seconds,
                     )
                 )
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
@@ -369,7 +377,7 @@ class RolloutService:
             log_tokens=sum(len(stream) for stream in logs),
             evicted_tokens=sum(stream.evicted_tokens for stream in logs),
             seconds=time.monotonic() - group.began,
-            clip_seconds=group.task.task.end - group.task.task.start,
+            clip_seconds=self._clip_seconds(group.task.task, group.task.turns),
             monitor=LogpDiff.merge(group.monitor),
             features=group.features_ref,
             feature_bytes=0 if group.features is None else group.features.nbytes,
@@ -380,7 +388,7 @@ class RolloutService:
 
     def _fail(self, group: _Group, error: Exception) -> None:
         task = group.task
-        clip_seconds = task.task.end - task.task.start
+        clip_seconds = self._clip_seconds(task.task, task.turns)
         summary = self._failure(task.group, task.task.id, clip_seconds, group.began, error)
         group.future.set_result((summary, None))
 
@@ -412,7 +420,13 @@ class RolloutService:
             score_temperature=temperature or 1.0,
         )
 
-    def _cursor(self, clip: Clip) -> Any:
+    def _clip_seconds(self, task: StreamTask, turns: int) -> float:
+        """Length of the task's segment; of what was asked for where the row does not say."""
+        if math.isfinite(task.end):
+            return task.end - task.start
+        return turns * self.setup.video.chunk_seconds
+
+    def _cursor(self, task: StreamTask) -> Any:
         video = self.setup.video
         patches = video.frames_per_chunk // self.backbone.image.temporal_patch_size
-        return self.backbone.cursor(video.chunk_seconds / patches)
+        return self.backbone.cursor(video.chunk_seconds_of(task) / patches)

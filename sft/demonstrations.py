@@ -18,10 +18,17 @@ from streams.task import StreamTask
 def script_for(
     task: StreamTask, turns: int, chunk_seconds: float, config: SftConfig, *, seed: int, epoch: int
 ) -> tuple[ScriptedTurn, ...]:
-    """One ScriptedTurn per turn. An answer that would come late beyond the last turn is said in it."""
+    """One ScriptedTurn per turn, items in the chunk that holds their time.
+
+    An answer that would come late beyond the last turn is said in it.
+    """
     digest = hashlib.blake2b(f"{seed}:{epoch}:{task.id}".encode(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
-    thoughts = {task.chunk_of(t.time, chunk_seconds): t.text for t in task.thoughts}
+    thoughts: dict[int, str] = {}
+    for item in task.thoughts:
+        # Several thoughts of one chunk are one thought there: a longer chunk gathers what shorter ones would hold.
+        chunk = task.chunk_of(item.time, chunk_seconds)
+        thoughts[chunk] = " ".join(part for part in (thoughts.get(chunk, ""), item.text) if part)
     said: dict[int, list[str]] = {}
     for answer in task.answers:
         due = task.chunk_of(answer.time, chunk_seconds)

@@ -62,8 +62,8 @@ class SftLoop:
         self._before = self.result.seconds
 
     def run(self) -> SftResult:
-        """`sft.steps` optimiser steps, then the checkpoint `checkpoints/sft/final`."""
-        context, total = self.context, self.config.sft.steps
+        """All optimiser steps of the stage, then the checkpoint `checkpoints/sft/final`."""
+        context, total = self.context, self.context.steps
         context.tracker.commit(self.journal.take(self.result.steps))
         settings = self._settings()
         pending: tuple[Any, tuple[str, ...]] | None = None
@@ -138,7 +138,7 @@ class SftLoop:
         self.result.last_loss = loss
         self.journal.append(self.result.steps, {f"sft/{name}": value for name, value in report.metrics.items()}, groups)
         self.context.progress.step(
-            "sft", self.result.steps, self.config.sft.steps, {"loss": loss, "entropy": report.metrics["entropy"]}
+            "sft", self.result.steps, self.context.steps, {"loss": loss, "entropy": report.metrics["entropy"]}
         )
         self._finish_saves(None)
 
@@ -158,7 +158,7 @@ class SftLoop:
         for reference, step in list(self._saving):
             if timeout_s is None and not ray.wait([reference], timeout=0)[0]:
                 return
-            final = step == self.config.sft.steps
+            final = step == self.context.steps
             self._saving.remove((reference, step))
             try:
                 path = self.session.call(reference, f"the cold start's checkpoint of step {step}")
@@ -176,8 +176,7 @@ class SftLoop:
 
 
 def _scripts(config: RunConfig, tasks: tuple[StreamTask, ...], done: frozenset[str]) -> Iterator[ScriptTask]:
-    data = config.data
     for epoch, task in epochs(tasks, config.seed, done):
-        turns = task.num_turns(data.video.chunk_seconds, data.tail_chunks, data.max_turns)
-        script = script_for(task, turns, data.video.chunk_seconds, config.sft, seed=config.seed, epoch=epoch)
+        chunk = config.data.video.chunk_seconds_of(task)
+        script = script_for(task, config.data.turns_of(task), chunk, config.sft, seed=config.seed, epoch=epoch)
         yield ScriptTask(group_id(epoch, task), task, script)

@@ -1,8 +1,9 @@
 """Task files: JSONL, one StreamTask per line, read row by row so that a bad row costs that row only.
 
-Owner: streams. Invariants: every message names file, line and field; nothing is guessed (unknown keys, wrong
-types and non-finite numbers are errors); ids are unique; a file is always read afresh, never from a cache of
-an older version. Whether a video exists is not asked here: a missing one costs its sample when it is read.
+Owner: streams. Two formats (`FORMATS`): our own, written and read here, and ThinkStream's (`streams.thinkstream`).
+Invariants: every message names file, line and field; nothing is guessed (unknown keys, wrong types and non-finite
+numbers are errors); ids are unique; a file is always read afresh, never from a cache of an older version. Whether a
+video exists is not asked here, unless its length is needed: a missing one costs its sample when it is read.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from streams.durations import measured
+from streams.records import Fields, parse_line
 from streams.task import AnswerKind, ExpectedAnswer, StreamTask, TimedQuery, TimedThought
+from streams.thinkstream import is_record, parse_record
+from streams.video import VideoConfig
 
+FORMATS = ("auto", "sightline", "thinkstream")
 HINT = "(set data.* or run job=data)"
 
 
@@ -39,43 +45,71 @@ class TaskFile:
     skipped: tuple[SkippedSample, ...]
 
 
-def load_tasks(path: str | Path, *, on_bad: Literal["raise", "skip"] = "skip") -> TaskFile:
+def load_tasks(
+    path: str | Path,
+    *,
+    on_bad: Literal["raise", "skip"] = "skip",
+    format: str = "auto",
+    video: VideoConfig | None = None,
+    ignore_fields: Collection[str] = (),
+) -> TaskFile:
     """Reads a JSONL file of tasks. Relative video paths count from the file's folder.
 
-    on_bad: a bad row is listed in `skipped`, or raises ValueError. A file without any usable row always
-    raises.
+    on_bad: a bad row is listed in `skipped`, or raises ValueError. A file without any usable row always raises.
+    format: one of `FORMATS`; `auto` goes by the fields of the first row. video: where its chunk length depends on a
+    task's length, videos of unknown length are opened to ask. ignore_fields: fields that rows may hold without meaning.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r} must be 'raise' or 'skip'")
+    if format not in FORMATS:
+        raise ValueError(f"data.format={format!r} is not one of {', '.join(FORMATS)}")
     path = Path(path)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"task file {path} {what} {HINT}")
     if path.stat().st_size == 0:
         raise ValueError(f"task file {path} is empty {HINT}")
+    skipped: list[tuple[int, str]] = []
+
+    def bad(number: int, reason: str) -> None:
+        if on_bad == "raise":
+            raise ValueError(f"{path}:{number}: {reason}")
+        skipped.append((number, reason))
+
+    tasks = _parsed(path, format, ignore_fields, bad)
+    if video is not None and video.max_chunks:
+        tasks = measured(tasks, video, bad)
+    reasons = tuple(SkippedSample(f"{path}:{number}", reason) for number, reason in sorted(skipped))
+    if not tasks:
+        found = f"; the first problem: {reasons[0].source}: {reasons[0].reason}" if reasons else ""
+        raise ValueError(f"task file {path} holds no usable row {HINT}{found}")
+    return TaskFile(tuple(task for _, task in tasks), reasons)
+
+
+def _parsed(
+    path: Path, format: str, ignore_fields: Collection[str], bad: Callable[[int, str], None]
+) -> list[tuple[int, StreamTask]]:
+    """(line, task) of every row that can be read; the others are handed to `bad`."""
     folder = path.absolute().parent
-    tasks: list[StreamTask] = []
-    skipped: list[SkippedSample] = []
+    tasks: list[tuple[int, StreamTask]] = []
     first_line: dict[str, int] = {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        source = f"{path}:{number}"
         try:
-            task = parse_row(line, folder)
+            value = parse_line(line, ignore_fields)
+            if format == "auto" and isinstance(value, dict):
+                # One format a file: the first object decides.
+                format = "thinkstream" if is_record(value) else "sightline"
+            task = parse_record(value, folder, number) if format == "thinkstream" else parse_row(value, folder)
             if task.id in first_line:
                 raise ValueError(f"id={task.id!r} is already used in line {first_line[task.id]}")
         except ValueError as error:
-            if on_bad == "raise":
-                raise ValueError(f"{source}: {error}") from None
-            skipped.append(SkippedSample(source, str(error)))
+            bad(number, str(error))
             continue
         first_line[task.id] = number
-        tasks.append(task)
-    if not tasks:
-        found = f"; the first problem: {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-        raise ValueError(f"task file {path} holds no usable row {HINT}{found}")
-    return TaskFile(tuple(tasks), tuple(skipped))
+        tasks.append((number, task))
+    return tasks
 
 
 def write_tasks(path: str | Path, tasks: Iterable[StreamTask]) -> None:
@@ -97,22 +131,14 @@ def write_tasks(path: str | Path, tasks: Iterable[StreamTask]) -> None:
         raise
 
 
-def parse_row(line: str, folder: Path) -> StreamTask:
-    """One line of the file as a task; ValueError says which field is wrong and why."""
-    if "\ufffd" in line:
-        raise ValueError("the line holds bytes that are not UTF-8")
-    try:
-        value = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not a task: JSON nested too deeply") from None
-    row = _Fields(value, "", _ROW_KEYS)
+def parse_row(value: Any, folder: Path) -> StreamTask:
+    """One row of our own format as a task; ValueError says which field is wrong and why."""
+    row = Fields(value, "", _ROW_KEYS)
     return StreamTask(
         id=row.text("id"),
         video=str(folder / row.text("video")),
         start=row.number("start", 0.0),
-        end=row.number("end"),
+        end=row.number("end") if row.has("end") else math.inf,
         queries=tuple(_query(item) for item in row.items("queries", {"time", "text", "stay_open", "until"})),
         answers=tuple(_answer(item) for item in row.items("answers", {"time", "text", "kind", "query"})),
         thoughts=tuple(
@@ -126,78 +152,7 @@ def parse_row(line: str, folder: Path) -> StreamTask:
 _ROW_KEYS = {"id", "video", "start", "end", "queries", "answers", "thoughts", "category"}
 
 
-class _Fields:
-    """A JSON object whose values are fetched by type. where: the object's own place in the row, '' for the
-    row.
-    """
-
-    def __init__(self, value: Any, where: str, allowed: set[str]) -> None:
-        self.where = where
-        if not isinstance(value, dict):
-            raise ValueError(f"{where or 'the row'} must be an object, not {_shown(value)}")
-        unknown = sorted(value.keys() - allowed)
-        if unknown:
-            raise ValueError(f"unknown field {self._name(unknown[0])} (known: {', '.join(sorted(allowed))})")
-        self._values: Mapping[str, Any] = value
-
-    def _name(self, key: str) -> str:
-        return f"{self.where}.{key}" if self.where else key
-
-    def _get(self, key: str, default: Any) -> Any:
-        if key in self._values:
-            return self._values[key]
-        if default is None:
-            raise ValueError(f"{self._name(key)} is missing")
-        return default
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{self._name(key)} must be a number, not {_shown(value)}")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise ValueError(f"{self._name(key)} must be a finite number, it overflows")
-        return number
-
-    def integer(self, key: str, default: int) -> int:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{self._name(key)} must be a whole number, not {_shown(value)}")
-        return value
-
-    def flag(self, key: str) -> bool:
-        value = self._get(key, False)
-        if not isinstance(value, bool):
-            raise ValueError(f"{self._name(key)} must be true or false, not {_shown(value)}")
-        return value
-
-    def text(self, key: str, default: str | None = None, *, empty: bool = False) -> str:
-        value = self._get(key, default)
-        if not isinstance(value, str):
-            raise ValueError(f"{self._name(key)} must be a string, not {_shown(value)}")
-        if not empty and not value.strip():
-            raise ValueError(f"{self._name(key)} is empty")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{self._name(key)} holds half of a surrogate pair: {value!a}") from None
-        return value
-
-    def items(self, key: str, allowed: set[str], *, optional: bool = False) -> Iterator[_Fields]:
-        value = self._get(key, [] if optional else None)
-        if not isinstance(value, list):
-            raise ValueError(f"{self._name(key)} must be a list, not {_shown(value)}")
-        for i, item in enumerate(value):
-            yield _Fields(item, f"{self._name(key)}[{i}]", allowed)
-
-    def has(self, key: str) -> bool:
-        return key in self._values
-
-
-def _query(item: _Fields) -> TimedQuery:
+def _query(item: Fields) -> TimedQuery:
     time, text, stay_open = item.number("time"), item.text("text"), item.flag("stay_open")
     until = item.number("until") if item.has("until") else None
     try:
@@ -206,7 +161,7 @@ def _query(item: _Fields) -> TimedQuery:
         raise ValueError(f"{item.where}: {error}") from None
 
 
-def _answer(item: _Fields) -> ExpectedAnswer:
+def _answer(item: Fields) -> ExpectedAnswer:
     time, text, kind = item.number("time"), item.text("text"), item.text("kind", "text")
     query = item.integer("query", 0)
     try:
@@ -216,31 +171,13 @@ def _answer(item: _Fields) -> ExpectedAnswer:
         raise ValueError(f"{item.where}: {error}") from None
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that a task can hold")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice} appears twice in one object")
-    return found
-
-
 def _row(task: StreamTask, folder: Path) -> dict[str, Any]:
     video = Path(task.video).absolute()
     row: dict[str, Any] = {
         "id": task.id,
         "video": str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video),
         "start": task.start,
-        "end": task.end,
+        **({"end": task.end} if math.isfinite(task.end) else {}),
         "queries": [_query_row(query) for query in task.queries],
         "answers": [
             {"time": answer.time, "text": answer.text, "kind": answer.kind, "query": answer.query}

@@ -17,7 +17,7 @@ import stat
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -38,13 +38,27 @@ class DecodeError(ValueError):
 
 
 @dataclass(frozen=True)
-class DecodeRequest:
-    """What to read. factor: frame sides become multiples of it. deadline_s: how long the parent will wait."""
+class DurationRequest:
+    """Ask for the length of a video. deadline_s: how long the parent will wait."""
 
+    kind: ClassVar[str] = "duration"
+    video: str
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """What to read. factor: frame sides become multiples of it. deadline_s: how long the parent will wait.
+
+    end: infinite = as far as the video goes: fewer chunks than num_chunks then come back, if need be only min_chunks.
+    """
+
+    kind: ClassVar[str] = "clip"
     video: str
     start: float
     end: float
     num_chunks: int
+    min_chunks: int
     chunk_seconds: float
     frames_per_chunk: int
     min_pixels: int
@@ -140,40 +154,70 @@ def plain_frame(raw: np.ndarray) -> np.ndarray:
     return raw.reshape(height, width * channels)[:, : width * 3].reshape(height, width, 3)
 
 
-def clip_timestamps(reader: Any, request: DecodeRequest) -> np.ndarray:
-    """Start times of the file's frames, in seconds after its first frame, once they are known to cover the
-    clip.
+def clip_timestamps(reader: Any, request: ClipRequest) -> tuple[np.ndarray, int]:
+    """(start times of the file's frames, in seconds after its first frame; chunks to show), once they are known to
+    cover the clip.
     """
+    starts, held = frame_starts(reader)
+    # Some files give the last frame no length; the usual distance between frames stands in.
+    usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 0.0
+    held = max(held, float(starts[-1]) + usual)
+    slack = usual + DURATION_SLACK_S
+    chunks = request.num_chunks
+    if math.isinf(request.end):
+        whole = math.ceil((held - request.start) / request.chunk_seconds - 1e-6)
+        chunks = max(request.min_chunks, min(chunks, whole))
+    elif request.end > held + slack:
+        raise DecodeError(
+            f"the row says the clip lasts until {request.end:g} s "
+            f"but the file holds {held:.2f} s ({len(starts)} frames)"
+        )
+    last_chunk = request.start + (chunks - 1) * request.chunk_seconds
+    if last_chunk > held + usual:
+        raise DecodeError(f"chunk {chunks - 1} starts at {last_chunk:g} s but the file holds {held:.2f} s")
+    return starts, chunks
+
+
+def frame_starts(reader: Any) -> tuple[np.ndarray, float]:
+    """(start times of all frames, end of the last one), in seconds after the file's first frame."""
     spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)
     starts = spans[:, 0] - spans[0, 0]
     if not np.isfinite(spans).all() or abs(spans[0, 0]) > 1e6 or (np.diff(starts) < 0).any():
         raise DecodeError(
             "its frames have no usable timestamps (remux it: `ffmpeg -fflags +genpts -i IN -c copy OUT.mp4`)"
         )
-    # Some files give the last frame no length; the usual distance between frames stands in.
-    usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 0.0
-    held = max(float(spans[-1, 1] - spans[0, 0]), float(starts[-1]) + usual)
-    slack = usual + DURATION_SLACK_S
-    if request.end > held + slack:
-        raise DecodeError(
-            f"the row says the clip lasts until {request.end:g} s "
-            f"but the file holds {held:.2f} s ({len(starts)} frames)"
-        )
-    last_chunk = request.start + (request.num_chunks - 1) * request.chunk_seconds
-    if last_chunk > held + usual:
-        raise DecodeError(f"chunk {request.num_chunks - 1} starts at {last_chunk:g} s but the file holds {held:.2f} s")
-    return starts
+    return starts, float(spans[-1, 1] - spans[0, 0])
 
 
-def decode_clip(request: DecodeRequest) -> np.ndarray:
+def video_duration(video: str) -> float:
+    """Seconds of video, from the container's header; a file whose header does not say is read through."""
+    import av
+    import decord
+
+    check_container(video)
+    try:
+        with av.open(video) as container:
+            if not container.streams.video:
+                raise DecodeError("it holds no video")
+            stream = container.streams.video[0]
+            if stream.duration and stream.time_base:
+                return float(stream.duration * stream.time_base)
+            if container.duration:
+                return float(container.duration / av.time_base)
+        return frame_starts(decord.VideoReader(video, num_threads=1))[1]
+    except (av.FFmpegError, decord.DECORDError, RuntimeError) as error:
+        raise DecodeError(f"its length cannot be read, the file is truncated or damaged ({short(error)})") from None
+
+
+def decode_clip(request: ClipRequest) -> np.ndarray:
     """The clip's frames, resized: uint8 [num_chunks, frames_per_chunk, H, W, 3]."""
     import decord
 
     check_container(request.video)
     try:
         reader = decord.VideoReader(request.video, num_threads=1)
-        starts = clip_timestamps(reader, request)
-        times = frame_times(request.start, request.num_chunks, request.chunk_seconds, request.frames_per_chunk)
+        starts, chunks = clip_timestamps(reader, request)
+        times = frame_times(request.start, chunks, request.chunk_seconds, request.frames_per_chunk)
         indices = causal_indices(starts, times, request.end)
         frames: dict[int, np.ndarray] = {}
         wanted = set(indices.ravel().tolist())
@@ -194,7 +238,7 @@ def decode_clip(request: DecodeRequest) -> np.ndarray:
     return np.stack([np.stack([frames[int(i)] for i in row]) for row in indices])
 
 
-def resize_frame(frame: np.ndarray, request: DecodeRequest) -> np.ndarray:
+def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:
     """Bicubic on 8-bit pixels, as the image processor does it, so that both see the same picture."""
     try:
         height, width = smart_resize(
@@ -215,19 +259,24 @@ def short(error: BaseException) -> str:
 
 
 def serve(connection: Connection) -> None:
-    """Answers requests until the parent closes its end: ("frames", array) or ("error", reason)."""
+    """Answers requests until the parent closes its end: ("frames", array), ("seconds", number) or ("error", reason)."""
     connection.send(READY)
     while True:
         try:
             # The wait for the next request has no deadline of its own: it ends with the parent, by end of
             # file.
-            request = DecodeRequest(**connection.recv())
+            kind, fields = connection.recv()
         except EOFError:
             return
+        request = ClipRequest(**fields) if kind == ClipRequest.kind else DurationRequest(**fields)
         # The kernel ends this process if it is still stuck when nobody is left to kill it.
         signal.alarm(math.ceil(request.deadline_s) + ORPHAN_GRACE_S)
         try:
-            reply: tuple[str, object] = ("frames", decode_clip(request))
+            reply: tuple[str, object]
+            if isinstance(request, ClipRequest):
+                reply = ("frames", decode_clip(request))
+            else:
+                reply = ("seconds", video_duration(request.video))
         except DecodeError as error:
             reply = ("error", str(error))
         except MemoryError:

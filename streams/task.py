@@ -2,7 +2,8 @@
 
 Owner: streams. Times are seconds on the video's own clock; chunk indices are counted from `StreamTask.start`.
 Invariants (checked by the constructors, so every StreamTask in the program holds them):
-start < end; queries are sorted by time and lie in [start, end); every answer names an existing query, is due no
+start < end, and end is infinite where the row does not know how long its video is (the stream then ends with
+the video at the latest); queries are sorted by time and lie in [start, end); every answer names an existing query, is due no
 earlier than that query and before end.
 """
 
@@ -63,7 +64,10 @@ class TimedThought:
 
 @dataclass(frozen=True)
 class StreamTask:
-    """One stream to watch: the segment [start, end) of a video file, with its questions and expected answers."""
+    """One stream to watch: the segment [start, end) of a video file, with its questions and expected answers.
+
+    end: `math.inf` = as far as the video goes.
+    """
 
     id: str
     video: str
@@ -77,7 +81,7 @@ class StreamTask:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("id is empty")
-        if not 0 <= self.start < self.end or not math.isfinite(self.end):
+        if not 0 <= self.start < self.end:
             raise ValueError(f"start={self.start} and end={self.end} must satisfy 0 <= start < end")
         if not self.queries or not self.answers:
             raise ValueError("a task needs at least one query and one answer")
@@ -103,8 +107,16 @@ class StreamTask:
         # A whole number of chunks can come out of the division as 2.9999999...
         return math.floor((time - self.start) / chunk_seconds + 1e-6)
 
+    def due_turns(self, chunk_seconds: float) -> int:
+        """How many chunks it takes to reach the last expected answer, its own included."""
+        return 1 + max(self.chunk_of(answer.time, chunk_seconds) for answer in self.answers)
+
     def num_turns(self, chunk_seconds: float, tail_chunks: int, max_turns: int) -> int:
-        """Length of the stream in chunks: last expected answer + `tail_chunks`, cut by the clip and `max_turns`."""
-        last_due = max(self.chunk_of(answer.time, chunk_seconds) for answer in self.answers)
-        in_clip = math.ceil((self.end - self.start) / chunk_seconds - 1e-6)
-        return max(1, min(last_due + 1 + tail_chunks, in_clip, max_turns))
+        """Length of the stream in chunks: last expected answer + `tail_chunks`, cut by the clip and `max_turns`.
+
+        Without a known end, the reader cuts the tail where the video ends.
+        """
+        wanted = min(self.due_turns(chunk_seconds) + tail_chunks, max_turns)
+        if math.isfinite(self.end):
+            wanted = min(wanted, math.ceil((self.end - self.start) / chunk_seconds - 1e-6))
+        return max(1, wanted)

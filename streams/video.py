@@ -18,17 +18,19 @@ import time
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from streams.decode import READY, DecodeRequest, frame_times, smart_resize
+from streams.decode import READY, ClipRequest, DurationRequest, frame_times, smart_resize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
     import torch
+
+    from streams.task import StreamTask
 
 __all__ = [
     "Clip",
@@ -59,11 +61,28 @@ class VideoError(ValueError):
         return f"{self.video}: {self.reason}"
 
 
+class Spanned(Protocol):
+    """What has a length: a task, or a file that is watched."""
+
+    @property
+    def video(self) -> str: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class VideoConfig:
-    """Hydra key `data.video`. min_pixels, max_pixels: budget of one frame after resizing."""
+    """Hydra key `data.video`. min_pixels, max_pixels: budget of one frame after resizing.
+
+    max_chunks: 0 (the default) = every chunk lasts `chunk_seconds`, whatever follows. Otherwise the chunk length of a
+    task is ceil(its length / max_chunks) seconds, at least `chunk_seconds`, as ThinkStream does it. That is **not
+    causal**: at the first chunk it takes knowing how long the video will be, which no live stream knows.
+    """
 
     chunk_seconds: float = 1.0
+    max_chunks: int = 0
     frames_per_chunk: int = 2
     min_pixels: int = 28 * 28
     max_pixels: int = 56 * 56
@@ -74,6 +93,10 @@ class VideoConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"data.video.{name}={value} must be a positive number of seconds")
+        if self.max_chunks < 0:
+            raise ValueError(
+                f"data.video.max_chunks={self.max_chunks} must not be negative (0 = constant chunk length)"
+            )
         if self.frames_per_chunk < 1 or self.frames_per_chunk % TEMPORAL_PATCH:
             raise ValueError(
                 f"data.video.frames_per_chunk={self.frames_per_chunk} must be a positive multiple of "
@@ -86,6 +109,17 @@ class VideoConfig:
                 f"data.video.max_pixels={self.max_pixels} must not be smaller than "
                 f"data.video.min_pixels={self.min_pixels}"
             )
+
+    def chunk_seconds_of(self, task: Spanned) -> float:
+        """Length of one chunk of this task, in seconds: the only place that decides it."""
+        if not self.max_chunks:
+            return self.chunk_seconds
+        if not math.isfinite(task.end):
+            raise ValueError(
+                f"{task.video}: data.video.max_chunks={self.max_chunks} makes the chunk length depend on the video's "
+                "length, which the row does not say: load the file with `load_tasks(..., video=...)`, or give it"
+            )
+        return max(self.chunk_seconds, float(math.ceil((task.end - task.start) / self.max_chunks)))
 
 
 @dataclass(frozen=True)
@@ -184,7 +218,7 @@ class _Child:
         how = self.stop()
         raise RuntimeError(f"the video decode process did not start (waited {START_TIMEOUT_S:g} s at most): {how}")
 
-    def ask(self, request: DecodeRequest, give_up: float) -> Any:
+    def ask(self, request: ClipRequest | DurationRequest, give_up: float) -> Any:
         """The reply, or None when it did not come before `give_up` (the child must then be stopped)."""
         # A child that hangs half-way through its reply would block `recv`: killed, it ends in EOFError.
         patience = max(0.0, give_up - time.monotonic())
@@ -192,7 +226,7 @@ class _Child:
         watchdog.daemon = True
         watchdog.start()
         try:
-            self.connection.send(asdict(request))
+            self.connection.send((request.kind, asdict(request)))
             if self.connection.poll(max(0.0, give_up - time.monotonic())):
                 return self.connection.recv()
         finally:
@@ -230,21 +264,35 @@ class ClipReader:
         self.factor = patch_size * merge_size
         self._child: _Child | None = None
 
-    def read(self, video: str, start: float, end: float, num_chunks: int) -> Clip:
-        """The first `num_chunks` chunks of the segment [start, end); a partial one repeats its last frame."""
-        if not (0 <= start < end and math.isfinite(end)):
+    def read(
+        self,
+        video: str,
+        start: float,
+        end: float,
+        num_chunks: int,
+        *,
+        chunk_seconds: float | None = None,
+        min_chunks: int = 1,
+    ) -> Clip:
+        """The first `num_chunks` chunks of the segment [start, end); a partial one repeats its last frame.
+
+        end: `math.inf` = as far as the video goes; there may then be fewer chunks, never less than `min_chunks`.
+        chunk_seconds: None = the configured one.
+        """
+        if not 0 <= start < end:
             raise ValueError(f"{video}: start={start} and end={end} must satisfy 0 <= start < end")
-        seconds = self.config.chunk_seconds
+        seconds = self.config.chunk_seconds if chunk_seconds is None else chunk_seconds
         if num_chunks < 1 or start + (num_chunks - 1) * seconds >= end - 1e-6 * seconds:
             raise ValueError(
                 f"{video}: num_chunks={num_chunks} of {seconds:g} s must be at least 1 and "
                 f"the last one must start inside [{start}, {end})"
             )
-        request = DecodeRequest(
+        request = ClipRequest(
             video=video,
             start=start,
             end=end,
             num_chunks=num_chunks,
+            min_chunks=min(min_chunks, num_chunks),
             chunk_seconds=seconds,
             frames_per_chunk=self.config.frames_per_chunk,
             min_pixels=self.config.min_pixels,
@@ -255,10 +303,23 @@ class ClipReader:
         kind, payload = self._ask(request)
         if kind != "frames":
             raise VideoError(video, str(payload))
-        times = frame_times(start, num_chunks, seconds, self.config.frames_per_chunk)
+        times = frame_times(start, len(payload), seconds, self.config.frames_per_chunk)
         return Clip(frames=payload, frame_times=times, patch_size=self.patch_size)
 
-    def _ask(self, request: DecodeRequest) -> tuple[str, Any]:
+    def read_task(self, task: StreamTask, num_chunks: int) -> Clip:
+        """The first `num_chunks` chunks of a task; its last answer's chunk must be among them, the tail need not."""
+        seconds = self.config.chunk_seconds_of(task)
+        needed = min(num_chunks, task.due_turns(seconds))
+        return self.read(task.video, task.start, task.end, num_chunks, chunk_seconds=seconds, min_chunks=needed)
+
+    def duration(self, video: str) -> float:
+        """How many seconds of video the file holds. Raises VideoError."""
+        kind, payload = self._ask(DurationRequest(video, self.config.decode_timeout_s))
+        if kind != "seconds":
+            raise VideoError(video, str(payload))
+        return float(payload)
+
+    def _ask(self, request: ClipRequest | DurationRequest) -> tuple[str, Any]:
         if self._child is not None and self._child.process.poll() is not None:
             # It died while it was idle: not this video's fault.
             self.close()

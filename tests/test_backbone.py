@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from learner.engine import encode_media
+from learner.forward import encode_media
 from rollout.weights import StagedWeights
 from streams.backbone import Backbone, check_rope_theta, to_array, to_tensor, token_side
 from streams.layout import LayoutConfig

@@ -33,7 +33,8 @@ def options() -> list[str]:
 
 @pytest.mark.parametrize("option", options())
 def test_every_option_of_every_group_validates(option):
-    extra = OWN_DATA[1:] if option == "data=jsonl" else []
+    own_data = ("data=jsonl", "data=thinkstream", "experiment=thinkstream_qwen2_5_vl_3b")
+    extra = OWN_DATA[1:] if option in own_data else []
     assert isinstance(composed(option, *extra), RunConfig)
 
 
@@ -104,6 +105,16 @@ def test_one_seed_rules_the_clips_too():
         (["eval.every=-1"], r"eval\.every=-1"),
         (["eval.best=loss"], r"eval\.best='loss'"),
         (["job.stages=[watch,rl]"], "watch runs alone"),
+        (["data.format=csv"], r"data\.format='csv' is not one of auto, sightline, thinkstream"),
+        (["data.video.max_chunks=-1"], r"data\.video\.max_chunks=-1"),
+        (["sft.epochs=1"], r"sft\.steps=200 and sft\.epochs=1\.0: exactly one"),
+        (["sft.steps=0"], r"sft\.steps=0 and sft\.epochs=0\.0: exactly one"),
+        (["algorithm.steps=0"], r"algorithm\.steps=0 and algorithm\.epochs=0\.0: exactly one"),
+        (["algorithm.steps=-1", "algorithm.epochs=1"], r"algorithm\.steps=-1 .* must not be negative"),
+        (["algorithm.steps=0", "algorithm.epochs=inf"], r"algorithm\.epochs=inf"),
+        (["sft.warmup_ratio=1.5"], r"sft\.warmup_ratio=1\.5"),
+        (["algorithm.warmup_ratio=-1"], r"algorithm\.warmup_ratio=-1"),
+        (["algorithm.kl_coef=-0.1"], r"algorithm\.kl_coef=-0\.1"),
     ],
 )
 def test_what_is_impossible_is_refused_by_key(overrides, key):

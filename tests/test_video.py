@@ -17,8 +17,8 @@ from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
 from streams.decode import (
+    ClipRequest,
     DecodeError,
-    DecodeRequest,
     causal_indices,
     check_container,
     plain_frame,
@@ -107,7 +107,7 @@ def test_frames_of_a_real_clip(tmp_path, reader):
 
 
 @pytest.mark.parametrize(
-    ("chunks", "start", "end"), [(0, 0, 1), (6, 0, 5), (1, 5, 5), (1, -1, 5), (1, 0, float("inf"))]
+    ("chunks", "start", "end"), [(0, 0, 1), (6, 0, 5), (1, 5, 5), (1, -1, 5), (1, 0, float("nan"))]
 )
 def test_arguments_of_read(reader, chunks, start, end):
     with pytest.raises(ValueError, match=r"x\.mp4"):
@@ -220,7 +220,7 @@ def images():
 def test_same_pixels_as_the_image_processor(images, budget):
     low, high = budget
     processor = qwen.Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})
-    request = DecodeRequest("x", 0, 1, 1, 1, 2, low, high, 28, 1)
+    request = ClipRequest("x", 0, 1, 1, 1, 1, 2, low, high, 28, 1)
     for image in images:
         theirs = processor(images=[Image.fromarray(image)], return_tensors="pt")
         ours = resize_frame(image, request)
@@ -235,7 +235,7 @@ def test_same_pixels_as_the_image_processor(images, budget):
 
 def test_each_temporal_half_is_its_own_image(images):
     processor = qwen.Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 112 * 112})
-    request = DecodeRequest("x", 0, 1, 1, 1, 2, 784, 112 * 112, 28, 1)
+    request = ClipRequest("x", 0, 1, 1, 1, 1, 2, 784, 112 * 112, 28, 1)
     image = images[5]
     pair = [image, 255 - image, image[::-1].copy(), image[:, ::-1].copy()]
     patches = patchify(np.stack([resize_frame(frame, request) for frame in pair]))

@@ -74,7 +74,7 @@ def test_it_says_what_the_engine_says_when_all_features_are_there_at_once(made, 
     shown = WatchedFile(str(video), 6.5, (TimedQuery(2.2, 'What, exactly, is "this"?'),))
     with ClipReader(config.data.video) as reader:
         clip = reader.read(str(video), 0.0, 6.5, 13)
-    request = _request(config, backbone, shown, clip)
+    request = _request(config, backbone, shown, clip, 0.5)
     assert isinstance(request.features, EncodedOnDemand)
     engine = Engine(backbone, 20000, 4)
     engine.add(request)

@@ -1,0 +1,68 @@
+"""Saying no more than was asked for, and thinking no longer than is allowed.
+
+Owner: rewards. Pure. Invariants: with any settings, one more response that answers nothing never raises
+`response_count`; with any settings, a longer thought never raises `think_length`: nothing is paid for length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from rewards.outcome import StreamOutcome, match_answers, spare_responses
+from rewards.registry import register
+from streams.turns import ParsedTurn
+
+
+def mean_think_tokens(turns: tuple[ParsedTurn, ...]) -> float:
+    """Mean tokens of a think span, with its tags, over the turns that hold one; 0 if none does."""
+    lengths = [turn.think_tokens for turn in turns if turn.think_tokens]
+    return sum(lengths) / len(lengths) if lengths else 0.0
+
+
+def _check(name: str, value: float, unit: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} must be a number of {unit}, at least 0")
+
+
+@register("response_count")
+@dataclass(frozen=True)
+class ResponseCount:
+    """Reward term, the same for every answer of the stream: 1, less `slope` for each spare response beyond `slack`.
+
+    A response is spare if it answered nothing (see `rewards.outcome`). A stream that answers nothing at all is worth 0.
+    """
+
+    slope: float = 0.25
+    slack: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("slope", self.slope, "reward lost per spare response")
+        _check("slack", self.slack, "responses")
+
+    def __call__(self, outcome: StreamOutcome) -> np.ndarray:
+        answered = any(match.response is not None for match in match_answers(outcome))
+        over = max(0.0, spare_responses(outcome) - self.slack)
+        return np.full(len(outcome.task.answers), max(0.0, 1.0 - self.slope * over) if answered else 0.0)
+
+
+@register("think_length")
+@dataclass(frozen=True)
+class ThinkLength:
+    """Reward term, the same for every answer of the stream: 1 up to a mean think span of `budget` tokens with its
+    tags, then `slope` less per token.
+    """
+
+    budget: float = 20.0
+    slope: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check("budget", self.budget, "tokens")
+        _check("slope", self.slope, "reward lost per token")
+
+    def __call__(self, outcome: StreamOutcome) -> np.ndarray:
+        over = max(0.0, mean_think_tokens(outcome.turns) - self.budget)
+        return np.full(len(outcome.task.answers), max(0.0, 1.0 - self.slope * over))
