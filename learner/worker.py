@@ -48,7 +48,9 @@ class Learner:
         return os.getpid()
 
     def open_rendezvous(self, world: int, timeout_s: float) -> RankPlace:
-        """Rank 0 of several: where the others find it (its node's address and a free port there)."""
+        """Rank 0 of several: where the others find it (its node's address and a free port there); once for all stages."""
+        if self._ranks is not None:
+            return self._ranks.place
         place = RankPlace(0, world, ray.util.get_node_ip_address(), 0, timeout_s)
         self._store = open_store(place)
         return dataclasses.replace(place, port=self._store.port)
