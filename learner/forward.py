@@ -83,7 +83,7 @@ class Reference:
     """A frozen copy of the checkpoint that RL started from.
 
     Memory on every rank: its parameters once, in the learner's dtype, whole at every ZeRO stage (a 3B model in bfloat16:
-    about 7 GB); without its vision tower where the policy's tower is frozen, as both then see the same features.
+    about 7.5 GB); without its vision tower where the policy's tower is frozen, as both then see the same features.
     """
 
     def __init__(

@@ -48,7 +48,9 @@ class Learner:
         return os.getpid()
 
     def open_rendezvous(self, world: int, timeout_s: float) -> RankPlace:
-        """Rank 0 of several: where the others find it (its node's address and a free port there)."""
+        """Rank 0 of several: where the others find it (its node's address and a free port there); once for all stages."""
+        if self._ranks is not None:
+            return self._ranks.place
         place = RankPlace(0, world, ray.util.get_node_ip_address(), 0, timeout_s)
         self._store = open_store(place)
         return dataclasses.replace(place, port=self._store.port)
@@ -114,10 +116,10 @@ class LeadLearner(Learner):
             raise TimeoutError(f"waited {self._timeout:g} s for learner ranks {missing} to finish {what}")
         if failures:
             rank, error = min(failures.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
-            died = isinstance(error, RayActorError)
-            raise RuntimeError(
-                f"learner rank {rank} of {len(replies)} {'died' if died else 'failed'} during {what}: {error}"
-            ) from error
+            how = "died" if isinstance(error, RayActorError) else "failed"
+            # Ray's own text repeats the remote traceback; the cause alone is what a reader needs.
+            cause = getattr(error, "cause", None) or error
+            raise RuntimeError(f"learner rank {rank} of {len(replies)} {how} during {what}: {cause}") from error
         return ray.get(replies[0], timeout=self._timeout)
 
     def _failures(self, replies: list[Any], timeout_s: float) -> dict[int, Exception] | None:

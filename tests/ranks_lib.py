@@ -240,14 +240,23 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
 
 def moments(engine: Any) -> dict[str, torch.Tensor]:
     """Adam's first moments, whole: unlike parameters, which Adam moves by about the learning rate whatever the scale."""
+    return {name: moment(engine, p).clone() for name, p in engine.backbone.trainable().items()}
+
+
+def moment(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     if engine.config.zero_stage == 0:
-        state = engine.deepspeed.optimizer.state
-        return {name: state[p]["exp_avg"].clone() for name, p in engine.backbone.trainable().items()}
-    return {
-        name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in engine.backbone.trainable().items()
-    }
+        return engine.deepspeed.optimizer.state[parameter]["exp_avg"]
+    if engine.config.zero_stage == 3:
+        return safe_get_full_optimizer_state(parameter, "exp_avg")
+    # DeepSpeed's own reading of stages 1 and 2 passes through float32.
+    whole = torch.zeros(parameter.numel(), dtype=torch.float64)
+    if (mapping := parameter._hp_mapping) is not None:
+        at = mapping.lp_fragment_address
+        whole[at.start : at.start + at.numel] = mapping.get_hp_fragment("exp_avg")
+    torch.distributed.all_reduce(whole)
+    return whole.view(parameter.shape)
 
 
 def one(engine: Any, call: Call, ranks: Any) -> Any:

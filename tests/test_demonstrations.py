@@ -129,6 +129,12 @@ def test_thoughts_stand_in_their_own_chunk_and_nothing_is_thought_elsewhere():
     )
 
 
+def test_thoughts_of_one_chunk_are_one_thought():
+    thoughts = ((0, "a ball"), (0, ""), (0, "red"), (1, ""))
+    script = script_for(task(due=(1,), thoughts=thoughts), 2, CHUNK_S, SftConfig(), seed=0, epoch=0)
+    assert [turn.thought for turn in script] == ["a ball red", ""]
+
+
 def test_a_pending_answer_is_thought_from_the_turn_it_is_due_to_the_turn_it_is_said():
     config = SftConfig(late_probability=1.0, late_min=2, late_max=2, pending_thought="{thought} answer {answer}")
     script = script_for(

@@ -138,27 +138,28 @@ def test_one_rank_also_refuses_what_is_not_finite_at_every_stage(model, batches,
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "tied", "offload"), [(1, 1, False, "none"), (2, 3, True, "none"), (2, 2, False, "cpu")]
+    ("ranks", "stage", "loss", "offload"), [(1, 1, "sft", "none"), (2, 3, "grpo", "none"), (2, 2, "sft", "cpu")]
 )
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, ranks, stage, tied, offload):
-    """Float32, as it is run; with a schedule, so that its state matters too."""
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, ranks, stage, loss, offload):
+    """Float32, as it is run; with a schedule, so that its state matters too, and against a reference in RL."""
+    tied = stage == 3
     model = checkpoint(tmp_path / "model", tie_embeddings=tied)
-    steps = [train(i, "sft", groups(model, [2 + i, 2], frames=True, seed=i)) for i in range(5)]
+    settings = {"kl_coef": KL} if loss == "grpo" else {}
+    steps = [train(i, loss, groups(model, [2 + i, 2], frames=True, seed=i), **settings) for i in range(5)]
     values = learner_values(ranks=ranks, zero_stage=stage, offload=offload, lr=1e-3, schedule="cosine", warmup_steps=2)
-    saved = str(tmp_path / "saved")
-    whole = Job(
-        str(model),
-        values,
-        (*steps[:3], Call("weights"), Call("save", path=saved), *steps[3:], Call("weights")),
-        float64=False,
-    )
+    first = Job(str(model), values, (), reference=str(model) if settings else "", float64=False)
+    saved = Call("save", path=str(tmp_path / "saved"))
+    load = replace(saved, what="load")
+    whole = replace(first, calls=(*steps[:3], Call("weights"), saved, *steps[3:], Call("weights")))
     through = run(whole, ranks, tmp_path / "whole")
-    resumed = Job(str(model), values, (Call("load", path=saved), *steps[3:], Call("weights")), float64=False)
+    # A resume starts from the exported weights, and still measures its distance from where RL began.
+    resumed = replace(first, checkpoint=str(tmp_path / "saved" / "hf"), calls=(load, *steps[3:], Call("weights")))
     again = run(resumed, ranks, tmp_path / "resumed")
     for before, after in zip(through, again, strict=True):
         assert after[0] == 3, "the version is restored"
         for one, other in zip(before[5:7], after[1:3], strict=True):
             assert {k: v for k, v in one.items() if k != "step_s"} == {k: v for k, v in other.items() if k != "step_s"}
+            assert one.get("kl", 1.0) > 1e-4
     ended, ended_again = through[0][-1], again[0][-1]
     assert ended.version == ended_again.version == 5
     assert np.array_equal(ended.buffer, ended_again.buffer)
@@ -167,8 +168,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, ranks, stage, tied, offload
     assert_exported(tmp_path / "saved" / "hf", at_save, tied)
     # Another partitioning is refused by every rank, and named.
     other = learner_values(ranks=ranks, zero_stage=0 if offload == "none" else 1, offload=offload)
-    refusals = run(Job(str(model), other, (Call("load", path=saved),), float64=False), ranks, tmp_path / "other")
-    for (refusal,) in refusals:
+    for (refusal,) in run(replace(first, learner=other, calls=(load,), reference=""), ranks, tmp_path / "other"):
         assert refusal.startswith("ValueError")
         assert f"learner.zero_stage={stage} but this run has learner.zero_stage={other['zero_stage']}" in refusal
 
