@@ -160,12 +160,21 @@ class EvalConfig:
     """checkpoint: `auto` = what the run has made (after SFT and after RL), or a folder. conditions: also evaluate the
     recall questions with forced empty thoughts and under `recent_frames` with the same window. max_logp_diff: largest
     difference allowed between engine and learner; 0 = 1e-3 in float32, and in bfloat16 a mean of 1e-2.
+    transcripts: streams written under run_root/transcripts (0 = none). transcript_mb: size of their page, at most.
     """
 
     checkpoint: str = "auto"
     conditions: bool = True
     score_logs: bool = True
     max_logp_diff: float = 0.0
+    transcripts: int = 24
+    transcript_mb: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.transcripts < 0:
+            raise ValueError(f"eval.transcripts={self.transcripts} must be a number of streams, 0 for none")
+        if not 0.25 <= self.transcript_mb <= 512:
+            raise ValueError(f"eval.transcript_mb={self.transcript_mb} must lie in [0.25, 512]")
 
 
 @dataclass(frozen=True)
