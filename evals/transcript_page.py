@@ -24,6 +24,8 @@ from streams.video import VideoConfig
 
 FORMAT = 1
 ASSETS = Path(__file__).resolve().parent / "assets"
+SCRIPTS = ("data", "list", "stream", "timeline", "turn", "start")
+"""The page's script, in order; the parts share one scope."""
 DATA_SHARE = 0.75
 """Of the page's budget, at most this much goes to text and counts; frames get the rest."""
 LABELS = {
@@ -129,14 +131,16 @@ def _run(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _page(title: str, data: Mapping[str, Any]) -> str:
-    script, style = ((ASSETS / f"transcript.{kind}").read_text() for kind in ("js", "css"))
+    parts = "\n".join((ASSETS / f"transcript_{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{parts}}})();\n'
+    style = (ASSETS / "transcript.css").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    parts = {"title": _escaped(title), "policy": policy, "style": style, "script": script, "data": _json(data)}
+    filled = {"title": _escaped(title), "policy": policy, "style": style, "script": script, "data": _json(data)}
     # One pass: nothing inside a part is taken for another placeholder.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], (ASSETS / "transcript.html").read_text())
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], (ASSETS / "transcript.html").read_text(encoding="utf-8"))
 
 
 def _hash(text: str) -> str:
