@@ -140,7 +140,9 @@ def _page(title: str, data: Mapping[str, Any]) -> str:
     )
     filled = {"title": _escaped(title), "policy": policy, "style": style, "script": script, "data": _json(data)}
     # One pass: nothing inside a part is taken for another placeholder.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], (ASSETS / "transcript.html").read_text(encoding="utf-8"))
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda match: filled[match[1]], (ASSETS / "transcript.html").read_text(encoding="utf-8")
+    )
 
 
 def _hash(text: str) -> str:

@@ -18,9 +18,10 @@ function onKey(event) {
   event.preventDefault();
 }
 
-const stats = RESULTS.map((r) => el("span", { class: "stat" }, `${r.label} `, el("b", {}, share(r.reward)),
-  r.streams === null ? "" : ` of ${plural(r.streams, "stream")}`));
-$("about").append(el("span", { class: "stat" }, `${plural(STREAMS.length, "stream")} shown`), ...(RESULTS.some((r) => r.streams !== null) ? ["Mean reward"] : []), ...stats);
+const measured = RESULTS.filter((r) => r.streams !== null);
+const stats = measured.map((r) => el("span", { class: "stat" }, `${r.label} `, el("b", {}, share(r.reward)),
+  ` (${plural(r.streams, "stream")})`));
+$("about").append(el("span", { class: "stat" }, `${plural(STREAMS.length, "stream")} shown`), measured.length ? "Mean reward" : "", ...stats);
 for (const note of DATA.notes) $("about").append(el("span", { class: "note" }, note));
 const categories = [...new Set(STREAMS.map((stream) => stream.category))].sort();
 $("category").append(el("option", { value: "" }, "all"), ...categories.map((name) => el("option", { value: name }, name)));

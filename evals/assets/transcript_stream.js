@@ -44,12 +44,12 @@ function answersTable(stream) {
           ? [
               el("td", { class: "wide", rowspan: count }, stream.queries[answer.query].text),
               el("td", { rowspan: count }, el("b", {}, answer.text), el("span", { class: "muted" }, ` ${answer.kind}`)),
-              el("td", { rowspan: count }, `turn ${answer.due_turn}, ${clock(answer.time)}`),
+              el("td", { class: "line", rowspan: count }, `turn ${answer.due_turn}, ${clock(answer.time)}`),
             ]
           : []),
-        el("td", {}, labels[name]),
+        el("td", { class: "line" }, labels[name]),
         el("td", { class: "wide" }, spoke ? got.response || "(empty)" : el("span", { class: "muted" }, "none")),
-        el("td", {}, spoke ? `turn ${got.response_turn}${late ? ` (${late > 0 ? "+" : "−"}${Math.abs(late)})` : ""}` : "–"),
+        el("td", { class: "line" }, spoke ? `turn ${got.response_turn}${late ? ` (${late > 0 ? "+" : "−"}${Math.abs(late)})` : ""}` : "–"),
         el("td", {}, el("span", { class: `tag ${got.outcome}` }, `${SIGN[got.outcome]} ${got.outcome}`)),
         ...terms.map((term) => el("td", { class: "num" }, share(got.components[term]))),
         el("td", { class: "num" }, el("b", {}, share(got.value))),

@@ -7,7 +7,7 @@ function drawTimeline() {
   const lanes = lanesOf(stream);
   const rows = [["axis", "turn, time"], ["frame", "video"], ["asked", "question"], ["due", "expected"]];
   for (const name of lanes) {
-    rows.push(["lane", labels[name]], ["band", "memory"], ["thought", "thought"], ["said", "says"], ["bar", "tokens"]);
+    rows.push(["lane", labels[name]], ["band", "held"], ["thought", "thought"], ["said", "says"], ["bar", "tokens"]);
   }
   $("gutter").replaceChildren(...rows.map(([row, name]) => el("div", { class: `r-${row}` }, name)));
   state.most = Math.max(1, ...lanes.flatMap((name) => runOf(stream, name).turns.map((turn) => turn.live_tokens || 0)));
@@ -54,7 +54,7 @@ function column(stream, turn, width, count) {
     {
       class: "col", "data-turn": turn, style: { left: `${turn * width}px` },
       onclick: () => goTo(turn, false),
-      onpointerenter: () => hover(turn), onpointerleave: () => hover(null),
+      onpointermove: (event) => hover(turn, event), onpointerleave: () => hover(null),
     },
     el("div", { class: "r-axis" }, el("b", {}, String(turn)), clock(stream.start + turn * stream.chunk_seconds)),
     el("div", { class: "r-frame" }, frame
@@ -117,12 +117,14 @@ function paintMemory(turn, node) {
 
 function paintAll() {
   for (const [turn, node] of columns) paintMemory(turn, node);
-  for (const label of $("gutter").querySelectorAll(".r-band")) label.textContent = `memory at ${state.hover ?? state.turn}`;
+  for (const label of $("gutter").querySelectorAll(".r-band")) label.textContent = `held at ${state.hover ?? state.turn}`;
   const now = $("now");
   if (now) for (const x of ["x1", "x2"]) now.setAttribute(x, (state.hover ?? state.turn) + 0.5);
 }
 
-function hover(turn) {
+// Only a pointer that moves: the time line also slides under one that rests.
+function hover(turn, event) {
+  if (turn === state.hover || (event && !event.movementX && !event.movementY)) return;
   state.hover = turn;
   paintAll();
 }
