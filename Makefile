@@ -9,7 +9,7 @@ SEED ?= 0
 RESUME ?= never
 ARGS ?=
 
-.PHONY: setup setup-test quickstart test lint clean
+.PHONY: setup setup-test quickstart test test-browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +42,11 @@ lint: setup-test
 test: lint
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+# The transcript page in a real Chromium (Debian: apt-get install chromium chromium-driver); skips without one.
+test-browser: setup-test
+	$(BIN)/python -m pip install -q -e ".[browser]"
+	$(BIN)/python -m pytest tests/browser -m browser $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs

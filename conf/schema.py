@@ -226,6 +226,7 @@ class EvalConfig:
     difference allowed between engine and learner; 0 = 1e-3 in float32, and in bfloat16 a mean of 1e-2.
     every: RL steps between evaluations while training (0 = none), of the first `tasks` held-out tasks (0 = all);
     `checkpoints/rl/best` keeps the checkpoint with the largest `best` of them (reward, timing, accuracy_<category>).
+    transcripts: streams written under run_root/transcripts (0 = none). transcript_mb: size of their page, at most.
     """
 
     checkpoint: str = "auto"
@@ -235,8 +236,14 @@ class EvalConfig:
     conditions: bool = True
     score_logs: bool = True
     max_logp_diff: float = 0.0
+    transcripts: int = 24
+    transcript_mb: float = 8.0
 
     def __post_init__(self) -> None:
+        if self.transcripts < 0:
+            raise ValueError(f"eval.transcripts={self.transcripts} must be a number of streams, 0 for none")
+        if not 0.25 <= self.transcript_mb <= 512:
+            raise ValueError(f"eval.transcript_mb={self.transcript_mb} must lie in [0.25, 512]")
         if self.every < 0 or self.tasks < 0:
             raise ValueError(f"eval.every={self.every} and eval.tasks={self.tasks} must not be negative")
         if self.best not in ("reward", "timing") and not self.best.startswith("accuracy_"):

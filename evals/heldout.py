@@ -1,7 +1,8 @@
 """Held-out evaluation: every held-out task watched once, greedily, by the rollout workers.
 
 Owner: evals. Strict protocol: nothing after a turn's own chunk is shown; an unanswered or failed question counts wrong
-and its stream's reward 0; accuracy takes the first response at or after the query, whatever its time.
+and its stream's reward 0; accuracy takes the first response at or after the query, whatever its time. Results keep the
+order of the tasks, whichever stream ends first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from streams.messages import GroupSummary, RewardJob, RolloutTask
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
 
+ALL = "all"
+"""The mean over every category, beside the categories' own."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -34,8 +38,19 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class ScoredStream:
+    """One held-out stream. payload: its log, by reference; None, and `failed` says why, if it could not be run."""
+
+    task: StreamTask
+    turns: tuple[ParsedTurn, ...]
+    result: RewardResult
+    payload: Any = None
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
 class EvalResult:
-    """n: questions. reward, timing: means over streams. accuracy: by category and over all. payloads: logs, by reference."""
+    """n: questions. reward, timing: means over streams. accuracy: by category (whatever the rows call it) and over all."""
 
     condition: str
     n: int
@@ -43,10 +58,15 @@ class EvalResult:
     timing: float
     accuracy: dict[str, float]
     skipped: tuple[SkippedSample, ...]
-    payloads: tuple[Any, ...] = ()
+    streams: tuple[ScoredStream, ...] = ()
     evicted_tokens: int = 0
     log_tokens: int = 0
     by_category: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def payloads(self) -> tuple[Any, ...]:
+        """The logs of the streams that could be run, by reference."""
+        return tuple(stream.payload for stream in self.streams if stream.failed is None)
 
 
 def evaluate(
@@ -59,26 +79,33 @@ def evaluate(
 ) -> EvalResult:
     """Run and score every task once under `condition`, on the weights the workers now hold."""
 
-    def send(worker: Any, task: StreamTask) -> Any:
-        return worker.rollout.options(num_returns=2).remote(stream_request(config, task, condition, stage))
+    def send(worker: Any, item: tuple[int, StreamTask]) -> Any:
+        return worker.rollout.options(num_returns=2).remote(stream_request(config, item[1], condition, stage))
 
-    per_worker = config.rollout.max_streams
-    jobs, payloads, skipped = [], [], []
-    evicted = log_tokens = 0
-    for task, (summary_ref, payload) in session.spread(tasks, send, per_worker, f"evaluation {condition.name}"):
+    done: dict[int, tuple[GroupSummary, Any]] = {}
+    what = f"evaluation {condition.name}"
+    for (index, task), (summary_ref, payload) in session.spread(
+        enumerate(tasks), send, config.rollout.max_streams, what
+    ):
         summary: GroupSummary = session.call(summary_ref, f"the stream of {task.id}")
+        done[index] = (summary, payload)
         if summary.failed is not None:
-            skipped.append(SkippedSample(f"task {task.id} ({task.video})", summary.failed))
             progress.say(f"eval: failed {task.id}: {summary.failed}")
-            turns = failed_turns(config, task)
-        else:
-            turns = summary.turns
-            payloads.append(payload)
-            evicted += summary.evicted_tokens
-            log_tokens += summary.log_tokens
-        jobs.append(RewardJob(task.id, task, turns, config.data.video.chunk_seconds_of(task)))
-    results = [r[0] for r in session.call(session.scorer.score.remote(tuple(jobs)), "the scores of the evaluation")]
-    return collect(condition.name, results, tuple(skipped), tuple(payloads), evicted, log_tokens)
+    watched = [(task, *done[index]) for index, task in enumerate(tasks)]
+    said = [
+        failed_turns(config, task) if summary.failed is not None else summary.turns[0] for task, summary, _ in watched
+    ]
+    jobs = tuple(
+        RewardJob(task.id, task, (turns,), config.data.video.chunk_seconds_of(task))
+        for (task, _, _), turns in zip(watched, said, strict=True)
+    )
+    scores = session.call(session.scorer.score.remote(jobs), "the scores of the evaluation")
+    streams = tuple(
+        ScoredStream(task, turns, score[0], payload if summary.failed is None else None, summary.failed)
+        for (task, summary, payload), turns, score in zip(watched, said, scores, strict=True)
+    )
+    evicted = sum(summary.evicted_tokens for _, summary, _ in watched)
+    return collect(condition.name, streams, evicted, sum(summary.log_tokens for _, summary, _ in watched))
 
 
 def stream_request(config: RunConfig, task: StreamTask, condition: Condition, stage: str) -> RolloutTask:
@@ -95,36 +122,36 @@ def stream_request(config: RunConfig, task: StreamTask, condition: Condition, st
     )
 
 
-def failed_turns(config: RunConfig, task: StreamTask) -> tuple[tuple[ParsedTurn, ...], ...]:
+def failed_turns(config: RunConfig, task: StreamTask) -> tuple[ParsedTurn, ...]:
     """What a stream that failed counts as: silence, it answered nothing."""
-    return (silent_turns(config.data.turns_of(task)),)
+    return silent_turns(config.data.turns_of(task))
 
 
-def collect(
-    name: str,
-    results: list[RewardResult],
-    skipped: tuple[SkippedSample, ...],
-    payloads: tuple[Any, ...],
-    evicted: int,
-    log_tokens: int,
-) -> EvalResult:
+def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_tokens: int = 0) -> EvalResult:
+    """The means over `streams`, by category and over all."""
     by_category: dict[str, list[bool]] = {}
-    for result in results:
-        for answer in result.answers:
-            by_category.setdefault(answer.category, []).append(answer.correct)
+    for stream in streams:
+        for answer in stream.result.answers:
+            by_category.setdefault(category_name(answer.category), []).append(answer.correct)
     every = [correct for values in by_category.values() for correct in values]
+    skipped = [SkippedSample(f"task {s.task.id} ({s.task.video})", s.failed) for s in streams if s.failed is not None]
     return EvalResult(
         condition=name,
         n=len(every),
-        reward=float(np.mean([r.total for r in results])),
-        timing=float(np.mean([answer.timing for r in results for answer in r.answers])),
-        accuracy={k: float(np.mean(v)) for k, v in sorted(by_category.items())} | {"all": float(np.mean(every))},
-        skipped=skipped,
-        payloads=payloads,
+        reward=float(np.mean([s.result.total for s in streams])),
+        timing=float(np.mean([answer.timing for s in streams for answer in s.result.answers])),
+        accuracy={k: float(np.mean(v)) for k, v in sorted(by_category.items())} | {ALL: float(np.mean(every))},
+        skipped=tuple(skipped),
+        streams=streams,
         evicted_tokens=evicted,
         log_tokens=log_tokens,
         by_category={k: len(v) for k, v in by_category.items()},
     )
+
+
+def category_name(category: str) -> str:
+    """How a row's category is called in results: never empty, and never the name of the mean over all."""
+    return {"": "uncategorised", ALL: f"{ALL} (category)"}.get(category, category)
 
 
 def scripted_rewards(config: RunConfig, session: Session, tasks: tuple[StreamTask, ...]) -> tuple[float, float]:

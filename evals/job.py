@@ -6,6 +6,7 @@ mismatch of exactness between engine and learner on streams nobody trained on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from conf.schema import RunConfig
 from evals.heldout import Condition, EvalResult, chance, evaluate, scripted_rewards
 from evals.summary import heldout_fields, mismatch_fields
+from evals.transcripts import write_transcripts
 from rl.cluster import Session
 from rl.tracking import Progress, Tracker
 from streams.memory import MemoryConfig
@@ -61,6 +63,7 @@ def run_evaluation(
             },
             step=0,
         )
+    write_transcripts(config, session, results, tuple(checkpoints), tracker, progress)
     oracle, silent = scripted_rewards(config, session, tasks)
     skipped = [asdict(sample) for result in results.values() for sample in result.skipped]
     return {
@@ -79,4 +82,9 @@ def _report(name: str, result: EvalResult, tracker: Tracker, progress: Progress)
     values = {"reward": result.reward, "timing": result.timing} | {
         f"accuracy_{mode}": value for mode, value in result.accuracy.items()
     }
-    tracker.metrics({f"eval_{name}/{key}": value for key, value in values.items()}, step=0)
+    tracker.metrics({metric_name(f"eval_{name}/{key}"): value for key, value in values.items()}, step=0)
+
+
+def metric_name(name: str) -> str:
+    """A name that trackers take: categories are the user's words, and one refused name would end all tracking."""
+    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)

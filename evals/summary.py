@@ -7,49 +7,124 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from evals.heldout import EvalResult
+from evals.heldout import ALL, EvalResult
 from streams.messages import ScoreReport
+from streams.synthetic import MODES
+
+CONDITIONS = ("empty_thoughts", "recent_frames")
+OWN_RESULTS = ("sft", "rl", *CONDITIONS)
+"""The names that a run gives to its own results."""
+COLUMNS = {"sft": "after SFT", "rl": "after RL"}
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Written aside, renamed: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Atomic: written aside, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(aside, path)
+    write_atomic(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def checkpoint_label(path: str | Path) -> str:
+    """What the results of `eval.checkpoint` are called: its folder's name (or hub id's last part), fit for a file name.
+
+    A checkpoint's weights lie in `<stage>/<name>/hf` or `<stage>/hf`. Never a name that a run gives to its own results.
+    """
+    parts = [part for part in Path(path).parts if part not in ("hf", "/", ".", "..")]
+    # "final" and "step000020" of every run are called alike: the stage's name in front tells more.
+    nested = len(parts) > 1 and (parts[-1] == "final" or re.fullmatch(r"step\d+", parts[-1]))
+    label = re.sub(r"[^\w.-]+", "_", "-".join(parts[-2:] if nested else parts[-1:]), flags=re.ASCII).strip("_.")
+    return f"checkpoint-{label}" if label in (*OWN_RESULTS, "") else label
+
+
+def evaluation_fields(results: dict[str, EvalResult]) -> dict[str, Any]:
+    """Every result under its own name, with whatever categories its rows have."""
+    return {
+        "evaluations": {
+            name: {
+                "reward": result.reward,
+                "timing": result.timing,
+                "accuracy": result.accuracy[ALL],
+                "accuracy_by_category": {k: v for k, v in result.accuracy.items() if k != ALL},
+                "n": result.n,
+                "n_by_category": result.by_category,
+                "streams": len(result.streams),
+                "failed_streams": len(result.skipped),
+            }
+            for name, result in results.items()
+        }
+    }
+
+
 def heldout_fields(results: dict[str, EvalResult]) -> dict[str, Any]:
-    """Fields of the evaluations `sft`, `rl` and the two conditions of the RL checkpoint, where they were run."""
+    """Fields of the evaluations `sft`, `rl` and the two conditions of the last checkpoint, where they were run.
+
+    A checkpoint under another name is in `evaluations` alone: it is neither what this run's SFT nor what its RL has made.
+    """
     fields: dict[str, Any] = {}
     for name in ("sft", "rl"):
         result = results.get(name)
         fields[f"heldout_reward_{name}"] = result.reward if result else None
         fields[f"timing_reward_{name}"] = result.timing if result else None
         suffix = "_sft" if name == "sft" else ""
-        for mode in ("now", "recall", "alert"):
+        for mode in MODES:
             fields[f"accuracy_{mode}{suffix}"] = result.accuracy.get(mode) if result else None
-        fields[f"accuracy_{name}"] = result.accuracy["all"] if result else None
-    for name in ("empty_thoughts", "recent_frames"):
+        fields[f"accuracy_{name}"] = result.accuracy[ALL] if result else None
+    for name in CONDITIONS:
         result = results.get(name)
         fields[f"accuracy_recall_{name}"] = result.accuracy.get("recall") if result else None
-    main = results.get("rl") or results.get("sft")
+    checkpoints = [result for name, result in results.items() if name not in CONDITIONS]
+    main = checkpoints[-1] if checkpoints else None
     fields["heldout_n"] = main.n if main else 0
     fields["heldout_n_by_mode"] = main.by_category if main else {}
     sft, rl = results.get("sft"), results.get("rl")
     if sft and rl and sft.reward < 1:
         fields["gap_closed"] = (rl.reward - sft.reward) / (1 - sft.reward)
-    return fields
+    return fields | evaluation_fields(results)
+
+
+def training_fields(rl: dict[str, Any]) -> dict[str, Any]:
+    """What this run's RL stage measured, from its stages/rl.json; null where `rl` is empty."""
+    return {
+        "learner_steps": rl.get("steps"),
+        "max_age": rl.get("max_age"),
+        "weight_versions_seen": len(rl["versions_seen"]) if rl else None,
+        "age0_max_abs_logp_diff": rl.get("age0", {}).get("max"),
+        "age0_logp_diff_tokens": rl.get("age0", {}).get("tokens", 0),
+        "published_max_abs_logp_diff": rl.get("published", {}).get("max"),
+        "published_logp_diff_tokens": rl.get("published", {}).get("tokens", 0),
+        "worker_max_abs_logp_diff": rl.get("monitor", {}).get("max"),
+        "worker_logp_diff_tokens": rl.get("monitor", {}).get("tokens", 0),
+        "clips_encoded": rl.get("clips_encoded"),
+        "distinct_clips": rl.get("distinct_clips"),
+    }
+
+
+def stages_behind(root: Path, checkpoints: Iterable[Path]) -> tuple[str, ...]:
+    """Which of this run's training stages made what was evaluated: their files may go into its summary, no others.
+
+    A checkpoint of RL also comes from the run's SFT.
+    """
+    made = (root / "checkpoints").resolve()
+    stages = {path.resolve().relative_to(made).parts[0] for path in checkpoints if made in path.resolve().parents}
+    return tuple(stage for stage in ("sft", "rl") if stage in stages or (stage == "sft" and "rl" in stages))
 
 
 def mismatch_fields(report: ScoreReport | None) -> dict[str, Any]:
@@ -63,32 +138,37 @@ def mismatch_fields(report: ScoreReport | None) -> dict[str, Any]:
 
 
 def print_table(console: Console, summary: dict[str, Any]) -> None:
-    """Before and after, and what they rest on."""
+    """One column for each checkpoint that was evaluated, one row for each category; and what they rest on."""
+    results = {name: r for name, r in summary.get("evaluations", {}).items() if name not in CONDITIONS}
     table = Table(title="held-out streams, greedy", title_justify="left")
-    for column in ("", "after SFT", "after RL"):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("", justify="left")
+    for name in results:
+        table.add_column(Text(COLUMNS.get(name, name)), justify="right")
 
     def shown(value: Any) -> str:
         return "-" if value is None else f"{value:.3f}"
 
-    for label, before, after in (
-        ("reward", "heldout_reward_sft", "heldout_reward_rl"),
-        ("timing", "timing_reward_sft", "timing_reward_rl"),
-        ("accuracy, any time", "accuracy_sft", "accuracy_rl"),
-        ("  now", "accuracy_now_sft", "accuracy_now"),
-        ("  recall", "accuracy_recall_sft", "accuracy_recall"),
-        ("  alert", "accuracy_alert_sft", "accuracy_alert"),
-    ):
-        table.add_row(label, shown(summary.get(before)), shown(summary.get(after)))
+    for label, key in (("reward", "reward"), ("timing", "timing"), ("accuracy, any time", "accuracy")):
+        table.add_row(label, *[shown(result[key]) for result in results.values()])
+    found = {category for result in results.values() for category in result["accuracy_by_category"]}
+    for category in [*[mode for mode in MODES if mode in found], *sorted(found - set(MODES))]:
+        cells = [shown(result["accuracy_by_category"].get(category)) for result in results.values()]
+        # Text: a category may hold what looks like the console's markup.
+        table.add_row(Text(f"  {category}"), *cells)
     console.print(table)
-    console.print(
-        f"recall without thoughts {shown(summary.get('accuracy_recall_empty_thoughts'))}, "
-        f"with recent frames only {shown(summary.get('accuracy_recall_recent_frames'))} "
-        f"(chance {shown(summary.get('recall_chance'))})"
-    )
+    if any(summary.get(f"accuracy_recall_{name}") is not None for name in CONDITIONS):
+        _print_recall(console, summary, shown)
     tokens = summary.get("logp_diff_tokens")
     worst = summary.get("max_abs_logp_diff")
     if tokens and worst is not None:
         console.print(f"learner against engine: largest log-prob difference {worst:.1e} over {tokens} tokens")
     if summary.get("skipped_samples"):
         console.print(f"skipped samples: {summary['skipped_samples']} (named in summary.json)")
+
+
+def _print_recall(console: Console, summary: dict[str, Any], shown: Callable[[Any], str]) -> None:
+    console.print(
+        f"recall without thoughts {shown(summary.get('accuracy_recall_empty_thoughts'))}, "
+        f"with recent frames only {shown(summary.get('accuracy_recall_recent_frames'))} "
+        f"(chance {shown(summary.get('recall_chance'))})"
+    )

@@ -51,7 +51,10 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class AnswerResult:
-    """correct: the matched response is right, whatever its time. value: this answer's part of the total."""
+    """correct: the matched response is right, whatever its time. value: this answer's part of the total.
+
+    components: the value of each term for this answer; empty if the reward failed.
+    """
 
     index: int
     category: str
@@ -60,6 +63,7 @@ class AnswerResult:
     correct: bool
     timing: float
     value: float
+    components: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class Reward:
         self._terms = {name: terms[name] for name in sorted(terms)}
         self._combine = combine
         given = [term for term, _ in self._terms.values() if isinstance(term, Timing)]
-        self._timing = given[0] if given else Timing()
+        self.timing = given[0] if given else Timing()
+        """Scores `AnswerResult.timing`: the configured timing term, or its defaults where there is none."""
 
     @classmethod
     def from_config(cls, config: RewardConfig) -> Reward:
@@ -95,7 +100,7 @@ class Reward:
         values, failed = self._call_terms(outcome)
         count = len(outcome.task.answers)
         combined = np.zeros(count) if failed else self._combined(values)
-        timing, correct = self._timing(outcome), correct_answers(outcome)
+        timing, correct = self.timing(outcome), correct_answers(outcome)
         answers = tuple(
             AnswerResult(
                 index=match.index,
@@ -105,6 +110,7 @@ class Reward:
                 correct=correct[match.index],
                 timing=float(timing[match.index]),
                 value=float(combined[match.index]),
+                components={name: float(value[match.index]) for name, value in values.items()},
             )
             for match in match_answers(outcome)
         )

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.schema import RunConfig
-from evals.heldout import Condition, EvalResult, collect, failed_turns, stream_request
+from evals.heldout import Condition, ScoredStream, collect, failed_turns, stream_request
+from evals.job import metric_name
 from rl.cluster import Session
 from rl.events import Events
 from rl.weights import WeightLedger
-from streams.dataset import SkippedSample
 from streams.messages import GroupSummary, RewardJob
 from streams.task import StreamTask
 
@@ -33,7 +33,7 @@ class _Running:
     left: deque[StreamTask]
     under_way: int = 0
     jobs: list[RewardJob] = field(default_factory=list)
-    skipped: list[SkippedSample] = field(default_factory=list)
+    failed: list[str | None] = field(default_factory=list)
     versions: set[int] = field(default_factory=set)
     scoring: bool = False
 
@@ -115,26 +115,30 @@ class PeriodicEvaluation:
     def _watched(self, running: _Running, summary: GroupSummary, task: StreamTask, worker: int) -> None:
         self._load[worker] -= 1
         running.under_way -= 1
-        turns = summary.turns
-        if summary.failed is not None:
-            running.skipped.append(SkippedSample(f"task {task.id} ({task.video})", summary.failed))
-            turns = failed_turns(self.config, task)
+        turns = summary.turns if summary.failed is None else (failed_turns(self.config, task),)
+        running.failed.append(summary.failed)
         running.versions.update(summary.versions)
         chunk = self.config.data.video.chunk_seconds_of(task)
         running.jobs.append(RewardJob(task.id, task, turns, chunk))
         self.pump()
 
     def _finish(self, running: _Running, results: list[Any]) -> None:
-        result: EvalResult = collect("trained", results, tuple(running.skipped), (), 0, 0)
+        result = collect(
+            "trained",
+            tuple(
+                ScoredStream(job.task, job.turns[0], score, failed=failed)
+                for job, score, failed in zip(running.jobs, results, running.failed, strict=True)
+            ),
+        )
         values: dict[str, float | None] = {"reward": result.reward, "timing": result.timing}
         values |= {f"accuracy_{mode}": value for mode, value in result.accuracy.items()}
         values |= {
-            "failed": float(len(running.skipped)),
+            "failed": float(len(result.skipped)),
             "oldest_version": float(min(running.versions)) if running.versions else None,
             "newest_version": float(max(running.versions)) if running.versions else None,
         }
         self._running = None
-        self._done(running.version, {f"eval/{key}": value for key, value in values.items()})
+        self._done(running.version, {metric_name(f"eval/{key}"): value for key, value in values.items()})
         if self._next is not None:
             version, self._next = self._next, None
             self.begin(version)

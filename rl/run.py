@@ -15,7 +15,7 @@ from typing import Any
 from conf.schema import RunConfig
 from conf.streaming import streaming_settings
 from evals.job import run_evaluation
-from evals.summary import print_table, write_json
+from evals.summary import checkpoint_label, print_table, stages_behind, training_fields, write_json
 from learner.config import LearnerConfig
 from rl.checks import describe, own_checkpoints
 from rl.cluster import Session
@@ -138,47 +138,38 @@ class Run:
 
     def stage_eval(self) -> None:
         session = self._ready_session()
+        checkpoints = self._eval_checkpoints()
         summary = run_evaluation(
             self.config,
             session,
             self._tasks("heldout"),
-            self._eval_checkpoints(),
+            checkpoints,
             self._worker_setup,
             lambda checkpoint: self._learner_setup(checkpoint, self.config.learner, 1),
             self.tracker,
             self.progress,
         )
         summary["wall_s"] = time.monotonic() - self.began
-        summary = self._finish_summary(summary)
+        summary = self._finish_summary(summary, stages_behind(self.root, checkpoints.values()))
         self.progress.say(f"summary: {self.root / 'summary.json'}")
         if self.tracker.enabled:
             self.progress.say(f"metrics: .venv/bin/mlflow ui --backend-store-uri {self.tracker.uri}")
         if self.config.eval.score_logs:
             check_mismatch(self.config, summary)
 
-    def _finish_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
-        rl = self.store.result("rl")
+    def _finish_summary(self, summary: dict[str, Any], stages: tuple[str, ...]) -> dict[str, Any]:
+        """Add what the run's own `stages` behind the evaluated checkpoints measured, and every sample left out."""
         skipped = {(s.source, s.reason) for s in self.skipped}
         skipped |= {(s["source"], s["reason"]) for s in summary.pop("skipped_heldout")}
-        for stage in TRAINING:
+        for stage in stages:
             skipped |= {(s["source"], s["reason"]) for s in self.store.result(stage).get("skipped", [])}
         summary = {
             "seed": self.config.seed,
             **summary,
             "skipped_samples": len(skipped),
             "skipped": [{"source": source, "reason": reason} for source, reason in sorted(skipped)],
-            "learner_steps": rl.get("steps"),
-            "max_age": rl.get("max_age"),
-            "weight_versions_seen": len(rl["versions_seen"]) if rl else None,
-            "age0_max_abs_logp_diff": rl.get("age0", {}).get("max"),
-            "age0_logp_diff_tokens": rl.get("age0", {}).get("tokens", 0),
-            "published_max_abs_logp_diff": rl.get("published", {}).get("max"),
-            "published_logp_diff_tokens": rl.get("published", {}).get("tokens", 0),
-            "worker_max_abs_logp_diff": rl.get("monitor", {}).get("max"),
-            "worker_logp_diff_tokens": rl.get("monitor", {}).get("tokens", 0),
-            "clips_encoded": rl.get("clips_encoded"),
-            "distinct_clips": rl.get("distinct_clips"),
-            "attempts": {stage: self.store.read(stage).get("attempts") for stage in TRAINING},
+            **training_fields(self.store.result("rl") if "rl" in stages else {}),
+            "attempts": {stage: self.store.read(stage).get("attempts") for stage in stages},
         }
         write_json(self.root / "summary.json", summary)
         self.tracker.artifact(self.root / "summary.json")
@@ -253,9 +244,9 @@ class Run:
     def _eval_checkpoints(self) -> dict[str, Path]:
         chosen = self.config.eval.checkpoint
         if chosen == "best":
-            return {"rl": self.root / "checkpoints" / "rl" / "best" / "hf"}
+            return {"best": self.root / "checkpoints" / "rl" / "best" / "hf"}
         if chosen != "auto":
-            return {"rl": resolve_checkpoint(chosen)}
+            return {checkpoint_label(chosen): resolve_checkpoint(chosen)}
         found = own_checkpoints(self.root)
         if found:
             return found
