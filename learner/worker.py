@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from learner.engine import LearnerEngine, TrainItem
+from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
     GroupPayload,
@@ -36,6 +37,7 @@ class Learner:
     """Actor class; made a Ray actor by `rl.cluster` with the placement's resources."""
 
     def __init__(self, fetch_timeout_s: float) -> None:
+        open_actor_log()
         self._engine: LearnerEngine | None = None
         self._timeout = fetch_timeout_s
         self._port = _free_port()

@@ -9,6 +9,7 @@ import os
 
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
+from streams.actorlog import open_actor_log
 from streams.messages import RewardJob
 
 
@@ -16,6 +17,7 @@ class Scorer:
     """Actor class; made a Ray actor by `rl.cluster`."""
 
     def __init__(self, config: RewardConfig) -> None:
+        open_actor_log()
         self._reward = Reward.from_config(config)
 
     def pid(self) -> int:
