@@ -28,6 +28,7 @@ from rl.nodes import (
     stamp,
 )
 from rl.preflight import PreflightError, check_checkpoint_names, check_disk, check_nodes, needed_paths, sample_videos
+from streams.memory import MemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = NodeReport("driver", {"python": "3.11.7", "torch": "2.13.0"}, "abc", "/code")
@@ -216,7 +217,9 @@ def test_every_node_must_see_task_files_videos_and_checkpoints(tmp_path):
 def test_a_relative_checkpoint_and_a_hub_id_are_refused_where_others_would_not_find_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir("model")
-    relative, hub = RunConfig(model=ModelConfig(path="model")), RunConfig(model=ModelConfig(path="owner/name"))
+    full = MemoryConfig("full")
+    relative = RunConfig(model=ModelConfig(path="model"), memory=full)
+    hub = RunConfig(model=ModelConfig(path="owner/name"), memory=full)
     assert "model.path=model is relative" in check_checkpoint_names(relative, 1)[0]
     assert check_checkpoint_names(hub, 1) == []
     assert "the other 2 do not see it" in check_checkpoint_names(hub, 3)[0]
