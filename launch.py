@@ -11,6 +11,7 @@ Owner: launch. Invariant: a bad configuration or missing data stops before any a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import traceback
@@ -55,36 +56,42 @@ def _quoted(text: str) -> str:
 def start(config: RunConfig, overrides: list[str]) -> None:
     """Plan and run. Imports what it needs here: `--help` and a config error must not wait for torch and Ray."""
     from rl.checks import check_nothing_needed_is_replaced, preflight, respect_checkpoint
+    from rl.runlock import RunLock
     from rl.stages import StageStore
     from rl.stop import Requeue
     from rl.tracking import Progress
 
     progress = Progress()
     warn = logging.getLogger("sightline").warning
-    try:
-        preflight(config)
-        config = respect_checkpoint(config, overrides, progress.say, warn)
-        store = StageStore(config.root.resolve(), config, progress.say)
-        check_nothing_needed_is_replaced(config, store.plan())
-        from rl.run import Run
+    with contextlib.ExitStack() as held:
+        try:
+            preflight(config)
+            config = respect_checkpoint(config, overrides, progress.say, warn)
+            held.enter_context(RunLock(config.root.resolve()))
+            store = StageStore(config.root.resolve(), config, progress.say)
+            check_nothing_needed_is_replaced(config, store.plan())
+            from rl.run import Run
 
-        run = Run(config, store, progress)
-    except (ValueError, OSError) as error:  # a missing file, a full disk, a wait for Ray (TimeoutError is an OSError)
-        print(f"configuration error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Requeue as stopped:
-        print(f"{stopped}; nothing had been started", file=sys.stderr)
-        sys.exit(config.checkpoint.requeue_status)
-    try:
-        run.run()
-    except Requeue as stopped:
-        print(f"{stopped}; the same command with resume=auto goes on from there", file=sys.stderr)
-        sys.exit(config.checkpoint.requeue_status)
-    except (ValueError, OSError, RuntimeError) as error:
-        # These say by themselves what to do; the traceback is for whoever mends the program.
-        note = _keep_traceback(config.root / "logs" / "driver-error.txt")
-        print(f"error: {error}\n{note}", file=sys.stderr)
-        sys.exit(1)
+            run = Run(config, store, progress)
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # a missing file, a full disk, a wait for Ray (TimeoutError is an OSError)
+            print(f"configuration error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except Requeue as stopped:
+            print(f"{stopped}; nothing had been started", file=sys.stderr)
+            sys.exit(config.checkpoint.requeue_status)
+        try:
+            run.run()
+        except Requeue as stopped:
+            print(f"{stopped}; the same command with resume=auto goes on from there", file=sys.stderr)
+            sys.exit(config.checkpoint.requeue_status)
+        except (ValueError, OSError, RuntimeError) as error:
+            # These say by themselves what to do; the traceback is for whoever mends the program.
+            note = _keep_traceback(config.root / "logs" / "driver-error.txt")
+            print(f"error: {error}\n{note}", file=sys.stderr)
+            sys.exit(1)
 
 
 def _keep_traceback(path: Path) -> str:

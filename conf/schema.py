@@ -26,6 +26,9 @@ from streams.task import StreamTask
 from streams.tiny import TinySpec
 from streams.video import VideoConfig
 
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the programs that `ray job submit` starts."""
+
 STAGES = ("data", "sft", "rl", "eval", "watch")
 
 
@@ -309,8 +312,10 @@ class TrackingConfig:
 class ClusterConfig:
     """placement: `cpu`, or `auto` = one GPU per learner rank and worker where the cluster has that many, else CPU.
 
-    address: empty starts a local Ray. num_cpus: CPUs of the local Ray (0 = all). actor_cpus: CPUs each actor reserves.
-    start_timeout_s: until every actor answers. call_timeout_s: of any single call (a group, a step, a save).
+    address: empty starts a local Ray, unless `ray job submit` started this program: then its cluster is used. `auto` is
+    the cluster that RAY_ADDRESS names or that runs on this machine; HOST:PORT the head of another one. num_cpus: CPUs of
+    the local Ray (0 = all). actor_cpus: CPUs each actor reserves. start_timeout_s: until every node and every actor
+    answers, and until other runs free what the actors need. call_timeout_s: of any single call (a group, a step, a save).
     """
 
     address: str = ""
@@ -330,6 +335,25 @@ class ClusterConfig:
             )
         if self.start_timeout_s <= 0 or self.call_timeout_s <= 0:
             raise ValueError("cluster.start_timeout_s and cluster.call_timeout_s must be positive")
+        if "://" in self.address:
+            raise ValueError(
+                f"cluster.address={self.address}: the driver has to run on a node of the cluster, so this is not an URL; "
+                "use auto or HOST:PORT there, or from elsewhere `ray job submit --address http://HEAD:8265 ...`"
+            )
+        if self.address not in ("", "auto") and not self.address.rpartition(":")[2].isdigit():
+            raise ValueError(
+                f"cluster.address={self.address!r} is neither auto nor HOST:PORT (the head's port, e.g. 6379)"
+            )
+        if self.address and self.num_cpus:
+            raise ValueError(
+                f"cluster.num_cpus={self.num_cpus} sizes a local Ray; the cluster at cluster.address={self.address} has "
+                "the CPUs that its nodes were started with"
+            )
+
+    @property
+    def existing(self) -> str:
+        """Address of the existing cluster to use; empty = start a local Ray."""
+        return self.address or ("auto" if RAY_JOB_VARIABLE in os.environ else "")
 
 
 @dataclass(frozen=True)
@@ -437,10 +461,10 @@ def load_config(raw: DictConfig) -> RunConfig:
         first = str(error).splitlines()[0]
         raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {first}") from error
     assert isinstance(config, RunConfig)
-    if raw.get("cluster", {}).get("address") and not os.path.isabs(config.run_root):
+    if config.cluster.existing and not os.path.isabs(config.run_root):
         raise ValueError(
-            f"run_root={config.run_root}: with cluster.address set it must be an absolute path that every node sees "
-            "(under `ray job submit` a relative one lands in a cache folder and is lost)"
+            f"run_root={config.run_root}: on an existing cluster (cluster.address, `ray job submit`) it must be an absolute "
+            "path that every node sees; a relative one would land in a cache folder of the job and be lost"
         )
     return config
 

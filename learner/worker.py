@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError
 from learner.batching import TrainItem
 from learner.engine import LearnerEngine
 from learner.ranks import RankPlace, Ranks, open_store
+from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
     GroupPayload,
@@ -35,6 +36,7 @@ class Learner:
     """Actor class of a rank; made a Ray actor by `rl.cluster` with the placement's resources."""
 
     def __init__(self, fetch_timeout_s: float) -> None:
+        open_actor_log()
         self._engine: LearnerEngine | None = None
         self._timeout = fetch_timeout_s
         self._ranks: Ranks | None = None

@@ -10,6 +10,7 @@ import socket
 
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
+from streams.actorlog import open_actor_log
 from streams.messages import RewardJob
 
 
@@ -17,6 +18,7 @@ class Scorer:
     """Actor class; made a Ray actor by `rl.cluster`."""
 
     def __init__(self, config: RewardConfig) -> None:
+        open_actor_log()
         try:
             self._reward = Reward.from_config(config)
         except ValueError as error:

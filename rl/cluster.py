@@ -1,16 +1,14 @@
 """The Ray session: one for all stages of a run; it places the actors and names what every wait waits for.
 
-Owner: rl. Invariants: all actors are placed or the run stops at start with the arithmetic; every wait has a timeout;
-an actor that died is reported with its name and cause. Actors are separate processes: workers, scorer, learner.
+Owner: rl. Invariants: no actor starts before the preflight has passed; all actors are placed or the run stops with the
+arithmetic; every wait has a timeout; an actor that died is reported with its name, node, cause and log. Actors are
+separate processes (workers, scorer, learner) that end with the driver, however it ends.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,44 +19,41 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from conf.schema import RunConfig
 from learner.worker import LeadLearner, Learner
 from rewards.scorer import Scorer
+from rl.actors import ActorBook, named_class, run_id, short_name
+from rl.connect import connect
 from rl.learners import LearnerGroup
+from rl.preflight import Bundle, run_preflight
 from rollout.worker import RolloutWorker
 from streams.messages import LearnerSetup, WorkerInfo, WorkerSetup
 
+QUIET_WAIT_S = 2.0
+"""How long to wait for resources before saying so."""
 
-@dataclass(frozen=True)
-class Bundle:
-    """What one actor reserves."""
-
-    name: str
-    cpus: float
-    gpus: float
+log = logging.getLogger("sightline.cluster")
 
 
 def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
     """One bundle per actor: learner ranks, workers, scorer."""
     cpus = config.cluster.actor_cpus
     wanted = config.learner.ranks + config.rollout.workers
-    gpus = 1.0 if config.cluster.placement == "auto" and cluster_gpus >= wanted else 0.0
+    gpus = gpu_share(config, cluster_gpus, wanted)
     workers = [Bundle(f"rollout worker {i}", cpus, gpus) for i in range(config.rollout.workers)]
     ranks = config.learner.ranks
     learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, gpus) for r in range(ranks)]
     return [*learners, *workers, Bundle("scorer", cpus, 0.0)]
 
 
-def check_fits(bundles: list[Bundle], resources: dict[str, float]) -> None:
-    """Raises ValueError with the arithmetic if the cluster cannot hold all actors at once."""
-    for kind, need in (("CPU", sum(b.cpus for b in bundles)), ("GPU", sum(b.gpus for b in bundles))):
-        have = resources.get(kind, 0.0)
-        if need > have + 1e-9:
-            parts = " + ".join(f"{b.name} {b.cpus if kind == 'CPU' else b.gpus:g}" for b in bundles)
-            raise ValueError(
-                f"the actors need {need:g} {kind}s ({parts}) but the cluster has {have:g}: lower rollout.workers or "
-                "cluster.actor_cpus, or bring a larger cluster"
-            )
+def gpu_share(config: RunConfig, cluster_gpus: float, wanted: int) -> float:
+    """GPUs of each learner rank and worker: one if there are enough, an equal part of one if they must share.
+
+    Ranks cannot share a GPU with one another (NCCL refuses it), so there must be one for each.
+    """
+    if config.cluster.placement == "cpu" or cluster_gpus < max(1, config.learner.ranks):
+        return 0.0
+    return 1.0 if cluster_gpus >= wanted else 1.0 / -(-wanted // int(cluster_gpus))
 
 
-def wait_for(reference: Any, timeout_s: float, what: str) -> Any:
+def wait_for(reference: Any, timeout_s: float, what: str, explain: Callable[[RayActorError], str] = str) -> Any:
     """ray.get with a deadline; TimeoutError and RuntimeError say what was waited for and who died of what."""
     try:
         return ray.get(reference, timeout=timeout_s)
@@ -67,20 +62,24 @@ def wait_for(reference: Any, timeout_s: float, what: str) -> Any:
             f"waited {timeout_s:g} s for {what}; raise cluster.call_timeout_s if it is only slow"
         ) from error
     except RayActorError as error:
-        raise RuntimeError(f"an actor died while the run waited for {what}: {error}") from error
+        raise RuntimeError(f"an actor died while the run waited for {what}: {explain(error)}") from error
 
 
 class Session:
     """The running actors. Use as a context manager: leaving it stops what it started."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, needed_bytes: int = 0) -> None:
+        """needed_bytes: what the run is predicted to write below run_root (0 = unknown)."""
         self.config = config
         self.worker_infos: tuple[WorkerInfo, ...] = ()
-        self._local = not config.cluster.address
+        root = config.root.resolve()
+        self.book = ActorBook(run_id(root), root / "logs")
         self._group: PlacementGroup | None = None
-        self._connect()
+        connect(config.cluster, self.book.namespace, root)
         try:
-            self._start_actors()
+            bundles = plan_bundles(config, ray.cluster_resources().get("GPU", 0.0))
+            run_preflight(config, bundles, needed_bytes=needed_bytes)
+            self._start_actors(bundles)
         except BaseException:
             self.close()
             raise
@@ -100,17 +99,17 @@ class Session:
     def wait_ready(self) -> dict[str, int]:
         """Wait until every actor's process answers; returns their pids by name."""
         timeout = self.config.cluster.start_timeout_s
-        pids = {name: wait_for(ref, timeout, f"the {name} to start") for name, ref in self._learner_ready.items()}
+        pids = {name: self._wait(ref, timeout, f"the {name} to start") for name, ref in self._learner_ready.items()}
         for i, reference in enumerate(self._worker_ready):
-            pids[f"rollout worker {i}"] = wait_for(reference, timeout, f"rollout worker {i} to start")
-        pids["scorer"] = wait_for(self._scorer_ready, timeout, "the scorer to start")
+            pids[f"rollout worker {i}"] = self._wait(reference, timeout, f"rollout worker {i} to start")
+        pids["scorer"] = self._wait(self._scorer_ready, timeout, "the scorer to start")
         return pids
 
     def setup_workers(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
         references = [worker.setup.remote(setup) for worker in self.workers]
         timeout = self.config.cluster.start_timeout_s
         self.worker_infos = tuple(
-            wait_for(reference, timeout, f"rollout worker {i} to load {setup.checkpoint}")
+            self._wait(reference, timeout, f"rollout worker {i} to load {setup.checkpoint}")
             for i, reference in enumerate(references)
         )
         return self.worker_infos
@@ -119,7 +118,10 @@ class Session:
         return self.learners.setup(setup, self.config.cluster.start_timeout_s)
 
     def call(self, reference: Any, what: str) -> Any:
-        return wait_for(reference, self.config.cluster.call_timeout_s, what)
+        return self._wait(reference, self.config.cluster.call_timeout_s, what)
+
+    def _wait(self, reference: Any, timeout_s: float, what: str) -> Any:
+        return wait_for(reference, timeout_s, what, self.explain_death)
 
     def spread(
         self, items: Iterable[Any], send: Callable[[Any, Any], Any], per_worker: int, what: str
@@ -151,57 +153,56 @@ class Session:
             load[worker] -= 1
             yield item, references
 
-    def _connect(self) -> None:
-        cluster = self.config.cluster
-        # Ray warns about accelerators that a CPU-only actor hides from itself.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray 2.60 announces that its own token guards the local cluster; nobody has to act on it.
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        if cluster.address:
-            ray.init(address=cluster.address, log_to_driver=cluster.log_to_driver, logging_level=logging.WARNING)
-            return
-        ray.init(
-            num_cpus=cluster.num_cpus or None,
-            include_dashboard=False,
-            log_to_driver=cluster.log_to_driver,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"PYTHONPATH": _project_path(), "TOKENIZERS_PARALLELISM": "false"}},
-        )
+    def explain_death(self, error: RayActorError) -> str:
+        """Which actor died, on which node, of what, and the end of its log."""
+        return self.book.explain(error)
 
-    def _start_actors(self) -> None:
-        config = self.config
-        resources = ray.cluster_resources()
-        bundles = plan_bundles(config, resources.get("GPU", 0.0))
-        check_fits(bundles, resources)
+    def _reserve(self, bundles: list[Bundle]) -> PlacementGroup:
+        """One placement for all actors: they start together or not at all."""
         shapes = [{"CPU": b.cpus} | ({"GPU": b.gpus} if b.gpus else {}) for b in bundles]
-        group = self._group = placement_group(shapes, strategy="PACK")
-        if not group.wait(timeout_seconds=config.cluster.start_timeout_s):
+        group = self._group = placement_group(shapes, strategy="PACK", name=self.book.ray_name("actors"))
+        timeout = self.config.cluster.start_timeout_s
+        if group.wait(timeout_seconds=min(QUIET_WAIT_S, timeout)):
+            return group
+        # A killed run's actors go away by themselves, within seconds; another run's when it ends.
+        log.warning("waiting up to %g s for room for %d actors; free now: %s", timeout, len(bundles), _free())
+        if not group.wait(timeout_seconds=timeout):
             raise TimeoutError(
-                f"waited {config.cluster.start_timeout_s:g} s for Ray to place {len(bundles)} actors "
-                f"({', '.join(b.name for b in bundles)}); available now: {ray.available_resources()}"
+                f"waited {timeout:g} s (cluster.start_timeout_s) for Ray to place {len(bundles)} actors "
+                f"({', '.join(b.name for b in bundles)}): other runs hold the rest of the cluster; free now: {_free()}. "
+                "`ray list actors --filter state=ALIVE` and `ray list placement-groups` name who holds what"
             )
+        return group
+
+    def _start_actors(self, bundles: list[Bundle]) -> None:
+        config = self.config
+        group = self._reserve(bundles)
 
         def place(actor: type, index: int, threads: int, *args: Any) -> Any:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            name = short_name(bundles[index].name)
             # Only rank 0 of several learners answers calls beside its work.
             groups = getattr(actor, "concurrency_groups", None)
             make: Any = ray.remote
-            remote = make(concurrency_groups=groups)(actor) if groups else make(actor)
+            named = named_class(actor, name)
+            remote = make(concurrency_groups=groups)(named) if groups else make(named)
+            environment = {"OMP_NUM_THREADS": str(threads)} | _hidden_gpus(bundles[index]) | self.book.environment(name)
             options = remote.options(
+                name=self.book.ray_name(name),
                 num_cpus=bundles[index].cpus,
                 num_gpus=bundles[index].gpus,
                 scheduling_strategy=strategy,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)} | _hidden_gpus(bundles[index])},
+                runtime_env={"env_vars": environment},
             )
-            return options.remote(*args)
+            handle = options.remote(*args)
+            self.book.add(name, handle)
+            return handle
 
         timeout = config.cluster.call_timeout_s
         learner_threads = max(config.learner.threads, int(config.sft.learner.get("threads", 1)))
         ranks = config.learner.ranks
         lead = Learner if ranks == 1 else LeadLearner
         actors = [place(lead if rank == 0 else Learner, rank, learner_threads, timeout) for rank in range(ranks)]
-        self.learner = actors[0]
         self.learners = LearnerGroup(actors)
         self._learner_ready = dict(zip([b.name for b in bundles], self.learners.warm_up(), strict=False))
         rollout = config.rollout
@@ -227,7 +228,7 @@ def _hidden_gpus(bundle: Bundle) -> dict[str, str]:
     return {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def _project_path() -> str:
-    root = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH", "")
-    return f"{root}{os.pathsep}{inherited}" if inherited else root
+def _free() -> str:
+    """What is free on the cluster, of what the actors reserve."""
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs"

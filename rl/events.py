@@ -30,8 +30,9 @@ class _Pending:
 class Events:
     """Pending references and their handlers; `wait` runs the handler of whichever comes first."""
 
-    def __init__(self, timeout_s: float, stop: StopSignal) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, stop: StopSignal, explain: Callable[[RayActorError], str] = str) -> None:
+        """explain: words for a dead actor."""
+        self._timeout_s, self._explain = timeout_s, explain
         self._stop = stop
         self._pending: dict[Any, _Pending] = {}
 
@@ -72,7 +73,7 @@ class Events:
         try:
             value = ray.get(reference, timeout=self._timeout_s)
         except RayActorError as error:
-            raise RuntimeError(f"an actor died during {entry.what}: {error}") from error
+            raise RuntimeError(f"an actor died during {entry.what}: {self._explain(error)}") from error
         except (ray.exceptions.RayTaskError, OSError) as error:
             if entry.failed is None:
                 raise

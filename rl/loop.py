@@ -73,7 +73,7 @@ class RLLoop:
         self.checkpoints = Checkpointer(context)
         self.result.best = read_best(self.checkpoints.folder / "best", self.version)
         self.journal = StepJournal.open(self.config.root / "stages" / "rl.steps.jsonl", self.version)
-        self.events = Events(self.config.cluster.call_timeout_s, context.stop)
+        self.events = Events(self.config.cluster.call_timeout_s, context.stop, self.session.explain_death)
         self.evaluation = PeriodicEvaluation(
             self.config, self.session, self.events, self.ledger, heldout, self.total, self.progress.say, self._evaluated
         )

@@ -7,6 +7,7 @@ counters overlap. Weights are fetched in a thread of their own, so no stream wai
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from typing import Any
@@ -16,6 +17,7 @@ import ray
 import torch
 
 from rollout.service import RolloutService, ServiceLimits
+from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
     GroupPayload,
@@ -29,11 +31,14 @@ from streams.messages import (
     WorkerStats,
 )
 
+log = logging.getLogger("sightline.rollout")
+
 
 class RolloutWorker:
     """Actor class; made a Ray actor by `rl.cluster` with the placement's resources."""
 
     def __init__(self, worker: int, threads: int, deadline_s: float, cache_mb: int) -> None:
+        open_actor_log()
         torch.set_num_threads(threads)
         self._worker = worker
         self._limits = ServiceLimits(cache_mb=cache_mb, deadline_s=deadline_s)
@@ -47,6 +52,9 @@ class RolloutWorker:
             await asyncio.to_thread(self._service.close)
         self._service = await asyncio.to_thread(
             RolloutService, self._worker, setup, self._limits, _put, self._get_array
+        )
+        log.info(
+            "loaded %s as version %d, %d KV slots", setup.checkpoint, setup.version, self._service.engine.pool.capacity
         )
         return WorkerInfo(
             worker=self._worker,

@@ -35,7 +35,7 @@ def options() -> list[str]:
 def test_every_option_of_every_group_validates(option):
     own_data = ("data=jsonl", "data=thinkstream", "experiment=thinkstream_qwen2_5_vl_3b")
     extra = OWN_DATA[1:] if option in own_data else []
-    assert isinstance(composed(option, *extra), RunConfig)
+    assert isinstance(composed(option, "run_root=/shared/run", *extra), RunConfig)
 
 
 def test_the_quickstart_pins_what_its_figures_rest_on():
@@ -94,6 +94,11 @@ def test_one_seed_rules_the_clips_too():
         (["cluster.address=auto", "run_root=relative"], r"run_root=relative"),
         (["model.tiny.model_type=qwen3"], r"model\.tiny\.model_type='qwen3'"),
         (["model.tiny.deepstack=[0]"], r"model\.tiny\.deepstack=\[0\]"),
+        (["cluster=ray_address"], r"run_root=outputs/quickstart"),
+        (["cluster.address='ray://head:10001'"], r"cluster\.address=ray://head:10001: .*ray job submit"),
+        (["cluster.address='http://head:8265'"], r"cluster\.address=http://head:8265: .*ray job submit"),
+        (["cluster.address=head", "run_root=/shared/run"], r"cluster\.address='head' is neither auto nor HOST:PORT"),
+        (["cluster=ray_address", "cluster.num_cpus=4", "run_root=/shared/run"], r"cluster\.num_cpus=4"),
         (["data.train=only.jsonl"], r"data\.train and data\.heldout"),
         (["run_root=''"], "run_root"),
         (["resume=''"], "resume is empty"),
@@ -120,6 +125,16 @@ def test_one_seed_rules_the_clips_too():
 def test_what_is_impossible_is_refused_by_key(overrides, key):
     with pytest.raises((ValueError, HydraException), match=key):
         composed(*overrides)
+
+
+def test_a_submitted_job_uses_the_cluster_that_runs_it(monkeypatch):
+    """Ray sets this variable for what `ray job submit` starts."""
+    assert composed().cluster.existing == ""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert composed("run_root=/shared/run").cluster.existing == "auto"
+    assert composed("run_root=/shared/run", "cluster.address=head:6379").cluster.existing == "head:6379"
+    with pytest.raises(ValueError, match=r"run_root=relative: .*ray job submit"):
+        composed("run_root=relative")
 
 
 def test_groups_in_flight_below_one_step_are_refused_in_preflight():

@@ -1,0 +1,94 @@
+"""Names of the actors of a run, where their logs are, and what to say when one dies.
+
+Owner: rl. Invariants: an actor has one short name everywhere (Ray's name, process title, log file, messages); two runs on
+one cluster never share a name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from streams.actorlog import ACTOR_VARIABLE, FOLDER_VARIABLE, log_path
+
+TAIL_LINES = 15
+TAIL_BYTES = 8192
+
+
+def run_id(root: Path) -> str:
+    """Readable and unique: the folder's name, the time, the driver's pid."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', root.name) or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def short_name(bundle: str) -> str:
+    """`rollout worker 0` -> `rollout-0`, `learner rank 1` -> `learner-1`, `scorer` -> `scorer`."""
+    return re.sub(r" (?:worker|rank) ", "-", bundle)
+
+
+@dataclass
+class ActorBook:
+    """The actors of one session, by Ray's ids."""
+
+    run: str
+    log_folder: Path
+
+    def __post_init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    @property
+    def namespace(self) -> str:
+        return f"sightline-{self.run}"
+
+    def ray_name(self, name: str) -> str:
+        return f"sightline/{self.run}/{name}"
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What `streams.actorlog` reads in the actor's process."""
+        return {ACTOR_VARIABLE: name, FOLDER_VARIABLE: str(self.log_folder)}
+
+    def add(self, name: str, handle: Any) -> None:
+        self._names[handle._actor_id.hex()] = name
+
+    def explain(self, error: RayActorError) -> str:
+        """Which actor died, where, of what, and the end of its log."""
+        text = str(error)
+        name = self._names.get(error.actor_id or "") or _field(text, "class_name") or "an actor"
+        place = [f"node {ip}"] if (ip := _field(text, "ip")) else []
+        place += [f"pid {pid}"] if (pid := _field(text, "pid")) else []
+        died = f"{name} died ({', '.join(place)})" if place else f"{name} died"
+        return f"{died}: {_cause(text)}{tail(log_path(self.log_folder, name))}"
+
+
+def named_class(actor: type, name: str) -> type:
+    """The actor's class under the actor's own name: Ray shows it in process titles, log prefixes and errors."""
+    return type(name, (actor,), {"__module__": actor.__module__, "__doc__": actor.__doc__})
+
+
+def tail(path: Path) -> str:
+    """Words for an error message: where the log is and how it ends; empty if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    except OSError:
+        return ""
+    return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _field(text: str, key: str) -> str:
+    found = re.search(rf"^\s*{key}: (\S+)\s*$", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _cause(text: str) -> str:
+    """Ray's message without the fields that are already said."""
+    known = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:", "The actor died unexpectedly")
+    lines = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(known)]
+    return "\n".join(lines).strip() or text

@@ -1,0 +1,157 @@
+"""What one node of the cluster sees: runs there in a small task, before any actor with weights starts.
+
+Owner: rl. Invariants: imports the standard library only, so that it answers within a moment and even where torch is
+missing; it never raises, whatever it finds is in the report; everything it writes lies in the preflight's own folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "numpy")
+"""Beside Python and this project's own code: what must be the same on every node."""
+SOURCES = ("streams", "rollout", "learner", "rewards", "sft", "rl", "evals", "conf")
+SHARED_WAIT_S = 5.0
+"""A network file system may show a new file late."""
+SHARED_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class NeededPath:
+    """A file or folder that every node must see as the driver does. stamp: see `stamp`."""
+
+    key: str
+    path: str
+    stamp: str
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """folder: the preflight's own, below run_root; it holds DRIVER_FILE with `nonce` in it."""
+
+    folder: str
+    nonce: str
+    needed: tuple[NeededPath, ...] = ()
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """node: as messages call it. shared: what is wrong with run_root there, empty if nothing. missing: (key, what)."""
+
+    node: str
+    versions: dict[str, str]
+    code: str
+    code_path: str
+    shared: str = ""
+    missing: tuple[tuple[str, str], ...] = field(default=())
+
+
+DRIVER_FILE = "driver"
+
+
+def probe(node: str, request: ProbeRequest) -> NodeReport:
+    """The report of the machine that this runs on."""
+    root = Path(__file__).resolve().parent.parent
+    return NodeReport(
+        node=node,
+        versions=installed_versions(),
+        code=code_digest(root),
+        code_path=str(root),
+        shared=_check_shared(request, node),
+        missing=tuple((need.key, problem) for need in request.needed if (problem := _check_needed(need))),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions by package, from their metadata: nothing is imported."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def code_digest(root: Path) -> str:
+    """One digest of all of this project's Python files."""
+    digest = hashlib.sha256()
+    for package in SOURCES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def stamp(path: str) -> str:
+    """What tells one version of a file, or of a checkpoint folder's files, from another: names and sizes."""
+    if os.path.isdir(path):
+        files = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file())
+        return f"folder of {len(files)} files, {hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
+    return f"{os.path.getsize(path)} bytes"
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Free disk space where `path` is or will be."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def reply_file(node: str) -> str:
+    """Name of the file that a node leaves in the preflight's folder."""
+    return hashlib.sha256(node.encode()).hexdigest()[:16]
+
+
+def await_content(path: Path, wanted: str, wait_s: float = SHARED_WAIT_S) -> str:
+    """Empty once `path` holds `wanted`, else what was found instead when the time was over."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            found = path.read_text()
+            if found == wanted:
+                return ""
+            problem = "it holds something else"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if time.monotonic() > deadline:
+            return problem
+        time.sleep(SHARED_POLL_S)
+
+
+def _check_shared(request: ProbeRequest, node: str) -> str:
+    """Read what the driver wrote, write what the driver will read."""
+    folder = Path(request.folder)
+    root = folder.parent
+    if problem := await_content(folder / DRIVER_FILE, request.nonce):
+        if not root.is_dir():
+            return f"there is no folder {root} there"
+        return f"{root} there is not the driver's: a file that the driver just wrote is not in it ({problem})"
+    try:
+        (folder / reply_file(node)).write_text(request.nonce)
+    except OSError as error:
+        return f"{root} cannot be written there: {error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
+    return ""
+
+
+def _check_needed(need: NeededPath) -> str:
+    try:
+        found = stamp(need.path)
+        if found != need.stamp:
+            return f"{need.path} differs from the driver's ({found} there, {need.stamp} on the driver)"
+        if os.path.isfile(need.path):
+            with open(need.path, "rb") as file:
+                file.read(1)
+    except OSError as error:
+        return f"{need.path}: {error.strerror or error} on {socket.gethostname()}"
+    return ""

@@ -1,0 +1,339 @@
+"""What must hold on every node of a cluster, asked before any actor with weights starts.
+
+Owner: rl. Invariants: all problems are found and reported at once, each with its node and what to do; every wait has a
+timeout and names the node; a pure core judges what `rl.nodes` reports. Nothing is left behind in run_root.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from conf.schema import RunConfig
+from rl.nodes import (
+    DRIVER_FILE,
+    NeededPath,
+    NodeReport,
+    ProbeRequest,
+    await_content,
+    code_digest,
+    free_bytes,
+    installed_versions,
+    probe,
+    reply_file,
+    stamp,
+)
+from streams.backbone import is_hub_id
+from streams.dataset import parse_row
+
+SAMPLED_VIDEOS = 16
+SHOWN_PATHS = 3
+
+log = logging.getLogger("sightline.preflight")
+
+
+class PreflightError(ValueError):
+    """The cluster cannot run this; the message lists every problem."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(self.problems, start=1))
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"the cluster is not ready for this run, {count}:{lines}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one actor reserves."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Node:
+    """A live node as Ray lists it. name: as messages call it."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
+
+    def holds(self, bundle: Bundle) -> bool:
+        return bundle.cpus <= self.cpus + 1e-9 and bundle.gpus <= self.gpus + 1e-9
+
+
+# ---- pure: judging -------------------------------------------------------------------------------------------
+
+
+def check_resources(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[str]:
+    """Do all actors fit at once: in sum, each on some node, and together on the nodes as they are?"""
+    problems = []
+    for kind in ("CPU", "GPU"):
+        need = sum(_amount(b, kind) for b in bundles)
+        have = sum(node.cpus if kind == "CPU" else node.gpus for node in nodes)
+        if need > have + 1e-9:
+            parts = " + ".join(f"{b.name} {_amount(b, kind):g}" for b in bundles)
+            problems.append(
+                f"the actors need {need:g} {kind}s ({parts}) but the cluster has {have:g}: lower rollout.workers or "
+                "cluster.actor_cpus, or bring a larger cluster"
+            )
+    homeless = [b for b in bundles if not any(node.holds(b) for node in nodes)]
+    if homeless:
+        first = homeless[0]
+        problems.append(
+            f"no single node has what {_listed([b.name for b in homeless])} needs ({first.cpus:g} CPUs and {first.gpus:g} "
+            f"GPUs; {_sizes(nodes)}): lower cluster.actor_cpus or bring a larger node"
+        )
+    if problems:
+        return problems
+    left = unplaced(bundles, nodes)
+    if left:
+        problems.append(
+            f"the nodes have enough in sum, but each actor must lie on one node and no room is left for "
+            f"{_listed([b.name for b in left])} ({_sizes(nodes)}): lower cluster.actor_cpus or rollout.workers"
+        )
+    return problems
+
+
+def unplaced(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[Bundle]:
+    """What is left after placing the largest first, each where it leaves the least room."""
+    free = [[node.gpus, node.cpus] for node in nodes]
+    left = []
+    for bundle in sorted(bundles, key=lambda b: (-b.gpus, -b.cpus)):
+        fitting = [f for f in free if f[0] >= bundle.gpus - 1e-9 and f[1] >= bundle.cpus - 1e-9]
+        if not fitting:
+            left.append(bundle)
+            continue
+        chosen = min(fitting)
+        chosen[0] -= bundle.gpus
+        chosen[1] -= bundle.cpus
+    return left
+
+
+def check_nodes(reports: Sequence[NodeReport], driver: NodeReport) -> list[str]:
+    """Compare what every node sees with what the driver sees. Equal problems of several nodes become one line."""
+    found: dict[str, list[str]] = {}
+
+    def add(report: NodeReport, problem: str) -> None:
+        found.setdefault(problem, []).append(report.node)
+
+    for report in reports:
+        if report.shared:
+            add(
+                report,
+                f"run_root: {report.shared}. run_root must be the same folder of a shared file system on every node: "
+                "mount it there, or choose another run_root",
+            )
+        for package, wanted in driver.versions.items():
+            have = report.versions.get(package, "not installed")
+            if have != wanted:
+                add(
+                    report, f"{package} is {have} there, {wanted} on the driver: install the same version on every node"
+                )
+        if report.code != driver.code:
+            add(
+                report,
+                f"the actors would run other code than the driver: {report.code_path} there is {report.code}, "
+                f"{driver.code_path} is {driver.code}. Submit the folder of launch.py as the job's working directory, and "
+                "remove an installed sightline or a PYTHONPATH that hides it there",
+            )
+        for key, problem in _first_of_each_key(report.missing):
+            add(report, f"{key}: {problem}. Put it where every node sees it under the same path")
+    return [f"{_nodes(nodes)}: {problem}" for problem, nodes in found.items()]
+
+
+def check_disk(free: int, needed: int, root: Path) -> list[str]:
+    """needed: what the run is predicted to write below run_root; 0 if unknown."""
+    if free >= needed:
+        return []
+    return [
+        f"run_root={root} has {free / 2**30:.1f} GiB free, the run is predicted to write {needed / 2**30:.1f} GiB: free "
+        "some, lower what checkpoints keep, or choose a run_root on a larger disk"
+    ]
+
+
+def _first_of_each_key(missing: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """At most SHOWN_PATHS of a key; the rest as a count."""
+    by_key: dict[str, list[str]] = {}
+    for key, problem in missing:
+        by_key.setdefault(key, []).append(problem)
+    shown = []
+    for key, problems in by_key.items():
+        more = len(problems) - SHOWN_PATHS
+        text = "; ".join(problems[:SHOWN_PATHS]) + (f"; and {more} more" if more > 0 else "")
+        shown.append((key, text))
+    return shown
+
+
+def _amount(bundle: Bundle, kind: str) -> float:
+    return bundle.cpus if kind == "CPU" else bundle.gpus
+
+
+def _sizes(nodes: Sequence[Node]) -> str:
+    return (
+        ", ".join(f"{node.name} has {node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes) or "there is no node"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _nodes(names: Sequence[str]) -> str:
+    return f"node {names[0]}" if len(names) == 1 else f"{len(names)} nodes ({_listed(names)})"
+
+
+# ---- what the run needs ----------------------------------------------------------------------------------------
+
+
+def needed_paths(config: RunConfig) -> tuple[NeededPath, ...]:
+    """Folders and files outside run_root that actors open: checkpoints, and a sample of the videos.
+
+    Only what the driver itself sees: a video that exists nowhere costs its sample, not the run.
+    """
+    paths = [(key, path) for key, value in _named_checkpoints(config) if (path := Path(value).expanduser()).is_dir()]
+    for split in ("train", "heldout"):
+        file = getattr(config.data, split)
+        if file and Path(file).is_file():
+            paths.append((f"data.{split}", Path(file)))
+            paths += [(f"data.{split}, a video", video) for video in sample_videos(Path(file))]
+    return tuple(NeededPath(key, str(path.absolute()), stamp(str(path))) for key, path in paths)
+
+
+def sample_videos(file: Path, count: int = SAMPLED_VIDEOS) -> list[Path]:
+    """Up to `count` different existing videos, from rows spread over the whole file."""
+    with open(file, "rb") as lines:
+        total = sum(1 for _ in lines)
+    wanted = {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
+    videos: dict[Path, None] = {}
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines):
+            if number not in wanted or not line.strip():
+                continue
+            try:
+                video = Path(parse_row(line, file.absolute().parent).video)
+            except ValueError:  # counted and named when the file is read
+                continue
+            if video.is_file():
+                videos[video] = None
+    return list(videos)
+
+
+def check_checkpoint_names(config: RunConfig, nodes: int) -> list[str]:
+    """Actors resolve them in a folder of their own, so a path must be absolute; a hub id lands in one node's cache."""
+    problems = []
+    for key, value in _named_checkpoints(config):
+        path = Path(value).expanduser()
+        if path.is_dir() and not path.is_absolute():
+            problems.append(f"{key}={value} is relative, actors run in another folder: give {path.absolute()}")
+        elif nodes > 1 and not path.is_dir() and is_hub_id(value):
+            problems.append(
+                f"{key}={value} is a hub id: it would be downloaded into the cache of the driver's node, where the other "
+                f"{nodes - 1} do not see it. Download it into a folder on the shared file system and give that folder"
+            )
+    return problems
+
+
+def _named_checkpoints(config: RunConfig) -> list[tuple[str, str]]:
+    """(config key, value) of the checkpoints that the user named."""
+    named = [("model.path", config.model.path), ("algorithm.init", config.algorithm.init)]
+    named.append(("eval.checkpoint", config.eval.checkpoint))
+    return [(key, value) for key, value in named if value not in ("", "auto", "best")]
+
+
+# ---- the thin shell around Ray -----------------------------------------------------------------------------------
+
+
+def live_nodes() -> list[Node]:
+    """The cluster's live nodes, by address."""
+    found = []
+    for entry in ray.nodes():
+        if not entry["Alive"]:
+            continue
+        resources = entry["Resources"]
+        name = f"{entry['NodeManagerAddress']} ({entry['NodeManagerHostname']}, {entry['NodeID'][:6]})"
+        found.append(Node(entry["NodeID"], name, resources.get("CPU", 0.0), resources.get("GPU", 0.0)))
+    return sorted(found, key=lambda node: node.name)
+
+
+def run_preflight(config: RunConfig, bundles: Sequence[Bundle], *, needed_bytes: int = 0) -> None:
+    """Raises PreflightError with every problem. A local Ray has one node, the driver's: nothing is asked remotely."""
+    nodes = live_nodes()
+    problems = check_resources(bundles, nodes)
+    root = config.root.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    problems += check_disk(free_bytes(root), needed_bytes, root)
+    if config.cluster.existing:
+        # Nodes that can hold no actor (a head without CPUs) need not see anything.
+        hosts = [node for node in nodes if any(node.holds(bundle) for bundle in bundles)]
+        problems += check_checkpoint_names(config, len(hosts))
+        problems += ask_nodes(root, hosts, needed_paths(config), config.cluster.start_timeout_s)
+    if problems:
+        raise PreflightError(problems)
+
+
+def ask_nodes(root: Path, nodes: Sequence[Node], needed: tuple[NeededPath, ...], timeout_s: float) -> list[str]:
+    """Probe every node at once; the problems of all of them."""
+    nonce = secrets.token_hex(16)
+    folder = root / f".preflight-{nonce[:8]}"
+    try:
+        folder.mkdir()
+        (folder / DRIVER_FILE).write_text(nonce)
+    except OSError as error:
+        return [f"run_root={root} cannot be written by the driver: {error.strerror or error}"]
+    try:
+        request = ProbeRequest(str(folder), nonce, needed)
+        reports, problems = _collect(nodes, request, timeout_s)
+        source = Path(__file__).resolve().parent.parent
+        driver = NodeReport("driver", installed_versions(), code_digest(source), str(source))
+        problems += check_nodes(reports, driver)
+        for report in reports:
+            if not report.shared and (wrong := await_content(folder / reply_file(report.node), nonce)):
+                problems.append(
+                    f"node {report.node}: what it writes into run_root={root} does not arrive here ({wrong}): run_root "
+                    "must be the same folder of a shared file system on every node"
+                )
+        return problems
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _collect(nodes: Sequence[Node], request: ProbeRequest, timeout_s: float) -> tuple[list[NodeReport], list[str]]:
+    remote: Any = ray.remote(probe)
+    pending = {}
+    for node in nodes:
+        pinned = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
+        options = remote.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
+        pending[options.remote(node.name, request)] = node
+    done, late = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s)
+    reports, problems = [], []
+    for reference in done:
+        try:
+            reports.append(ray.get(reference, timeout=timeout_s))
+        except (ray.exceptions.RayError, ImportError) as error:
+            problems.append(
+                f"node {pending[reference].name}: the check could not run there ({_last_line(error)}): see Ray's logs on "
+                "that node, and whether it has this project's packages installed"
+            )
+    for reference in late:
+        ray.cancel(reference, force=True)
+        problems.append(
+            f"node {pending[reference].name}: no answer within {timeout_s:g} s (cluster.start_timeout_s): see `ray status` and "
+            "Ray's logs on that node, remove it from the cluster, or raise the timeout"
+        )
+    return reports, problems
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,210 @@
+"""One run at a time in a run_root: a lock that dies with its holder, and a lease for file systems that cannot lock.
+
+Owner: rl. `run_root/.lock` names the holder (host, pid, start, command) and beats while it lives. Invariants: on one
+machine the kernel decides, so a killed holder is replaced at once; across machines, or where the file system does not
+lock, a holder that still beats is never replaced, one that has stopped for STALE_S is; a holder that lost it notices.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+BEAT_S = 5.0
+STALE_S = 30.0
+"""Without a beat for so long, a holder on another machine counts as dead."""
+CLAIM_S = 2.0
+"""Where locks do not work: how long a claim must stand before it counts."""
+POLL_S = 0.2
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+log = logging.getLogger("sightline.runlock")
+
+
+class RunRootBusyError(ValueError):
+    """Another run works in this run_root."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds the lock. machine: the boot of a host, since host names repeat. token: this very attempt."""
+
+    host: str
+    machine: str
+    pid: int
+    started: str
+    command: str
+    token: str
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        command = " ".join(sys.argv)[:300]
+        return cls(socket.gethostname(), _machine(), os.getpid(), started, command, secrets.token_hex(8))
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host}, started {self.started} ({self.command})"
+
+
+class RunLock:
+    """`with RunLock(root): ...`. Raises RunRootBusyError, naming the holder, if another run is at work there."""
+
+    def __init__(self, root: Path, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
+        self.path = root / ".lock"
+        self.holder = Holder.this_process()
+        self.taken_over: Holder | None = None
+        self._beat_s, self._stale_s = beat_s, stale_s
+        self._lost = False
+        self._done = threading.Event()
+        self._descriptor: int | None = None
+        self._beats = threading.Thread(target=self._beat, name="runlock", daemon=True)
+
+    def __enter__(self) -> RunLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> RunLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Not inherited by children: one that outlives the driver must not keep the lock.
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            locks_work = self._lock()
+            previous = _read(self.path)
+            if previous is not None and not (locks_work and previous.machine == self.holder.machine):
+                self._wait_until_stale(previous)
+            self._write()
+            if not locks_work:
+                self._await_claim()
+        except BaseException:
+            self._close()
+            raise
+        self.taken_over = previous
+        if previous is not None:
+            log.warning(
+                "run_root %s: taking over from a run that ended without saying so, %s", self.path.parent, previous
+            )
+        self._beats.start()
+        return self
+
+    def release(self) -> None:
+        """Free the lock; the file stays, empty: removing it would race with whoever opens it."""
+        if self._descriptor is None:
+            return
+        self._done.set()
+        if self._beats.is_alive():
+            self._beats.join(timeout=self._beat_s + 1)
+        if not self._lost:
+            os.ftruncate(self._descriptor, 0)
+        self._close()
+
+    def check(self) -> None:
+        """Raises RuntimeError if another run has taken the lock over (this process was frozen for long)."""
+        if self._lost:
+            raise RuntimeError(
+                f"another run took over {self.path.parent} while this one did not respond ({_read(self.path)}): stopping, "
+                "so that they do not overwrite each other"
+            )
+
+    def _lock(self) -> bool:
+        """True if the kernel gave the lock, False if this file system has none."""
+        assert self._descriptor is not None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._busy(_read(self.path)) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
+        return True
+
+    def _wait_until_stale(self, previous: Holder) -> None:
+        """A holder that the kernel cannot vouch for: dead if it does not beat for stale_s."""
+        seen, since = self._last_beat(), time.monotonic()
+        log.warning(
+            "run_root %s: was held by %s; waiting up to %g s for a sign of life",
+            self.path.parent,
+            previous,
+            self._stale_s,
+        )
+        while time.monotonic() - since < self._stale_s:
+            time.sleep(min(POLL_S, self._stale_s))
+            if _read(self.path) is None:
+                return
+            if self._last_beat() != seen:
+                raise self._busy(_read(self.path))
+
+    def _await_claim(self) -> None:
+        """Of two that write at the same time the later one wins; the other sees it here."""
+        time.sleep(min(CLAIM_S, self._stale_s))
+        current = _read(self.path)
+        if current != self.holder:
+            raise self._busy(current)
+
+    def _busy(self, holder: Holder | None) -> RunRootBusyError:
+        return RunRootBusyError(
+            f"run_root={self.path.parent} is in use by another run: {holder or 'one that has just started'}. Wait for it "
+            "to end, stop it, or choose another run_root"
+        )
+
+    def _write(self) -> None:
+        assert self._descriptor is not None
+        text = json.dumps(asdict(self.holder)).encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text, 0)
+        os.fsync(self._descriptor)
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._beat_s):
+            if self._descriptor is None:
+                return
+            try:
+                # By path: the file that a new holder would look at, even if somebody replaced it.
+                current = _read(self.path)
+                if current is not None and current != self.holder:
+                    self._lost = True
+                    log.error("run_root %s: the lock was taken over by %s", self.path.parent, current)
+                    return
+                os.utime(self.path)
+            except OSError as error:
+                log.warning("run_root %s: could not renew the lock: %s", self.path.parent, error)
+
+    def _last_beat(self) -> int:
+        # Opened, since a network file system answers a plain stat from its cache.
+        with open(self.path, "rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _read(path: Path) -> Holder | None:
+    """The holder that the file names; None if it is empty or holds something else."""
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()

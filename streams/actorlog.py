@@ -1,0 +1,72 @@
+"""The log of one actor, in a file that bears the actor's name: run_root/logs/<actor>.log.
+
+Owner: streams. `rl.cluster` names the actor and the folder in its environment; each actor's constructor calls
+`open_actor_log`. Invariants: crashes of the interpreter (segmentation fault, abort) leave their stack in the same file;
+the file rotates; a folder that cannot be written costs the log, never the actor.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import TracebackType
+
+ACTOR_VARIABLE = "SIGHTLINE_ACTOR"
+FOLDER_VARIABLE = "SIGHTLINE_LOG_DIR"
+MAX_BYTES = 16 * 2**20
+BACKUPS = 2
+
+log = logging.getLogger("sightline.actor")
+
+
+def log_path(folder: Path, actor: str) -> Path:
+    return folder / f"{actor}.log"
+
+
+def open_actor_log() -> Path | None:
+    """Send this process's log records, warnings and crash stacks to the actor's file; None if it is not in an actor."""
+    actor, folder = os.environ.get(ACTOR_VARIABLE), os.environ.get(FOLDER_VARIABLE)
+    if not actor or not folder:
+        return None
+    path = log_path(Path(folder), actor)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _CrashAwareHandler(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
+    except OSError as error:
+        print(f"{actor}: no log in {path}: {error}", file=sys.stderr, flush=True)
+        return None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.getLogger("sightline").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    threading.excepthook = _log_thread_exception
+    sys.excepthook = _log_exception
+    log.info("%s starts: host %s, pid %d, python %s", actor, socket.gethostname(), os.getpid(), sys.version.split()[0])
+    return path
+
+
+class _CrashAwareHandler(RotatingFileHandler):
+    """Moves the crash handler along when the file rotates: it writes to a file descriptor."""
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        faulthandler.enable(stream, all_threads=True)
+        return stream
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log.error("uncaught", exc_info=(kind, error, trace))
+
+
+def _log_thread_exception(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        name = args.thread.name if args.thread is not None else "?"
+        log.error("uncaught in thread %s", name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))

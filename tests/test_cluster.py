@@ -1,0 +1,188 @@
+"""An existing Ray cluster: jobs submitted with its token, killed, edited, submitted again; nodes that lack something."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from streams.synthetic import SyntheticConfig, generate
+from tests.ray_head import RayHead
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = (
+    "job=sft",
+    "tracking=none",
+    "sft.steps=2",
+    "sft.batch=2",
+    "sft.learner.warmup_steps=1",
+    "rollout.workers=1",
+    "model.tiny.hidden=64",
+    "model.tiny.layers=1",
+    "model.tiny.mlp=64",
+    # Of four CPUs a run takes three: a second one fits only when the first is gone.
+    "cluster.actor_cpus=1",
+)
+
+
+@pytest.fixture(scope="module")
+def head():
+    with RayHead(cpus=4) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project to edit."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for package in (path for path in ROOT.iterdir() if (path / "__init__.py").is_file() or path.name == "conf"):
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shared") / "run"
+    generate(root / "data", SyntheticConfig(train_clips=3, heldout_per_mode=1, max_turns=14))
+    return root
+
+
+def edit(file, before, after):
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+def pids_in(log_folder, *actors):
+    return [int(line.split("pid ")[1].split(",")[0]) for a in actors for line in (log_folder / f"{a}.log").open()][
+        : len(actors)
+    ]
+
+
+def test_a_killed_job_is_submitted_again_and_runs_the_edited_code(head, checkout, run_root):
+    command = ("python", "launch.py", f"run_root={run_root}", *SETTINGS)
+    jobs = head.jobs()
+    first = head.submit(checkout, *command)
+    logs = run_root / "logs"
+    deadline = time.monotonic() + 120
+    while not all((logs / f"{name}.log").is_file() for name in ("learner", "rollout-0", "scorer")):
+        assert time.monotonic() < deadline, jobs.logs(first)
+        time.sleep(0.2)
+    actors = pids_in(logs, "learner", "rollout-0", "scorer")
+    driver = driver_of(head, jobs, first)
+    os.kill(driver, signal.SIGKILL)
+    killed = time.monotonic()
+    jobs.await_status(first, "FAILED", limit_s=30)
+
+    edit(checkout / "streams" / "actorlog.py", '"%s starts: host', '"%s starts edited: host')
+    edit(checkout / "launch.py", 'f"run: job=', 'f"edited run: job=')
+    second = head.submit(checkout, *command)
+    while any(alive(pid) for pid in actors):
+        assert time.monotonic() - killed < 60, "the killed run's actors are still there"
+        time.sleep(0.1)
+    print(f"actors gone after {time.monotonic() - killed:.1f} s")
+    jobs.await_status(second, "SUCCEEDED", limit_s=180)
+
+    assert "edited run: job=sft" in jobs.logs(second)
+    for name in ("learner", "rollout-0", "scorer"):
+        starts = [line for line in (logs / f"{name}.log").read_text().splitlines() if " starts" in line]
+        assert len(starts) == 2
+        assert [" edited: " in line for line in starts] == [False, True]
+    assert list(run_root.glob("checkpoints/sft/**/model.safetensors"))
+    assert not list(run_root.glob(".preflight-*"))
+
+
+def driver_of(head, jobs, job):
+    """The process of launch.py: the newest one that runs for this job's working directory."""
+    info = jobs.info(job)
+    if (info.get("driver_info") or {}).get("pid"):
+        return int(info["driver_info"]["pid"])
+    raise AssertionError(f"the job has no driver: {info}")
+
+
+def test_the_job_api_asks_for_the_token(head):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{head.url}/api/jobs/", timeout=30)
+    assert refused.value.code in (401, 403)
+
+
+def test_a_relative_run_root_is_refused_inside_a_job(head, checkout):
+    jobs = head.jobs()
+    job = head.submit(checkout, "python", "launch.py", *SETTINGS)
+    jobs.await_status(job, "FAILED", limit_s=90)
+    assert "configuration error: run_root=outputs/quickstart: on an existing cluster" in jobs.logs(job)
+
+
+def launch_here(head, run_root, *overrides):
+    """A driver on the head's machine, outside of a job: it uploads its own code."""
+    settings = (*SETTINGS, f"run_root={run_root}", "cluster=ray_address", f"cluster.address={head.address}")
+    return head.run(sys.executable, "launch.py", *settings, *overrides, cwd=ROOT, limit_s=240)
+
+
+def private_mounts():
+    return subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not private_mounts(), reason="needs a mount namespace (root), to give a node other files")
+def test_a_node_that_sees_other_files_and_versions_is_named_with_all_of_it(head, run_root, tmp_path):
+    """A second node on this machine, in a mount namespace with an empty run_root, other metadata and no videos."""
+    shared = run_root.parent
+    record = metadata.distribution("transformers")._path / "METADATA"
+    (tmp_path / "METADATA").write_text(
+        record.read_text().replace(f"Version: {metadata.version('transformers')}", "Version: 5.0.0")
+    )
+    videos = tmp_path / "videos"
+    generate(videos, SyntheticConfig(train_clips=3, heldout_per_mode=1, max_turns=14))
+    script = (
+        f"mount --make-rprivate / && mount -t tmpfs none {shared} && mkdir {run_root} && "
+        f'mount --bind {tmp_path / "METADATA"} {record} && mount -t tmpfs none {videos} && exec "$@"'
+    )
+    head.add_node(1, wrapper=("unshare", "-m", "sh", "-c", script, "node"))
+    done = launch_here(
+        head,
+        run_root,
+        "data=jsonl",
+        f"data.train={videos / 'train.jsonl'}",
+        f"data.heldout={videos / 'heldout.jsonl'}",
+        "rollout.workers=4",
+        "cluster.actor_cpus=1.5",
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = done.stderr
+    assert "configuration error: the cluster is not ready for this run, " in said
+    assert "the actors need 9 CPUs (learner 1.5 + rollout worker 0 1.5 + " in said
+    assert "but the cluster has 5" in said
+    print(said)
+    assert "Traceback" not in said
+    # One more time with room for all: the head is as the driver, only the second node is named.
+    done = launch_here(
+        head, run_root, "data=jsonl", f"data.train={videos / 'train.jsonl'}", f"data.heldout={videos / 'heldout.jsonl'}"
+    )
+    problems = [line for line in done.stderr.splitlines() if line.strip()[:1].isdigit()]
+    print(done.stderr)
+    assert all("node 127.0.0.1" in line or "node " in line for line in problems)
+    assert any("run_root: " in line and "is not the driver's" in line for line in problems)
+    assert any("transformers is 5.0.0 there" in line for line in problems)
+    assert any("data.train: " in line for line in problems)
+    assert any("data.train, a video: " in line for line in problems)
+    assert not list(run_root.glob(".preflight-*"))
