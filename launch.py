@@ -67,12 +67,12 @@ def start(config: RunConfig, overrides: list[str]) -> None:
         try:
             preflight(config)
             config = respect_checkpoint(config, overrides, progress.say, warn)
-            held.enter_context(RunLock(config.root.resolve()))
+            lock = held.enter_context(RunLock(config.root.resolve()))
             store = StageStore(config.root.resolve(), config, progress.say)
             check_nothing_needed_is_replaced(config, store.plan())
             from rl.run import Run
 
-            run = Run(config, store, progress)
+            run = Run(config, store, progress, lock)
         except (
             ValueError,
             OSError,

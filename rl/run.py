@@ -21,6 +21,7 @@ from rl.checks import describe, own_checkpoints
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
 from rl.loop import RLLoop
+from rl.runlock import RunLock
 from rl.stage import StageContext
 from rl.stages import TRAINING, StageStore, clear, flat, plain
 from rl.stop import Requeue, StopSignal
@@ -37,8 +38,8 @@ from streams.tiny import build_tiny
 class Run:
     """The stages share the session, the tracker and the clock. `store` holds the plan of every stage."""
 
-    def __init__(self, config: RunConfig, store: StageStore, progress: Progress) -> None:
-        self.config, self.store, self.progress = config, store, progress
+    def __init__(self, config: RunConfig, store: StageStore, progress: Progress, lock: RunLock) -> None:
+        self.config, self.store, self.progress, self.lock = config, store, progress, lock
         self.root = config.root.resolve()
         self.began = time.monotonic()
         self.skipped: list[SkippedSample] = []
@@ -210,6 +211,7 @@ class Run:
             stop=self.stop,
             streaming=streaming_settings(self.config),
             resume=found.state if found else None,
+            still_ours=self.lock.check,
         )
 
     def _ready_session(self) -> Session:

@@ -46,6 +46,7 @@ class Checkpointer:
 
     def save(self, state: CheckpointState, *, final: bool = False) -> Any:
         """Start writing; returns a reference that is there when the checkpoint is complete. May raise OSError."""
+        self._context.still_ours()
         name = FINAL if final else step_name(state.step)
         state = replace(state, tracking_run=self._context.tracker.run_id or "")
         path = self.folder / name

@@ -6,6 +6,7 @@ Owner: rl.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from rl.tracking import Progress, Tracker
 @dataclass(frozen=True)
 class StageContext:
     """steps: optimiser steps of the whole stage. streaming: the exported checkpoints' streaming.json. resume: where the
-    stage stood, None at its start.
+    stage stood, None at its start. still_ours: raises if another run has taken the run_root over.
     """
 
     stage: str
@@ -31,6 +32,7 @@ class StageContext:
     stop: StopSignal
     streaming: dict[str, Any]
     resume: CheckpointState | None = None
+    still_ours: Callable[[], None] = lambda: None
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
