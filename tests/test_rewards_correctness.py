@@ -183,9 +183,9 @@ def test_any_text_is_judged_without_an_error_and_itself_is_right(response, kind,
 @pytest.mark.parametrize("text", ["a " * 5000, "x" * 10000, "1," * 5000, "I think " * 2000, "-" * 10000])
 @pytest.mark.parametrize("kind", ["choice", "integer", "yes_no", "text"])
 def test_long_responses_are_judged_quickly(text, kind):
-    began = time.monotonic()
+    began = time.process_time()
     is_correct(text, {"choice": "C", "integer": "3", "yes_no": "yes", "text": "red"}[kind], kind)
-    assert time.monotonic() - began < 2.0
+    assert time.process_time() - began < 2.0
 
 
 def test_correct_answers_whatever_their_time():
