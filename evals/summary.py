@@ -56,7 +56,11 @@ def checkpoint_label(path: str | Path) -> str:
 
     A checkpoint's weights lie in `<stage>/<name>/hf` or `<stage>/hf`. Never a name that a run gives to its own results.
     """
-    parts = [part for part in Path(path).parts if part not in ("hf", "/", ".", "..")]
+    folder = Path(path).expanduser()
+    # A link keeps the name that the user gave it.
+    parts = [
+        p for p in (Path(os.path.abspath(folder)) if folder.is_dir() else folder).parts if p not in ("hf", "/", "..")
+    ]
     # "final" and "step000020" of every run are called alike: the stage's name in front tells more.
     nested = len(parts) > 1 and (parts[-1] == "final" or re.fullmatch(r"step\d+", parts[-1]))
     label = re.sub(r"[^\w.-]+", "_", "-".join(parts[-2:] if nested else parts[-1:]), flags=re.ASCII).strip("_.")

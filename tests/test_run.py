@@ -413,7 +413,7 @@ def test_transcripts_add_up_to_the_summary(run, transcripts):
 def test_the_page_shows_all_results_and_the_frames_of_every_clip_that_can_be_read(run, transcripts):
     text = (run.root / "transcripts" / "rl.html").read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
-    assert [result["name"] for result in data["results"]][0] == "rl"
+    assert data["results"][0]["name"] == "rl"
     assert {result["name"] for result in data["results"]} == set(RESULTS)
     for stream in data["streams"]:
         broken = stream["task"].removeprefix("heldout-") in BAD_VIDEOS
