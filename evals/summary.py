@@ -30,8 +30,17 @@ def write_atomic(path: Path, text: str) -> None:
     """Written aside, renamed: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(encoded(text))
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8. Half a surrogate pair, which JSON rows may hold, stays the escape that JSON reads it from."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -47,11 +56,15 @@ def checkpoint_label(path: str | Path) -> str:
 
     A checkpoint's weights lie in `<stage>/<name>/hf` or `<stage>/hf`. Never a name that a run gives to its own results.
     """
-    parts = [part for part in Path(path).parts if part not in ("hf", "/", ".", "..")]
+    folder = Path(path).expanduser()
+    # A link keeps the name that the user gave it.
+    parts = [
+        p for p in (Path(os.path.abspath(folder)) if folder.is_dir() else folder).parts if p not in ("hf", "/", "..")
+    ]
     # "final" and "step000020" of every run are called alike: the stage's name in front tells more.
     nested = len(parts) > 1 and (parts[-1] == "final" or re.fullmatch(r"step\d+", parts[-1]))
     label = re.sub(r"[^\w.-]+", "_", "-".join(parts[-2:] if nested else parts[-1:]), flags=re.ASCII).strip("_.")
-    return f"checkpoint-{label}" if label in (*OWN_RESULTS, "") else label
+    return f"checkpoint-{label}".rstrip("-") if label in (*OWN_RESULTS, "") else label
 
 
 def evaluation_fields(results: dict[str, EvalResult]) -> dict[str, Any]:

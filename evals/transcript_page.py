@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.summary import write_atomic
+from evals.summary import encoded, write_atomic
 from evals.transcript_frames import read_strips
 from streams.video import VideoConfig
 
@@ -53,7 +53,7 @@ def write_page(
     budget = int(budget_mb * 2**20)
     streams = _by_task(records)
     notes = []
-    shell = len(_page("", {}).encode())
+    shell = len(encoded(_page("", {})))
     kept = _fitting(streams, int(DATA_SHARE * (budget - shell)))
     if len(kept) < len(streams):
         notes.append(
@@ -70,7 +70,7 @@ def write_page(
         "streams": [_shown(stream) for stream in kept.values()],
         "notes": notes,
     }
-    spare = budget - shell - len(_json(data).encode()) - 4096
+    spare = budget - shell - len(encoded(_json(data))) - 4096
     strips = read_strips(first, video, max(0, spare))
     for shown in data["streams"]:
         strip = strips[shown["task"]]
@@ -101,7 +101,7 @@ def _fitting(streams: dict[str, dict[str, Any]], budget: int) -> dict[str, dict[
     """The first streams whose text and counts fit."""
     kept: dict[str, dict[str, Any]] = {}
     for task, stream in streams.items():
-        budget -= len(_json(_shown(stream)).encode())
+        budget -= len(encoded(_json(_shown(stream))))
         if budget < 0 and kept:
             break
         kept[task] = stream

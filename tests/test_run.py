@@ -367,6 +367,61 @@ def test_the_tracking_database_holds_one_finished_run_with_a_reward_for_every_st
     losses = client.get_metric_history(tracked.info.run_id, "sft/loss")
     assert sorted(point.step for point in losses) == [1, 2, 3]
 
+    stored = {artifact.path for artifact in client.list_artifacts(tracked.info.run_id)}
+    assert stored == {"summary.json", "rl.html", *(f"{name}.jsonl" for name in RESULTS)}
+
+
+# ---- transcripts ----
+
+RESULTS = ("sft", "rl", "empty_thoughts", "recent_frames")
+
+
+@pytest.fixture(scope="module")
+def transcripts(run):
+    """Lines by result, read before the folder is evaluated again."""
+    folder = run.root / "transcripts"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["rl.html", *(f"{name}.jsonl" for name in RESULTS)])
+    return {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in RESULTS
+    }
+
+
+def test_transcripts_hold_every_result_of_the_same_streams_with_the_broken_ones_last(run, transcripts):
+    tasks = [line["task"] for line in transcripts["rl"]]
+    assert len(tasks) == run.summary["heldout_n"]
+    assert [line["task"] for line in transcripts["sft"]] == tasks
+    assert {line["category"] for line in transcripts["recent_frames"]} == {"recall"}
+    failed = [line["task"] for line in transcripts["rl"] if line["failed"]]
+    assert failed == tasks[-len(BAD_VIDEOS) :]
+    assert sorted(failed) == sorted(f"heldout-{name}" for name in BAD_VIDEOS)
+
+
+def test_transcripts_add_up_to_the_summary(run, transcripts):
+    for name in ("sft", "rl"):
+        found = run.summary["evaluations"][name]
+        assert np.mean([line["reward"] for line in transcripts[name]]) == pytest.approx(found["reward"])
+        right = [answer["correct"] for line in transcripts[name] for answer in line["answers"]]
+        assert np.mean(right) == pytest.approx(found["accuracy"])
+        assert found["failed_streams"] == len(BAD_VIDEOS)
+    policies = {
+        name: {line["policy"]["name"] for line in lines if line["policy"]} for name, lines in transcripts.items()
+    }
+    assert policies == {"sft": {"rcsm"}, "rl": {"rcsm"}, "empty_thoughts": {"rcsm"}, "recent_frames": {"recent_frames"}}
+    empty = [turn for line in transcripts["empty_thoughts"] for turn in line["turns"]]
+    assert {turn["thought"] for turn in empty} == {""}
+
+
+def test_the_page_shows_all_results_and_the_frames_of_every_clip_that_can_be_read(run, transcripts):
+    text = (run.root / "transcripts" / "rl.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    assert data["results"][0]["name"] == "rl"
+    assert {result["name"] for result in data["results"]} == set(RESULTS)
+    for stream in data["streams"]:
+        broken = stream["task"].removeprefix("heldout-") in BAD_VIDEOS
+        assert bool(stream["frames"]) != broken
+        assert ("no frames" in stream["frames_note"]) == broken
+    assert "transcripts: " in run.done.stdout
+
 
 # ---- a second run into the same folder ----
 
@@ -388,6 +443,12 @@ def test_evaluating_again_rewrites_the_summary_with_the_same_results(run, again)
     assert again.keys() == run.summary.keys()
     for name in run.summary.keys() - free:
         assert again[name] == run.summary[name], name
+
+
+def test_evaluating_again_writes_the_same_transcripts(run, transcripts, again):
+    for name, lines in transcripts.items():
+        text = (run.root / "transcripts" / f"{name}.jsonl").read_text()
+        assert [json.loads(line) for line in text.splitlines()] == lines, name
 
 
 def test_evaluating_again_still_names_every_bad_sample_of_the_run(run, again):

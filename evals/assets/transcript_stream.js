@@ -43,7 +43,7 @@ function answersTable(stream) {
         ...(row === 0
           ? [
               el("td", { class: "wide", rowspan: count }, stream.queries[answer.query].text),
-              el("td", { rowspan: count }, el("b", {}, answer.text), el("span", { class: "muted" }, ` ${answer.kind}`)),
+              el("td", { rowspan: count, title: `kind: ${answer.kind}` }, el("b", {}, answer.text)),
               el("td", { class: "line", rowspan: count }, `turn ${answer.due_turn}, ${clock(answer.time)}`),
             ]
           : []),
