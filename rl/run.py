@@ -253,7 +253,7 @@ class Run:
         if found:
             return found
         if self.config.model.path:
-            return {"sft": resolve_checkpoint(self.config.model.path)}
+            return {checkpoint_label(self.config.model.path): resolve_checkpoint(self.config.model.path)}
         raise ValueError(
             f"job=eval: no checkpoint under {self.root / 'checkpoints'}; run job=sft first or set eval.checkpoint"
         )

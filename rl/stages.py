@@ -62,8 +62,8 @@ _MAY_GROW = ("sft.steps", "algorithm.steps")
 
 REPLACES = {
     "data": ["stages/data.json"],
-    "sft": ["checkpoints/sft", "stages/sft.json", "stages/sft.steps.jsonl"],
-    "rl": ["checkpoints/rl", "stages/rl.json", "stages/rl.steps.jsonl"],
+    "sft": ["checkpoints/sft", "stages/sft.json", "stages/sft.steps.jsonl", "transcripts"],
+    "rl": ["checkpoints/rl", "stages/rl.json", "stages/rl.steps.jsonl", "transcripts"],
     "eval": ["summary.json"],
 }
 """What a stage writes; a stage that starts over replaces its own and what was made from it. Tracking history stays."""
