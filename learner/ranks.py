@@ -113,8 +113,8 @@ class Ranks:
             ) from error
         return values
 
-    def agree(self, problem: str | None, what: str) -> None:
-        """Raises ValueError on every rank if any rank found a problem; names the rank where there are several."""
+    def agree(self, problem: Exception | None, what: str) -> None:
+        """Raises the first problem that any rank found, on every rank; names the rank where there are several."""
         for rank, found in enumerate(self.gather(problem, what)):
             if found is not None:
-                raise ValueError(found if self.world == 1 else f"learner rank {rank}: {found}")
+                raise found if self.world == 1 else type(found)(f"learner rank {rank}: {found}")

@@ -41,8 +41,14 @@ def save_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig, 
 def load_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig) -> int:
     """Load what `save_state` wrote, on every rank; returns the version. Raises FileNotFoundError or ValueError."""
     folder = path / FOLDER
-    facts = check_fits(folder, ranks, config)
-    ranks.gather(None, f"to find their parts of {path}")
+    facts: dict[str, Any] = {}
+    problem: Exception | None = None
+    try:
+        facts = check_fits(folder, ranks, config)
+    except (FileNotFoundError, ValueError) as error:
+        problem = error
+    # One rank's missing file must not leave the others waiting in the collective load.
+    ranks.agree(problem, f"to find their parts of {path}")
     loaded, _ = deepspeed.load_checkpoint(str(folder), tag=TAG)
     if loaded is None:
         raise ValueError(f"{folder}: DeepSpeed could not load the state there; it is damaged or incomplete")

@@ -166,11 +166,24 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, ranks, stage, loss, offload
     at_save = through[0][3]
     assert not np.array_equal(at_save.buffer, ended.buffer)
     assert_exported(tmp_path / "saved" / "hf", at_save, tied)
+    if ranks == 2:
+        assert_a_missing_part_is_refused_by_both(replace(first, calls=(load,)), tmp_path)
     # Another partitioning is refused by every rank, and named.
     other = learner_values(ranks=ranks, zero_stage=0 if offload == "none" else 1, offload=offload)
     for (refusal,) in run(replace(first, learner=other, calls=(load,), reference=""), ranks, tmp_path / "other"):
         assert refusal.startswith("ValueError")
         assert f"learner.zero_stage={stage} but this run has learner.zero_stage={other['zero_stage']}" in refusal
+
+
+def assert_a_missing_part_is_refused_by_both(job, folder):
+    part = folder / "saved" / "deepspeed" / "rng_rank00001.pt"
+    kept = part.read_bytes()
+    part.unlink()
+    ((refusal,), other) = run(job, 2, folder / "missing")
+    assert other == [refusal]
+    assert refusal.startswith("FileNotFoundError: learner rank 1: ")
+    assert "random state of rank 1 is missing" in refusal
+    part.write_bytes(kept)
 
 
 def assert_exported(path, update, tied):
