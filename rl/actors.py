@@ -66,7 +66,8 @@ class ActorBook:
 
 
 def named_class(actor: type, name: str) -> type:
-    """The actor's class under the actor's own name: Ray shows it in process titles, log prefixes and errors."""
+    """The actor's class under the actor's own name, which Ray shows where it leaves out the name (process titles of
+    asynchronous actors, prefixes of output)."""
     return type(name, (actor,), {"__module__": actor.__module__, "__doc__": actor.__doc__})
 
 
