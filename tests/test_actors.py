@@ -48,6 +48,17 @@ def test_the_end_of_a_log_is_quoted_and_a_missing_one_is_not(tmp_path):
     assert len(said.splitlines()) < 20
 
 
+def test_a_crash_is_quoted_from_its_beginning_and_an_earlier_attempts_crash_is_not(tmp_path):
+    crash = "\n".join(["Fatal Python error: Segmentation fault", *(f"  File {i}" for i in range(50)), "modules " * 99])
+    log = tmp_path / "a.log"
+    log.write_text(f"a starts: host h\n{crash}\n")
+    said = tail(log).splitlines()
+    assert said[2] == "  Fatal Python error: Segmentation fault"
+    assert len(said) < 20
+    log.write_text(f"a starts: host h\n{crash}\na starts: host h\nloaded\n")
+    assert tail(log).endswith("which ends:\n  a starts: host h\n  loaded")
+
+
 def test_an_error_without_any_detail_is_still_explained(tmp_path):
     said = ActorBook("run", tmp_path).explain(ActorDiedError())
     assert said == "an actor died: The actor died unexpectedly before finishing this task."

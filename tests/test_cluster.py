@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -93,8 +94,8 @@ def test_a_killed_job_is_submitted_again_and_runs_the_edited_code(head, checkout
     killed = time.monotonic()
     jobs.await_status(first, "FAILED", limit_s=30)
 
-    edit(checkout / "streams" / "actorlog.py", '"%s starts: host', '"%s starts edited: host')
-    edit(checkout / "launch.py", 'f"run: job=', 'f"edited run: job=')
+    edit(checkout / "streams" / "actorlog.py", '"%s%s host', '"%s%s edited host')
+    edit(checkout / "launch.py", "import logging\n", "import logging\nprint('edited driver')\n")
     second = head.submit(checkout, *command)
     while any(alive(pid) for pid in actors):
         assert time.monotonic() - killed < 60, "the killed run's actors are still there"
@@ -102,11 +103,11 @@ def test_a_killed_job_is_submitted_again_and_runs_the_edited_code(head, checkout
     print(f"actors gone after {time.monotonic() - killed:.1f} s")
     jobs.await_status(second, "SUCCEEDED", limit_s=180)
 
-    assert "edited run: job=sft" in jobs.logs(second)
+    assert "edited driver" in jobs.logs(second)
     for name in ACTORS:
-        starts = [line for line in (logs / f"{name}.log").read_text().splitlines() if " starts" in line]
+        starts = [line for line in (logs / f"{name}.log").read_text().splitlines() if " starts:" in line]
         assert len(starts) == 2
-        assert [" edited: " in line for line in starts] == [False, True]
+        assert [" edited host " in line for line in starts] == [False, True]
     assert list(run_root.glob("checkpoints/sft/**/model.safetensors"))
     assert not list(run_root.glob(".preflight-*"))
 
@@ -115,6 +116,32 @@ def test_the_job_api_asks_for_the_token(head):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{head.url}/api/jobs/", timeout=30)
     assert refused.value.code in (401, 403)
+
+
+CONNECT = """
+import sys
+from pathlib import Path
+import ray
+from conf.schema import ClusterConfig
+from rl.connect import connect
+try:
+    connect(ClusterConfig(address=sys.argv[1], num_cpus=int(sys.argv[2])), "test", Path("/nowhere"))
+    print("CPUs", ray.cluster_resources()["CPU"])
+except ConnectionError as error:
+    print(error)
+"""
+
+
+def test_a_local_run_beside_a_cluster_stays_local_and_a_wrong_token_is_said(head):
+    """`head.run` sets RAY_ADDRESS, which Ray by itself would follow. Ray tries a wrong token for 20 s."""
+    wrong = ("env", f"RAY_AUTH_TOKEN={'0' * 64}")
+    with ThreadPoolExecutor() as pool:
+        local = pool.submit(head.run, sys.executable, "-c", CONNECT, "", "1", cwd=ROOT)
+        refused = pool.submit(head.run, *wrong, sys.executable, "-c", CONNECT, "auto", "0", cwd=ROOT)
+    assert local.result().stdout.strip().endswith("CPUs 1.0"), local.result().stderr
+    said = refused.result().stdout
+    assert "cluster.address=auto: Failed to connect" in said, refused.result().stderr
+    assert "set RAY_AUTH_MODE=token and the head's token here" in said
 
 
 def launch_here(head, run_root, *overrides):
