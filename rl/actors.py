@@ -15,10 +15,13 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from streams.actorlog import ACTOR_VARIABLE, FOLDER_VARIABLE, log_path
+from streams.actorlog import ACTOR_VARIABLE, FOLDER_VARIABLE, STARTS, log_path
 
 TAIL_LINES = 15
-TAIL_BYTES = 8192
+TAIL_BYTES = 65536
+LINE_CHARACTERS = 300
+CRASH = "Fatal Python error"
+"""How Python's own report of a crash begins."""
 
 
 def run_id(root: Path) -> str:
@@ -66,20 +69,25 @@ class ActorBook:
 
 
 def named_class(actor: type, name: str) -> type:
-    """The actor's class under the actor's own name: Ray shows it in process titles, log prefixes and errors."""
+    """The actor's class under the actor's own name, which Ray shows where it leaves out the name (process titles of
+    asynchronous actors, prefixes of output)."""
     return type(name, (actor,), {"__module__": actor.__module__, "__doc__": actor.__doc__})
 
 
 def tail(path: Path) -> str:
-    """Words for an error message: where the log is and how it ends; empty if there is none."""
+    """Words for an error message: where the log is and how it ends (a crash: how that begins); empty if there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line}" for line in lines)
+    # Earlier attempts wrote into the same file.
+    begin = max((i for i, line in enumerate(lines) if STARTS in line), default=0)
+    crash = next((i for i, line in enumerate(lines) if i >= begin and line.startswith(CRASH)), None)
+    shown = lines[begin:][-TAIL_LINES:] if crash is None else lines[crash : crash + TAIL_LINES]
+    return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line[:LINE_CHARACTERS]}" for line in shown)
 
 
 def _field(text: str, key: str) -> str:

@@ -18,7 +18,7 @@ import ray
 from conf.schema import RAY_JOB_VARIABLE, ClusterConfig
 
 ANSWER_TIMEOUT_S = 10.0
-UPLOAD_EXCLUDES = ("/.git/", "/.venv/", "/outputs/", "__pycache__/", "/.*_cache/", "/.hypothesis/")
+UPLOAD_EXCLUDES = (".git/", ".venv/", "venv/", "__pycache__/", "/outputs/", "/.*_cache/", "/.hypothesis/")
 
 log = logging.getLogger("sightline.cluster")
 
@@ -46,6 +46,8 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
             **common,
         )
         return
+    # Ray would warn that it leaves out .git and .venv by itself.
+    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
     address = bootstrap_address(cluster.existing)
     check_answers(address)
     try:

@@ -36,11 +36,12 @@ class NeededPath:
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """folder: the preflight's own, below run_root; it holds DRIVER_FILE with `nonce` in it."""
+    """folder: the preflight's own, below run_root; it holds DRIVER_FILE with `nonce` in it, `wait_s` later at most."""
 
     folder: str
     nonce: str
     needed: tuple[NeededPath, ...] = ()
+    wait_s: float = SHARED_WAIT_S
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _check_shared(request: ProbeRequest, node: str) -> str:
     """Read what the driver wrote, write what the driver will read."""
     folder = Path(request.folder)
     root = folder.parent
-    if problem := await_content(folder / DRIVER_FILE, request.nonce):
+    if problem := await_content(folder / DRIVER_FILE, request.nonce, request.wait_s):
         if not root.is_dir():
             return f"there is no folder {root} there"
         return f"{root} there is not the driver's: a file that the driver just wrote is not in it ({problem})"

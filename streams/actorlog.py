@@ -20,6 +20,8 @@ from types import TracebackType
 
 ACTOR_VARIABLE = "SIGHTLINE_ACTOR"
 FOLDER_VARIABLE = "SIGHTLINE_LOG_DIR"
+STARTS = " starts:"
+"""In the first line of every process: a file holds those of all attempts."""
 MAX_BYTES = 16 * 2**20
 BACKUPS = 2
 
@@ -49,7 +51,9 @@ def open_actor_log() -> Path | None:
     logging.captureWarnings(True)
     threading.excepthook = _log_thread_exception
     sys.excepthook = _log_exception
-    log.info("%s starts: host %s, pid %d, python %s", actor, socket.gethostname(), os.getpid(), sys.version.split()[0])
+    log.info(
+        "%s%s host %s, pid %d, python %s", actor, STARTS, socket.gethostname(), os.getpid(), sys.version.split()[0]
+    )
     return path
 
 

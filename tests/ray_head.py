@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 START_S = 150
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -82,66 +84,59 @@ class RayHead:
         assert done.returncode == 0, done.stdout + done.stderr
         return re.search(r"raysubmit_\w+", done.stdout)[0]
 
-    def jobs(self):
-        """A client of the job API, made in a process that may not have the token in its environment otherwise."""
-        return _Jobs(self)
+    def jobs(self) -> Jobs:
+        return Jobs(self.url, self.environment["RAY_AUTH_TOKEN"])
 
     def close(self) -> None:
         """`ray start --block` ends its children on SIGTERM; whatever does not listen is killed with its group."""
         for process in reversed(self._processes):
             process.terminate()
         for process in self._processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                pass
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, *arguments: str, wrapper: tuple[str, ...] = ()) -> None:
-        log = open(self.folder / f"start-{len(self._processes)}.txt", "w")
         command = [*wrapper, RAY, "start", "--block", "--object-store-memory=200000000", *arguments]
         command.append(f"--dashboard-agent-listen-port={free_port()}")
-        self._processes.append(
-            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
-        )
-        log.close()
+        with open(self.folder / f"start-{len(self._processes)}.txt", "w") as log:
+            self._processes.append(
+                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            )
 
     def _await_nodes(self, count: int) -> None:
+        """Until so many nodes are alive and the dashboard answers."""
         deadline = time.monotonic() + START_S
-        code = "import json, ray; ray.init(address='auto', logging_level='ERROR'); print(len([n for n in ray.nodes() if n['Alive']]))"
-        said = "nothing"
-        while time.monotonic() < deadline:
-            for i, process in enumerate(self._processes):
-                said = (self.folder / f"start-{i}.txt").read_text()
-                assert process.poll() is None, f"ray start ended: {said}"
-            try:
-                with (
-                    socket.create_connection(("127.0.0.1", self.port), 1),
-                    socket.create_connection(("127.0.0.1", self.dashboard), 1),
-                ):
-                    done = self.run(sys.executable, "-c", code, cwd=self.folder)
-                if done.stdout.strip() == str(count):
-                    return
-                said = done.stdout + done.stderr
-            except OSError:
-                pass
-            time.sleep(0.5)
-        raise TimeoutError(f"Ray did not have {count} nodes within {START_S} s: {said}")
+        while not (self._answers() and self._alive() == count):
+            said = "".join((self.folder / f"start-{i}.txt").read_text() for i in range(len(self._processes)))
+            assert all(process.poll() is None for process in self._processes), f"ray start ended: {said}"
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Ray did not have {count} nodes within {START_S} s: {said}")
+            time.sleep(0.3)
+
+    def _answers(self) -> bool:
+        try:
+            for port in (self.port, self.dashboard):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def _alive(self) -> int:
+        code = (
+            "import ray; ray.init(address='auto', logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+        )
+        done = self.run(sys.executable, "-c", code, cwd=self.folder)
+        return int(done.stdout) if done.returncode == 0 else 0
 
 
-class _Jobs:
+class Jobs:
     """What the tests ask the job API."""
 
-    def __init__(self, head: RayHead) -> None:
-        from urllib.request import Request
-
-        self._request = lambda path: Request(
-            f"{head.url}/api/jobs/{path}", headers={"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
-        )
+    def __init__(self, url: str, token: str) -> None:
+        self._url, self._token = url, token
 
     def info(self, job: str) -> dict:
         return self._get(job)
@@ -149,15 +144,16 @@ class _Jobs:
     def logs(self, job: str) -> str:
         return self._get(f"{job}/logs")["logs"]
 
-    def await_status(self, job: str, *wanted: str, limit_s: float) -> dict:
+    def await_status(self, job: str, wanted: str, limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
-        while (info := self.info(job))["status"] not in wanted:
-            assert time.monotonic() < deadline, f"{info['status']} {info['message']}\n{self.logs(job)}"
+        while (info := self.info(job))["status"] != wanted:
+            ended = info["status"] in ("FAILED", "SUCCEEDED", "STOPPED")
+            said = f"{info['status']}, not {wanted}: {info['message']}"
+            assert not ended, f"{said}\n{self.logs(job)}"
+            assert time.monotonic() < deadline, f"{said}\n{self.logs(job)}"
             time.sleep(0.3)
-        return info
 
     def _get(self, path: str) -> dict:
-        from urllib.request import urlopen
-
-        with urlopen(self._request(path), timeout=30) as reply:
+        request = Request(f"{self._url}/api/jobs/{path}", headers={"Authorization": f"Bearer {self._token}"})
+        with urlopen(request, timeout=30) as reply:
             return json.loads(reply.read())

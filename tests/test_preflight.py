@@ -112,8 +112,8 @@ def test_a_node_that_shares_run_root_reads_and_answers(request_of):
     assert check_nodes([report], replace(report, node="driver")) == []
 
 
-def test_another_folder_of_the_same_name_is_noticed(request_of, monkeypatch):
-    monkeypatch.setattr("rl.nodes.SHARED_WAIT_S", 0.0)
+def test_another_folder_of_the_same_name_is_noticed(request_of):
+    request_of = replace(request_of, wait_s=0.0)
     (Path(request_of.folder) / DRIVER_FILE).write_text("of an earlier run")
     assert "is not the driver's" in probe("n", request_of).shared
     (Path(request_of.folder) / DRIVER_FILE).unlink()
@@ -121,7 +121,7 @@ def test_another_folder_of_the_same_name_is_noticed(request_of, monkeypatch):
 
 
 def test_a_node_without_run_root_says_so(tmp_path):
-    request = ProbeRequest(str(tmp_path / "nowhere" / ".preflight-1"), "nonce")
+    request = ProbeRequest(str(tmp_path / "nowhere" / ".preflight-1"), "nonce", wait_s=0.0)
     assert probe("n", request).shared == f"there is no folder {tmp_path / 'nowhere'} there"
 
 
