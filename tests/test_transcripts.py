@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64decode
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from evals.heldout import ScoredStream
 from evals.summary import write_atomic
 from evals.transcript_choice import choose
-from evals.transcript_frames import read_strips
+from evals.transcript_frames import THUMB_PIXELS, read_strips
 from evals.transcript_page import main, write_page
 from evals.transcripts import OUTCOMES, outcome
 from rewards.compose import AnswerResult, RewardResult
 from streams.log import Kind
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from tests.clips import solid, write_clip
 from tests.transcripts_lib import HOSTILE, LONG, VIDEO, WINDOW, make
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "transcripts.md"
@@ -260,17 +264,15 @@ def test_frames_never_exceed_their_budget_and_a_strip_names_what_it_lacks(lines,
 
 
 @pytest.mark.slow
-def test_a_thumbnail_keeps_the_shape_of_its_video(lines):
-    from base64 import b64decode
-    from io import BytesIO
-
-    from PIL import Image
-
-    strip = read_strips({"a": lines["alert-0"]}, replace(VIDEO, max_pixels=10**6, min_pixels=10**5), 2**20)["a"]
-    image = Image.open(BytesIO(b64decode(strip.frames[0][0].split(",")[1])))
-    assert image.width / image.height == pytest.approx(72 / 56, abs=0.03)
-    assert np.asarray(image)[20, 20] == pytest.approx([200, 40, 40], abs=20), "the first second's colour"
-    assert 120 * 120 < image.width * image.height <= 160 * 120
+def test_a_thumbnail_keeps_the_shape_and_the_colours_of_its_video(tmp_path):
+    write_clip(tmp_path / "wide.mp4", solid((200, 40, 40), 8, 180, 400), 4)
+    stream = {"video": str(tmp_path / "wide.mp4"), "start": 0.0, "end": 2.0, "turns": [{}, {}]}
+    large = replace(VIDEO, max_pixels=10**6, min_pixels=10**5)
+    strip = read_strips({"a": stream}, large, 2**20)["a"]
+    image = Image.open(BytesIO(b64decode(strip.frames[1][1].split(",")[1])))
+    assert image.width / image.height == pytest.approx(400 / 180, abs=0.04)
+    assert 0.9 * THUMB_PIXELS < image.width * image.height <= THUMB_PIXELS
+    assert np.asarray(image)[20, 20] == pytest.approx([200, 40, 40], abs=20)
 
 
 # ---- files ----
