@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from conf.schema import RunConfig
+from conf.schema import DataConfig, RunConfig
 from rl.nodes import (
     DRIVER_FILE,
     NeededPath,
@@ -32,7 +32,7 @@ from rl.nodes import (
     stamp,
 )
 from streams.backbone import is_hub_id
-from streams.dataset import parse_row
+from streams.dataset import sample_tasks
 
 SAMPLED_VIDEOS = 16
 SHOWN_PATHS = 3
@@ -206,27 +206,14 @@ def needed_paths(config: RunConfig) -> tuple[NeededPath, ...]:
         file = getattr(config.data, split)
         if file and Path(file).is_file():
             paths.append((f"data.{split}", Path(file)))
-            paths += [(f"data.{split}, a video", video) for video in sample_videos(Path(file))]
+            paths += [(f"data.{split}, a video", video) for video in sample_videos(config.data, Path(file))]
     return tuple(NeededPath(key, str(path.absolute()), stamp(str(path))) for key, path in paths)
 
 
-def sample_videos(file: Path, count: int = SAMPLED_VIDEOS) -> list[Path]:
+def sample_videos(data: DataConfig, file: Path, count: int = SAMPLED_VIDEOS) -> list[Path]:
     """Up to `count` different existing videos, from rows spread over the whole file."""
-    with open(file, "rb") as lines:
-        total = sum(1 for _ in lines)
-    wanted = {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
-    videos: dict[Path, None] = {}
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines):
-            if number not in wanted or not line.strip():
-                continue
-            try:
-                video = Path(parse_row(line, file.absolute().parent).video)
-            except ValueError:  # counted and named when the file is read
-                continue
-            if video.is_file():
-                videos[video] = None
-    return list(videos)
+    tasks = sample_tasks(file, count, format=data.format, ignore_fields=data.ignore_fields)
+    return list(dict.fromkeys(video for task in tasks if (video := Path(task.video)).is_file()))
 
 
 def check_checkpoint_names(config: RunConfig, nodes: int) -> list[str]:

@@ -186,11 +186,11 @@ def test_videos_are_sampled_over_the_whole_file_and_those_that_nobody_has_are_le
     for name in names[:99]:
         (tmp_path / name).write_bytes(b"v")
     file = rows(tmp_path, names)
-    sampled = sample_videos(file, count=5)
+    sampled = sample_videos(DataConfig(), file, count=5)
     assert [path.name for path in sampled] == ["0.mp4", "25.mp4", "50.mp4", "74.mp4"]
     with open(file, "a") as lines:
         lines.write("{broken\n")
-    assert sample_videos(file, count=2) == [tmp_path / "0.mp4"]
+    assert sample_videos(DataConfig(), file, count=2) == [tmp_path / "0.mp4"]
 
 
 def test_every_node_must_see_task_files_videos_and_checkpoints(tmp_path):

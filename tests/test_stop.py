@@ -17,7 +17,6 @@ from rl.stop import Requeue, StopSignal
 stop = StopSignal(grace_s={grace}, status=75)
 stop.install()
 stop.last_checkpoint = "here"
-print("ready", flush=True)
 try:
     {body}
 except Requeue as asked:
@@ -25,6 +24,7 @@ except Requeue as asked:
     sys.exit(stop.status)
 """
 LOOP = """with stop.deferred():
+        print("ready", flush=True)
         while not stop.requested:
             time.sleep(0.01)
         time.sleep({writes})
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_takes_too_long_does_not_keep_the_process_alive():
 
 
 def test_outside_a_loop_the_run_ends_at_once():
-    status, out, _, seconds = ended("time.sleep(30)")
+    status, out, _, seconds = ended('print("ready", flush=True); time.sleep(30)')
     assert status == 75
     assert "the last complete checkpoint is here" in out
     assert seconds < 20
