@@ -14,14 +14,12 @@ from streams.layout import LayoutConfig
 from streams.video import VideoConfig
 
 
+VIDEO = VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)
+
+
 def trained():
     base = RunConfig(memory=MemoryConfig("rcsm", 4), layout=LayoutConfig("Watch.", 6, 10))
-    return dataclasses.replace(
-        base,
-        data=dataclasses.replace(
-            base.data, video=VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)
-        ),
-    )
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, video=VIDEO))
 
 
 def written(folder, config):
@@ -57,9 +55,7 @@ def test_an_override_that_contradicts_is_used_and_named_with_both_values(tmp_pat
     saved = read_streaming(written(tmp_path, config))
     section, value = change
     if section == "data":
-        value = dataclasses.replace(
-            config.data, video=VideoConfig(chunk_seconds=0.5, frames_per_chunk=2, min_pixels=784, max_pixels=1568)
-        )
+        value = dataclasses.replace(config.data, video=dataclasses.replace(VIDEO, frames_per_chunk=2))
     other = dataclasses.replace(config, job=JobConfig("eval", ["eval"]), **{section: value})
     applied = apply_streaming(other, saved, overridden_keys([override, "job=eval"]))
     assert applied.config == other
