@@ -13,7 +13,6 @@ from rl.checks import respect_checkpoint
 from streams.layout import LayoutConfig
 from streams.video import VideoConfig
 
-
 VIDEO = VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)
 
 
