@@ -8,6 +8,7 @@ separate processes (workers, scorer, learner) that end with the driver, however 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,25 +33,28 @@ QUIET_WAIT_S = 2.0
 log = logging.getLogger("sightline.cluster")
 
 
+RANK_SHARE = 0.6
+"""Of a GPU that a learner rank shares: more than half, so that Ray never puts two ranks on one (NCCL refuses that)."""
+
+
 def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
     """One bundle per actor: learner ranks, workers, scorer."""
-    cpus = config.cluster.actor_cpus
-    wanted = config.learner.ranks + config.rollout.workers
-    gpus = gpu_share(config, cluster_gpus, wanted)
-    workers = [Bundle(f"rollout worker {i}", cpus, gpus) for i in range(config.rollout.workers)]
-    ranks = config.learner.ranks
-    learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, gpus) for r in range(ranks)]
+    cpus, ranks = config.cluster.actor_cpus, config.learner.ranks
+    rank_gpus, worker_gpus = gpu_shares(config, cluster_gpus)
+    learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, rank_gpus) for r in range(ranks)]
+    workers = [Bundle(f"rollout worker {i}", cpus, worker_gpus) for i in range(config.rollout.workers)]
     return [*learners, *workers, Bundle("scorer", cpus, 0.0)]
 
 
-def gpu_share(config: RunConfig, cluster_gpus: float, wanted: int) -> float:
-    """GPUs of each learner rank and worker: one if there are enough, an equal part of one if they must share.
-
-    Ranks cannot share a GPU with one another (NCCL refuses it), so there must be one for each.
-    """
-    if config.cluster.placement == "cpu" or cluster_gpus < max(1, config.learner.ranks):
-        return 0.0
-    return 1.0 if cluster_gpus >= wanted else 1.0 / -(-wanted // int(cluster_gpus))
+def gpu_shares(config: RunConfig, cluster_gpus: float) -> tuple[float, float]:
+    """GPUs of a learner rank and of a worker: one each if there are enough, otherwise they share; none if a rank has none."""
+    ranks, workers, gpus = config.learner.ranks, config.rollout.workers, int(cluster_gpus)
+    if config.cluster.placement == "cpu" or gpus < ranks:
+        return 0.0, 0.0
+    if gpus >= ranks + workers:
+        return 1.0, 1.0
+    # Ray counts in ten thousandths.
+    return RANK_SHARE, math.floor((1 - RANK_SHARE) / -(-workers // gpus) * 1e4) / 1e4
 
 
 def wait_for(reference: Any, timeout_s: float, what: str, explain: Callable[[RayActorError], str] = str) -> Any:
@@ -78,6 +82,10 @@ class Session:
         connect(config.cluster, self.book.namespace, root)
         try:
             bundles = plan_bundles(config, ray.cluster_resources().get("GPU", 0.0))
+            if 0 < bundles[0].gpus < 1:
+                log.info(
+                    "fewer GPUs than actors: learner and rollout workers share, %g of a GPU for a rank", bundles[0].gpus
+                )
             run_preflight(config, bundles, needed_bytes=needed_bytes)
             self._start_actors(bundles)
         except BaseException:

@@ -163,14 +163,15 @@ def test_a_node_that_sees_other_files_and_versions_is_named_with_all_of_it(head,
     older.write_text(record.read_text().replace(f"Version: {package.version}", "Version: 5.0.0"))
     videos = tmp_path / "videos"
     generate(videos, SyntheticConfig(train_clips=3, heldout_per_mode=1, max_turns=14))
+    other = run_root.parent / "other"
     script = (
-        f"mount --make-rprivate / && mount -t tmpfs none {run_root.parent} && mkdir {run_root} && "
+        f"mount --make-rprivate / && mount -t tmpfs none {other.parent} && mkdir {other} && "
         f'mount --bind {older} {record} && mount -t tmpfs none {videos} && exec "$@"'
     )
     head.add_node(2, wrapper=("unshare", "-m", "sh", "-c", script, "node"))
     done = launch_here(
         head,
-        run_root,
+        other,
         "data=jsonl",
         f"data.train={videos / 'train.jsonl'}",
         f"data.heldout={videos / 'heldout.jsonl'}",
@@ -187,7 +188,7 @@ def test_a_node_that_sees_other_files_and_versions_is_named_with_all_of_it(head,
     for problem in problems[1:]:
         assert re.match(r"node \S+ \(.*, \w{6}\): ", problem)
     for expected in (
-        rf"run_root: {run_root} there is not the driver's: a file that the driver just wrote is not in it",
+        rf"run_root: {other} there is not the driver's: a file that the driver just wrote is not in it",
         r"transformers is 5\.0\.0 there, .* on the driver: install the same version",
         rf"data\.train: {videos / 'train.jsonl'}: No such file",
         rf"data\.heldout: {videos / 'heldout.jsonl'}: No such file",
@@ -196,4 +197,4 @@ def test_a_node_that_sees_other_files_and_versions_is_named_with_all_of_it(head,
     ):
         assert sum(bool(re.search(expected, problem)) for problem in problems) == 1, (expected, problems)
     assert len(problems) == 7
-    assert not list(run_root.glob(".preflight-*"))
+    assert not list(other.glob(".preflight-*"))

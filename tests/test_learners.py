@@ -69,7 +69,9 @@ def test_ranks_have_a_bundle_each_and_the_workers_come_after_them():
     assert names == ["learner rank 0", "learner rank 1", "learner rank 2", "rollout worker 0", "scorer"]
     gpus = replace(config(3), cluster=ClusterConfig(placement="auto"))
     assert [b.gpus for b in plan_bundles(gpus, cluster_gpus=4)] == [1, 1, 1, 1, 0]
-    assert [b.gpus for b in plan_bundles(gpus, cluster_gpus=3)] == [0, 0, 0, 0, 0]
+    shared = [b.gpus for b in plan_bundles(gpus, cluster_gpus=3)]
+    assert shared == [0.6, 0.6, 0.6, 0.4, 0], "two ranks never fit on one GPU"
+    assert [b.gpus for b in plan_bundles(gpus, cluster_gpus=2)] == [0, 0, 0, 0, 0]
 
 
 def test_a_group_of_two_trains_publishes_scores_saves_and_loads_as_one_learner(session, model, items, tmp_path):

@@ -71,11 +71,21 @@ def test_every_actor_has_a_bundle_and_the_learner_comes_first():
 
 
 @pytest.mark.parametrize(
-    ("placement", "gpus", "each"), [("auto", 2, 0.0), ("auto", 3, 1.0), ("auto", 8, 1.0), ("cpu", 8, 0.0)]
+    ("placement", "gpus", "learner", "worker"),
+    [
+        ("auto", 0, 0.0, 0.0),
+        ("auto", 1, 0.6, 0.1333),
+        ("auto", 2, 0.6, 0.2),
+        ("auto", 3, 0.6, 0.4),
+        ("auto", 4, 1.0, 1.0),
+        ("auto", 8, 1.0, 1.0),
+        ("cpu", 8, 0.0, 0.0),
+    ],
 )
-def test_gpus_are_used_only_if_learner_and_all_workers_get_one(placement, gpus, each):
-    bundles = plan_bundles(config(2, placement=placement), cluster_gpus=gpus)
-    assert [b.gpus for b in bundles] == [each, each, each, 0.0]
+def test_every_actor_gets_a_gpu_or_a_share_of_one(placement, gpus, learner, worker):
+    bundles = plan_bundles(config(3, placement=placement), cluster_gpus=gpus)
+    assert [b.gpus for b in bundles] == [learner, worker, worker, worker, 0.0]
+    assert unplaced(bundles, [node(64.0, float(gpus))]) == []
 
 
 def node(cpus, gpus=0.0, name="n"):

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
+from learner.batching import TrainItem
 from learner.config import LearnerConfig
-from learner.engine import LearnerEngine, TrainItem
+from learner.engine import LearnerEngine
+from learner.ranks import RankPlace, Ranks
 from rollout.service import RolloutService, ServiceLimits
 from streams.backbone import Backbone, to_tensor
 from streams.dataset import load_tasks
@@ -76,11 +77,8 @@ def open_service(checkpoint, freeze):
 
 
 def learner_of(checkpoint, freeze):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     values = asdict(LearnerConfig(lr=2e-3, grad_clip=1e6, freeze=freeze))
-    return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, values, total_steps=10, seed=0), port)
+    return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, values, total_steps=10, seed=0), Ranks(RankPlace()))
 
 
 def payload_of(future):
