@@ -16,6 +16,7 @@ import logging
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -23,6 +24,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from rl.stop import StopSignal
 
 ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
 
@@ -55,7 +59,20 @@ def _quoted(text: str) -> str:
 
 def start(config: RunConfig, overrides: list[str]) -> None:
     """Plan and run. Imports what it needs here: `--help` and a config error must not wait for torch and Ray."""
-    from rl.checks import check_nothing_needed_is_replaced, preflight, respect_checkpoint
+    from rl.stop import Requeue, StopSignal
+
+    # Before anything that takes long: a wait for the lock, the check of a large checkpoint, may be interrupted, too.
+    stop = StopSignal(config.checkpoint.grace_s, config.checkpoint.requeue_status)
+    stop.install()
+    try:
+        _start(config, overrides, stop)
+    except Requeue as stopped:
+        print(f"{stopped}; no stage was under way, the same command starts again", file=sys.stderr)
+        sys.exit(config.checkpoint.requeue_status)
+
+
+def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
+    from rl.checks import check_cold_start, check_nothing_needed_is_replaced, preflight, respect_checkpoint
     from rl.runlock import RunLock
     from rl.stages import StageStore
     from rl.stop import Requeue
@@ -70,18 +87,16 @@ def start(config: RunConfig, overrides: list[str]) -> None:
             lock = held.enter_context(RunLock(config.root.resolve()))
             store = StageStore(config.root.resolve(), config, progress.say)
             check_nothing_needed_is_replaced(config, store.plan())
+            check_cold_start(config, store.plans)
             from rl.run import Run
 
-            run = Run(config, store, progress, lock)
+            run = Run(config, store, progress, lock, stop)
         except (
             ValueError,
             OSError,
         ) as error:  # a missing file, a full disk, a wait for Ray (TimeoutError is an OSError)
             print(f"configuration error: {error}", file=sys.stderr)
             sys.exit(2)
-        except Requeue as stopped:
-            print(f"{stopped}; nothing had been started", file=sys.stderr)
-            sys.exit(config.checkpoint.requeue_status)
         try:
             run.run()
         except Requeue as stopped:
