@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.schema import RunConfig, load_config
+from rl.stop import REQUEUE_STATUS, Requeue, StopSignal
 
-ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
 
 WATCH_WORDS = ("video", "query", "at", "seconds")
 
@@ -55,10 +60,20 @@ def _quoted(text: str) -> str:
 
 def start(config: RunConfig, overrides: list[str]) -> None:
     """Plan and run. Imports what it needs here: `--help` and a config error must not wait for torch and Ray."""
-    from rl.checks import check_nothing_needed_is_replaced, preflight, respect_checkpoint
+    # Before anything that takes long: a wait for the lock, the check of a large checkpoint, may be interrupted, too.
+    stop = StopSignal(config.checkpoint.grace_s, config.checkpoint.requeue_status)
+    stop.install()
+    try:
+        _start(config, overrides, stop)
+    except Requeue as stopped:
+        print(f"{stopped}; no stage was under way, the same command starts again", file=sys.stderr)
+        sys.exit(config.checkpoint.requeue_status)
+
+
+def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
+    from rl.checks import check_cold_start, check_nothing_needed_is_replaced, preflight, respect_checkpoint
     from rl.runlock import RunLock
     from rl.stages import StageStore
-    from rl.stop import Requeue
     from rl.tracking import Progress
 
     progress = Progress()
@@ -70,18 +85,16 @@ def start(config: RunConfig, overrides: list[str]) -> None:
             lock = held.enter_context(RunLock(config.root.resolve()))
             store = StageStore(config.root.resolve(), config, progress.say)
             check_nothing_needed_is_replaced(config, store.plan())
+            check_cold_start(config, store.plans)
             from rl.run import Run
 
-            run = Run(config, store, progress, lock)
+            run = Run(config, store, progress, lock, stop)
         except (
             ValueError,
             OSError,
         ) as error:  # a missing file, a full disk, a wait for Ray (TimeoutError is an OSError)
             print(f"configuration error: {error}", file=sys.stderr)
             sys.exit(2)
-        except Requeue as stopped:
-            print(f"{stopped}; nothing had been started", file=sys.stderr)
-            sys.exit(config.checkpoint.requeue_status)
         try:
             run.run()
         except Requeue as stopped:
@@ -106,6 +119,8 @@ def _keep_traceback(path: Path) -> str:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(raw: DictConfig) -> None:
+    from conf.schema import load_config
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = load_config(raw)
@@ -121,6 +136,21 @@ def main(raw: DictConfig) -> None:
     start(config, overrides)
 
 
+def _stopped_while_loading(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM before the configuration is read: there is nothing to write, and the status must be right all the same."""
+    given = [word.partition("=")[2] for word in sys.argv if word.startswith("checkpoint.requeue_status=")]
+    os._exit(int(given[-1]) if given and given[-1].isdigit() else REQUEUE_STATUS)
+
+
+def register_schema() -> None:
+    """The typed defaults of every key, for Hydra. Loading them takes seconds: torch comes along."""
+    from conf.schema import RunConfig
+
+    ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stopped_while_loading)
+    register_schema()
     sys.argv[1:] = plain_words(sys.argv[1:])
     main()

@@ -12,6 +12,7 @@ import gc
 import math
 import random
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +131,12 @@ class LearnerEngine:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=max(total_steps, 1),
         )
+        if self.version:
+            # Weights without their optimiser's state stand where they stood in the schedule. (A state brings its own.)
+            scheduler.last_epoch = self.version - 1
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                scheduler.step()
         engine, *_ = deepspeed.initialize(
             model=PolicyForward(self.backbone, config),
             model_parameters=trainable,

@@ -30,6 +30,7 @@ class CheckpointState:
 
     step: optimiser steps; version: of the learner's weights. consumed: ids of all groups trained so far; dropped: ids
     that were given up. group_size: streams of a group. counters: the stage's result so far. tracking_run: MLflow's id.
+    settings: what the stage runs under (see rl.stages), {} if it did not say.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class CheckpointState:
     group_size: int = 1
     counters: dict[str, Any] = field(default_factory=dict)
     tracking_run: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def done(self) -> frozenset[str]:
@@ -48,14 +50,11 @@ class CheckpointState:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that passed its check. resumable: it holds optimiser state."""
+    """A checkpoint that passed its check. resumable: it holds optimiser state, which was checked, too."""
 
     path: Path
     state: CheckpointState
-
-    @property
-    def resumable(self) -> bool:
-        return (self.path / OPTIMIZER_FOLDER).is_dir()
+    resumable: bool = False
 
 
 def step_name(step: int) -> str:
@@ -121,16 +120,22 @@ def verify(path: Path) -> Found:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, {size} were written")
         if _crc(file) != crc:
             raise ValueError(f"{file} is not what was written (its checksum differs)")
-    return Found(path, read_state(path))
+    # By the listing: of a state that is being dropped some files may still be there.
+    return Found(path, read_state(path), any(name.startswith(OPTIMIZER_FOLDER + os.sep) for name in expected))
 
 
 def newest_usable(folder: Path, say: Callable[[str], None]) -> Found | None:
-    """The checkpoint with the most steps under `folder` that passes its check; every other one met is named."""
+    """The checkpoint with the most steps under `folder` that passes its check; every other one met is named.
+
+    One that was set aside for its successor, which then did not come, is put back.
+    """
     if not folder.is_dir():
         return None
     for path in sorted(folder.iterdir()):
         if path.suffix == ".partial":
             say(f"checkpoint {path} was not finished and is left out")
+        elif path.suffix == ".replaced" and not path.with_suffix("").exists():
+            os.rename(path, path.with_suffix(""))
     for path in by_age(folder):
         try:
             return verify(path)
@@ -141,16 +146,21 @@ def newest_usable(folder: Path, say: Callable[[str], None]) -> Found | None:
 
 def by_age(folder: Path) -> list[Path]:
     """Directories under their final names that can say their step, newest (most steps) first."""
-    steps: list[tuple[int, str, Path]] = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and path.suffix not in ASIDE and path.name != "best":
-            try:
-                steps.append((read_state(path).step, path.name, path))
-            except (ValueError, OSError):
-                # It may still be a damaged newest one: its name says where it stood.
-                digits = path.name.removeprefix("step")
-                steps.append((int(digits) if digits.isdigit() else 1 << 62, path.name, path))
+    steps = [
+        (_step_of(path), path.name, path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and path.suffix not in ASIDE and path.name != "best"
+    ]
     return [path for *_, path in sorted(steps, reverse=True)]
+
+
+def _step_of(path: Path) -> int:
+    try:
+        return read_state(path).step
+    except (ValueError, OSError):
+        # It may still be a damaged newest one: its name says where it stood.
+        digits = path.name.removeprefix("step")
+        return int(digits) if digits.isdigit() else 1 << 62
 
 
 def prune(folder: Path, keep: int, optimizer: str, protect: Collection[str] = ()) -> list[str]:
@@ -169,10 +179,13 @@ def prune(folder: Path, keep: int, optimizer: str, protect: Collection[str] = ()
 
 
 def set_aside_after(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints of later steps, when a stage goes back to `step`; returns their names."""
+    """Rename checkpoints of later steps, when a stage goes back to `step`; returns their names.
+
+    Damaged ones, too: as the newest they would count among those to keep, in place of what is written from now on.
+    """
     names = []
     for path in by_age(folder):
-        if read_state(path).step > step:
+        if _step_of(path) > step:
             aside = path.with_name(path.name + ".undone")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
@@ -198,8 +211,11 @@ def promote(source: Path, best: Path, note: dict[str, Any]) -> None:
 def read_best(best: Path, step: int) -> dict[str, Any]:
     """The note of `best`, {} if there is none or if it is from a later step than `step` (which was undone)."""
     file = best / "best.json"
-    note = json.loads(file.read_text()) if file.is_file() else {}
-    return note if note.get("step", 0) <= step else {}
+    try:
+        note = json.loads(file.read_text()) if file.is_file() else {}
+        return note if note.get("step", 0) <= step else {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete {best}, the next evaluation makes another") from error
 
 
 def _drop_optimizer(path: Path) -> None:

@@ -56,6 +56,38 @@ def own_checkpoints(root: Path) -> dict[str, Path]:
     return {stage: path for stage, path in made.items() if path.is_dir()}
 
 
+def cold_start(root: Path) -> Path | None:
+    """The export that RL in this run_root starts from; None if it has had no cold start. Raises ValueError if that one
+    is not there: RL would begin with weights that know nothing.
+    """
+    made = own_checkpoints(root).get("sft")
+    if made is None and (root / "stages" / "sft.json").is_file():
+        raise ValueError(
+            f"{root} has begun stage sft, but {root / 'checkpoints' / 'sft' / 'final'}, which RL starts from, is not there: "
+            "finish it with job=sft (or job=all) and resume=auto, or set algorithm.init to a checkpoint folder"
+        )
+    return made
+
+
+def check_cold_start(config: RunConfig, plans: dict[str, StagePlan]) -> None:
+    """RL that begins needs what the stage before has made, or will make in this job. Raises ValueError."""
+    rl, sft = plans.get("rl"), plans.get("sft")
+    if rl and rl.fresh and config.algorithm.init == "auto" and (sft is None or sft.skip):
+        cold_start(config.root)
+
+
+def reference_of_branch(origin: Path) -> Path | None:
+    """What RL started from in the run_root that the checkpoint `origin` belongs to; None if from the run's own model."""
+    stage = origin.parent
+    root = stage.parent.parent
+    if stage.parent.name != "checkpoints" or not (root / "stages").is_dir():
+        raise ValueError(
+            f"algorithm.reference=auto is what RL started from, and the run_root of {origin} does not tell: set "
+            "algorithm.reference to that checkpoint's folder"
+        )
+    return cold_start(root)
+
+
 def base_checkpoint(config: RunConfig) -> tuple[str, Path] | None:
     """(config key, folder) of the checkpoint whose streaming.json the job must respect; None if there is none."""
     if config.resume not in ("auto", "never"):

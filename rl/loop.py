@@ -97,6 +97,7 @@ class RLLoop:
     def run(self) -> RLResult:
         """Train all optimiser steps of the stage, write the final checkpoint, report."""
         self.context.tracker.commit(self.journal.take(self.version))
+        self._name_cut_off()
         if self.version and self.evaluation.due(self.version) and not self.journal.has("eval", self.version):
             self.evaluation.begin(self.version)
         while self.version < self.total or self._saving or self.evaluation.active:
@@ -362,6 +363,12 @@ class RLLoop:
         self._promote(version)
         self.context.tracker.commit(self.journal.take(max(self._written, default=0)))
 
+    def _name_cut_off(self) -> None:
+        """Evaluations that ended with the attempt before: their weights are behind, the workers hold newer ones."""
+        for line in self.journal.of_kind("step"):
+            if line.step < self.version and self.evaluation.due(line.step) and not self.journal.has("eval", line.step):
+                self.progress.say(f"rl: the evaluation of step {line.step} was cut off by the end of the run: left out")
+
     def _awaiting_evaluation(self) -> set[str]:
         """Checkpoints whose evaluation is still to come: one of them may be the best."""
         due = {step for step in self._written if self.evaluation.due(step)}
@@ -379,8 +386,15 @@ class RLLoop:
         source = self.checkpoints.folder / (FINAL if final else step_name(step))
         if not source.is_dir():  # the stage was resumed from a checkpoint of another run
             return
-        self.result.best = {"step": step, "metric": self.config.eval.best, "value": value}
-        promote(source, self.checkpoints.folder / "best", self.result.best)
+        best = {"step": step, "metric": self.config.eval.best, "value": value}
+        try:
+            promote(source, self.checkpoints.folder / "best", best)
+        except OSError as error:  # a full disk costs this copy, not the run
+            self.progress.say(
+                f"rl: step {step} is the best so far but could not be kept as checkpoints/rl/best: {error}"
+            )
+        else:
+            self.result.best = best
 
     def _report(self, report: TrainReport, groups: list[ReadyGroup], ages: list[int]) -> None:
         now = time.monotonic()

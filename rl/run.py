@@ -17,7 +17,7 @@ from conf.streaming import streaming_settings
 from evals.job import run_evaluation
 from evals.summary import checkpoint_label, print_table, stages_behind, training_fields, write_json
 from learner.config import LearnerConfig
-from rl.checks import describe, own_checkpoints
+from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
 from rl.loop import RLLoop
@@ -38,26 +38,28 @@ from streams.tiny import build_tiny
 class Run:
     """The stages share the session, the tracker and the clock. `store` holds the plan of every stage."""
 
-    def __init__(self, config: RunConfig, store: StageStore, progress: Progress, lock: RunLock) -> None:
-        self.config, self.store, self.progress, self.lock = config, store, progress, lock
+    def __init__(
+        self, config: RunConfig, store: StageStore, progress: Progress, lock: RunLock, stop: StopSignal
+    ) -> None:
+        self.config, self.store, self.progress, self.lock, self.stop = config, store, progress, lock, stop
         self.root = config.root.resolve()
         self.began = time.monotonic()
         self.skipped: list[SkippedSample] = []
         self.bad_rows: dict[str, list[SkippedSample]] = {}
         self._introduced = False
-        self.stop = StopSignal(config.checkpoint.grace_s, config.checkpoint.requeue_status)
-        self.stop.install()
         self.root.mkdir(parents=True, exist_ok=True)
         for line in [*describe(config), *config.notes()]:
             progress.say(line)
         plans = store.plans
         training = any(stage in TRAINING for stage in plans)
+        resumed = [plan.resume for plan in plans.values() if plan.resume]
         self.tracker = Tracker(
             config.tracking,
             self.root,
             f"{config.job.name}-seed{config.seed}",
-            resume=training and any(plan.attempt > 1 or not plan.fresh for plan in plans.values()),
+            resume=training and config.resume != "never",
             remember=training,
+            known=next((found.state.tracking_run for found in resumed if self.root in found.path.parents), ""),
         )
         self.tracker.params(flat(asdict(config)))
         try:
@@ -76,7 +78,10 @@ class Run:
         try:
             for stage in self.config.job.stages:
                 plan = self.store.plans.get(stage)
+                if self.stop.requested:
+                    raise Requeue(f"stopped before stage {stage} began")
                 if plan is not None and plan.skip:
+                    self.store.adopt(stage)
                     self.progress.say(f"{stage}: finished before, skipped (resume={self.config.resume})")
                     continue
                 if plan is not None:
@@ -196,6 +201,7 @@ class Run:
         if found and found.resumable:
             session.call(session.learners.load(str(found.path)), f"the learner to load {found.path}")
         if found:
+            self.store.settle(stage)
             self.stop.last_checkpoint = str(found.path)
         self.progress.say(
             f"{stage}: {infos[0].kv_slots} KV slots on each worker; {trained:,} of {infos[0].parameters:,} parameters train "
@@ -241,7 +247,7 @@ class Run:
     def _rl_start(self) -> Path:
         if self.config.algorithm.init != "auto":
             return resolve_checkpoint(self.config.algorithm.init)
-        return own_checkpoints(self.root).get("sft") or self._initial_model()
+        return cold_start(self.root) or self._initial_model()
 
     def _eval_checkpoints(self) -> dict[str, Path]:
         chosen = self.config.eval.checkpoint
@@ -277,7 +283,12 @@ class Run:
     def _reference(self) -> Path:
         """What RL's KL is measured against: where RL started, also after a resume."""
         given = self.config.algorithm.reference
-        return self._rl_start() if given == "auto" else resolve_checkpoint(given)
+        if given != "auto":
+            return resolve_checkpoint(given)
+        origin = self.store.read("rl").get("origin")
+        if origin and self.config.algorithm.init == "auto":
+            return reference_of_branch(Path(origin)) or self._initial_model()
+        return self._rl_start()
 
     def _learner_setup(self, checkpoint: Path, learner: LearnerConfig, steps: int) -> LearnerSetup:
         return LearnerSetup(

@@ -16,6 +16,7 @@ import ray
 
 from rl.checkpoint import CheckpointState, commit, partial_path, prune, step_name
 from rl.stage import StageContext
+from rl.stages import settings
 
 FINAL = "final"
 
@@ -48,7 +49,11 @@ class Checkpointer:
         """Start writing; returns a reference that is there when the checkpoint is complete. May raise OSError."""
         self._context.still_ours()
         name = FINAL if final else step_name(state.step)
-        state = replace(state, tracking_run=self._context.tracker.run_id or "")
+        state = replace(
+            state,
+            tracking_run=self._context.tracker.run_id or "",
+            settings=settings(self._config, self._context.stage),
+        )
         path = self.folder / name
         partial = partial_path(path)
         saved = self._context.session.learners.save(str(partial), self._context.streaming)

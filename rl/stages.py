@@ -1,8 +1,9 @@
 """Which stages of a run are finished, and with which settings: the manifests under `run_root/stages`.
 
 Owner: rl. One JSON file per stage: `status` begun or finished, `settings` (every key that the stage's outcome depends
-on), `attempts`, `result`. Invariants: a finished stage is never run again by `resume=auto`; a stage is only continued
-under the settings that it began with; keys that change how fast, not what, are free.
+on), `attempts`, `result`; `origin` if it went on from a checkpoint of another run_root. Invariants: `resume=auto` runs a
+finished stage again only if its last checkpoint is lost and still needed; a stage is only continued under the settings
+that it began with; keys that change how fast, not what, are free; planning deletes nothing.
 """
 
 from __future__ import annotations
@@ -110,7 +111,10 @@ class StageStore:
         try:
             values = json.loads(path.read_text())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it, or start over with resume=never") from error
+            raise ValueError(
+                f"{path} is damaged ({error}): go on with resume=FOLDER, a checkpoint of the stage, or start over with "
+                "resume=never"
+            ) from error
         return values if isinstance(values, dict) else {}
 
     def result(self, stage: str) -> dict[str, Any]:
@@ -127,7 +131,27 @@ class StageStore:
             "attempts": plan.attempt,
             "settings": settings(self.config, stage),
         }
+        if origin := self._origin(stage):
+            manifest["origin"] = origin
         self._write(stage, manifest)
+
+    def adopt(self, stage: str) -> None:
+        """Note that a skipped stage needs no run here: the checkpoint that a later one goes on from already has it."""
+        later = [plan.resume.path for plan in self.plans.values() if plan.resume]
+        if later and not self._readable(stage):
+            manifest = {"stage": stage, "status": "finished", "attempts": 0, "result": {}, "origin": str(later[0])}
+            self._write(stage, manifest | {"settings": settings(self.config, stage)})
+
+    def settle(self, stage: str) -> None:
+        """A stage that goes on from a checkpoint sets aside what lies beyond it: later steps, damaged ones, or those of
+        another history. Only once nothing more can keep the stage from running.
+        """
+        found = self.plans[stage].resume
+        if found is None:
+            return
+        own = self._own(stage)
+        for name in set_aside_after(own, found.state.step if own in found.path.parents else -1):
+            self.say(f"{stage}: set aside {own / name}: the stage goes on from {found.path}")
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         self._write(stage, self.read(stage) | {"status": "finished", "result": result})
@@ -147,37 +171,58 @@ class StageStore:
         manifest = self.read(stage)
         if not manifest:
             self._check_nothing_later(stage)
+            self._check_no_orphans(stage)
             return StagePlan(stage)
-        self._check_settings(stage, manifest)
+        self._check_settings(stage, manifest.get("settings", {}))
         if stage == "data" and not self._data_there():
             return StagePlan(stage, attempt=int(manifest.get("attempts", 1)) + 1)
         attempts = int(manifest.get("attempts", 1))
         grown = stage in TRAINING and self._total(stage) > int(manifest.get("result", {}).get("steps") or 1 << 60)
-        if manifest.get("status") == "finished" and not grown:
-            return StagePlan(stage, skip=True, attempt=attempts, fresh=False)
-        found = newest_usable(self.root / "checkpoints" / stage, self.say) if stage in TRAINING else None
+        if manifest.get("status") == "finished":
+            if grown:
+                self._check_nothing_made_from(stage)
+            elif self._stands(stage, manifest):
+                return StagePlan(stage, skip=True, attempt=attempts, fresh=False)
+        found = self._newest(stage, manifest) if stage in TRAINING else None
         if found is None:
-            unusable = by_age(self.root / "checkpoints" / stage) if stage in TRAINING else []
-            if unusable:
-                raise ValueError(
-                    f"resume=auto: none of the {len(unusable)} checkpoints in {unusable[0].parent} can be used (named "
-                    "above); restore one, or start over with resume=never (which deletes them)"
-                )
             return StagePlan(stage, attempt=attempts + 1)
+        return self._continued(stage, found, attempts + 1)
+
+    def _newest(self, stage: str, manifest: dict[str, Any]) -> Found | None:
+        """The newest usable checkpoint; None if the stage has none yet. Raises ValueError if all are damaged."""
+        own = self._own(stage)
+        found = newest_usable(own, self.say)
+        if found is None and (unusable := by_age(own)):
+            raise ValueError(
+                f"resume=auto: none of the {len(unusable)} checkpoints in {own} can be used (named above); restore one, or "
+                "start over with resume=never (which deletes them)"
+            )
+        return found or (self._verified(manifest["origin"]) if "origin" in manifest else None)
+
+    def _continued(self, stage: str, found: Found, attempt: int) -> StagePlan:
         if not found.resumable:
             self.say(
                 f"checkpoint {found.path} holds no optimiser state (checkpoint.optimizer=latest): {stage} goes on from "
                 f"its weights, the optimiser's moments start at zero"
             )
-        self.say(f"{stage}: going on from {found.path} (step {found.state.step}, attempt {attempts + 1})")
-        return StagePlan(stage, resume=found, attempt=attempts + 1, fresh=False)
+        self.say(f"{stage}: going on from {found.path} (step {found.state.step}, attempt {attempt})")
+        return StagePlan(stage, resume=found, attempt=attempt, fresh=False)
+
+    def _stands(self, stage: str, manifest: dict[str, Any]) -> bool:
+        """Whether a finished stage can be left alone: what it made is whole, or nothing will start from it."""
+        adopted = "origin" in manifest and not manifest.get("attempts")
+        if stage not in TRAINING or adopted:
+            return True
+        try:
+            verify(self._own(stage) / "final")
+        except (ValueError, OSError) as error:
+            self.say(f"{stage}: finished before, but its last checkpoint cannot be used: {error}")
+            return any(by_age(self._own(later)) for later in _later(stage))
+        return True
 
     def _from_path(self, path: Path, wanted: list[str]) -> dict[str, StagePlan]:
         """Stages before the checkpoint's own are skipped, that one goes on from it, later ones start."""
-        try:
-            found = verify(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"resume={self.config.resume} cannot be used: {error}") from error
+        found = self._verified(str(path))
         stage = found.state.stage
         if stage not in wanted:
             raise ValueError(
@@ -190,16 +235,24 @@ class StageStore:
             # Data are skipped only if they are there: the generator makes the same ones again.
             skip = earlier and (name != "data" or bool(self.config.data.train) or self.path("data").is_file())
             plans[name] = StagePlan(name, skip=skip, fresh=not earlier)
-        own = (self.root / "checkpoints" / stage).resolve()
-        if own in path.parents and self.read(stage):
-            self._check_settings(stage, self.read(stage))
-            for name in set_aside_after(own, found.state.step):
-                self.say(f"{stage}: set aside {own / name}, which is later than resume={self.config.resume}")
-        plans[stage] = StagePlan(stage, resume=found, fresh=False)
+        manifest = self._readable(stage)
+        # A checkpoint says itself what its stage began with: the manifest may be elsewhere.
+        before = found.state.settings
+        if not before and self._own(stage) in path.parents:
+            before = manifest.get("settings", {})
+        if before:
+            self._check_settings(stage, before)
+        plans[stage] = self._continued(stage, found, int(manifest.get("attempts", 0)) + 1)
         return plans
 
-    def _check_settings(self, stage: str, manifest: dict[str, Any]) -> None:
-        before, now = manifest.get("settings", {}), settings(self.config, stage)
+    def _verified(self, path: str) -> Found:
+        try:
+            return verify(Path(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"resume={self.config.resume}: {path} cannot be used: {error}") from error
+
+    def _check_settings(self, stage: str, before: dict[str, Any]) -> None:
+        now = settings(self.config, stage)
         for key in _MAY_GROW:
             if key in before and key in now and now[key] > before[key]:
                 self.say(f"{stage}: {key} grows from {before[key]} to {now[key]}")
@@ -208,18 +261,49 @@ class StageStore:
         if changed:
             listed = "; ".join(f"{key}={now.get(key)!r}, began with {before.get(key)!r}" for key in changed[:8])
             raise ValueError(
-                f"resume=auto: stage {stage} in {self.root} began with other settings: {listed}. Restore them, choose "
-                "another run_root, or start over with resume=never (which replaces what is there)"
+                f"resume={self.config.resume}: stage {stage} for {self.root} began with other settings: {listed}. Restore "
+                "them, or start anew: in another run_root (algorithm.init=FOLDER starts RL from a checkpoint's weights), or "
+                "with resume=never (which replaces what is there)"
             )
 
     def _check_nothing_later(self, stage: str) -> None:
         """A stage that starts replaces what was made from it: not without being told."""
-        later = [s for s in TRAINING if s in _MADE_FROM[stage] and s != stage and self.read(s)]
-        if later:
+        if later := [s for s in _later(stage) if self.read(s)]:
             raise ValueError(
                 f"resume=auto: {self.root} holds stage {later[0]} but not {stage}, and running {stage} would replace it: "
                 "choose another run_root, or start over with resume=never"
             )
+
+    def _check_nothing_made_from(self, stage: str) -> None:
+        if later := [s for s in _later(stage) if self.read(s)]:
+            raise ValueError(
+                f"resume=auto: stage {stage} cannot grow: stage {later[0]} in {self.root} was made from it as it is. Choose "
+                "another run_root, or start over with resume=never"
+            )
+
+    def _check_no_orphans(self, stage: str) -> None:
+        if stage in TRAINING and (orphans := by_age(self._own(stage))):
+            raise ValueError(
+                f"resume=auto: {orphans[0].parent} holds {len(orphans)} checkpoints, but {self.path(stage)}, which says what "
+                "they are, is missing, and starting over would delete them: go on with resume=FOLDER (one of them), choose "
+                "another run_root, or start over with resume=never"
+            )
+
+    def _own(self, stage: str) -> Path:
+        return (self.root / "checkpoints" / stage).resolve()
+
+    def _origin(self, stage: str) -> str:
+        """The checkpoint of another run_root that the stage goes on from, also in later attempts; empty if none."""
+        found = self.plans[stage].resume
+        if found is None or self._own(stage) in found.path.parents:
+            return "" if found is None else str(self._readable(stage).get("origin", ""))
+        return str(found.path)
+
+    def _readable(self, stage: str) -> dict[str, Any]:
+        try:
+            return self.read(stage)
+        except ValueError:
+            return {}
 
     def _data_there(self) -> bool:
         folder = self.root / "data"
@@ -232,8 +316,16 @@ class StageStore:
         path = self.path(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + ".partial")
-        aside.write_text(json.dumps(manifest, indent=1) + "\n")
+        with aside.open("w") as file:
+            file.write(json.dumps(manifest, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
+
+
+def _later(stage: str) -> list[str]:
+    """Training stages that are made from this one."""
+    return [s for s in TRAINING if s != stage and s in _MADE_FROM[stage]]
 
 
 def settings(config: RunConfig, stage: str) -> dict[str, Any]:
@@ -252,7 +344,9 @@ def settings(config: RunConfig, stage: str) -> dict[str, Any]:
 
 def clear(root: Path, stages: list[str]) -> None:
     """Delete what running `stages` from their start replaces."""
-    for name in replaced_by(stages):
+    # Manifests first, later stages before earlier ones: a crash in between must not leave a stage that counts as
+    # finished without its checkpoints, nor one that seems to be made from nothing.
+    for name in sorted(replaced_by(stages), key=lambda name: (not name.startswith("stages/"), name)):
         path = root / name
         if path.is_dir():
             shutil.rmtree(path)

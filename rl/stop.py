@@ -19,8 +19,11 @@ REQUEUE_STATUS = 75
 """sysexits' EX_TEMPFAIL: a failure that the same command will not meet again."""
 
 
-class Requeue(Exception):
-    """The run stopped because it was asked to; the same command goes on from the checkpoint it names."""
+class Requeue(BaseException):
+    """The run stopped because it was asked to; the same command goes on from the checkpoint it names.
+
+    No Exception: like KeyboardInterrupt it may come anywhere, and must pass whoever catches the failures of a part.
+    """
 
 
 class StopSignal:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import queue
 import sys
 import threading
@@ -33,17 +34,27 @@ class Tracker:
     """Writes parameters and metrics to MLflow in the background. `uri` is where to look at them.
 
     resume: continue the MLflow run that `run_root/tracking.json` names, if there is one. remember: write that file.
+    known: the run to continue if that file is lost (a checkpoint names it, too).
     """
 
     def __init__(
-        self, config: TrackingConfig, root: Path, run_name: str, *, resume: bool = False, remember: bool = True
+        self,
+        config: TrackingConfig,
+        root: Path,
+        run_name: str,
+        *,
+        resume: bool = False,
+        remember: bool = True,
+        known: str = "",
     ) -> None:
         self.enabled = config.enabled
         self.uri = config.uri or f"sqlite:///{(root / 'mlflow.db').resolve()}"
         self.failed: str | None = None
         self.run_id: str | None = None
         self._config, self._root, self._name = config, root, run_name
-        self._resume, self._remember = resume, remember
+        self._resume, self._remember, self._known = resume, remember, known
+        # The default store moves with its run_root.
+        self._store = config.uri or "mlflow.db"
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
         self._logged: dict[str, set[int]] = {}
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -99,8 +110,8 @@ class Tracker:
         while (entry := self._queue.get()) is not None:
             kind, value = entry
             if kind == "params":
-                # MLflow refuses to change a parameter: the first attempt's stay.
-                if not continued:
+                # MLflow refuses to change a parameter: the first attempt's stay, if it came so far.
+                if not continued or not client.get_run(run).data.params:
                     client.log_batch(run, params=[Param(k, v) for k, v in value.items()])
             elif kind == "metrics":
                 values, step, stamp = value
@@ -117,17 +128,15 @@ class Tracker:
         """(id, whether it is continued) of the MLflow run to write to."""
         from mlflow.exceptions import MlflowException
 
-        file = self._root / RUN_FILE
-        if self._resume and file.is_file():
-            known = json.loads(file.read_text())
-            if known.get("uri") == self.uri:
-                try:
-                    client.update_run(known["run_id"], status="RUNNING")
-                except MlflowException as error:
-                    log.warning("tracking: %s does not know run %s any more: %s", self.uri, known["run_id"], error)
-                else:
-                    self.run_id = str(known["run_id"])
-                    return self.run_id, True
+        if self._resume and (known := self._before()):
+            try:
+                client.update_run(known, status="RUNNING")
+            except MlflowException as error:
+                log.warning("tracking: %s does not know run %s any more: %s", self.uri, known, error)
+            else:
+                self.run_id = known
+                self._keep(known)
+                return known, True
         experiment = client.get_experiment_by_name(self._config.experiment)
         if experiment is None:
             location = None if self._config.uri else (self._root / "mlflow-artifacts").resolve().as_uri()
@@ -135,9 +144,26 @@ class Tracker:
         else:
             experiment_id = experiment.experiment_id
         self.run_id = str(client.create_run(experiment_id, run_name=self._name).info.run_id)
-        if self._remember:
-            file.write_text(json.dumps({"uri": self.uri, "run_id": self.run_id}) + "\n")
+        self._keep(self.run_id)
         return self.run_id, False
+
+    def _before(self) -> str:
+        """The MLflow run of the attempt before, empty if there was none or if it wrote to another store."""
+        try:
+            known = json.loads((self._root / RUN_FILE).read_text())
+            return str(known["run_id"]) if known["uri"] in (self._store, self.uri) else ""
+        except FileNotFoundError:
+            return self._known
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("tracking: %s is damaged: %s", self._root / RUN_FILE, error)
+            return self._known
+
+    def _keep(self, run_id: str) -> None:
+        if self._remember:
+            file = self._root / RUN_FILE
+            aside = file.with_name(file.name + ".partial")
+            aside.write_text(json.dumps({"uri": self._store, "run_id": run_id}) + "\n")
+            os.replace(aside, file)
 
     def _steps(self, client: Any, run: str, key: str, continued: bool) -> set[int]:
         """Steps at which `key` has a value already; the store is asked once per key of a continued run."""

@@ -60,12 +60,13 @@ def test_nothing_stands_under_the_final_name_before_the_commit(tmp_path):
     assert latest(tmp_path) is None
 
 
-@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
-def test_what_a_crash_left_behind_is_never_taken_for_complete(tmp_path, suffix):
+def test_what_a_crash_left_behind_is_never_taken_for_complete(tmp_path):
     complete = write(tmp_path / "step000002", 2)
-    left = write(tmp_path / "aside", 9).rename(tmp_path / f"step000009{suffix}")
+    left = write(tmp_path / "aside", 9).rename(tmp_path / "step000009.partial")
+    write(tmp_path / "aside", 8).rename(tmp_path / "step000002.replaced")
     assert (left / STATE_FILE).is_file()
     assert latest(tmp_path) == complete
+    assert read_state(complete).step == 2
 
 
 @pytest.mark.parametrize("survived", [0, 1])
@@ -89,7 +90,7 @@ def test_a_crash_between_the_renames_of_a_commit_leaves_nothing_half_made_and_th
     if final.exists():
         assert read_state(final) == state(1)
         assert (final / "hf" / "model.bin").read_text() == "old"
-    assert latest(tmp_path) == (final if survived == 0 else None)
+    assert latest(tmp_path) == final, "the older one is back"
     write(final, 3, "newer")
     assert read_state(final) == state(3)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
@@ -262,9 +263,25 @@ def test_the_best_and_what_is_aside_do_not_count_as_checkpoints(tmp_path):
 def test_going_back_to_a_step_sets_later_checkpoints_aside_instead_of_deleting_them(tmp_path):
     for step in (2, 4, 6):
         write(tmp_path / f"step{step:06d}", step)
+    (tmp_path / "step000006" / STATE_FILE).write_text("{")
     assert sorted(set_aside_after(tmp_path, 2)) == ["step000004.undone", "step000006.undone"]
     assert latest(tmp_path) == tmp_path / "step000002"
     assert (tmp_path / "step000006.undone" / "hf").is_dir()
+
+
+def test_an_optimiser_state_that_was_being_dropped_does_not_count(tmp_path):
+    final = write(tmp_path / "step000002", 2)
+    assert verify(final).resumable
+    listing = final / "files.json"
+    names = json.loads(listing.read_text())
+    listing.write_text(json.dumps({k: v for k, v in names.items() if not k.startswith(OPTIMIZER_FOLDER)}))
+    assert not verify(final).resumable, "what is still there is not checked"
+
+
+def test_a_damaged_note_of_the_best_is_named(tmp_path):
+    (tmp_path / "best.json").write_text("{")
+    with pytest.raises(ValueError, match=r"best\.json is damaged"):
+        read_best(tmp_path, 2)
 
 
 def test_the_state_comes_back_as_it_was_written(tmp_path):

@@ -10,12 +10,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-import launch  # noqa: F401  (registers the schema with Hydra)
+import launch
 from conf.schema import RunConfig, load_config
 from rl.checks import check_nothing_needed_is_replaced, preflight
 from rl.run import check_mismatch
 from streams.tiny import QWEN3_SPEC
 
+launch.register_schema()
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 OWN_DATA = ["data=jsonl", "data.train=a.jsonl", "data.heldout=b.jsonl"]

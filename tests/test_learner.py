@@ -120,10 +120,12 @@ def groups(service, tasks):
 def engine(checkpoint, ranks):
     """Makes engines: `engine(lr=...)`."""
 
-    def make(steps=10, reference="", **values):
+    def make(steps=10, reference="", version=0, **values):
         given = {"lr": 2e-3, "grad_clip": 1e6, "freeze": "none"} | values
         learner = asdict(LearnerConfig(**given))
-        setup = LearnerSetup(str(checkpoint), LAYOUT, learner, total_steps=steps, seed=0, reference=str(reference))
+        setup = LearnerSetup(
+            str(checkpoint), LAYOUT, learner, total_steps=steps, seed=0, reference=str(reference), version=version
+        )
         return LearnerEngine(setup, ranks)
 
     return make
@@ -373,6 +375,14 @@ def test_a_loaded_checkpoint_goes_on_as_if_it_had_never_stopped(engine, demonstr
     assert again.metrics["loss"] == report.metrics["loss"]
     assert largest_difference(weights_of(learner), weights_of(resumed)) == 0
     assert largest_difference(saved, weights_of(resumed)) > 1e-5
+
+
+def test_weights_without_their_optimiser_state_stand_where_they_stood_in_the_schedule(engine, demonstrations):
+    schedule = {"schedule": "cosine", "warmup_steps": 2, "steps": 6}
+    learner = engine(**schedule)
+    rates = [learner.train(step, "sft", demonstrations, SFT).metrics["lr"] for step in range(5)]
+    later = engine(version=3, **schedule)
+    assert [later.train(step, "sft", demonstrations, SFT).metrics["lr"] for step in (3, 4)] == rates[3:]
 
 
 def test_the_exported_half_of_a_checkpoint_holds_the_same_weights(engine, demonstrations, tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import pytest
 
 from conf.schema import AlgorithmConfig, JobConfig, MemoryConfig, RunConfig, SftConfig
-from rl.checkpoint import OPTIMIZER_FOLDER, CheckpointState, commit, partial_path
+from rl.checkpoint import OPTIMIZER_FOLDER, CheckpointState, by_age, commit, newest_usable, partial_path, prune
+from rl.checks import check_cold_start, reference_of_branch
 from rl.stages import StageStore, clear, settings
 
 
@@ -16,12 +20,12 @@ def config(root, *, stages=("data", "sft", "rl", "eval"), **changes):
     return RunConfig(run_root=str(root), memory=MemoryConfig("full"), job=JobConfig("all", list(stages)), **changes)
 
 
-def checkpoint(root, stage, step, name=None):
+def checkpoint(root, stage, step, name=None, **kept):
     path = root / "checkpoints" / stage / (name or f"step{step:06d}")
     partial = partial_path(path)
     (partial / OPTIMIZER_FOLDER).mkdir()
     (partial / OPTIMIZER_FOLDER / "state.pt").write_text("state")
-    commit(partial, path, CheckpointState(stage, step, step, tuple(f"0/{i}" for i in range(step))))
+    commit(partial, path, CheckpointState(stage, step, step, tuple(f"0/{i}" for i in range(step)), **kept))
     return path
 
 
@@ -123,6 +127,7 @@ def test_other_settings_are_refused_with_both_values(tmp_path, changes, key, fin
 def test_settings_that_only_change_how_a_stage_runs_may_change(tmp_path):
     run = config(tmp_path, stages=("sft",))
     begun(run, "sft", steps=60)
+    checkpoint(tmp_path, "sft", 60, "final")
     other = dataclasses.replace(
         run,
         rollout=dataclasses.replace(run.rollout, workers=5),
@@ -184,18 +189,159 @@ def test_going_back_to_an_earlier_checkpoint_of_the_same_run_sets_later_ones_asi
     early = checkpoint(tmp_path, "rl", 2)
     checkpoint(tmp_path, "rl", 4)
     said = []
-    plan = store(config(tmp_path, resume=str(early)), said).plan()["rl"]
-    assert plan.step == 2
+    back = store(config(tmp_path, resume=str(early)), said)
+    plan = back.plan()["rl"]
+    assert (plan.step, plan.attempt) == (2, 2)
+    assert (tmp_path / "checkpoints" / "rl" / "step000004").is_dir(), "a plan may still come to nothing"
+    back.begin("rl")
+    back.settle("rl")
     assert (tmp_path / "checkpoints" / "rl" / "step000004.undone").is_dir()
     assert any("set aside" in line for line in said)
 
 
 def test_a_path_that_is_no_checkpoint_or_of_a_stage_that_does_not_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="resume=/nowhere cannot be used"):
+    with pytest.raises(ValueError, match="resume=/nowhere: /nowhere cannot be used"):
         store(config(tmp_path, resume="/nowhere")).plan()
     path = checkpoint(tmp_path / "old", "rl", 4)
     with pytest.raises(ValueError, match="checkpoint of stage rl, which job=all does not run"):
         store(config(tmp_path, stages=("sft",), resume=str(path))).plan()
+
+
+def test_going_back_works_although_a_later_checkpoint_is_damaged(tmp_path):
+    begun(config(tmp_path), "rl")
+    early = checkpoint(tmp_path, "rl", 2)
+    (checkpoint(tmp_path, "rl", 4) / "state.json").unlink()
+    (checkpoint(tmp_path, "rl", 6, "final") / "state.json").unlink()
+    back = store(config(tmp_path, resume=str(early)))
+    assert back.plan()["rl"].step == 2
+    back.settle("rl")
+    assert by_age(tmp_path / "checkpoints" / "rl") == [early]
+
+
+def test_a_checkpoint_of_another_run_refuses_other_settings_and_may_grow(tmp_path):
+    old = config(tmp_path / "old")
+    path = checkpoint(tmp_path / "old", "rl", 4, settings=settings(old, "rl"))
+    assert store(config(tmp_path / "new", resume=str(path), algorithm=AlgorithmConfig(steps=50))).plan()["rl"].step == 4
+    with pytest.raises(ValueError, match=r"learner\.lr=0\.5, began with .*algorithm\.init=FOLDER"):
+        store(
+            config(tmp_path / "new", resume=str(path), learner=dataclasses.replace(old.learner, lr=0.5)),
+        ).plan()
+
+
+def branch(tmp_path):
+    """(config with resume=auto, the old run's checkpoint) of a branch whose RL has begun and was killed."""
+    old = checkpoint(tmp_path / "old", "rl", 4)
+    new = store(config(tmp_path / "new", resume=str(old)))
+    new.plan()
+    new.adopt("sft")
+    new.begin("rl")
+    new.settle("rl")
+    return config(tmp_path / "new"), old
+
+
+def test_a_branch_that_was_killed_goes_on_with_auto(tmp_path):
+    run, old = branch(tmp_path)
+    for attempt in (2, 3):
+        again = store(run)
+        plans = again.plan()
+        assert plans["sft"].skip, "the old run's checkpoint already has it"
+        assert (plans["rl"].resume.path, plans["rl"].attempt, plans["rl"].fresh) == (old, attempt, False)
+        again.begin("rl")
+    own = checkpoint(tmp_path / "new", "rl", 6)
+    assert store(run).plan()["rl"].resume.path == own
+    store(run).plan()
+    assert json.loads((tmp_path / "new" / "stages" / "rl.json").read_text())["origin"] == str(old)
+
+
+def test_a_branch_that_begins_again_sets_aside_what_it_had_made(tmp_path):
+    run, old = branch(tmp_path)
+    checkpoint(tmp_path / "new", "rl", 6)
+    again = store(dataclasses.replace(run, resume=str(old)))
+    again.plan()
+    again.settle("rl")
+    assert by_age(tmp_path / "new" / "checkpoints" / "rl") == []
+
+
+def test_rl_of_a_branch_is_measured_against_what_the_old_run_started_from(tmp_path):
+    _, old = branch(tmp_path)
+    (tmp_path / "old" / "stages").mkdir()
+    assert reference_of_branch(old) is None, "no cold start there: the run's own model"
+    begun(config(tmp_path / "old", stages=("sft",)), "sft", steps=60)
+    with pytest.raises(ValueError, match="has begun stage sft"):
+        reference_of_branch(old)
+    export = checkpoint(tmp_path / "old", "sft", 60, "final") / "hf"
+    export.mkdir()
+    assert reference_of_branch(old) == export
+    with pytest.raises(ValueError, match=r"set algorithm\.reference"):
+        reference_of_branch(tmp_path / "copied" / "rl" / "step000004")
+
+
+# ---- what went missing ----
+
+
+def test_after_falling_back_the_damaged_checkpoint_is_out_of_the_way(tmp_path):
+    run = config(tmp_path, stages=("rl",))
+    begun(run, "rl")
+    good = checkpoint(tmp_path, "rl", 4)
+    (checkpoint(tmp_path, "rl", 8) / OPTIMIZER_FOLDER / "state.pt").write_text("stale")
+    again = store(run)
+    assert again.plan()["rl"].resume.path == good
+    again.settle("rl")
+    newest = checkpoint(tmp_path, "rl", 5)
+    prune(tmp_path / "checkpoints" / "rl", 1, "latest")
+    found = newest_usable(tmp_path / "checkpoints" / "rl", lambda text: None)
+    assert found is not None
+    assert (found.path, found.resumable) == (newest, True)
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_finished_stage_whose_last_checkpoint_is_lost_goes_on_from_the_one_before(tmp_path, how):
+    run = config(tmp_path)
+    begun(run, "sft", steps=60)
+    before = checkpoint(tmp_path, "sft", 40)
+    final = checkpoint(tmp_path, "sft", 60, "final")
+    assert store(run).plan()["sft"].skip
+    if how == "gone":
+        shutil.rmtree(final)
+    else:
+        (final / OPTIMIZER_FOLDER / "state.pt").write_text("stale")
+    said = []
+    assert store(run, said).plan()["sft"].resume.path == before
+    assert any("finished before, but its last checkpoint cannot be used" in line for line in said)
+    begun(run, "rl")
+    checkpoint(tmp_path, "rl", 2)
+    assert store(run).plan()["sft"].skip, "RL has begun from it, and stands by itself"
+
+
+def test_rl_does_not_begin_without_the_cold_start_that_the_folder_should_hold(tmp_path):
+    run = config(tmp_path, stages=("rl",))
+    check_cold_start(run, store(run).plan())
+    begun(config(tmp_path), "sft")
+    with pytest.raises(ValueError, match=r"has begun stage sft, but .*checkpoints/sft/final.* is not there"):
+        check_cold_start(run, store(run).plan())
+    check_cold_start(config(tmp_path), store(config(tmp_path)).plan())
+    (checkpoint(tmp_path, "sft", 60, "final") / "hf").mkdir()
+    check_cold_start(run, store(run).plan())
+
+
+def test_checkpoints_without_their_manifest_are_not_deleted(tmp_path):
+    path = checkpoint(tmp_path, "sft", 40)
+    with pytest.raises(ValueError, match=r"holds 1 checkpoints, but .*stages/sft\.json.* is missing"):
+        store(config(tmp_path)).plan()
+    assert store(config(tmp_path, resume=str(path))).plan()["sft"].step == 40
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "sft.json").write_text("{")
+    assert store(config(tmp_path, resume=str(path))).plan()["sft"].step == 40
+
+
+def test_a_cold_start_does_not_grow_under_rl_that_was_made_from_it(tmp_path):
+    begun(config(tmp_path), "sft", steps=60)
+    checkpoint(tmp_path, "sft", 60, "final")
+    more = config(tmp_path, sft=SftConfig(steps=80))
+    assert store(more).plan()["sft"].step == 60
+    begun(config(tmp_path), "rl", steps=40)
+    with pytest.raises(ValueError, match="stage sft cannot grow: stage rl"):
+        store(more).plan()
 
 
 # ---- what is cleared, what is compared ----
@@ -212,6 +358,36 @@ def test_starting_over_clears_the_stage_and_what_was_made_from_it_and_nothing_el
     assert left == {"stages/data.json", "stages/sft.json", "mlflow.db"}
     assert not (tmp_path / "checkpoints" / "rl").exists()
     assert (tmp_path / "checkpoints" / "sft").is_dir()
+
+
+@pytest.mark.parametrize("survived", range(6))
+def test_a_crash_while_clearing_leaves_no_stage_that_counts_as_finished_without_its_checkpoint(
+    tmp_path, monkeypatch, survived
+):
+    for stage in ("sft", "rl"):
+        begun(config(tmp_path), stage, steps=1)
+        (checkpoint(tmp_path, stage, 1, "final") / "hf").mkdir()
+    left = survived
+
+    def crash(plain):
+        def remove(path, *args, **kwargs):
+            nonlocal left
+            if not left:
+                raise OSError("power cut")
+            left -= 1
+            return plain(path, *args, **kwargs)
+
+        return remove
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", crash(shutil.rmtree))
+        patch.setattr(pathlib.Path, "unlink", crash(pathlib.Path.unlink))
+        with contextlib.suppress(OSError):
+            clear(tmp_path, ["sft", "rl", "eval"])
+    for stage in ("sft", "rl"):
+        if store(config(tmp_path)).read(stage):
+            assert (tmp_path / "checkpoints" / stage / "final" / "hf").is_dir()
+    assert not (store(config(tmp_path)).read("rl") and not store(config(tmp_path)).read("sft"))
 
 
 def test_settings_are_json_and_cover_what_the_stage_computes(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ except Requeue as asked:
     print("asked:", asked, flush=True)
     sys.exit(stop.status)
 """
+LAUNCH = ["job=data", "checkpoint.requeue_status=99"]
 LOOP = """with stop.deferred():
         print("ready", flush=True)
         while not stop.requested:
@@ -65,6 +67,32 @@ def test_a_checkpoint_that_takes_too_long_does_not_keep_the_process_alive():
     assert "checkpoint.grace_s=0.5" in err
     assert "the last complete one is here" in err
     assert seconds < 20
+
+
+def test_whoever_catches_the_failures_of_a_part_does_not_swallow_it():
+    status, out, _, _ = ended(
+        """print("ready", flush=True)
+    try:
+        time.sleep(30)
+    except Exception:
+        print("transcripts: not written")
+        time.sleep(30)"""
+    )
+    assert status == 75
+    assert "not written" not in out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it asks Linux whether the handler is there")
+@pytest.mark.parametrize("seconds", [0.0, 1.5, 3.0])
+def test_a_program_that_still_loads_ends_with_the_requeue_status(tmp_path, seconds):
+    process = subprocess.Popen([sys.executable, "launch.py", *LAUNCH, f"run_root={tmp_path}"], cwd=ROOT)
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> signal.SIGTERM - 1 & 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 99
 
 
 def test_outside_a_loop_the_run_ends_at_once():

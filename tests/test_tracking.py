@@ -92,6 +92,31 @@ def test_a_dead_tracker_is_reported_once_and_stops_and_raises_nothing(tmp_path, 
 
 
 @pytest.mark.slow
+def test_another_attempt_continues_the_run_wherever_the_folder_is_and_whatever_became_of_its_note(tmp_path):
+    first = Tracker(TrackingConfig(), tmp_path / "run", "all-seed3", resume=True)
+    first.metrics({"train/loss": 1.0}, step=1)
+    first.close("KILLED")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    note = tmp_path / "moved" / "tracking.json"
+    # Killed before its parameters arrived; then found as it is, torn by a full disk, and gone.
+    for step, what in ((2, None), (3, ""), (4, "gone")):
+        if what is not None:
+            note.write_text("")
+        if what == "gone":
+            note.unlink()
+        again = Tracker(TrackingConfig(), tmp_path / "moved", "all-seed3", resume=True, known=str(first.run_id))
+        again.params({"seed": step})
+        again.metrics({"train/loss": 1.0}, step=step - 1)
+        again.metrics({"train/loss": 0.5}, step=step)
+        again.close()
+        assert again.failed is None
+        assert again.run_id == first.run_id
+    client, (run,) = runs(again.uri)
+    assert run.data.params == {"seed": "2"}
+    assert history(client, run, "train/loss") == [(1, 1.0), (2, 0.5), (3, 0.5), (4, 0.5)]
+
+
+@pytest.mark.slow
 def test_a_metric_that_the_store_refuses_stops_tracking_only(tmp_path):
     tracker = Tracker(TrackingConfig(), tmp_path, "rl-seed0")
     tracker.metrics({"reward/total": 0.5}, step=1)
