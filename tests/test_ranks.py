@@ -73,11 +73,14 @@ def values_of(update):
     return update.buffer.view(np.dtype(update.dtype))
 
 
+# Every stage once, stage 3 with both losses and with a tower that trains or not.
 CASES = [
-    *((stage, "grpo", "tower+merger", False) for stage in (0, 1, 2, 3)),
-    *((stage, "sft", "none", True) for stage in (0, 1, 2, 3)),
+    (0, "sft", "none", True),
+    (1, "grpo", "tower+merger", False),
+    (2, "sft", "none", True),
+    (3, "grpo", "tower+merger", False),
+    (3, "sft", "none", True),
     (3, "grpo", "none", True),
-    (3, "sft", "tower+merger", True),
 ]
 
 
@@ -123,9 +126,9 @@ def assert_refused_alike(first, second):
     assert "in stream 0/2/1." in not_finite
 
 
-def test_one_rank_also_refuses_what_is_not_finite_at_every_stage(model, batches, tmp_path):
+def test_one_rank_also_refuses_what_is_not_finite(model, batches, tmp_path):
     items = batches[False][0]
-    for stage in (0, 1, 2, 3):
+    for stage in (0, 3):
         values = learner_values(freeze="tower+merger", zero_stage=stage)
         calls = (Call("weights"), train(7, "grpo", spoiled(items, (1.0, float("inf")))), Call("weights"))
         before, refusal, after = run(Job(str(model), values, calls), 1, tmp_path / str(stage))[0]
