@@ -38,13 +38,19 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
     if not cluster.existing:
         # "local" rather than nothing: Ray would look for a cluster that runs already.
         environment = {"PYTHONPATH": _project_path(), "TOKENIZERS_PARALLELISM": "false"}
-        ray.init(
-            address="local",
-            num_cpus=cluster.num_cpus or None,
-            include_dashboard=False,
-            runtime_env={"env_vars": environment},
-            **common,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus or None,
+                include_dashboard=False,
+                runtime_env={"env_vars": environment},
+                **common,
+            )
+        except Exception as error:  # noqa: BLE001 - named boundary: Ray says with a bare Exception that it did not start
+            raise RuntimeError(
+                f"Ray did not start on this machine: {error} Is there memory, and room in /tmp, and is the machine too busy "
+                "(Ray waits 30 s for itself)? Its logs are in /tmp/ray/session_latest/logs; then run the same command again"
+            ) from error
         return
     # Ray would warn that it leaves out .git and .venv by itself.
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
