@@ -46,7 +46,7 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
                 runtime_env={"env_vars": environment},
                 **common,
             )
-        except Exception as error:  # noqa: BLE001 - named boundary: Ray says with a bare Exception that it did not start
+        except Exception as error:  # named boundary: Ray says with a bare Exception that it did not start
             raise RuntimeError(
                 f"Ray did not start on this machine: {error} Is there memory, and room in /tmp, and is the machine too busy "
                 "(Ray waits 30 s for itself)? Its logs are in /tmp/ray/session_latest/logs; then run the same command again"
