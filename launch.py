@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -20,13 +22,21 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from conf.mistakes import explain
 from conf.schema import RunConfig, load_config
 
 ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
 
 WATCH_WORDS = ("video", "query", "at", "seconds")
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Set to 1, Hydra raises what is wrong with a command line; otherwise it prints a page about it."""
+WANTS_FULL_ERROR = FULL_ERROR in os.environ
 
 
 def plain_words(argv: list[str]) -> list[str]:
@@ -49,8 +59,9 @@ def plain_words(argv: list[str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    """The text as Hydra and OmegaConf read it back unchanged: backslashes count only before `${`, quotes and the end."""
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", plain)) + "'"
 
 
 def start(config: RunConfig, overrides: list[str]) -> None:
@@ -106,6 +117,8 @@ def _keep_traceback(path: Path) -> str:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(raw: DictConfig) -> None:
+    if not WANTS_FULL_ERROR:
+        os.environ.pop(FULL_ERROR, None)  # see command_line
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = load_config(raw)
@@ -121,6 +134,21 @@ def main(raw: DictConfig) -> None:
     start(config, overrides)
 
 
+def command_line(typed: list[str]) -> None:
+    """`main`; a command line that Hydra cannot compose ends as any other wrong configuration."""
+    if WANTS_FULL_ERROR:
+        main()
+        return
+    os.environ[FULL_ERROR] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        # Before `main` is entered: inside it, everything is caught where it belongs.
+        print(f"configuration error: {explain(error, typed)}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    sys.argv[1:] = plain_words(sys.argv[1:])
-    main()
+    typed = sys.argv[1:]
+    sys.argv[1:] = plain_words(typed)
+    command_line(typed)
