@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -24,7 +25,10 @@ from typing import TYPE_CHECKING
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from rl.stop import REQUEUE_STATUS, Requeue, StopSignal
 
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     from conf.schema import RunConfig
 
 WATCH_WORDS = ("video", "query", "at", "seconds")
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Set to 1, Hydra raises what is wrong with a command line; otherwise it prints a page about it."""
+WANTS_FULL_ERROR = FULL_ERROR in os.environ
 
 
 def plain_words(argv: list[str]) -> list[str]:
@@ -54,8 +62,9 @@ def plain_words(argv: list[str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    """The text as Hydra and OmegaConf read it back unchanged: backslashes count only before `${`, quotes and the end."""
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", plain)) + "'"
 
 
 def start(config: RunConfig, overrides: list[str]) -> None:
@@ -121,6 +130,8 @@ def _keep_traceback(path: Path) -> str:
 def main(raw: DictConfig) -> None:
     from conf.schema import load_config
 
+    if not WANTS_FULL_ERROR:
+        os.environ.pop(FULL_ERROR, None)  # see command_line
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = load_config(raw)
@@ -149,8 +160,25 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
 
 
+def command_line(typed: list[str]) -> None:
+    """`main`; a command line that Hydra cannot compose ends as any other wrong configuration."""
+    if WANTS_FULL_ERROR:
+        main()
+        return
+    os.environ[FULL_ERROR] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        # Before `main` is entered: inside it, everything is caught where it belongs.
+        from conf.mistakes import explain
+
+        print(f"configuration error: {explain(error, typed)}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stopped_while_loading)
     register_schema()
-    sys.argv[1:] = plain_words(sys.argv[1:])
-    main()
+    typed = sys.argv[1:]
+    sys.argv[1:] = plain_words(typed)
+    command_line(typed)

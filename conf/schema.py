@@ -156,10 +156,10 @@ class SftConfig:
             ) from error
         if not 1 <= self.late_min <= self.late_max:
             raise ValueError(f"sft.late_min={self.late_min} and sft.late_max={self.late_max}: 1 <= min <= max")
-        if self.decision_weight_clamp <= 0 or self.answer_weight <= 0:
+        if not (0 < self.decision_weight_clamp < math.inf and 0 < self.answer_weight < math.inf):
             raise ValueError(
                 f"sft.decision_weight_clamp={self.decision_weight_clamp} and sft.answer_weight={self.answer_weight} "
-                "must be positive"
+                "must be positive numbers"
             )
 
 
@@ -196,8 +196,9 @@ class AlgorithmConfig:
         check_length("algorithm", self.steps, self.epochs)
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"algorithm.warmup_ratio={self.warmup_ratio} must lie in [0, 1]")
-        if self.group_size < 1:
-            raise ValueError(f"algorithm.group_size={self.group_size} must be at least 1")
+        for key in ("groups_per_step", "group_size", "groups_in_flight"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"algorithm.{key}={getattr(self, key)} must be at least 1")
         if self.advantage not in ("grpo", "mean"):
             raise ValueError(f"algorithm.advantage={self.advantage!r} is not one of grpo, mean")
         if self.group_size == 1:
@@ -205,11 +206,11 @@ class AlgorithmConfig:
                 f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "
                 "always 0, nothing would be learned; use at least 2 streams a group"
             )
-        if not 0 < self.clip_low < 1 or self.clip_high <= 0:
+        if not (0 < self.clip_low < 1 and 0 < self.clip_high < math.inf):
             raise ValueError(
                 f"algorithm.clip_low={self.clip_low} must lie in (0, 1), algorithm.clip_high={self.clip_high} above 0"
             )
-        if not 0 <= self.kl_coef < float("inf"):
+        if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"algorithm.kl_coef={self.kl_coef} must be 0 or a positive number")
         if not self.reference:
             raise ValueError("algorithm.reference is empty: use auto or a checkpoint folder")
@@ -220,6 +221,10 @@ class WeightsConfig:
     """max_lag: a worker more versions behind the learner gets no new task."""
 
     max_lag: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_lag < 0:
+            raise ValueError(f"weights.max_lag={self.max_lag} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -249,6 +254,10 @@ class EvalConfig:
             raise ValueError(f"eval.transcript_mb={self.transcript_mb} must lie in [0.25, 512]")
         if self.every < 0 or self.tasks < 0:
             raise ValueError(f"eval.every={self.every} and eval.tasks={self.tasks} must not be negative")
+        if not 0 <= self.max_logp_diff < math.inf:
+            raise ValueError(
+                f"eval.max_logp_diff={self.max_logp_diff} must be 0 (the default limit) or a positive number"
+            )
         if self.best not in ("reward", "timing") and not self.best.startswith("accuracy_"):
             raise ValueError(f"eval.best={self.best!r} is not one of reward, timing, accuracy_all, accuracy_<category>")
 
@@ -275,7 +284,7 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
         if self.optimizer not in ("all", "latest"):
             raise ValueError(f"checkpoint.optimizer={self.optimizer!r} is not one of all, latest")
-        if self.grace_s <= 0 or not 1 <= self.requeue_status <= 255:
+        if not 0 < self.grace_s < math.inf or not 1 <= self.requeue_status <= 255:
             raise ValueError(
                 f"checkpoint.grace_s={self.grace_s} must be positive and checkpoint.requeue_status="
                 f"{self.requeue_status} in 1..255"
@@ -295,8 +304,15 @@ class WatchConfig:
     json: bool = False
 
     def __post_init__(self) -> None:
-        if self.at < 0 or self.seconds < 0:
-            raise ValueError(f"watch.at={self.at} and watch.seconds={self.seconds} must not be negative")
+        if not (0 <= self.at < math.inf and 0 <= self.seconds < math.inf):
+            raise ValueError(
+                f"watch.at={self.at} and watch.seconds={self.seconds} must be numbers of seconds, not negative"
+            )
+        if self.query and 0 < self.seconds <= self.at:
+            raise ValueError(
+                f"watch.at={self.at:g} with watch.seconds={self.seconds:g}: the query would come after the last second "
+                "watched; raise seconds, or leave it out to watch the whole file"
+            )
 
 
 @dataclass(frozen=True)
@@ -329,12 +345,15 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.placement not in ("cpu", "auto"):
             raise ValueError(f"cluster.placement={self.placement!r} is not one of cpu, auto")
-        if self.num_cpus < 0 or self.actor_cpus <= 0:
+        if self.num_cpus < 0 or not 0 < self.actor_cpus < math.inf:
             raise ValueError(
                 f"cluster.num_cpus={self.num_cpus} must be >= 0 and cluster.actor_cpus={self.actor_cpus} > 0"
             )
-        if self.start_timeout_s <= 0 or self.call_timeout_s <= 0:
-            raise ValueError("cluster.start_timeout_s and cluster.call_timeout_s must be positive")
+        if not (0 < self.start_timeout_s < math.inf and 0 < self.call_timeout_s < math.inf):
+            raise ValueError(
+                f"cluster.start_timeout_s={self.start_timeout_s} and cluster.call_timeout_s={self.call_timeout_s} must be "
+                "positive numbers of seconds"
+            )
         if "://" in self.address:
             raise ValueError(
                 f"cluster.address={self.address}: the driver has to run on a node of the cluster, so this is not an URL; "

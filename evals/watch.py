@@ -84,7 +84,7 @@ class EncodedOnDemand(Sequence[torch.Tensor]):
 
 def watch(config: RunConfig, overrides: list[str]) -> None:
     """Run `job=watch`; a configuration or file that cannot be used ends the process with status 2."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     try:
         checkpoint, config = _resolve(config, overrides, console)
         turns = watch_file(config, checkpoint)

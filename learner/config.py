@@ -5,6 +5,7 @@ Owner: learner.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,8 @@ class LearnerConfig:
                 f"learner.zero_stage=0 with learner.offload={self.offload} and learner.dtype={self.dtype}: stage 0 neither "
                 "offloads nor keeps float32 master weights; use stage 1, 2 or 3"
             )
-        if self.collective_timeout_s <= 0:
-            raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be positive")
+        if not 0 < self.collective_timeout_s < math.inf:
+            raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be a positive number")
         if self.freeze not in FREEZE_MODES:
             raise ValueError(f"learner.freeze={self.freeze!r} is not one of {', '.join(FREEZE_MODES)}")
         if self.attention not in ATTENTION:
@@ -67,8 +68,12 @@ class LearnerConfig:
             raise ValueError(f"learner.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"learner.dtype={self.dtype!r} is not one of float32, bfloat16")
-        if self.lr <= 0 or self.grad_clip <= 0:
-            raise ValueError(f"learner.lr={self.lr} and learner.grad_clip={self.grad_clip} must be positive")
+        if not (0 < self.lr < math.inf and 0 < self.grad_clip < math.inf):
+            raise ValueError(f"learner.lr={self.lr} and learner.grad_clip={self.grad_clip} must be positive numbers")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"learner.weight_decay={self.weight_decay} must be 0 or a positive number")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"learner.betas={list(self.betas)} must be two numbers in [0, 1)")
         for key in ("row_tokens", "micro_batch_tokens", "head_chunk", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"learner.{key}={getattr(self, key)} must be at least 1")
@@ -80,5 +85,11 @@ class LearnerConfig:
         unknown = sorted(set(overrides) - set(vars(self)))
         if unknown:
             raise ValueError(f"sft.learner.{unknown[0]} is not a learner setting (known: {', '.join(vars(self))})")
+        for key, value in overrides.items():
+            # These are not typed by the schema. A whole number is a number, a word is not.
+            kind = type(getattr(self, key))
+            fits = isinstance(value, list | tuple if kind is tuple else int | float if kind is float else kind)
+            if not fits or isinstance(value, bool):
+                raise ValueError(f"sft.learner.{key}={value!r} must be a {kind.__name__}, as learner.{key} is")
         values = vars(self) | overrides
         return LearnerConfig(**(values | {"betas": tuple(values["betas"])}))

@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -60,18 +61,33 @@ def build(name: str, params: Mapping[str, Any], key: str) -> Term:
     factory = get(name, key)
     is_class = inspect.isclass(factory)
     _check_params(factory, is_class, params, key)
-    if not is_class:
-        return functools.partial(factory, **params)
+    term: Term = _constructed(factory, params, key) if is_class else functools.partial(factory, **params)
+    if not callable(term):
+        raise ValueError(f"{key}: {_origin(factory)} has no __call__(outcome); give it one")
     try:
-        term = factory(**params)
-    except (TypeError, ValueError) as error:
+        inspect.signature(term).bind(None)
+    except TypeError as error:
+        wanted = "__call__(self, outcome)" if is_class else f"{getattr(factory, '__name__', 'f')}(outcome, ...)"
+        raise ValueError(
+            f"{key}: {_origin(factory)} cannot be called with a stream's outcome ({error}); write it as {wanted}"
+        ) from error
+    return term
+
+
+def _constructed(factory: Callable[..., Any], params: Mapping[str, Any], key: str) -> Any:
+    try:
+        return factory(**params)
+    except ValueError as error:
         # "slack=-1 must be ..." becomes "reward.terms.timing.slack=-1 must be ...".
         first = re.match(r"\w*", str(error))
         joint = "." if first is not None and first[0] in params else ": "
         raise ValueError(f"{key}{joint}{error}") from error
-    if not callable(term):
-        raise ValueError(f"{key}: {_origin(factory)} has no __call__(outcome); give it one")
-    return term
+    except Exception as error:  # a user's code: whatever it raises is a wrong setting
+        given = ", ".join(f"{name}={value!r}" for name, value in params.items())
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{key}: {_origin(factory)}({given}) raised {type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+        ) from error
 
 
 def _check_params(factory: Callable[..., Any], is_class: bool, params: Mapping[str, Any], key: str) -> None:
@@ -94,13 +110,15 @@ def _load(path: str, key: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module: importing it may raise anything
+        plain = isinstance(error, ImportError | AttributeError | ValueError)
+        cause = str(error) if plain else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{key}.target={path!r} cannot be loaded ({error}); "
+            f"{key}.target={path!r} cannot be loaded ({cause}); "
             "write package.module:attribute, of a module on the Python path"
         ) from error
     if not callable(found):
-        raise ValueError(f"{key}.target={path!r} is a {type(found).__name__}; name a function or a class")
+        raise ValueError(f"{key}.target={path!r} is of type {type(found).__name__}; name a function or a class")
     return found
 
 

@@ -134,6 +134,8 @@ def respect_checkpoint(
 
 def preflight(config: RunConfig) -> None:
     """Raises ValueError or FileNotFoundError for what would fail later."""
+    if config.root.exists() and not config.root.is_dir():
+        raise ValueError(f"run_root={config.run_root} is a file: name a folder, new or of an earlier run")
     age_bound(config)
     _check_data(config)
     for key, value in _named_checkpoints(config):
@@ -159,7 +161,8 @@ def _check_data(config: RunConfig) -> None:
         path = Path(given) if given else config.root / "data" / f"{split}.jsonl"
         if given or "data" not in stages:
             if not path.is_file():
-                raise FileNotFoundError(f"data.{split}: {path} does not exist (set data.{split} or run job=data first)")
+                how = f"set data.{split} to a JSONL file" if given else f"set data.{split} or run job=data first"
+                raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
             # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
             load_tasks(path, format=config.data.format, ignore_fields=config.data.ignore_fields)
 

@@ -207,17 +207,21 @@ class RLLoop:
         )
 
     def _drop(self, summary: GroupSummary, ticket: int, task: StreamTask) -> None:
-        self.buffer.drop(ticket)
-        self.dropped.append(summary.group)
         self.result.skipped.append(SkippedSample(f"task {summary.task_id} ({task.video})", str(summary.failed)))
-        self.result.dropped_groups += 1
         self.result.dropped_clip_seconds += summary.clip_seconds
-        self.progress.say(f"rl: dropped group {summary.group}: {summary.failed}")
+        self._dropped(summary.group, ticket, str(summary.failed), mend="the data or the workers")
+
+    def _dropped(self, group: str, ticket: int, reason: str, mend: str) -> None:
+        """A group that cannot be trained is dropped and named; when no other comes any more, the run must not go on."""
+        self.buffer.drop(ticket)
+        self.dropped.append(group)
+        self.result.dropped_groups += 1
+        self.progress.say(f"rl: dropped group {group}: {reason}")
         self._dropped_in_a_row += 1
         if self._dropped_in_a_row > max(50, 2 * self.config.algorithm.groups_in_flight):
             raise RuntimeError(
-                f"{self._dropped_in_a_row} groups in a row were dropped; the last: {summary.failed}. "
-                "Nothing is being learned: mend the data or the workers"
+                f"{self._dropped_in_a_row} groups in a row were dropped; the last: {reason}. "
+                f"Nothing is being learned: mend {mend}"
             )
 
     def _scored(
@@ -227,16 +231,15 @@ class RLLoop:
         payload: Any,
         ticket: int,
     ) -> None:
-        self._dropped_in_a_row = 0
         for i, result in enumerate(results):
             if result.failed is not None:
                 name = f"stream {summary.group}/{i}"
                 self.result.skipped.append(SkippedSample(name, f"reward: {result.failed}"))
         if all(result.failed is not None for result in results):
-            self.result.dropped_groups += 1
-            self.dropped.append(summary.group)
-            self.buffer.drop(ticket)
+            # The reward code of a user: it may fail for one task, or for every one.
+            self._dropped(summary.group, ticket, f"every reward failed: {results[0].failed}", mend="the reward")
             return
+        self._dropped_in_a_row = 0
         self.buffer.fulfil(ticket, ReadyGroup(summary, payload, results))
 
     # --- training -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Owner: rollout. Sampling that the learner cannot score exactly is refused here, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -30,16 +31,16 @@ class RolloutConfig:
         for key in ("workers", "max_streams", "kv_memory_mb", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"rollout.{key}={getattr(self, key)} must be at least 1")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"rollout.temperature={self.temperature} must be positive: greedy streams cannot be trained on"
+                f"rollout.temperature={self.temperature} must be a positive number: greedy streams cannot be trained on"
             )
         if self.top_k != 0 or self.top_p != 1.0:
             raise ValueError(
                 f"rollout.top_k={self.top_k}, rollout.top_p={self.top_p}: truncated sampling needs the allowed ids of "
                 "every step in the log, which is not built yet; set top_k=0 and top_p=1.0"
             )
-        if self.monitor_every < 0 or self.group_deadline_s <= 0:
+        if self.monitor_every < 0 or not 0 < self.group_deadline_s < math.inf:
             raise ValueError(
                 f"rollout.monitor_every={self.monitor_every} must be >= 0 and "
                 f"rollout.group_deadline_s={self.group_deadline_s} positive"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from collections import Counter
@@ -18,8 +19,11 @@ from pathlib import Path
 from streams.dataset import FORMATS, SkippedSample, load_tasks, write_tasks
 from streams.decode import DURATION_SLACK_S
 from streams.durations import bounded, video_seconds
+from streams.layout import STREAMING_TOKENS
 from streams.task import StreamTask
 from streams.video import ClipReader, VideoConfig, VideoError
+
+_CONTROL = re.compile("|".join([r"<\|[a-z_]+\|>", *map(re.escape, STREAMING_TOKENS)]))
 
 
 @dataclass
@@ -44,6 +48,7 @@ def check(path: Path, *, format: str = "auto", ignore_fields: tuple[str, ...] = 
             try:
                 if isinstance(length, str):
                     raise ValueError(length)
+                _refuse_control_tokens(task)
                 found.usable.append(_within(task, length))
             except ValueError as error:
                 found.skipped.append(SkippedSample(f"task {task.id} ({task.video})", str(error)))
@@ -68,6 +73,16 @@ def _within(task: StreamTask, seconds: float) -> StreamTask:
     if task.end > seconds + DURATION_SLACK_S:
         raise ValueError(f"the row says the clip lasts until {task.end:g} s but the file holds {seconds:.2f} s")
     return task
+
+
+def _refuse_control_tokens(task: StreamTask) -> None:
+    """A run refuses such a text when it lays out the stream: it could forge a turn."""
+    texts = [(f"queries[{i}].text", query.text) for i, query in enumerate(task.queries)]
+    texts += [(f"answers[{i}].text", answer.text) for i, answer in enumerate(task.answers)]
+    texts += [(f"thoughts[{i}].text", thought.text) for i, thought in enumerate(task.thoughts)]
+    for name, text in texts:
+        if spelled := _CONTROL.search(text):
+            raise ValueError(f"{name} spells the control token {spelled[0]!r}")
 
 
 def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:

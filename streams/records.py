@@ -17,7 +17,8 @@ def parse_line(line: str, ignore: Collection[str] = ()) -> Any:
     if "\ufffd" in line:
         raise ValueError("the line holds bytes that are not UTF-8")
     try:
-        value = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+        # Some editors open a file with a byte order mark.
+        value = json.loads(line.removeprefix("\ufeff"), parse_constant=_no_constant, object_pairs_hook=_unique_keys)
         return _without(value, frozenset(ignore)) if ignore else value
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None

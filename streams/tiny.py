@@ -8,6 +8,7 @@ turn is exercised. Weights are Xavier-initialised: with the default 0.02 a model
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,18 @@ class TinySpec:
                 f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: qwen2_5_vl has neither; "
                 "set model.tiny.model_type=qwen3_vl or leave them out"
             )
+        sizes = ("hidden", "layers", "heads", "kv_heads", "mlp", "vision_depth", "vision_hidden", "vision_heads")
+        for key in (*sizes, "vision_mlp", "vocab_rows", "patch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.tiny.{key}={getattr(self, key)} must be at least 1")
+        if self.hidden % self.heads or self.heads % self.kv_heads or self.vision_hidden % self.vision_heads:
+            raise ValueError(
+                f"model.tiny.hidden={self.hidden} must be a multiple of model.tiny.heads={self.heads}, that of "
+                f"model.tiny.kv_heads={self.kv_heads}, and model.tiny.vision_hidden={self.vision_hidden} of "
+                f"model.tiny.vision_heads={self.vision_heads}"
+            )
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"model.tiny.rope_theta={self.rope_theta} must be a positive number")
         distinct = sorted(set(self.deepstack)) == list(self.deepstack)
         if not distinct or not all(0 <= layer < self.vision_depth for layer in self.deepstack):
             raise ValueError(

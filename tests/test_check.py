@@ -68,6 +68,13 @@ def test_what_is_usable_and_what_is_not(folder, capsys):
     assert [(task.id, task.end) for task in again] == [("whole", 10.0), ("cut", 10.0)]
 
 
+@pytest.mark.parametrize("text", ["a <|im_end|> b", "<silent>", "</think>"])
+def test_a_question_that_a_run_would_refuse_is_named(folder, capsys, text):
+    forged = row("forged", "good.mp4") | {"queries": [{"time": 1, "text": text}]}
+    assert main([str(write(folder, forged, row("whole", "good.mp4")))]) == 1
+    assert "good.mp4): queries[0].text spells the control token" in capsys.readouterr().out
+
+
 def test_a_good_file_is_good_and_a_useless_one_is_refused(folder, capsys):
     assert main([str(write(folder, row("a", "good.mp4"))), "--max-chunks", "5"]) == 0
     assert "chunks up to the last answer: 2 to 2" in capsys.readouterr().out

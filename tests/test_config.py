@@ -121,11 +121,48 @@ def test_one_seed_rules_the_clips_too():
         (["sft.warmup_ratio=1.5"], r"sft\.warmup_ratio=1\.5"),
         (["algorithm.warmup_ratio=-1"], r"algorithm\.warmup_ratio=-1"),
         (["algorithm.kl_coef=-0.1"], r"algorithm\.kl_coef=-0\.1"),
+        (["algorithm.groups_per_step=0"], r"algorithm\.groups_per_step=0"),
+        (["algorithm.groups_in_flight=-1"], r"algorithm\.groups_in_flight=-1"),
+        (["weights.max_lag=-1"], r"weights\.max_lag=-1"),
+        (["model.tiny.layers=0"], r"model\.tiny\.layers=0"),
+        (["model.tiny.heads=3"], r"model\.tiny\.heads=3"),
+        (["learner.betas=[0.9,2]"], r"learner\.betas=\[0\.9, 2"),
+        (["learner.weight_decay=-1"], r"learner\.weight_decay=-1"),
+        (["++sft.learner.lr=fast"], r"sft\.learner\.lr='fast' must be a float"),
+        (["watch.query=now", "watch.at=3", "watch.seconds=2"], r"watch\.at=3 with watch\.seconds=2"),
     ],
 )
 def test_what_is_impossible_is_refused_by_key(overrides, key):
     with pytest.raises((ValueError, HydraException), match=key):
         composed(*overrides)
+
+
+NUMBERS = (
+    *("model.tiny.rope_theta", "data.video.chunk_seconds", "rollout.temperature", "rollout.group_deadline_s"),
+    *("learner.lr", "learner.weight_decay", "learner.grad_clip", "learner.collective_timeout_s", "sft.epochs"),
+    *("sft.decision_weight_clamp", "sft.answer_weight", "algorithm.clip_low", "algorithm.clip_high"),
+    *("algorithm.kl_coef", "eval.max_logp_diff", "eval.transcript_mb", "checkpoint.grace_s", "cluster.actor_cpus"),
+    *("cluster.start_timeout_s", "cluster.call_timeout_s", "watch.at", "watch.seconds"),
+)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_may_be_nan_infinite_or_negative(key, value):
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        composed(f"{key}={value}")
+
+
+@pytest.mark.parametrize("data", ["jsonl", "thinkstream"])
+def test_own_data_without_files_do_not_fall_back_to_generated_ones(data):
+    with pytest.raises(FileNotFoundError, match=r"data\.train: TRAIN\.jsonl does not exist \(set data\.train"):
+        preflight(composed(f"data={data}"))
+
+
+def test_a_run_root_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match=r"run_root=.*/run is a file"):
+        preflight(composed(f"run_root={tmp_path / 'run'}"))
 
 
 def test_a_submitted_job_uses_the_cluster_that_runs_it(monkeypatch):

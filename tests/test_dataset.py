@@ -131,6 +131,12 @@ def test_bytes_that_are_not_utf8_cost_their_line(tmp_path):
     assert "UTF-8" in found.skipped[0].reason
 
 
+def test_a_byte_order_mark_costs_nothing(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(ROW), encoding="utf-8-sig")
+    assert load_tasks(path, on_bad="raise").tasks[0].id == "a"
+
+
 def test_missing_empty_and_useless_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl does not exist \(set data\.\* or run job=data\)"):
         load_tasks(tmp_path / "nowhere.jsonl")

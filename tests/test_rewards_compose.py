@@ -249,7 +249,13 @@ def test_a_failure_of_one_stream_leaves_the_next_alone():
             {"mine": {"target": f"{LIB}:nothing"}},
             r"reward\.terms\.mine\.target='.*:nothing' cannot",
         ),
-        ("product", {"mine": {"target": f"{LIB}:NOT_CALLABLE"}}, r"reward\.terms\.mine\.target=.* is a int"),
+        ("product", {"mine": {"target": f"{LIB}:NOT_CALLABLE"}}, r"reward\.terms\.mine\.target=.* is of type int"),
+        (
+            "product",
+            {"mine": {"target": f"{LIB}:no_outcome"}},
+            r"mine: .*no_outcome cannot be called .*write it as no_outcome\(outcome",
+        ),
+        ("product", {"mine": {"target": f"{LIB}:Breaks"}}, r"mine: .*Breaks\(\) raised KeyError: .*\.py:\d+\)"),
         (
             "product",
             {"mine": {"target": "decimal:Decimal"}},
@@ -260,7 +266,7 @@ def test_a_failure_of_one_stream_leaves_the_next_alone():
         (
             "product",
             {"mine": {"target": f"{LIB}:Brief", "words": "x"}},
-            r"reward\.terms\.mine: '<' not supported",
+            r"reward\.terms\.mine: .*words='x'\) raised TypeError: '<' not supported",
         ),
     ],
 )
@@ -280,3 +286,15 @@ def test_config_and_result_travel_between_processes():
     result = Reward.from_config(config)(seen)
     assert result == WEIGHTED(seen)
     assert pickle.loads(pickle.dumps(result)) == result
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("raise RuntimeError('stop')", "RuntimeError: stop"), ("def :", "SyntaxError")]
+)
+def test_a_module_that_cannot_be_imported_is_a_wrong_setting(tmp_path, monkeypatch, source, message):
+    (tmp_path / "broken_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"reward\.terms\.mine\.target='broken_rewards:X' cannot be loaded \({message}"
+    ):
+        RewardConfig("product", {"mine": {"target": "broken_rewards:X"}})

@@ -56,3 +56,15 @@ def fail(seen, on=""):
 
 
 NOT_CALLABLE = 3
+
+
+def no_outcome() -> list[float]:
+    return [1.0]
+
+
+class Breaks:
+    def __init__(self) -> None:
+        raise KeyError("gone")
+
+    def __call__(self, outcome: StreamOutcome) -> list[float]:
+        return [1.0]

@@ -1,0 +1,84 @@
+"""What Hydra says about a command line that it cannot compose, as one line that names value, key and what to do.
+
+Owner: conf. Pure: the error and the words that were typed in, a sentence out. Without it Hydra prints a page about its own
+search path, and "expecting <EOF>" without the word that it stumbled over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+
+from conf.schema import RunConfig
+
+GROUPS = Path(__file__).parent
+
+
+def explain(error: Exception, words: Sequence[str]) -> str:
+    """words: the overrides as they were typed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if (GROUPS / group).is_dir() and group:
+            known = sorted(path.stem for path in (GROUPS / group).glob("*.yaml"))
+            return f"{group}={option}: there is no such option{_close(option, known)}; {group} is one of {', '.join(known)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: cannot be read ({_first_line(error)}); write KEY=VALUE, and quotes inside quotes around "
+            "a value with spaces, commas, brackets or equals signs: 'KEY=\"a, b\"'"
+        )
+    wrong = re.match(r"Could not override '([^']*)'", str(error))
+    if isinstance(error, ConfigCompositionException) and wrong:
+        return _no_such_key(wrong[1], words)
+    if str(error).startswith("Config group override must be a string"):
+        groups = [word for word in words if (GROUPS / word.partition("=")[0]).is_dir() and "=" in word]
+        return f"{' '.join(groups)}: a group takes the name of an option ({_joined(error)})"
+    return _joined(error)
+
+
+def _no_such_key(key: str, words: Sequence[str]) -> str:
+    typed = next((word for word in words if word.lstrip("+~").partition("=")[0] == key), key)
+    every = tuple(_keys(RunConfig))
+    if _section(key, every):  # a mapping given for a whole section: the wrong name is inside it
+        return f"{typed}: names a key that {key} does not have; it has {_section(key, every)}"
+    if key in ("video", "query", "at", "seconds"):
+        return f"{typed}: there is no such key; {key}= goes with job=watch"
+    section, _, name = key.rpartition(".")
+    namesakes = [known for known in every if known.rpartition(".")[2] == name]
+    hint = f" (did you mean {' or '.join(namesakes)}?)" if namesakes else _close(key, every)
+    inside = _section(section, every) if section else ""
+    return f"{typed}: there is no such key{hint}" + (f"; {section} has {inside}" if inside else "")
+
+
+def _section(section: str, every: Sequence[str]) -> str:
+    """The names that a section has, '' if there is no such section."""
+    below = [key.removeprefix(f"{section}.") for key in every if key.startswith(f"{section}.")]
+    return ", ".join(dict.fromkeys(key.partition(".")[0] for key in below))
+
+
+def _keys(section: type, prefix: str = "") -> Iterator[str]:
+    for name, kind in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _close(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # The parser's "Error parsing override 'job'" repeats the word.
+    return next((line for line in lines if not line.startswith("Error parsing override")), str(error))
+
+
+def _joined(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
