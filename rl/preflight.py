@@ -84,8 +84,8 @@ def check_resources(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[st
         if need > have + 1e-9:
             parts = " + ".join(f"{b.name} {_amount(b, kind):g}" for b in bundles)
             problems.append(
-                f"the actors need {need:g} {kind}s ({parts}) but the cluster has {have:g}: lower rollout.workers or "
-                "cluster.actor_cpus, or bring a larger cluster"
+                f"the actors need {need:g} {kind}s ({parts}) but the cluster has {have:g}: lower rollout.workers, "
+                "learner.ranks or cluster.actor_cpus, or bring a larger cluster"
             )
     homeless = [b for b in bundles if not any(node.holds(b) for node in nodes)]
     if homeless:

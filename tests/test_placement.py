@@ -43,7 +43,7 @@ def test_a_run_that_does_not_fit_stops_at_start_with_the_arithmetic(tmp_path):
     )
     assert done.returncode == 2
     assert "the actors need 42 CPUs (learner 1 + rollout worker 0 1 + " in done.stderr
-    assert "scorer 1) but the cluster has 2: lower rollout.workers or cluster.actor_cpus" in done.stderr
+    assert "scorer 1) but the cluster has 2: lower rollout.workers, learner.ranks or cluster.actor_cpus" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 120
 

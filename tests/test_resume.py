@@ -135,6 +135,16 @@ def losses(root: Path, stage: str) -> list[tuple[int, str, str]]:
     ]
 
 
+def first_difference(ours: Path, theirs: Path, stage: str) -> str:
+    """The first step whose values differ, with all of them: which of loss, reward, tokens went first tells where to look."""
+    for mine, other in zip(journal(ours, stage), journal(theirs, stage), strict=False):
+        names = [n for n in mine["values"] if "_s" not in n and mine["values"][n] != other["values"].get(n)]
+        if names:
+            found = {name: (mine["values"][name], other["values"].get(name)) for name in names}
+            return f"{stage} step {mine['step']} ({mine.get('groups')}, {other.get('groups')}): {found}"
+    return f"{stage}: no value differs"
+
+
 def charts(root: Path) -> tuple[int, dict[str, list[int]]]:
     """(number of MLflow runs, steps charted of some metrics)."""
     from mlflow import MlflowClient
@@ -185,7 +195,7 @@ def test_three_kills_leave_a_deterministic_run_bit_for_bit_what_it_would_have_be
     check_exactly_once(root)
     for stage in ("sft", "rl"):
         assert trained(root, stage) == trained(undisturbed, stage)
-        assert losses(root, stage) == losses(undisturbed, stage)
+        assert losses(root, stage) == losses(undisturbed, stage), first_difference(root, undisturbed, stage)
     assert len({loss for _, loss, _ in losses(root, "rl")}) > STEPS // 2, (
         "losses that are all alike would prove nothing"
     )
