@@ -98,6 +98,9 @@ class Tracker:
             log.warning("tracking to %s stopped, training goes on: %s", self.uri, self.failed.splitlines()[0])
 
     def _drain(self) -> None:
+        # A server that is away for half a minute is waited for; MLflow's own 7 attempts take minutes and as many warnings.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         # The SQLite store announces every migration of an empty database.
         import mlflow
 
