@@ -77,6 +77,17 @@ def start(config: RunConfig, overrides: list[str]) -> None:
     except Requeue as stopped:
         print(f"{stopped}; no stage was under way, the same command starts again", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
+    except Exception as error:
+        if not stop.requested:
+            raise
+        # Raised inside a library's native code (Ray's, most often), a stop comes out as an error of that library.
+        print(f"stopped, interrupting {_innermost(error)}; the same command with resume=auto goes on", file=sys.stderr)
+        sys.exit(config.checkpoint.requeue_status)
+
+
+def _innermost(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].name if frames else type(error).__name__
 
 
 def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
@@ -110,6 +121,8 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
             print(f"{stopped}; the same command with resume=auto goes on from there", file=sys.stderr)
             sys.exit(config.checkpoint.requeue_status)
         except (ValueError, OSError, RuntimeError) as error:
+            if stop.requested:
+                raise
             # These say by themselves what to do; the traceback is for whoever mends the program.
             note = _keep_traceback(config.root / "logs" / "driver-error.txt")
             print(f"error: {error}\n{note}", file=sys.stderr)

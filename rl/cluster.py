@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
@@ -72,18 +73,26 @@ def wait_for(reference: Any, timeout_s: float, what: str, explain: Callable[[Ray
 class Session:
     """The running actors. Use as a context manager: leaving it stops what it started."""
 
-    def __init__(self, config: RunConfig, needed_bytes: int = 0) -> None:
-        """needed_bytes: what the run is predicted to write below run_root (0 = unknown)."""
+    def __init__(
+        self,
+        config: RunConfig,
+        needed_bytes: int = 0,
+        connecting: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """needed_bytes: what the run is predicted to write below run_root (0 = unknown). connecting: entered while Ray
+        is joined or started.
+        """
         self.config = config
         self.worker_infos: tuple[WorkerInfo, ...] = ()
         root = config.root.resolve()
         self.book = ActorBook(run_id(root), root / "logs")
         self._group: PlacementGroup | None = None
-        connect(config.cluster, self.book.namespace, root)
+        with connecting or nullcontext():
+            connect(config.cluster, self.book.namespace, root)
         try:
             bundles = plan_bundles(config, ray.cluster_resources().get("GPU", 0.0))
             if 0 < bundles[0].gpus < 1:
-                log.info(
+                log.warning(
                     "fewer GPUs than actors: learner and rollout workers share, %g of a GPU for a rank", bundles[0].gpus
                 )
             run_preflight(config, bundles, needed_bytes=needed_bytes)

@@ -64,8 +64,8 @@ class Run:
         self.tracker.params(flat(asdict(config)))
         try:
             # Actors import while the driver makes the data.
-            self.session = Session(config) if set(config.job.stages) - {"data"} else None
-            self.stop.install()
+            needs_actors = bool(set(config.job.stages) - {"data"})
+            self.session = Session(config, connecting=self.stop.lent()) if needs_actors else None
             # Only now: a run that cannot start must not cost the results of the one before.
             clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
         except BaseException:

@@ -40,8 +40,23 @@ class StopSignal:
         return self._asked.is_set()
 
     def install(self) -> None:
-        """Take SIGTERM over (again: Ray installs a handler of its own when it connects)."""
+        """Take SIGTERM over."""
         signal.signal(signal.SIGTERM, self._on_signal)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Around `ray.init`, which installs handlers of its own that exit: that exit becomes ours, and so does SIGTERM again.
+
+        For the last moments of it (under a second) Ray's native handler aborts the process: nothing is lost then, but the
+        status is not ours.
+        """
+        try:
+            yield
+        except SystemExit:
+            self._asked.set()
+            raise Requeue("stopped while Ray was starting") from None
+        finally:
+            self.install()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

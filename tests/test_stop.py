@@ -100,3 +100,25 @@ def test_outside_a_loop_the_run_ends_at_once():
     assert status == 75
     assert "the last complete checkpoint is here" in out
     assert seconds < 20
+
+
+def test_a_library_that_takes_the_signal_over_does_not_keep_it():
+    """As `ray.init` does: its handler exits with a status of its own."""
+    theirs = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))"
+    body = f"""import signal
+    with stop.lent():
+        {theirs}
+        print("ready", flush=True)
+        time.sleep(30)"""
+    status, out, _, seconds = ended(body)
+    assert status == 75
+    assert "stopped while Ray was starting" in out
+    assert seconds < 20
+    body = f"""import signal
+    with stop.lent():
+        {theirs}
+    print("ready", flush=True)
+    time.sleep(30)"""
+    status, out, _, _ = ended(body)
+    assert status == 75
+    assert "stopped between the stages' steps" in out
