@@ -58,6 +58,19 @@ def gpu_shares(config: RunConfig, cluster_gpus: float) -> tuple[float, float]:
     return RANK_SHARE, math.floor((1 - RANK_SHARE) / -(-workers // gpus) * 1e4) / 1e4
 
 
+def placement_note(config: RunConfig, cluster_gpus: float) -> str:
+    """What is worth saying about who gets a GPU; empty if nothing is."""
+    share = gpu_shares(config, cluster_gpus)[0]
+    if 0 < share < 1:
+        return f"fewer GPUs than actors: learner and rollout workers share, {share:g} of a GPU for each learner rank"
+    if cluster_gpus and not share and config.cluster.placement != "cpu":
+        return (
+            f"the cluster's {cluster_gpus:g} GPUs are not used: learner.ranks={config.learner.ranks} needs one for each rank. "
+            "Lower learner.ranks to use them"
+        )
+    return ""
+
+
 def wait_for(reference: Any, timeout_s: float, what: str, explain: Callable[[RayActorError], str] = str) -> Any:
     """ray.get with a deadline; TimeoutError and RuntimeError say what was waited for and who died of what."""
     try:
@@ -90,11 +103,10 @@ class Session:
         with connecting or nullcontext():
             connect(config.cluster, self.book.namespace, root)
         try:
-            bundles = plan_bundles(config, ray.cluster_resources().get("GPU", 0.0))
-            if 0 < bundles[0].gpus < 1:
-                log.warning(
-                    "fewer GPUs than actors: learner and rollout workers share, %g of a GPU for a rank", bundles[0].gpus
-                )
+            gpus = ray.cluster_resources().get("GPU", 0.0)
+            bundles = plan_bundles(config, gpus)
+            if note := placement_note(config, gpus):
+                log.warning(note)
             run_preflight(config, bundles, needed_bytes=needed_bytes)
             self._start_actors(bundles)
         except BaseException:

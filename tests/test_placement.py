@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import ClusterConfig, RunConfig
-from rl.cluster import plan_bundles
+from learner.config import LearnerConfig
+from rl.cluster import placement_note, plan_bundles
 from rl.preflight import Bundle, Node, check_resources, unplaced
 from rollout.config import RolloutConfig
 from streams.memory import MemoryConfig
@@ -86,6 +88,13 @@ def test_every_actor_gets_a_gpu_or_a_share_of_one(placement, gpus, learner, work
     bundles = plan_bundles(config(3, placement=placement), cluster_gpus=gpus)
     assert [b.gpus for b in bundles] == [learner, worker, worker, worker, 0.0]
     assert unplaced(bundles, [node(64.0, float(gpus))]) == []
+    assert ("share" in placement_note(config(3, placement=placement), gpus)) == (0 < learner < 1)
+
+
+def test_gpus_that_nobody_uses_are_said():
+    ranks = replace(config(1, placement="auto"), learner=LearnerConfig(ranks=2))
+    assert "1 GPUs are not used: learner.ranks=2" in placement_note(ranks, 1)
+    assert placement_note(ranks, 0) == ""
 
 
 def node(cpus, gpus=0.0, name="n"):
