@@ -4,7 +4,8 @@
     python -m benchmarks.quickstart benchmarks/results/quickstart_cpu_*.json
 
 Variants carry other names: `make quickstart ARGS="model=tiny_qwen3_vl"` -> quickstart_cpu_tiny_qwen3_vl.json,
-`ARGS="learner.ranks=2 learner.zero_stage=3"` -> quickstart_cpu_zero3_two_ranks.json; of those the wall time is only reported.
+`ARGS="learner.ranks=2 learner.zero_stage=3 sft.learner.threads=1"` -> quickstart_cpu_zero3_two_ranks.json; of those the wall
+time is only reported.
 Prints a table and writes it beside the first file as quickstart_cpu.md. Exit 1 when a bar is missed. Owner: benchmarks.
 """
 
