@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -16,7 +15,6 @@ from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.publish import chunks, full_bytes
-from learner.ranks import RankPlace, Ranks
 from rollout.service import RolloutService, ServiceLimits
 from rollout.weights import StagedWeights
 from streams.backbone import Backbone
@@ -38,23 +36,6 @@ LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
 GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 TURNS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    """The learner sets up its process for one rank; other tests must not find that."""
-    before, threads = dict(os.environ), torch.get_num_threads()
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    return Ranks(RankPlace())
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from learner.ranks import RankPlace, Ranks
 from rollout.service import RolloutService, ServiceLimits
 from streams.backbone import Backbone, to_tensor
 from streams.dataset import load_tasks
@@ -34,18 +32,6 @@ TURNS = 6
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
 GRPO = {"clip_low": 0.2, "clip_high": 0.2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    """The learner sets up its process for one rank; other tests must not find that."""
-    before, threads = dict(os.environ), torch.get_num_threads()
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +62,9 @@ def open_service(checkpoint, freeze):
     return RolloutService(0, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
 
 
-def learner_of(checkpoint, freeze):
+def learner_of(checkpoint, freeze, ranks):
     values = asdict(LearnerConfig(lr=2e-3, grad_clip=1e6, freeze=freeze))
-    return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, values, total_steps=10, seed=0), Ranks(RankPlace()))
+    return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, values, total_steps=10, seed=0), ranks)
 
 
 def payload_of(future):
@@ -91,8 +77,8 @@ def sample(service, task, name):
     return payload_of(service.submit(RolloutTask(name, 0, task, 3, TURNS, 1.0)))
 
 
-def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint, tasks):
-    service, learner = open_service(checkpoint, "none"), learner_of(checkpoint, "none")
+def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint, tasks, ranks):
+    service, learner = open_service(checkpoint, "none"), learner_of(checkpoint, "none", ranks)
     try:
         script = [ScriptedTurn("nothing", None)] * TURNS
         script[3] = ScriptedTurn("red", "red")
@@ -120,7 +106,7 @@ def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint
     assert trained.metrics["age0_logp_diff_max"] < 1e-4
 
 
-def test_features_of_a_frozen_tower_carry_every_level_and_lose_none_on_the_way(checkpoint, tasks):
+def test_features_of_a_frozen_tower_carry_every_level_and_lose_none_on_the_way(checkpoint, tasks, ranks):
     service = open_service(checkpoint, "tower+merger")
     try:
         summary, payload = sample(service, tasks[1], "0/frozen")
@@ -139,7 +125,7 @@ def test_features_of_a_frozen_tower_carry_every_level_and_lose_none_on_the_way(c
     assert encoded == 1, "given features are not encoded again"
     assert again.monitor.max < 1e-4
     assert torch.equal(to_tensor(shipped.media), to_tensor(payload.media))
-    learner = learner_of(checkpoint, "tower+merger")
+    learner = learner_of(checkpoint, "tower+merger", ranks)
     assert learner.score([payload, shipped]).diff.max < 1e-4
     # A learner that forgot the levels would be found: the check can fail.
     without = payload.media.copy()

@@ -1,0 +1,39 @@
+"""What several test modules share in this process.
+
+A learner of one rank joins a process group in the process that runs it. DeepSpeed keeps the first one that it sees for
+ever, so all such tests use one, and it stays until the end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def learner_process() -> Iterator[None]:
+    """The learner sets its process up for itself (environment, threads); later modules must not find that."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """The lone learner rank of this process."""
+    from learner.ranks import RankPlace, Ranks
+
+    ranks = Ranks(RankPlace())
+    yield ranks
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(learner_process, one_rank):
+    return one_rank
