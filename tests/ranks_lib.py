@@ -193,8 +193,8 @@ def main(folder: Path, rank: int, world: int) -> None:
     from learner.ranks import RankPlace, Ranks, open_store
 
     job: Job = pickle.loads((folder / "job.pkl").read_bytes())
-    # A rank that hangs shows where, in its stderr.
-    faulthandler.dump_traceback_later(job.timeout_s * 0.8)
+    # A rank that hangs shows where, in its stderr, before the launcher gives up. (Not earlier: a dump may crash an import.)
+    faulthandler.dump_traceback_later(WAIT_S * 0.8)
     place = RankPlace(rank, world, "127.0.0.1", 0, job.timeout_s)
     store = None
     if rank == 0:
