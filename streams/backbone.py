@@ -159,12 +159,15 @@ class ImageSpec:
     std: tuple[float, float, float]
 
     @classmethod
-    def load(cls, path: Path, vision_config: Any, family: Family) -> ImageSpec:
-        """From `preprocessor_config.json`; mean and std default to those of the family's processor."""
+    def load(cls, processors: dict[str, bytes], vision_config: Any, family: Family) -> ImageSpec:
+        """From a checkpoint's processor files; mean and std default to those of the family's processor."""
         found: dict[str, Any] = {}
         for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-            if (path / name).is_file():
-                found = json.loads((path / name).read_text()) | found
+            found = json.loads(processors.get(name, b"{}")) | found
+        # transformers 5 writes all processors of a model into one file.
+        together = json.loads(processors.get("processor_config.json", b"{}"))
+        for name in ("image_processor", "video_processor"):
+            found = together.get(name, {}) | found
         return cls(
             patch_size=vision_config.patch_size,
             merge_size=vision_config.spatial_merge_size,
@@ -203,14 +206,27 @@ def add_streaming_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 class Backbone:
-    """A loaded checkpoint with its tokenizer, layout and image settings."""
+    """A loaded checkpoint with its tokenizer, layout and image settings.
 
-    def __init__(self, model: Any, tokenizer: Any, layout: Layout, image: ImageSpec, source: Path) -> None:
+    source: where it was loaded from, for messages. A run outlives the checkpoint it goes on from (checkpoint.keep), so
+    nothing is read there again: `processors` holds the processor files it came with, by name, for the exports.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        layout: Layout,
+        image: ImageSpec,
+        source: Path,
+        processors: dict[str, bytes],
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.layout = layout
         self.image = image
         self.source = source
+        self.processors = processors
         self.name = str(model.config.model_type)
         self.position_convention = FAMILIES[self.name].convention
         self._ban_index = torch.tensor(layout.banned, dtype=torch.long, device=self.device)
@@ -247,8 +263,10 @@ class Backbone:
         model.config.use_cache = False
         model.eval()
         rows = model.get_output_embeddings().weight.shape[0]
-        image = ImageSpec.load(source, model.config.vision_config, family)
-        return cls(model, tokenizer, Layout(tokenizer, layout, rows, family.timestamps), image, source)
+        processors = {name: (source / name).read_bytes() for name in _PROCESSOR_FILES if (source / name).is_file()}
+        image = ImageSpec.load(processors, model.config.vision_config, family)
+        check_image_statistics(source, image)
+        return cls(model, tokenizer, Layout(tokenizer, layout, rows, family.timestamps), image, source, processors)
 
     @property
     def device(self) -> torch.device:
@@ -391,14 +409,30 @@ class Backbone:
         config.text_config._attn_implementation = ATTENTION_NAME
         config.vision_config._attn_implementation = VISION_ATTENTION_NAME
         self.tokenizer.save_pretrained(path)
-        for name in _PROCESSOR_FILES:
-            if (self.source / name).is_file() and self.source.resolve() != path.resolve():
-                (path / name).write_bytes((self.source / name).read_bytes())
+        for name, content in self.processors.items():
+            (path / name).write_bytes(content)
         streaming = {
             "position_convention": self.position_convention,
             "banned": list(self.layout.banned),
+            "image_mean": list(self.image.mean),
+            "image_std": list(self.image.std),
         } | streaming
         (path / STREAMING_FILE).write_text(json.dumps(streaming, indent=2, sort_keys=True) + "\n")
+
+
+def check_image_statistics(checkpoint: Path, image: ImageSpec) -> None:
+    """Refuses an export whose processor files were lost or changed: its pixels would be normalised in another way."""
+    file = checkpoint / STREAMING_FILE
+    try:
+        saved = dict(json.loads(file.read_bytes())) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    for name, value in (("image_mean", image.mean), ("image_std", image.std)):
+        if saved.get(name, list(value)) != list(value):
+            raise ValueError(
+                f"{checkpoint}: {STREAMING_FILE} says that it was trained with {name}={saved[name]}, but its processor "
+                f"files say {list(value)} (the family's default if they are missing): put its {_PROCESSOR_FILES[0]} back"
+            )
 
 
 def check_rope_theta(checkpoint: Path) -> None:

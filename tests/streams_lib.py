@@ -54,7 +54,7 @@ def loud_backbone(
     allowed = {tokens.im_end, tokens.silent, tokens.response, tokens.think, tokens.think_end}
     allowed |= {token for word in WORDS for token in backbone.tokenizer.encode(word)}
     backbone.layout.banned = tuple(i for i in range(backbone.layout.vocab_rows) if i not in allowed)
-    return Backbone(backbone.model, backbone.tokenizer, backbone.layout, backbone.image, path)
+    return Backbone(backbone.model, backbone.tokenizer, backbone.layout, backbone.image, path, backbone.processors)
 
 
 @contextmanager

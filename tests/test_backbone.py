@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -193,6 +194,36 @@ class TestLoading:
             assert theirs.keys() == first.model.state_dict().keys()
             assert all(torch.equal(value, theirs[name]) for name, value in first.model.state_dict().items())
         assert again.layout.tokens == first.layout.tokens
+
+    def test_an_export_is_whole_when_the_folder_it_was_loaded_from_is_gone(self, tmp_path):
+        """A run that goes on from a checkpoint deletes it later (checkpoint.keep): the exports must not lose by that."""
+        source = build_tiny(tmp_path / "tiny", TinySpec())
+        (source / "video_preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+        backbone = Backbone.load(source, LayoutConfig())
+        backbone.save(tmp_path / "before", {})
+        shutil.rmtree(source)
+        backbone.save(tmp_path / "after", {})
+        before, after = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("before", "after"))
+        assert before == after
+        assert {"preprocessor_config.json", "video_preprocessor_config.json"} <= after.keys()
+        assert Backbone.load(tmp_path / "after", LayoutConfig()).image == backbone.image
+
+    def test_an_export_that_lost_its_processor_is_refused(self, tmp_path):
+        Backbone.load(build_tiny(tmp_path / "tiny"), LayoutConfig()).save(tmp_path / "export", {})
+        (tmp_path / "export" / "preprocessor_config.json").unlink()
+        with pytest.raises(
+            ValueError, match=r"trained with image_mean=\[0\.5, 0\.5, 0\.5\].*preprocessor_config\.json back"
+        ):
+            Backbone.load(tmp_path / "export", LayoutConfig())
+
+    def test_image_statistics_are_read_from_the_one_file_of_transformers_5(self, tmp_path):
+        source = build_tiny(tmp_path / "tiny")
+        processor = json.loads((source / "preprocessor_config.json").read_text())
+        (source / "preprocessor_config.json").unlink()
+        together = {"image_processor": processor | {"image_mean": [0.1, 0.2, 0.3]}, "video_processor": processor}
+        (source / "processor_config.json").write_text(json.dumps(together))
+        image = Backbone.load(source, LayoutConfig()).image
+        assert (image.mean, image.std) == ((0.1, 0.2, 0.3), (0.25, 0.25, 0.25))
 
     def test_tied_weights_are_published_once_and_arrive_in_both_places(self, tmp_path):
         path = build_tiny(tmp_path, replace(QWEN3_SPEC, tie_embeddings=True))
