@@ -167,7 +167,7 @@ def _stopped_while_loading(signum: int, frame: FrameType | None) -> None:
 
 
 def register_schema() -> None:
-    """The typed defaults of every key, for Hydra. Loading them takes seconds: torch comes along."""
+    """The typed defaults of every key, for Hydra."""
     from conf.schema import RunConfig
 
     ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))

@@ -23,7 +23,7 @@ from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.synthetic import SyntheticConfig
 from streams.task import StreamTask
-from streams.tiny import TinySpec
+from streams.tiny_spec import TinySpec
 from streams.video import VideoConfig
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"

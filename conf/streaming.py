@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
+from streams.pretrained import STREAMING_FILE
 
-STREAMING_FILE = "streaming.json"
 FORMAT = 1
 
 _FIELDS = {

@@ -23,10 +23,11 @@ from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from rollout.cache import KVPool
 from rollout.engine import Engine, StreamRequest
-from streams.backbone import Backbone, resolve_checkpoint
+from streams.backbone import Backbone
 from streams.inputs import turn_inputs
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import knobs, make_policy
+from streams.pretrained import resolve_checkpoint
 from streams.task import TimedQuery
 from streams.turns import ParsedTurn
 from streams.video import Clip, ClipReader

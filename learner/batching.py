@@ -7,7 +7,6 @@ runs idle micro-batches that contribute exactly nothing; the normaliser is that 
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from functools import reduce
 
@@ -22,20 +21,6 @@ from streams.scoring.packing import Rows, pack, plan_micro_batches
 
 IDLE_TOKENS = 128
 """Tokens of an idle row: one block of the attention mask."""
-
-
-def share_out(tokens: list[int], ranks: int) -> list[list[int]]:
-    """Which of the groups of `tokens` each rank trains: longest first, always to the rank with the fewest tokens.
-
-    Members keep the batch's order. A rank may stay empty if there are fewer groups than ranks.
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [(0, 0, rank) for rank in range(ranks)]
-    for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        used, count, rank = heapq.heappop(loads)
-        shares[rank].append(i)
-        heapq.heappush(loads, (used + tokens[i], count + 1, rank))
-    return [sorted(share) for share in shares]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from streams.backbone import FREEZE_MODES
+from streams.pretrained import FREEZE_MODES
 
 ATTENTION = ("auto", "sdpa", "flex")
 OFFLOAD = ("none", "cpu")

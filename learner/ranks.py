@@ -8,25 +8,15 @@ the same calls in the same order: a rank that finds a fault reports it in `agree
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from streams.messages import RankPlace
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RankPlace:
-    """Where a rank stands. host, port: rank 0's store (port 0 = a lone rank opens its own). timeout_s: of any collective."""
-
-    rank: int = 0
-    world: int = 1
-    host: str = "127.0.0.1"
-    port: int = 0
-    timeout_s: float = 600.0
 
 
 def open_store(place: RankPlace) -> dist.TCPStore:

@@ -9,24 +9,26 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
 
-from learner.batching import TrainItem
-from learner.engine import LearnerEngine
-from learner.ranks import RankPlace, Ranks, open_store
 from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
     GroupPayload,
     LearnerSetup,
+    RankPlace,
     ScoreReport,
     TrainBatch,
     TrainReport,
     WeightsUpdate,
 )
+
+if TYPE_CHECKING:
+    from learner.engine import LearnerEngine
+    from learner.ranks import Ranks
 
 FAILURE_GRACE_S = 3.0
 """After one rank failed: how long to wait for the others' replies, to name the one that died first."""
@@ -47,12 +49,16 @@ class Learner:
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("CUDA_VISIBLE_DEVICES") else "cuda")
         import deepspeed  # noqa: F401
 
+        import learner.engine  # noqa: F401
+
         return os.getpid()
 
     def open_rendezvous(self, world: int, timeout_s: float) -> RankPlace:
         """Rank 0 of several: where the others find it (its node's address and a free port there); once for all stages."""
         if self._ranks is not None:
             return self._ranks.place
+        from learner.ranks import open_store
+
         place = RankPlace(0, world, ray.util.get_node_ip_address(), 0, timeout_s)
         self._store = open_store(place)
         return dataclasses.replace(place, port=self._store.port)
@@ -61,6 +67,9 @@ class Learner:
         """(Re)build the engine for a stage; returns the number of trainable parameters. place None: a lone rank."""
         if setup.messages_version != MESSAGES_VERSION:
             raise ValueError(f"learner speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
+        from learner.engine import LearnerEngine
+        from learner.ranks import Ranks
+
         if self._ranks is None:
             self._ranks = Ranks(place or RankPlace(timeout_s=setup.learner["collective_timeout_s"]), self._store)
         if self._engine is not None:
@@ -71,6 +80,8 @@ class Learner:
 
     def train(self, batch: TrainBatch) -> tuple[TrainReport, WeightsUpdate | None]:
         """One optimiser step; returns the report and the new weights (two objects: the driver reads only the first)."""
+        from learner.batching import TrainItem
+
         engine = self._ready()
         items = [TrainItem(self._resolve(group.payload), group.advantages) for group in batch.groups]
         report = engine.train(batch.step, batch.loss, items, batch.settings)

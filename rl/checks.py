@@ -12,9 +12,9 @@ from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
-from streams.backbone import is_hub_id, token_side
 from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
+from streams.pretrained import is_hub_id, token_side
 
 
 def describe(config: RunConfig) -> list[str]:

@@ -13,9 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from learner.batching import share_out
-from learner.ranks import RankPlace
-from streams.messages import LearnerSetup, TrainBatch
+from learner.shares import share_out
+from streams.messages import LearnerSetup, RankPlace, TrainBatch
 
 
 class LearnerGroup:

@@ -31,8 +31,8 @@ from rl.nodes import (
     reply_file,
     stamp,
 )
-from streams.backbone import is_hub_id
 from streams.dataset import sample_tasks
+from streams.pretrained import is_hub_id
 
 SAMPLED_VIDEOS = 16
 SHOWN_PATHS = 3

@@ -27,12 +27,11 @@ from rl.stages import TRAINING, StageStore, clear, flat, plain
 from rl.stop import Requeue, StopSignal
 from rl.tracking import Progress, Tracker
 from sft.loop import SftLoop
-from streams.backbone import resolve_checkpoint
 from streams.dataset import SkippedSample, load_tasks
 from streams.messages import LearnerSetup, WorkerSetup
+from streams.pretrained import resolve_checkpoint
 from streams.synthetic import generate
 from streams.task import StreamTask
-from streams.tiny import build_tiny
 
 
 class Run:
@@ -242,6 +241,8 @@ class Run:
     def _initial_model(self) -> Path:
         if self.config.model.path:
             return resolve_checkpoint(self.config.model.path)
+        from streams.tiny import build_tiny  # with torch and transformers, which nothing else here needs
+
         return build_tiny(self.root / "model", self.config.model.tiny, seed=self.config.seed)
 
     def _rl_start(self) -> Path:

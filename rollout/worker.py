@@ -1,7 +1,8 @@
 """The rollout worker's Ray actor: a thin asynchronous shell around `RolloutService`.
 
 Owner: rollout. Every call returns when its own work is done and blocks no other: groups, demonstrations, weights and
-counters overlap. Weights are fetched in a thread of their own, so no stream waits for a transfer.
+counters overlap. Weights are fetched in a thread of their own, so no stream waits for a transfer. The driver imports this
+module, too: torch and the engine are imported by the constructor, in the worker's process.
 """
 
 from __future__ import annotations
@@ -10,13 +11,11 @@ import asyncio
 import logging
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-import torch
 
-from rollout.service import RolloutService, ServiceLimits
 from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
@@ -31,6 +30,9 @@ from streams.messages import (
     WorkerStats,
 )
 
+if TYPE_CHECKING:
+    from rollout.service import RolloutService
+
 log = logging.getLogger("sightline.rollout")
 
 
@@ -39,6 +41,10 @@ class RolloutWorker:
 
     def __init__(self, worker: int, threads: int, deadline_s: float, cache_mb: int) -> None:
         open_actor_log()
+        import torch
+
+        from rollout.service import ServiceLimits
+
         torch.set_num_threads(threads)
         self._worker = worker
         self._limits = ServiceLimits(cache_mb=cache_mb, deadline_s=deadline_s)
@@ -48,6 +54,8 @@ class RolloutWorker:
         """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""
         if setup.messages_version != MESSAGES_VERSION:
             raise ValueError(f"worker speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
+        from rollout.service import RolloutService
+
         if self._service is not None:
             await asyncio.to_thread(self._service.close)
         self._service = await asyncio.to_thread(

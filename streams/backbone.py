@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,49 +23,24 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 from transformers.utils import logging as transformers_logging
 
 from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
-from streams.positions import QWEN2_5_VL_CONVENTION, QWEN3_VL_CONVENTION, PositionCursor, TimestampCursor
+from streams.positions import PositionCursor, TimestampCursor
+from streams.pretrained import (
+    FAMILIES,
+    FREEZE_MODES,
+    STREAMING_FILE,
+    SUPPORTED_MODEL_TYPES,
+    ImageSpec,
+    check_image_statistics,
+    check_rope_theta,
+    read_processors,
+)
 from streams.video import normalize_patches, patchify
 
 ATTENTION_NAME = "sightline"
 # transformers hands the spans of a packed row to implementations with "flash" in their name and loops over the spans
 # for all others.
 VISION_ATTENTION_NAME = "sightline_flash_spans"
-STREAMING_FILE = "streaming.json"
 SPARE_ROW_MULTIPLE = 128
-
-Freeze = Literal["none", "tower+merger"]
-FREEZE_MODES: tuple[str, ...] = ("none", "tower+merger")
-
-_PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.json",
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between the supported model types, besides their modules.
-
-    timestamps: time is text before every temporal patch, not position ids. mean, std: of the family's image processor,
-    where a checkpoint does not carry its own.
-    """
-
-    convention: str
-    timestamps: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-FAMILIES = {
-    # The statistics of CLIP.
-    "qwen2_5_vl": Family(
-        QWEN2_5_VL_CONVENTION, False, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    ),
-    "qwen3_vl": Family(QWEN3_VL_CONVENTION, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -146,35 +121,6 @@ def _vision_attention(
 
 AttentionInterface.register(ATTENTION_NAME, _planned_attention)
 AttentionInterface.register(VISION_ATTENTION_NAME, _vision_attention)
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """How frames become patches: patch and merge sizes in pixels / patches, per-channel mean and std of [0, 1] values."""
-
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @classmethod
-    def load(cls, processors: dict[str, bytes], vision_config: Any, family: Family) -> ImageSpec:
-        """From a checkpoint's processor files; mean and std default to those of the family's processor."""
-        found: dict[str, Any] = {}
-        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-            found = json.loads(processors.get(name, b"{}")) | found
-        # transformers 5 writes all processors of a model into one file.
-        together = json.loads(processors.get("processor_config.json", b"{}"))
-        for name in ("image_processor", "video_processor"):
-            found = together.get(name, {}) | found
-        return cls(
-            patch_size=vision_config.patch_size,
-            merge_size=vision_config.spatial_merge_size,
-            temporal_patch_size=vision_config.temporal_patch_size,
-            mean=tuple(found.get("image_mean", family.mean)),
-            std=tuple(found.get("image_std", family.std)),
-        )
 
 
 def add_streaming_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -263,7 +209,7 @@ class Backbone:
         model.config.use_cache = False
         model.eval()
         rows = model.get_output_embeddings().weight.shape[0]
-        processors = {name: (source / name).read_bytes() for name in _PROCESSOR_FILES if (source / name).is_file()}
+        processors = read_processors(source)
         image = ImageSpec.load(processors, model.config.vision_config, family)
         check_image_statistics(source, image)
         return cls(model, tokenizer, Layout(tokenizer, layout, rows, family.timestamps), image, source, processors)
@@ -418,55 +364,3 @@ class Backbone:
             "image_std": list(self.image.std),
         } | streaming
         (path / STREAMING_FILE).write_text(json.dumps(streaming, indent=2, sort_keys=True) + "\n")
-
-
-def check_image_statistics(checkpoint: Path, image: ImageSpec) -> None:
-    """Refuses an export whose processor files were lost or changed: its pixels would be normalised in another way."""
-    file = checkpoint / STREAMING_FILE
-    try:
-        saved = dict(json.loads(file.read_bytes())) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    for name, value in (("image_mean", image.mean), ("image_std", image.std)):
-        if saved.get(name, list(value)) != list(value):
-            raise ValueError(
-                f"{checkpoint}: {STREAMING_FILE} says that it was trained with {name}={saved[name]}, but its processor "
-                f"files say {list(value)} (the family's default if they are missing): put its {_PROCESSOR_FILES[0]} back"
-            )
-
-
-def check_rope_theta(checkpoint: Path) -> None:
-    """Refuses a Qwen3-VL checkpoint that leaves its rotary base to the reader: releases of transformers differ on it."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    if config.get("model_type") != "qwen3_vl":
-        return
-    text = config.get("text_config") or {}
-    named = [text, text.get("rope_parameters") or {}, text.get("rope_scaling") or {}]
-    if not any(isinstance(place.get("rope_theta"), int | float) for place in named):
-        raise ValueError(
-            f"model.path={checkpoint}: config.json has no text_config.rope_theta, which transformers then takes for "
-            "5,000,000 or 500,000, depending on its release; write the value the checkpoint was trained with"
-        )
-
-
-def token_side(checkpoint: str | Path) -> int:
-    """Pixels along one side of a video token: patch size times merge size, from the config of a folder or hub id."""
-    vision = AutoConfig.from_pretrained(checkpoint).vision_config
-    return int(vision.patch_size) * int(vision.spatial_merge_size)
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path that is no folder has the form of a hub id, owner/name."""
-    return not path.startswith((".", "/", "~")) and path.count("/") == 1
-
-
-def resolve_checkpoint(path: str) -> Path:
-    """A local folder as it is, a hub id through the hub's cache (downloads on first use)."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    if not is_hub_id(path):
-        raise FileNotFoundError(f"model.path={path}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path))

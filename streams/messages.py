@@ -165,6 +165,17 @@ class WorkerStats:
 
 
 @dataclass(frozen=True)
+class RankPlace:
+    """Where a rank stands. host, port: rank 0's store (port 0 = a lone rank opens its own). timeout_s: of any collective."""
+
+    rank: int = 0
+    world: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
 class LearnerSetup:
     """What a learner rank needs before its first step. learner: its config, as plain values.
 

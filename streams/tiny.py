@@ -8,8 +8,6 @@ turn is exercised. Weights are Xavier-initialised: with the default 0.02 a model
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3VLConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils import logging as transformers_logging
+
+from streams.tiny_spec import TinySpec
 
 QWEN_CONTROL_TOKENS = (
     "<|endoftext|>",
@@ -53,8 +53,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
-
 _CORPUS = (
     "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags.\n"
     "Then write the response and your answer if an answer is due now, otherwise stay silent.\n\n",
@@ -71,75 +69,6 @@ _CORPUS = (
 
 _TIMES = ("<0.5 seconds><1.5 seconds><12.5 seconds>",)
 """As in Qwen's own vocabulary, the word of a timestamp is one token."""
-
-
-@dataclass(frozen=True)
-class TinySpec:
-    """Shape of the tiny backbone. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do.
-
-    head_dim: of the text model, 0 = hidden / heads (Qwen2.5-VL has no other). deepstack: vision layers whose features go
-    into the first text layers (Qwen3-VL only).
-    """
-
-    model_type: str = "qwen2_5_vl"
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 256
-    vision_depth: int = 2
-    vision_hidden: int = 64
-    vision_heads: int = 4
-    vision_mlp: int = 128
-    vocab_rows: int = 640
-    tie_embeddings: bool = False
-    rope_theta: float = 1e6
-    head_dim: int = 0
-    patch_size: int = 14
-    deepstack: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        # Lists come from YAML.
-        object.__setattr__(self, "deepstack", tuple(self.deepstack))
-        if self.model_type not in MODEL_TYPES:
-            raise ValueError(f"model.tiny.model_type={self.model_type!r} is not one of {', '.join(MODEL_TYPES)}")
-        if self.model_type == "qwen2_5_vl" and (self.deepstack or self.head_dim):
-            raise ValueError(
-                f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: qwen2_5_vl has neither; "
-                "set model.tiny.model_type=qwen3_vl or leave them out"
-            )
-        sizes = ("hidden", "layers", "heads", "kv_heads", "mlp", "vision_depth", "vision_hidden", "vision_heads")
-        for key in (*sizes, "vision_mlp", "vocab_rows", "patch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.tiny.{key}={getattr(self, key)} must be at least 1")
-        if self.hidden % self.heads or self.heads % self.kv_heads or self.vision_hidden % self.vision_heads:
-            raise ValueError(
-                f"model.tiny.hidden={self.hidden} must be a multiple of model.tiny.heads={self.heads}, that of "
-                f"model.tiny.kv_heads={self.kv_heads}, and model.tiny.vision_hidden={self.vision_hidden} of "
-                f"model.tiny.vision_heads={self.vision_heads}"
-            )
-        if not 0 < self.rope_theta < math.inf:
-            raise ValueError(f"model.tiny.rope_theta={self.rope_theta} must be a positive number")
-        distinct = sorted(set(self.deepstack)) == list(self.deepstack)
-        if not distinct or not all(0 <= layer < self.vision_depth for layer in self.deepstack):
-            raise ValueError(
-                f"model.tiny.deepstack={list(self.deepstack)} must name ascending vision layers below "
-                f"model.tiny.vision_depth={self.vision_depth}"
-            )
-        if self.deepstack and len(self.deepstack) >= self.layers:
-            raise ValueError(
-                f"model.tiny.deepstack={list(self.deepstack)}: every level needs a text layer behind the one it follows, "
-                f"or no other token ever sees it; model.tiny.layers={self.layers} must be larger"
-            )
-
-    @property
-    def token_side(self) -> int:
-        """Pixels along one side of a video token (2 x 2 patches)."""
-        return 2 * self.patch_size
-
-
-QWEN3_SPEC = TinySpec(model_type="qwen3_vl", vision_depth=3, deepstack=(0, 1), rope_theta=5e6)
-"""The tiny Qwen3-VL, two DeepStack levels from its first two vision layers."""
 
 
 def build_tokenizer(model_type: str = "qwen2_5_vl") -> Qwen2Tokenizer:

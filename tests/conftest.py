@@ -26,7 +26,8 @@ def learner_process() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def one_rank():
     """The lone learner rank of this process."""
-    from learner.ranks import RankPlace, Ranks
+    from learner.ranks import Ranks
+    from streams.messages import RankPlace
 
     ranks = Ranks(RankPlace())
     yield ranks

@@ -21,15 +21,17 @@ from unittest import mock
 import numpy as np
 import torch
 
-from learner.batching import TrainItem, share_out
+from learner.batching import TrainItem
 from learner.config import LearnerConfig
+from learner.shares import share_out
 from rollout.engine import StreamRequest
 from streams.backbone import Backbone, to_array
 from streams.layout import LayoutConfig
 from streams.log import ChunkRecord
 from streams.memory import MemoryConfig
 from streams.messages import GroupPayload, LearnerSetup
-from streams.tiny import TinySpec, build_tiny
+from streams.tiny import build_tiny
+from streams.tiny_spec import TinySpec
 from streams.writer import QueryInput, TurnInput
 from tests.streams_lib import norms_in_input_dtype, request
 from tests.streams_lib import run as run_streams
@@ -190,7 +192,8 @@ def start(folder: Path, ranks: int) -> list[subprocess.Popen]:
 
 def main(folder: Path, rank: int, world: int) -> None:
     """The process of one rank."""
-    from learner.ranks import RankPlace, Ranks, open_store
+    from learner.ranks import Ranks, open_store
+    from streams.messages import RankPlace
 
     job: Job = pickle.loads((folder / "job.pkl").read_bytes())
     # A rank that hangs shows where, in its stderr, before the launcher gives up. (Not earlier: a dump may crash an import.)

@@ -20,7 +20,8 @@ from streams.backbone import Backbone
 from streams.layout import Layout, LayoutConfig
 from streams.log import NEVER, ChunkRecord, Kind, LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy
-from streams.tiny import QWEN3_SPEC, TinySpec, build_tiny
+from streams.tiny import build_tiny
+from streams.tiny_spec import QWEN3_SPEC, TinySpec
 from streams.writer import QueryInput, TurnInput
 
 QUERIES = (

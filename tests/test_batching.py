@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.batching import SftWeights, Shape, TargetCounts, common_shapes, share_out
+from learner.batching import SftWeights, Shape, TargetCounts, common_shapes
+from learner.shares import share_out
 from streams.log import Kind
 
 TOKENS = st.lists(st.integers(0, 10_000), max_size=24)

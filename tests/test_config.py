@@ -15,7 +15,7 @@ import launch
 from conf.schema import RunConfig, load_config
 from rl.checks import check_nothing_needed_is_replaced, preflight
 from rl.run import check_mismatch
-from streams.tiny import QWEN3_SPEC
+from streams.tiny_spec import QWEN3_SPEC
 
 launch.register_schema()
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +26,16 @@ OWN_DATA = ["data=jsonl", "data.train=a.jsonl", "data.heldout=b.jsonl"]
 def composed(*overrides: str) -> RunConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load_config(compose("config", overrides=list(overrides)))
+
+
+def test_a_command_line_is_answered_and_a_run_driven_without_torch():
+    """Loading torch and transformers takes several seconds: a typo must not cost them, and a driver needs neither."""
+    code = (
+        "import launch, sys; launch.register_schema(); import rl.run, rl.preflight, evals.job; "
+        "print([m for m in ('torch', 'transformers', 'deepspeed', 'mlflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def options() -> list[str]:

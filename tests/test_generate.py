@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from rollout.engine import StreamRequest
-from streams.backbone import token_side
 from streams.layout import LayoutConfig
 from streams.log import LogHeader
 from streams.memory import MemoryConfig, knobs, make_policy
 from streams.positions import PositionCursor, TimestampCursor
-from streams.tiny import TinySpec
+from streams.pretrained import token_side
+from streams.tiny_spec import TinySpec
 from streams.video import normalize_patches, patchify
 from streams.writer import QueryInput, TurnInput
 from tests.streams_lib import SPECS, chunk_record, loud_backbone, norms_in_input_dtype, run

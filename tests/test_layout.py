@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from streams.backbone import Backbone, add_streaming_tokens
 from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig, TurnState
 from streams.log import ChunkRecord, Kind
-from streams.tiny import TinySpec, build_tiny, build_tokenizer
+from streams.tiny import build_tiny, build_tokenizer
+from streams.tiny_spec import TinySpec
 
 QUERY = "What colour is the shape now?"
 ONE = ChunkRecord(0, "v", (0.0,), (1, 1, 1))

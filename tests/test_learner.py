@@ -24,7 +24,8 @@ from streams.memory import MemoryConfig
 from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
 from streams.scoring.logprobs import behaviour_differences
 from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import TinySpec, build_tiny
+from streams.tiny import build_tiny
+from streams.tiny_spec import TinySpec
 from streams.video import VideoConfig
 from tests.streams_lib import random_turns, request
 from tests.streams_lib import run as run_streams

@@ -22,7 +22,8 @@ from streams.log import Kind
 from streams.memory import MemoryConfig
 from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
 from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import QWEN3_SPEC, build_tiny
+from streams.tiny import build_tiny
+from streams.tiny_spec import QWEN3_SPEC
 from streams.video import VideoConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

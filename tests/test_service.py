@@ -19,7 +19,8 @@ from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WeightsUpdate, WorkerSetup
 from streams.scoring.logprobs import behaviour_differences
 from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import TinySpec, build_tiny
+from streams.tiny import build_tiny
+from streams.tiny_spec import TinySpec
 from streams.video import VideoConfig
 
 pytestmark = pytest.mark.slow

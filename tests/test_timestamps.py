@@ -17,7 +17,8 @@ from streams.log import ChunkRecord, Kind, LogHeader
 from streams.memory import Full, Rcsm, RecentFrames
 from streams.positions import TimestampCursor
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from streams.tiny import QWEN3_SPEC, build_tiny, build_tokenizer
+from streams.tiny import build_tiny, build_tokenizer
+from streams.tiny_spec import QWEN3_SPEC
 from streams.video import Clip, frame_times
 from streams.writer import StreamWriter, TurnInput, check_timestamps_kept
 

@@ -23,7 +23,8 @@ from streams.log import StreamLog
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from streams.tiny import TinySpec, build_tiny
+from streams.tiny import build_tiny
+from streams.tiny_spec import TinySpec
 from streams.video import VideoConfig
 from tests.clips import solid, write_clip
 
