@@ -2,7 +2,8 @@
 
 Owner: evals. One stream, greedy, in this process: no Ray, no learner. Layout, memory, chunk length and pixel budget come
 from the checkpoint's streaming.json; an override that contradicts it is used and named. What is printed of a turn:
-its time, thought, answer or silence, tokens in memory after it, and the seconds that the engine took for it.
+its time, thought, answer or silence, tokens in memory after it, and the seconds that the engine took for it. What can
+be refused is refused here, before `evals.watch_stream` loads torch and the model.
 """
 
 from __future__ import annotations
@@ -10,37 +11,26 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import overload
 
-import torch
 from rich.console import Console
 
 from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
-from rollout.cache import KVPool
-from rollout.engine import Engine, StreamRequest
-from streams.backbone import Backbone
-from streams.inputs import turn_inputs
-from streams.log import Kind, LogHeader, StreamLog
-from streams.memory import knobs, make_policy
 from streams.pretrained import resolve_checkpoint
 from streams.task import TimedQuery
-from streams.turns import ParsedTurn
-from streams.video import Clip, ClipReader
-from streams.writer import StreamWriter
+from streams.video import ClipReader
 
 
 @dataclass(frozen=True)
 class WatchedFile:
-    """What is shown: the first `end` seconds of a file, with its queries (see streams.inputs)."""
+    """What is shown: the first `end` seconds of a file of `length`, with its queries (see streams.inputs)."""
 
     video: str
     end: float
     queries: tuple[TimedQuery, ...]
+    length: float
     start: float = 0.0
     id: str = "watch"
 
@@ -63,32 +53,16 @@ class WatchedTurn:
     seconds: float
 
 
-class EncodedOnDemand(Sequence[torch.Tensor]):
-    """A clip's features, one chunk at a time, when the engine asks for it: as a live stream would be."""
-
-    def __init__(self, backbone: Backbone, clip: Clip) -> None:
-        self._backbone, self._clip = backbone, clip
-
-    def __len__(self) -> int:
-        return len(self._clip.frames)
-
-    @overload
-    def __getitem__(self, index: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
-    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        with torch.no_grad():
-            return self._backbone.encode_video([self._clip.frames[index : index + 1]])[0][0]
-
-
 def watch(config: RunConfig, overrides: list[str]) -> None:
     """Run `job=watch`; a configuration or file that cannot be used ends the process with status 2."""
     console = Console(highlight=False, soft_wrap=True)
     try:
-        checkpoint, config = _resolve(config, overrides, console)
-        turns = watch_file(config, checkpoint)
+        checkpoint, config = _resolve(config, overrides)
+        shown = _shown(config)
+        # Only now: it takes seconds to load, which a wrong path should not cost.
+        from evals.watch_stream import watch_file
+
+        turns = watch_file(config, checkpoint, shown)
         _introduce(config, checkpoint, console)
         for turn in turns:
             if config.watch.json:
@@ -100,7 +74,7 @@ def watch(config: RunConfig, overrides: list[str]) -> None:
         sys.exit(2)
 
 
-def _resolve(config: RunConfig, overrides: list[str], console: Console) -> tuple[Path, RunConfig]:
+def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
     """The checkpoint folder, and the configuration with what its streaming.json says. Raises ValueError."""
     if not config.watch.video:
         raise ValueError("watch.video is empty: give the file to watch, as in job=watch video=FILE")
@@ -120,8 +94,8 @@ def _resolve(config: RunConfig, overrides: list[str], console: Console) -> tuple
     return checkpoint, applied.config
 
 
-def watch_file(config: RunConfig, checkpoint: Path) -> Iterator[WatchedTurn]:
-    """The turns of one greedy stream over `watch.video`, as the engine finishes them. Raises ValueError."""
+def _shown(config: RunConfig) -> WatchedFile:
+    """The file, as far as it is to be watched. Raises ValueError if it cannot be read, or not as long as asked for."""
     watching = config.watch
     video = str(Path(watching.video).expanduser().absolute())
     with ClipReader(config.data.video) as reader:
@@ -130,79 +104,7 @@ def watch_file(config: RunConfig, checkpoint: Path) -> Iterator[WatchedTurn]:
         raise ValueError(f"watch.at={watching.at:g} lies after the end of {video} ({length:.1f} s)")
     end = min(length, watching.seconds or length)
     query = (TimedQuery(watching.at, watching.query),) if watching.query and watching.at < end else ()
-    shown = WatchedFile(video, end, query)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = Backbone.load(checkpoint, config.layout, dtype=_dtype(checkpoint, device), device=device)
-    seconds = config.data.video.chunk_seconds_of(WatchedFile(video, length, ()))
-    with ClipReader(config.data.video, backbone.image.patch_size, backbone.image.merge_size) as reader:
-        chunks = max(1, math.ceil(end / seconds - 1e-6))
-        clip = reader.read(video, 0.0, end, chunks, chunk_seconds=seconds)
-    request = _request(config, backbone, shown, clip, seconds)
-    slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype)
-    engine = Engine(backbone, config.rollout.kv_memory_mb * 2**20 // slot_bytes, 1)
-    writer = engine.add(request)
-    return _turns(engine, writer, shown, seconds)
-
-
-def _turns(engine: Engine, writer: StreamWriter, shown: WatchedFile, seconds: float) -> Iterator[WatchedTurn]:
-    began, reported = time.monotonic(), 0
-    asked = {shown.chunk_of(query.time, seconds): query.text for query in shown.queries}
-    while engine.busy:
-        finished = engine.step()
-        over = writer.state is not None and writer.state.over
-        if not over or writer.turn < reported:
-            continue
-        now = time.monotonic()
-        parsed = _parse(engine, writer, writer.turn, finished)
-        kinds = writer.log.column("kind")[writer.live]
-        yield WatchedTurn(
-            start_s=writer.turn * seconds,
-            end_s=min(shown.end, (writer.turn + 1) * seconds),
-            query=asked.get(writer.turn, ""),
-            thought=parsed.thought,
-            response=parsed.response,
-            well_formed=parsed.well_formed,
-            memory_tokens=len(kinds),
-            memory_video=int((kinds == Kind.VIDEO).sum()),
-            seconds=now - began,
-        )
-        began, reported = time.monotonic(), writer.turn + 1
-
-
-def _parse(engine: Engine, writer: StreamWriter, turn: int, finished: list[StreamLog]) -> ParsedTurn:
-    log = finished[0] if finished else writer.finish()
-    return engine.backbone.layout.parse_turns(log)[turn]
-
-
-def _request(config: RunConfig, backbone: Backbone, shown: WatchedFile, clip: Clip, seconds: float) -> StreamRequest:
-    video = config.data.video
-    return StreamRequest(
-        header=LogHeader(
-            stream_id=shown.id,
-            task_id=shown.id,
-            backbone=backbone.name,
-            policy=config.memory.name,
-            policy_knobs=knobs(config.memory),
-            position_convention=backbone.position_convention,
-            banned=backbone.layout.banned,
-            seed=config.seed,
-            temperature=0.0,
-            score_temperature=1.0,
-        ),
-        turns=turn_inputs(shown, clip, backbone.layout, seconds, backbone.image.merge_size),
-        features=EncodedOnDemand(backbone, clip),
-        policy=make_policy(config.memory),
-        layout=backbone.layout,
-        patch_seconds=seconds / (video.frames_per_chunk // backbone.image.temporal_patch_size),
-    )
-
-
-def _dtype(checkpoint: Path, device: str) -> torch.dtype:
-    """As the checkpoint was saved; on CPU always float32, where half precision is slow."""
-    if device == "cpu":
-        return torch.float32
-    name = json.loads((checkpoint / "config.json").read_text()).get("dtype", "bfloat16")
-    return torch.float32 if name == "float32" else torch.bfloat16
+    return WatchedFile(video, end, query, length=length)
 
 
 def _introduce(config: RunConfig, checkpoint: Path, console: Console) -> None:

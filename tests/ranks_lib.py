@@ -7,6 +7,7 @@ patch of exactly those choices; the code paths are the real ones.
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import pickle
 import subprocess
@@ -157,65 +158,88 @@ def float64(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(accelerator, "supported_dtypes", return_value=supported))
 
 
-def run(job: Job, ranks: int, folder: Path) -> list[list[Any]]:
-    """Run a job on `ranks` processes; the replies of every call, by rank. Raises RuntimeError with a rank's stderr."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.pkl").write_bytes(pickle.dumps(job))
-    processes = start(folder, ranks)
-    deadline = time.monotonic() + WAIT_S
-    failed = []
-    for rank, process in enumerate(processes):
-        try:
-            process.wait(max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+class RankProcesses:
+    """The ranks of a run, as processes that play one job after another: starting them takes longer than most jobs."""
+
+    def __init__(self, folder: Path, world: int, timeout_s: float = 60.0) -> None:
+        self.folder, self.world, self.jobs = folder, world, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        self.processes = []
+        for rank in range(world):
+            with (folder / f"{rank}.err").open("w") as err:
+                command = [sys.executable, "-m", "tests.ranks_lib", str(folder), str(rank), str(world), str(timeout_s)]
+                self.processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=err, stderr=err))
+
+    def run(self, job: Job) -> list[list[Any]]:
+        """The replies of every call, by rank. Raises RuntimeError with a rank's stderr; the processes have then ended."""
+        number, self.jobs = self.jobs, self.jobs + 1
+        publish(self.folder / f"{number}.job", pickle.dumps(job))
+        outs = [self.folder / f"{number}.{rank}.out" for rank in range(self.world)]
+        deadline = time.monotonic() + WAIT_S
+        while not all(out.exists() for out in outs):
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                codes = self.close()
+                said = [(self.folder / f"{rank}.err").read_text()[-3000:] for rank in range(self.world)]
+                raise RuntimeError(f"ranks ended with {codes} during job {number}: " + "\n".join(said))
+            time.sleep(0.02)
+        return [pickle.loads(out.read_bytes()) for out in outs]
+
+    def close(self) -> list[int]:
+        for process in self.processes:
             process.kill()
-            process.wait()
-        if process.returncode:
-            failed.append(
-                f"rank {rank} ended with {process.returncode}: {(folder / f'{rank}.err').read_text()[-3000:]}"
-            )
-    if failed:
-        raise RuntimeError("\n".join(failed))
-    return [pickle.loads((folder / f"{rank}.out").read_bytes()) for rank in range(ranks)]
+        return [process.wait() for process in self.processes]
 
 
-def start(folder: Path, ranks: int) -> list[subprocess.Popen]:
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    processes = []
-    for rank in range(ranks):
-        with (folder / f"{rank}.err").open("w") as err:
-            command = [sys.executable, "-m", "tests.ranks_lib", str(folder), str(rank), str(ranks)]
-            processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=err, stderr=err))
-    return processes
+def run(job: Job, ranks: int, folder: Path) -> list[list[Any]]:
+    """Run one job in processes of its own, as a run or a resume does."""
+    processes = RankProcesses(folder, ranks, job.timeout_s)
+    try:
+        return processes.run(job)
+    finally:
+        processes.close()
 
 
-def main(folder: Path, rank: int, world: int) -> None:
-    """The process of one rank."""
+def publish(path: Path, content: bytes) -> None:
+    """Write a file that whoever waits for it only ever sees whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.rename(partial, path)
+
+
+def main(folder: Path, rank: int, world: int, timeout_s: float) -> None:
+    """The process of one rank. It ends when its launcher kills it, or is gone."""
     from learner.ranks import Ranks, open_store
     from streams.messages import RankPlace
 
-    job: Job = pickle.loads((folder / "job.pkl").read_bytes())
-    # A rank that hangs shows where, in its stderr, before the launcher gives up. (Not earlier: a dump may crash an import.)
-    faulthandler.dump_traceback_later(WAIT_S * 0.8)
-    place = RankPlace(rank, world, "127.0.0.1", 0, job.timeout_s)
+    place = RankPlace(rank, world, "127.0.0.1", 0, timeout_s)
     store = None
     if rank == 0:
         store = open_store(place)
-        (folder / "port.partial").write_text(str(store.port))
-        os.rename(folder / "port.partial", folder / "port")
-    while not (folder / "port").exists():
+        publish(folder / "port", str(store.port).encode())
+    wait_for(folder / "port")
+    ranks = Ranks(RankPlace(rank, world, place.host, int((folder / "port").read_text()), timeout_s), store)
+    for number in itertools.count():
+        wait_for(folder / f"{number}.job")
+        job: Job = pickle.loads((folder / f"{number}.job").read_bytes())
+        # A rank that hangs shows where, in its stderr, before the launcher gives up. (A dump may crash an import.)
+        faulthandler.dump_traceback_later(WAIT_S * 0.8)
+        with ExitStack() as stack:
+            if job.float64:
+                float64(stack)
+            replies = play(job, ranks, stack)
+        faulthandler.cancel_dump_traceback_later()
+        publish(folder / f"{number}.{rank}.out", pickle.dumps(replies))
+
+
+def wait_for(path: Path) -> None:
+    launcher = os.getppid()
+    while not path.exists():
+        if os.getppid() != launcher:
+            # No orderly farewell: a rank whose peers are gone would wait for them.
+            os._exit(0)
         time.sleep(0.02)
-    place = RankPlace(rank, world, place.host, int((folder / "port").read_text()), job.timeout_s)
-    with ExitStack() as stack:
-        ranks = Ranks(place, store)
-        if job.float64:
-            float64(stack)
-        replies = play(job, ranks, stack)
-    (folder / f"{rank}.out").write_bytes(pickle.dumps(replies))
-    # No orderly farewell: a rank whose peers are gone would wait for them.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
@@ -238,6 +262,7 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
             replies.append(one(engine, call, ranks))
         except (RuntimeError, ValueError, FileNotFoundError) as error:
             replies.append(f"{type(error).__name__}: {error}")
+    engine.close()
     return replies
 
 
@@ -284,4 +309,4 @@ def one(engine: Any, call: Call, ranks: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

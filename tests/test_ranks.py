@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streams.backbone import Backbone
-from tests.ranks_lib import LAYOUT, Call, Job, checkpoint, groups, learner_values, run, train
+from tests.ranks_lib import LAYOUT, Call, Job, RankProcesses, checkpoint, groups, learner_values, run, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -21,6 +21,21 @@ KL = 0.3
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory):
+    """Plays jobs on one rank or two, in processes that all tests of this module share."""
+    running = {}
+
+    def get(job, world):
+        if world not in running or any(process.poll() is not None for process in running[world].processes):
+            running[world] = RankProcesses(tmp_path_factory.mktemp(f"ranks{world}"), world)
+        return running[world].run(job)
+
+    yield get
+    for processes in running.values():
+        processes.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +71,14 @@ def job_of(model, reference, batches, loss, freeze, frames, *, faults=False, **v
 
 
 @pytest.fixture(scope="module")
-def alone(model, reference, batches, tmp_path_factory):
+def alone(model, reference, batches, play):
     """Replies of one rank at stage 0, by loss, freeze and whether frames travel."""
     made = {}
 
     def get(*case):
         if case not in made:
             job = job_of(model, reference, batches, *case, zero_stage=0)
-            made[case] = run(job, 1, tmp_path_factory.mktemp("alone"))[0]
+            made[case] = play(job, 1)[0]
         return made[case]
 
     return get
@@ -85,10 +100,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stage", "loss", "freeze", "frames"), CASES)
-def test_two_ranks_are_one(model, reference, batches, alone, tmp_path, stage, loss, freeze, frames):
+def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, freeze, frames):
     faults = loss == "grpo"
     job = job_of(model, reference, batches, loss, freeze, frames, faults=faults, zero_stage=stage, ranks=2)
-    first, second = run(job, 2, tmp_path)
+    first, second = play(job, 2)
     if faults:
         assert_refused_alike(first[:2], second[:2])
         first, second = first[2:], second[2:]
@@ -126,12 +141,12 @@ def assert_refused_alike(first, second):
     assert "in stream 0/2/1." in not_finite
 
 
-def test_one_rank_also_refuses_what_is_not_finite(model, batches, tmp_path):
+def test_one_rank_also_refuses_what_is_not_finite(model, batches, play):
     items = batches[False][0]
     for stage in (0, 3):
         values = learner_values(freeze="tower+merger", zero_stage=stage)
         calls = (Call("weights"), train(7, "grpo", spoiled(items, (1.0, float("inf")))), Call("weights"))
-        before, refusal, after = run(Job(str(model), values, calls), 1, tmp_path / str(stage))[0]
+        before, refusal, after = play(Job(str(model), values, calls), 1)[0]
         assert refusal.startswith("RuntimeError: step 7 was refused, the weights are those of version 0")
         assert (before.version, after.version) == (0, 0)
         assert np.array_equal(before.buffer, after.buffer)
@@ -143,7 +158,7 @@ def test_one_rank_also_refuses_what_is_not_finite(model, batches, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "stage", "loss", "offload"), [(1, 1, "sft", "none"), (2, 3, "grpo", "none"), (2, 2, "sft", "cpu")]
 )
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, ranks, stage, loss, offload):
+def test_a_resumed_run_goes_on_bit_for_bit(play, tmp_path, ranks, stage, loss, offload):
     """Float32, as it is run; with a schedule, so that its state matters too, and against a reference in RL."""
     tied = stage == 3
     model = checkpoint(tmp_path / "model", tie_embeddings=tied)
@@ -154,9 +169,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, ranks, stage, loss, offload
     saved = Call("save", path=str(tmp_path / "saved"))
     load = replace(saved, what="load")
     whole = replace(first, calls=(*steps[:3], Call("weights"), saved, *steps[3:], Call("weights")))
-    through = run(whole, ranks, tmp_path / "whole")
+    through = play(whole, ranks)
     # A resume starts from the exported weights, and still measures its distance from where RL began.
     resumed = replace(first, checkpoint=str(tmp_path / "saved" / "hf"), calls=(load, *steps[3:], Call("weights")))
+    # In new processes: nothing but the checkpoint connects the two.
     again = run(resumed, ranks, tmp_path / "resumed")
     for before, after in zip(through, again, strict=True):
         assert after[0] == 3, "the version is restored"
@@ -170,19 +186,19 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, ranks, stage, loss, offload
     assert not np.array_equal(at_save.buffer, ended.buffer)
     assert_exported(tmp_path / "saved" / "hf", at_save, tied)
     if ranks == 2:
-        assert_a_missing_part_is_refused_by_both(replace(first, calls=(load,)), tmp_path)
+        assert_a_missing_part_is_refused_by_both(play, replace(first, calls=(load,)), tmp_path)
     # Another partitioning is refused by every rank, and named.
     other = learner_values(ranks=ranks, zero_stage=0 if offload == "none" else 1, offload=offload)
-    for (refusal,) in run(replace(first, learner=other, calls=(load,), reference=""), ranks, tmp_path / "other"):
+    for (refusal,) in play(replace(first, learner=other, calls=(load,), reference=""), ranks):
         assert refusal.startswith("ValueError")
         assert f"learner.zero_stage={stage} but this run has learner.zero_stage={other['zero_stage']}" in refusal
 
 
-def assert_a_missing_part_is_refused_by_both(job, folder):
+def assert_a_missing_part_is_refused_by_both(play, job, folder):
     part = folder / "saved" / "deepspeed" / "rng_rank00001.pt"
     kept = part.read_bytes()
     part.unlink()
-    ((refusal,), other) = run(job, 2, folder / "missing")
+    ((refusal,), other) = play(job, 2)
     assert other == [refusal]
     assert refusal.startswith("FileNotFoundError: learner rank 1: ")
     assert "random state of rank 1 is missing" in refusal

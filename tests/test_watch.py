@@ -64,14 +64,15 @@ def test_memory_holds_the_window_of_video_and_all_text(turns):
 
 
 def test_it_says_what_the_engine_says_when_all_features_are_there_at_once(made, turns):
-    from evals.watch import EncodedOnDemand, WatchedFile, _request
+    from evals.watch import WatchedFile
+    from evals.watch_stream import EncodedOnDemand, _request
     from streams.task import TimedQuery
     from streams.video import ClipReader
 
     model, video = made
     config = trained()
     backbone = Backbone.load(model, config.layout)
-    shown = WatchedFile(str(video), 6.5, (TimedQuery(2.2, 'What, exactly, is "this"?'),))
+    shown = WatchedFile(str(video), 6.5, (TimedQuery(2.2, 'What, exactly, is "this"?'),), 6.5)
     with ClipReader(config.data.video) as reader:
         clip = reader.read(str(video), 0.0, 6.5, 13)
     request = _request(config, backbone, shown, clip, 0.5)
