@@ -8,6 +8,7 @@ SEED ?= 0
 # `make quickstart` starts over; RESUME=auto goes on where an interrupted one stood.
 RESUME ?= never
 ARGS ?=
+JOBS ?= 2
 
 .PHONY: setup setup-test quickstart test test-browser lint clean
 
@@ -38,9 +39,9 @@ lint: setup-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Quick tests first, then those with real processes and long streams.
+# Quick tests first, in JOBS processes of one thread each, then those with real processes and long streams.
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
 # The transcript page in a real Chromium (Debian: apt-get install chromium chromium-driver); skips without one.

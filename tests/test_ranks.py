@@ -235,7 +235,7 @@ def test_random_states_are_those_of_the_moment_of_saving(tmp_path):
 
 def test_a_rank_that_waits_in_vain_says_who_waited_for_what_and_within_the_timeout(model, batches, tmp_path):
     values = learner_values(freeze="tower+merger", ranks=2, collective_timeout_s=8)
-    late = Call("sleep", step=1, path="24")
+    late = Call("sleep", step=1, path="14")
     job = Job(str(model), values, (late, Call("score", items=tuple(batches[False][0]))), timeout_s=8)
     first, _ = run(job, 2, tmp_path)
     assert first[-1].startswith("RuntimeError: learner rank 0 of 2 waited for the other ranks (to begin scoring)")
