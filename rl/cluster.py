@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from rl.learners import LearnerGroup
 from rl.preflight import Bundle, run_preflight
 from rollout.worker import RolloutWorker
 from streams.messages import LearnerSetup, WorkerInfo, WorkerSetup
+from streams.tiny_spec import TinySpec
 
 QUIET_WAIT_S = 2.0
 """How long to wait for resources before saying so."""
@@ -133,6 +135,11 @@ class Session:
             pids[f"rollout worker {i}"] = self._wait(reference, timeout, f"rollout worker {i} to start")
         pids["scorer"] = self._wait(self._scorer_ready, timeout, "the scorer to start")
         return pids
+
+    def build_tiny(self, folder: Path, spec: TinySpec, seed: int) -> Path:
+        """A rollout worker writes the tiny checkpoint: run_root is visible on every node, and torch is loaded there."""
+        built = self.workers[0].build_tiny.remote(str(folder), spec, seed)
+        return Path(self._wait(built, self.config.cluster.start_timeout_s, f"a rollout worker to write {folder}"))
 
     def setup_workers(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
         references = [worker.setup.remote(setup) for worker in self.workers]

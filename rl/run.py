@@ -241,9 +241,7 @@ class Run:
     def _initial_model(self) -> Path:
         if self.config.model.path:
             return resolve_checkpoint(self.config.model.path)
-        from streams.tiny import build_tiny  # with torch and transformers, which nothing else here needs
-
-        return build_tiny(self.root / "model", self.config.model.tiny, seed=self.config.seed)
+        return self._ready_session().build_tiny(self.root / "model", self.config.model.tiny, self.config.seed)
 
     def _rl_start(self) -> Path:
         if self.config.algorithm.init != "auto":

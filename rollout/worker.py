@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from streams.messages import (
     WorkerSetup,
     WorkerStats,
 )
+from streams.tiny_spec import TinySpec
 
 if TYPE_CHECKING:
     from rollout.service import RolloutService
@@ -49,6 +51,12 @@ class RolloutWorker:
         self._worker = worker
         self._limits = ServiceLimits(cache_mb=cache_mb, deadline_s=deadline_s)
         self._service: RolloutService | None = None
+
+    async def build_tiny(self, folder: str, spec: TinySpec, seed: int) -> str:
+        """Write the tiny random checkpoint to `folder`. Here, because the driver loads no torch."""
+        from streams.tiny import build_tiny
+
+        return str(await asyncio.to_thread(build_tiny, Path(folder), spec, seed=seed))
 
     async def setup(self, setup: WorkerSetup) -> WorkerInfo:
         """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""

@@ -114,6 +114,13 @@ def write_clip(
         stream.options = {"preset": "ultrafast", "crf": "18"}
         # Threads would split the frame, the bytes would depend on the machine.
         stream.codec_context.thread_count = 1
+        shown, picture = None, None
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            # Clips stand still for most of the time: only what changes is converted.
+            if picture is None or shown is None or not np.array_equal(frame, shown):
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                picture = picture.reformat(format="yuv420p")
+                shown = frame
+            picture.pts = None
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
