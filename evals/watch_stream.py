@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -52,7 +53,7 @@ def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Itera
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = Backbone.load(checkpoint, config.layout, dtype=_dtype(checkpoint, device), device=device)
     # Chunks are as long as in the whole file, however little of it is watched.
-    seconds = config.data.video.chunk_seconds_of(WatchedFile(shown.video, shown.length, (), shown.length))
+    seconds = config.data.video.chunk_seconds_of(replace(shown, end=shown.length))
     with ClipReader(config.data.video, backbone.image.patch_size, backbone.image.merge_size) as reader:
         chunks = max(1, math.ceil(shown.end / seconds - 1e-6))
         clip = reader.read(shown.video, 0.0, shown.end, chunks, chunk_seconds=seconds)

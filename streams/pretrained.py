@@ -65,11 +65,11 @@ class ImageSpec:
         """From a checkpoint's processor files; mean and std default to those of the family's processor."""
         found: dict[str, Any] = {}
         for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-            found = json.loads(processors.get(name, b"{}")) | found
+            found = _parsed(processors, name) | found
         # transformers 5 writes all processors of a model into one file.
-        together = json.loads(processors.get("processor_config.json", b"{}"))
+        together = _parsed(processors, "processor_config.json")
         for name in ("image_processor", "video_processor"):
-            found = together.get(name, {}) | found
+            found = (together.get(name) or {}) | found
         return cls(
             patch_size=vision_config.patch_size,
             merge_size=vision_config.spatial_merge_size,
@@ -77,6 +77,13 @@ class ImageSpec:
             mean=tuple(found.get("image_mean", family.mean)),
             std=tuple(found.get("image_std", family.std)),
         )
+
+
+def _parsed(processors: dict[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(processors.get(name, b"{}")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the checkpoint's {name} is damaged: {error}") from error
 
 
 def read_processors(checkpoint: Path) -> dict[str, bytes]:

@@ -114,13 +114,11 @@ def write_clip(
         stream.options = {"preset": "ultrafast", "crf": "18"}
         # Threads would split the frame, the bytes would depend on the machine.
         stream.codec_context.thread_count = 1
-        shown, picture = None, None
-        for frame in frames:
+        for i, frame in enumerate(frames):
             # Clips stand still for most of the time: only what changes is converted.
-            if picture is None or shown is None or not np.array_equal(frame, shown):
+            if i == 0 or not np.array_equal(frame, frames[i - 1]):
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 picture = picture.reformat(format="yuv420p")
-                shown = frame
             picture.pts = None
             container.mux(stream.encode(picture))
         container.mux(stream.encode())

@@ -218,11 +218,17 @@ class TestLoading:
         ):
             Backbone.load(tmp_path / "export", LayoutConfig())
 
+    def test_a_damaged_processor_file_is_named(self, tmp_path):
+        source = build_tiny(tmp_path / "tiny")
+        (source / "preprocessor_config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"preprocessor_config\.json is damaged"):
+            Backbone.load(source, LayoutConfig())
+
     def test_image_statistics_are_read_from_the_one_file_of_transformers_5(self, tmp_path):
         source = build_tiny(tmp_path / "tiny")
         processor = json.loads((source / "preprocessor_config.json").read_text())
         (source / "preprocessor_config.json").unlink()
-        together = {"image_processor": processor | {"image_mean": [0.1, 0.2, 0.3]}, "video_processor": processor}
+        together = {"image_processor": processor | {"image_mean": [0.1, 0.2, 0.3]}, "video_processor": None}
         (source / "processor_config.json").write_text(json.dumps(together))
         image = Backbone.load(source, LayoutConfig()).image
         assert (image.mean, image.std) == ((0.1, 0.2, 0.3), (0.25, 0.25, 0.25))

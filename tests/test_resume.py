@@ -100,11 +100,15 @@ def moments(rng: random.Random, count: int) -> list[tuple[str, int, float]]:
     return [("sft" if stage == 0 else "rl", step, pause) for stage, step, pause in sorted(drawn)]
 
 
-def killed_and_resumed(root: Path, kills: int, *overrides: str) -> list[Driver]:
-    """Drivers of one run: each but the last is killed at a random moment."""
+def random_moments(kills: int) -> list[tuple[str, int, float]]:
     seed = random.SystemRandom().randrange(10**6)
     plan = moments(random.Random(seed), kills)
     print(f"kill seed {seed}: {plan}")
+    return plan
+
+
+def killed_and_resumed(root: Path, plan: list[tuple[str, int, float]], *overrides: str) -> list[Driver]:
+    """The drivers of one run, each killed at its moment of the plan."""
     drivers = []
     for stage, step, pause in plan:
         driver = Driver(root, *overrides)
@@ -191,9 +195,12 @@ def undisturbed(tmp_path_factory):
 
 def test_two_kills_leave_a_deterministic_run_bit_for_bit_what_it_would_have_been(undisturbed, tmp_path):
     root = tmp_path / "run"
-    killed_and_resumed(root, 2, *DETERMINISTIC)
+    # The first where cold start is sure to go on from a checkpoint, which is gone when it ends (checkpoint.keep=1).
+    plan = [("sft", 6, 0.0), random_moments(2)[1]]
+    killed_and_resumed(root, plan, *DETERMINISTIC)
     last = Driver(root, *DETERMINISTIC)
     assert last.wait() == 0, last.output
+    assert any("sft: going on from" in log.read_text() for log in tmp_path.glob("run.*.log"))
     check_exactly_once(root)
     for stage in ("sft", "rl"):
         assert trained(root, stage) == trained(undisturbed, stage)
@@ -212,7 +219,7 @@ def test_two_kills_leave_a_deterministic_run_bit_for_bit_what_it_would_have_been
 
 def test_an_asynchronous_run_that_is_killed_and_stopped_trains_every_group_exactly_once(undisturbed, tmp_path):
     root = tmp_path / "run"
-    killed_and_resumed(root, 1)
+    killed_and_resumed(root, random_moments(1))
     asked = Driver(root)
     asked.wait_for_step("rl", 5)
     began = time.monotonic()
