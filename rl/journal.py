@@ -41,7 +41,7 @@ class StepJournal:
         """The journal as a stage at `step` continues it: later lines, and a torn last one, are cut off."""
         path.parent.mkdir(parents=True, exist_ok=True)
         journal = cls(path)
-        journal._lines = [line for line in _read(path) if line.step <= step] if step else []
+        journal._lines = [line for line in read_lines(path) if line.step <= step] if step else []
         journal._rewrite()
         return journal
 
@@ -84,6 +84,10 @@ class StepJournal:
         return taken
 
 
+def journal_path(root: Path, stage: str) -> Path:
+    return root / "stages" / f"{stage}.steps.jsonl"
+
+
 def _dumps(line: JournalLine) -> str:
     row: dict[str, Any] = {"step": line.step, "kind": line.kind, "values": line.values}
     if line.groups:
@@ -91,7 +95,8 @@ def _dumps(line: JournalLine) -> str:
     return json.dumps(row) + "\n"
 
 
-def _read(path: Path) -> list[JournalLine]:
+def read_lines(path: Path) -> list[JournalLine]:
+    """The lines of a journal, none if there is no file; a torn last line is left out."""
     if not path.is_file():
         return []
     lines = []

@@ -22,7 +22,7 @@ from rl.buffer import GroupBuffer, age_bound
 from rl.checkpoint import CheckpointState, promote, read_best, step_name
 from rl.evaluating import PeriodicEvaluation
 from rl.events import Events
-from rl.journal import StepJournal
+from rl.journal import StepJournal, journal_path
 from rl.report import StepClock, mean_reward, step_metrics
 from rl.results import ReadyGroup, RLResult
 from rl.saving import FINAL, Checkpointer
@@ -72,7 +72,7 @@ class RLLoop:
         self.dropped = list(state.dropped) if state else []
         self.checkpoints = Checkpointer(context)
         self.result.best = read_best(self.checkpoints.folder / "best", self.version)
-        self.journal = StepJournal.open(self.config.root / "stages" / "rl.steps.jsonl", self.version)
+        self.journal = StepJournal.open(journal_path(self.config.root, "rl"), self.version)
         self.events = Events(self.config.cluster.call_timeout_s, context.stop, self.session.explain_death)
         self.evaluation = PeriodicEvaluation(
             self.config, self.session, self.events, self.ledger, heldout, self.total, self.progress.say, self._evaluated

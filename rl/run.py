@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
+from rl.journal import journal_path, read_lines
 from rl.loop import RLLoop
 from rl.runlock import RunLock
 from rl.stage import StageContext
@@ -81,6 +82,8 @@ class Run:
                     raise Requeue(f"stopped before stage {stage} began")
                 if plan is not None and plan.skip:
                     self.store.adopt(stage)
+                    # Its last steps may have died in the tracker's queue: the journal has them all.
+                    self.tracker.commit(read_lines(journal_path(self.root, stage)))
                     self.progress.say(f"{stage}: finished before, skipped (resume={self.config.resume})")
                     continue
                 if plan is not None:

@@ -16,7 +16,7 @@ import ray
 
 from conf.schema import RunConfig
 from rl.checkpoint import CheckpointState
-from rl.journal import StepJournal
+from rl.journal import StepJournal, journal_path
 from rl.saving import Checkpointer
 from rl.source import epochs, group_id
 from rl.stage import StageContext
@@ -55,7 +55,7 @@ class SftLoop:
         self.result = SftResult.restore(state.counters) if state else SftResult()
         self.consumed = list(state.consumed) if state else []
         self.dropped = list(state.dropped) if state else []
-        self.journal = StepJournal.open(self.config.root / "stages" / "sft.steps.jsonl", self.result.steps)
+        self.journal = StepJournal.open(journal_path(self.config.root, "sft"), self.result.steps)
         self._tasks = tasks
         self._samples = self._lay_out()
         self._saving: list[tuple[Any, int]] = []

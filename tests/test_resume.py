@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -240,10 +241,14 @@ def test_an_asynchronous_run_that_is_killed_and_stopped_trains_every_group_exact
 
 def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(undisturbed):
     before = (undisturbed / "checkpoints" / "rl" / "final" / "state.json").stat().st_mtime_ns
+    # As if the driver had been killed between a stage's last checkpoint and the tracker's last write.
+    with sqlite3.connect(undisturbed / "mlflow.db") as charted:
+        assert charted.execute("DELETE FROM metrics WHERE step > 9").rowcount
     again = Driver(undisturbed, *DETERMINISTIC)
     assert again.wait() == 0, again.output
     for stage in ("data", "sft", "rl"):
         assert f"{stage}: finished before, skipped (resume=auto)" in again.output
+    check_exactly_once(undisturbed)
     other = Driver(undisturbed, *DETERMINISTIC, "algorithm.clip_low=0.3")
     assert other.wait() == 2
     assert "algorithm.clip_low=0.3, began with 0.2" in other.output
