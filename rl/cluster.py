@@ -99,9 +99,9 @@ class Session:
         pids["scorer"] = self._wait(self._scorer_ready, timeout, "the scorer to start")
         return pids
 
-    def build_tiny(self, folder: Path, spec: TinySpec, seed: int) -> Path:
-        """A rollout worker writes the tiny checkpoint: run_root is visible on every node, and torch is loaded there."""
-        built = self.workers[0].build_tiny.remote(str(folder), spec, seed)
+    def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
+        """A rollout worker writes the random checkpoint: run_root is visible on every node, and torch is loaded there."""
+        built = self.workers[0].build_tiny.remote(str(folder), spec, seed, dtype)
         return Path(self._wait(built, self.config.cluster.start_timeout_s, f"a rollout worker to write {folder}"))
 
     def devices(self) -> tuple[list[DeviceInfo], list[DeviceInfo]]:

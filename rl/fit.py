@@ -7,6 +7,7 @@ workers get pools of one size; a pool is never larger than its streams can fill.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,7 +102,8 @@ def _lines(processes: list[Process], found: list[Footprint]) -> list[str]:
 
 
 def _listed(here: list[Process]) -> str:
-    return ", ".join(process.footprint.line() for process in here)
+    counts = Counter(process.footprint for process in here)
+    return ", ".join((f"{count} x " if count > 1 else "") + footprint.line() for footprint, count in counts.items())
 
 
 def _ways_out(device: DeviceInfo, pools: int) -> str:

@@ -38,6 +38,9 @@ from streams.scoring.stats import LogpDiff
 from streams.synthetic import generate
 from streams.task import StreamTask
 
+MAX_K3 = 1e-4
+"""Of the engine's distribution from the learner's, in bfloat16, estimated on streams of one version."""
+
 
 class Run:
     """The stages share the session, the tracker and the clock. `store` holds the plan of every stage."""
@@ -290,7 +293,8 @@ class Run:
     def _initial_model(self) -> Path:
         if self.config.model.path:
             return resolve_checkpoint(self.config.model.path)
-        return self._ready_session().build_tiny(self.root / "model", self.config.model.tiny, self.config.seed)
+        model = self.config.model
+        return self._ready_session().build_tiny(self.root / "model", model.tiny, self.config.seed, model.dtype)
 
     def _rl_start(self) -> Path:
         if self.config.algorithm.init != "auto":
@@ -357,6 +361,12 @@ def check_mismatch(config: RunConfig, summary: dict[str, Any]) -> None:
         key, limit = "max_abs_logp_diff", config.eval.max_logp_diff
     else:
         key, limit = ("max_abs_logp_diff", 1e-3) if single else ("mean_abs_logp_diff", 1e-2)
+    # Of whole tokens' distributions, beside single ones: a bias hides in the mean of |difference|.
+    k3 = summary.get("k3_logp_diff")
+    if not single and not config.eval.max_logp_diff and k3 is not None and not k3 <= MAX_K3:
+        raise RuntimeError(
+            f"learner and engine disagree: k3 divergence {k3:.2e} over {summary['logp_diff_tokens']} tokens is above {MAX_K3:g}"
+        )
     # Written so that NaN fails, too.
     if summary[key] is None or not summary[key] <= limit:
         raise RuntimeError(

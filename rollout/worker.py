@@ -63,11 +63,13 @@ class RolloutWorker:
     async def usage(self) -> ProcessUsage:
         return ProcessUsage(f"rollout worker {self._worker}", self._ready().meter.usage())
 
-    async def build_tiny(self, folder: str, spec: TinySpec, seed: int) -> str:
-        """Write the tiny random checkpoint to `folder`. Here, because the driver loads no torch."""
+    async def build_tiny(self, folder: str, spec: TinySpec, seed: int, dtype: str) -> str:
+        """Write the random checkpoint to `folder`. Here, because the driver loads no torch."""
+        import torch
+
         from streams.tiny import build_tiny
 
-        return str(await asyncio.to_thread(build_tiny, Path(folder), spec, seed=seed))
+        return str(await asyncio.to_thread(build_tiny, Path(folder), spec, seed=seed, dtype=getattr(torch, dtype)))
 
     async def setup(self, setup: WorkerSetup) -> WorkerInfo:
         """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""
