@@ -36,8 +36,8 @@ class WeightsConfig:
 class CheckpointConfig:
     """every: optimiser steps between checkpoints of SFT and RL (0 = only at the end of each).
 
-    keep: how many of a stage stay on disk. optimizer: `all` of them with optimiser state, or only the `latest` (an older
-    one then resumes with fresh moments). grace_s: from SIGTERM to the end of the process, with exit status
+    keep: how many of a stage stay on disk. optimizer: `all` of them with optimiser state, only the `latest`, or `none` (one
+    without resumes with fresh moments). grace_s: from SIGTERM to the end of the process, with exit status
     requeue_status, which a scheduler takes for "run the same command again".
     """
 
@@ -52,8 +52,8 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.every={self.every} must not be negative")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
-        if self.optimizer not in ("all", "latest"):
-            raise ValueError(f"checkpoint.optimizer={self.optimizer!r} is not one of all, latest")
+        if self.optimizer not in ("all", "latest", "none"):
+            raise ValueError(f"checkpoint.optimizer={self.optimizer!r} is not one of all, latest, none")
         if not 0 < self.grace_s < math.inf or not 1 <= self.requeue_status <= 255:
             raise ValueError(
                 f"checkpoint.grace_s={self.grace_s} must be positive and checkpoint.requeue_status="

@@ -370,13 +370,16 @@ class LearnerEngine:
         with self.meter.phase("publish"):
             return export_weights(self.backbone.trainable(), self.version, self.ranks)
 
-    def save(self, path: Path, streaming: dict[str, Any]) -> None:
-        """Write `path`/hf (an exported checkpoint) and `path`/deepspeed (all state that the next step depends on)."""
+    def save(self, path: Path, streaming: dict[str, Any], *, resumable: bool = True) -> None:
+        """Write `path`/hf (an exported checkpoint) and, if resumable, `path`/deepspeed (all that the next step depends on)."""
         with self.meter.phase("save"):
             whole = host_state_dict(self.backbone.model, self.ranks)
             if whole is not None:
                 self.backbone.save(path / "hf", streaming, whole)
-            save_state(path, self.deepspeed, self.ranks, self.config, self.version)
+            if resumable:
+                save_state(path, self.deepspeed, self.ranks, self.config, self.version)
+            else:
+                self.ranks.gather(None, "to finish the export")
 
     def load(self, path: Path) -> int:
         """Load what `save` wrote, and go on from there as if nothing had stopped; returns the version."""

@@ -106,8 +106,8 @@ class Learner:
     def score(self, payloads: tuple[Any, ...]) -> ScoreReport:
         return self._ready().score([self._resolve(payload) for payload in payloads])
 
-    def save(self, path: str, streaming: dict[str, Any]) -> None:
-        self._ready().save(Path(path), streaming)
+    def save(self, path: str, streaming: dict[str, Any], resumable: bool) -> None:
+        self._ready().save(Path(path), streaming, resumable=resumable)
 
     def load(self, path: str) -> int:
         return self._ready().load(Path(path))

@@ -52,7 +52,7 @@ def count_parameters(model: Path) -> tuple[int, int]:
 
 def needed_bytes(size: CheckpointSize, config: CheckpointConfig, *, best: bool) -> int:
     """Most that one stage's checkpoints take at any time: those kept, and one more while it is written."""
-    with_optimizer = config.keep + 1 if config.optimizer == "all" else 2
+    with_optimizer = {"all": config.keep + 1, "latest": 2, "none": 0}[config.optimizer]
     return (config.keep + 1 + best) * size.export + with_optimizer * size.resume
 
 

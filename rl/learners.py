@@ -66,9 +66,10 @@ class LearnerGroup:
         ]
         return self._joined(replies, f"scoring {len(payloads)} groups")
 
-    def save(self, path: str, streaming: dict[str, Any]) -> Any:
+    def save(self, path: str, streaming: dict[str, Any], *, resumable: bool = True) -> Any:
         """Ready when every rank has written its part below `path`."""
-        return self._joined([actor.save.remote(path, streaming) for actor in self.actors], f"saving {path}")
+        replies = [actor.save.remote(path, streaming, resumable) for actor in self.actors]
+        return self._joined(replies, f"saving {path}")
 
     def load(self, path: str) -> Any:
         """Restore everything that `save` wrote; the reply is the version."""

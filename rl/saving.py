@@ -56,7 +56,8 @@ class Checkpointer:
         )
         path = self.folder / name
         partial = partial_path(path)
-        saved = self._context.session.learners.save(str(partial), self._context.streaming)
+        resumable = self._config.checkpoint.optimizer != "none"
+        saved = self._context.session.learners.save(str(partial), self._context.streaming, resumable=resumable)
         self.last_step = state.step
         return _commit.remote(saved, str(partial), str(path), state)
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
+from conf.schema import JobConfig, RunConfig
 from rl.checkpoint import Found, by_age, newest_usable, set_aside_after, verify
 
 TRAINING = ("sft", "rl")
@@ -41,19 +41,18 @@ _STAGE_KEYS = {
 }
 """Prefixes of the keys that a stage's outcome depends on."""
 
+_LEARNER_FREE = (
+    *("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention", "collective_timeout_s"),
+    "activation_checkpointing",
+)
+
 _FREE = (
     *(
         f"rollout.{key}"
         for key in ("workers", "max_streams", "kv_memory_mb", "monitor_every", "group_deadline_s", "threads")
     ),
-    *(
-        f"learner.{key}"
-        for key in ("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention", "collective_timeout_s")
-    ),
-    *(
-        f"sft.learner.{key}"
-        for key in ("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention", "collective_timeout_s")
-    ),
+    *(f"learner.{key}" for key in _LEARNER_FREE),
+    *(f"sft.learner.{key}" for key in _LEARNER_FREE),
     *(f"data.{key}" for key in ("train", "heldout", "cache_mb", "video.decode_timeout_s")),
     "algorithm.groups_in_flight",
 )
@@ -202,7 +201,7 @@ class StageStore:
     def _continued(self, stage: str, found: Found, attempt: int) -> StagePlan:
         if not found.resumable:
             self.say(
-                f"checkpoint {found.path} holds no optimiser state (checkpoint.optimizer=latest): {stage} goes on from "
+                f"checkpoint {found.path} holds no optimiser state (checkpoint.optimizer=latest or none): {stage} goes on from "
                 f"its weights, the optimiser's moments start at zero"
             )
         self.say(f"{stage}: going on from {found.path} (step {found.state.step}, attempt {attempt})")
@@ -253,6 +252,9 @@ class StageStore:
 
     def _check_settings(self, stage: str, before: dict[str, Any]) -> None:
         now = settings(self.config, stage)
+        # A key that did not exist when the stage began had no other effect than its default has.
+        default = flat(asdict(RunConfig(job=JobConfig("rl", ["rl"]))))
+        before = {key: plain(default[key]) for key in now.keys() - before.keys() if key in default} | before
         for key in _MAY_GROW:
             if key in before and key in now and now[key] > before[key]:
                 self.say(f"{stage}: {key} grows from {before[key]} to {now[key]}")

@@ -117,7 +117,7 @@ def test_one_seed_rules_the_clips_too():
         (["deterministic=true"], r"deterministic=true needs algorithm\.mode=sync"),
         (["algorithm.mode=later"], r"algorithm\.mode='later'"),
         (["checkpoint.keep=0"], r"checkpoint\.keep=0"),
-        (["checkpoint.optimizer=none"], r"checkpoint\.optimizer='none'"),
+        (["checkpoint.optimizer=some"], r"checkpoint\.optimizer='some'"),
         (["checkpoint.requeue_status=0"], r"checkpoint\.requeue_status=0"),
         (["eval.every=-1"], r"eval\.every=-1"),
         (["eval.best=loss"], r"eval\.best='loss'"),

@@ -398,3 +398,16 @@ def test_settings_are_json_and_cover_what_the_stage_computes(tmp_path):
         assert needed in values
     assert "algorithm.group_size" not in settings(run, "sft")
     assert not {key for key in settings(run, "rl") if key.startswith(("cluster", "tracking", "checkpoint", "eval"))}
+
+
+def test_a_stage_that_began_before_a_setting_existed_goes_on_with_its_default_only(tmp_path):
+    run = config(tmp_path)
+    begun(run, "sft")
+    path = tmp_path / "stages" / "sft.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["settings"].pop("learner.grad_clip") == run.learner.grad_clip
+    path.write_text(json.dumps(manifest))
+    assert store(run).plan()["sft"].attempt == 2
+    other = dataclasses.replace(run, learner=dataclasses.replace(run.learner, grad_clip=0.5))
+    with pytest.raises(ValueError, match=r"learner\.grad_clip=0\.5, began with 1\.0"):
+        store(other).plan()
