@@ -122,8 +122,10 @@ def learner_footprint(
         layers = geometry.layers * kept
     activations = tokens * (layers + transient)
     if not flex:
-        # The mask and its additive copy.
-        activations += tokens * stream.tokens * 5
+        # The mask, and SDPA's additive copies of it: every layer keeps one.
+        row = max(stream.tokens, min(learner.row_tokens, tokens))
+        copies = 1 if learner.activation_checkpointing else geometry.layers
+        activations += tokens * row * (1 + width * copies)
     chunk = min(learner.head_chunk, math.ceil(tokens * stream.text / max(1, stream.video + stream.text)))
     head = chunk * geometry.vocab * 18
     media = tokens * geometry.feature_width * width
