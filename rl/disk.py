@@ -11,6 +11,8 @@ from math import prod
 from pathlib import Path
 
 from conf.schema import CheckpointConfig
+from learner.config import LearnerConfig
+from streams.freezing import parameter_name, trained
 
 BYTES = {"float32": 4, "bfloat16": 2}
 OPTIMIZER_BYTES = 12
@@ -29,25 +31,24 @@ class CheckpointSize:
         return self.export + self.resume
 
 
-def checkpoint_size(model: Path, freeze: str, dtype: str) -> CheckpointSize:
-    """Size of a checkpoint trained from the folder `model`, under `learner.freeze` and `learner.dtype`."""
-    total, frozen = count_parameters(model)
-    trained = total - frozen if freeze != "none" else total
-    return CheckpointSize(total * BYTES[dtype], total * BYTES[dtype] + trained * OPTIMIZER_BYTES)
+def checkpoint_size(model: Path, learner: LearnerConfig) -> CheckpointSize:
+    """Size of a checkpoint trained from the folder `model`. Raises ValueError for patterns that do not fit its names."""
+    sizes = parameter_sizes(model)
+    total = sum(sizes.values()) * BYTES[learner.dtype]
+    training = sum(sizes[name] for name in trained(sizes, learner.freeze, learner.freeze_names))
+    return CheckpointSize(total, total + training * OPTIMIZER_BYTES)
 
 
-def count_parameters(model: Path) -> tuple[int, int]:
-    """(all parameters, those of the vision tower) of a checkpoint folder's safetensors files."""
+def parameter_sizes(model: Path) -> dict[str, int]:
+    """Numbers in every parameter of a checkpoint folder's safetensors files."""
     from safetensors import safe_open
 
-    total = tower = 0
+    sizes: dict[str, int] = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                size = prod(tensors.get_slice(name).get_shape())
-                total += size
-                tower += size if "visual." in name else 0
-    return total, tower
+                sizes[parameter_name(name)] = prod(tensors.get_slice(name).get_shape())
+    return sizes
 
 
 def needed_bytes(size: CheckpointSize, config: CheckpointConfig, *, best: bool) -> int:
@@ -62,15 +63,15 @@ def check_disk(root: Path, size: CheckpointSize, config: CheckpointConfig, *, be
     free = shutil.disk_usage(root).free + _held(root / "checkpoints" / stage)
     copies = config.keep + 1
     words = (
-        f"checkpoints of {stage}: {_gib(size.export)} export + {_gib(size.resume)} optimiser each; up to {copies} at once "
-        f"(checkpoint.keep={config.keep}, one being written; checkpoint.optimizer={config.optimizer}) = {_gib(need)}"
+        f"checkpoints of {stage}: {gib(size.export)} export + {gib(size.resume)} optimiser each; up to {copies} at once "
+        f"(checkpoint.keep={config.keep}, one being written; checkpoint.optimizer={config.optimizer}) = {gib(need)}"
     )
     if need > free:
         raise ValueError(
-            f"{words}, but {root} has {_gib(free)} free: lower checkpoint.keep, set checkpoint.optimizer=latest, or "
+            f"{words}, but {root} has {gib(free)} free: lower checkpoint.keep, set checkpoint.optimizer=latest, or "
             "choose a run_root on a larger disk"
         )
-    return f"{words}; {_gib(free)} free"
+    return f"{words}; {gib(free)} free"
 
 
 def _held(folder: Path) -> int:
@@ -80,5 +81,5 @@ def _held(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
+from rl.features import check_features
 from rl.journal import journal_path, read_lines
 from rl.loop import RLLoop
 from rl.runlock import RunLock
@@ -113,7 +114,9 @@ class Run:
     def stage_sft(self) -> dict[str, Any]:
         tasks = self._tasks("train")
         steps = self.config.sft_steps(len(tasks))
-        loop = SftLoop(self._prepare_stage("sft", self._initial_model, self.config.sft_learner(steps), steps), tasks)
+        loop = SftLoop(
+            self._prepare_stage("sft", self._initial_model, self.config.sft_learner(steps), steps, tasks), tasks
+        )
         with self.stop.deferred():
             result = loop.run()
         self.skipped += result.skipped
@@ -126,7 +129,7 @@ class Run:
     def stage_rl(self) -> dict[str, Any]:
         tasks = self._tasks("train")
         steps = self.config.rl_steps(len(tasks))
-        context = self._prepare_stage("rl", self._rl_start, self.config.rl_learner(steps), steps)
+        context = self._prepare_stage("rl", self._rl_start, self.config.rl_learner(steps), steps, tasks)
         loop = RLLoop(context, tasks, self._tasks("heldout") if self.config.eval.every else ())
         with self.stop.deferred():
             result = loop.run()
@@ -186,14 +189,18 @@ class Run:
 
     # --- what the stages share --------------------------------------------------------------------------------
 
-    def _prepare_stage(self, stage: str, start: Callable[[], Path], learner: LearnerConfig, steps: int) -> StageContext:
+    def _prepare_stage(
+        self, stage: str, start: Callable[[], Path], learner: LearnerConfig, steps: int, tasks: tuple[StreamTask, ...]
+    ) -> StageContext:
         """Actors loaded with where the stage stands: its starting checkpoint, or the one it goes on from."""
         found = self.store.plans[stage].resume
         checkpoint = found.path / "hf" if found else start()
-        size = checkpoint_size(checkpoint, learner.freeze, learner.dtype)
+        size = checkpoint_size(checkpoint, learner)
         self.progress.say(
             check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
         )
+        turns = max((self.config.data.turns_of(task) for task in tasks), default=1)
+        self.progress.say(check_features(self.config, checkpoint, stage, turns))
         session = self._ready_session()
         version = found.state.version if found else 0
         infos = session.setup_workers(self._worker_setup(checkpoint, learner.freeze, version))
@@ -207,7 +214,7 @@ class Run:
             self.stop.last_checkpoint = str(found.path)
         self.progress.say(
             f"{stage}: {infos[0].kv_slots} KV slots on each worker; {trained:,} of {infos[0].parameters:,} parameters train "
-            f"(freeze={learner.freeze})"
+            f"(freeze={', '.join([learner.freeze, *learner.freeze_names])})"
         )
         return StageContext(
             stage=stage,
