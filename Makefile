@@ -10,7 +10,7 @@ RESUME ?= never
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: setup setup-test quickstart test test-browser lint clean
+.PHONY: setup setup-test quickstart gpu-smoke test test-browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 quickstart: setup
 	$(BIN)/python launch.py experiment=quickstart seed=$(SEED) resume=$(RESUME) $(ARGS)
+
+# The RL loop at the size of a 3B model, on one GPU; ARGS="model=tiny cluster.placement=auto" tries it on a CPU.
+gpu-smoke: setup
+	$(BIN)/python launch.py experiment=gpu_smoke cluster.placement=colocated resume=never $(ARGS)
 
 lint: setup-test
 	$(BIN)/ruff check .

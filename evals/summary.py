@@ -145,6 +145,7 @@ def mismatch_fields(report: ScoreReport | None) -> dict[str, Any]:
     return {
         "max_abs_logp_diff": report.diff.max if report else None,
         "mean_abs_logp_diff": report.diff.mean if report else None,
+        "k3_logp_diff": report.diff.k3 if report else None,
         "logp_diff_tokens": report.diff.tokens if report else 0,
         "logp_diff_by_kind": {kind: diff.max for kind, diff in report.by_kind.items()} if report else {},
     }

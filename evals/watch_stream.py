@@ -18,7 +18,7 @@ import torch
 from conf.schema import RunConfig
 from evals.watch import WatchedFile, WatchedTurn
 from rollout.cache import KVPool
-from rollout.engine import Engine, StreamRequest
+from rollout.engine import Engine, StreamRequest, stream_bound
 from streams.backbone import Backbone
 from streams.inputs import turn_inputs
 from streams.log import Kind, LogHeader, StreamLog
@@ -59,7 +59,8 @@ def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Itera
         clip = reader.read(shown.video, 0.0, shown.end, chunks, chunk_seconds=seconds)
     request = _request(config, backbone, shown, clip, seconds)
     slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype)
-    engine = Engine(backbone, config.rollout.kv_memory_mb * 2**20 // slot_bytes, 1)
+    given = config.rollout.kv_memory_mb * 2**20 // slot_bytes
+    engine = Engine(backbone, given or stream_bound(request), 1)
     writer = engine.add(request)
     return _turns(engine, writer, shown, seconds)
 

@@ -26,7 +26,8 @@ class LearnerConfig:
 
     ranks: data-parallel learner actors. zero_stage: what DeepSpeed partitions over them: 0 nothing, 1 optimiser states,
     2 also gradients, 3 also parameters. offload: `cpu` keeps the optimiser's states in host memory.
-    collective_timeout_s: a rank that waits longer for the others gives up.
+    collective_timeout_s: a rank that waits longer for the others gives up. activation_checkpointing: the backward computes
+    every layer anew instead of keeping what it held.
     """
 
     ranks: int = 1
@@ -43,6 +44,7 @@ class LearnerConfig:
     freeze: str = "none"
     freeze_names: tuple[str, ...] = ()
     attention: str = "auto"
+    activation_checkpointing: bool = False
     row_tokens: int = 1024
     micro_batch_tokens: int = 16384
     head_chunk: int = 4096

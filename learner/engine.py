@@ -39,6 +39,7 @@ from learner.state import load_state, save_state
 from streams.backbone import Backbone
 from streams.log import Kind
 from streams.messages import GroupPayload, LearnerSetup, ScoreReport, TrainReport, WeightsUpdate
+from streams.meter import Meter
 from streams.scoring.packing import Rows
 from streams.scoring.stats import LogpDiff
 
@@ -110,13 +111,15 @@ class LearnerEngine:
         # DeepSpeed moves a stage-3 model to the device slice by slice; it need not fit there whole.
         first = "cpu" if self.config.zero_stage == 3 else device
         dtype = getattr(torch, self.config.dtype)
-        self.backbone = Backbone.load(setup.checkpoint, setup.layout, dtype=dtype, device=first)
-        self.backbone.freeze(self.config.freeze, self.config.freeze_names)
-        self.reference: Reference | None = None
-        if setup.reference:
-            self.reference = Reference(setup.reference, setup.layout, self.config, device, self.backbone)
-        self.version = setup.version
-        self.deepspeed = self._initialize(setup.total_steps)
+        self.meter = Meter()
+        with self.meter.phase("load"):
+            self.backbone = Backbone.load(setup.checkpoint, setup.layout, dtype=dtype, device=first)
+            self.backbone.freeze(self.config.freeze, self.config.freeze_names)
+            self.reference: Reference | None = None
+            if setup.reference:
+                self.reference = Reference(setup.reference, setup.layout, self.config, device, self.backbone)
+            self.version = setup.version
+            self.deepspeed = self._initialize(setup.total_steps)
 
     def _initialize(self, total_steps: int) -> Any:
         import deepspeed
@@ -172,22 +175,25 @@ class LearnerEngine:
         for i, shape in enumerate(plan.shapes):
             batch = work.micro_batch(i, shape)
             self.deepspeed.set_gradient_accumulation_boundary(i == len(plan.shapes) - 1)
-            logp, entropy, features = self.deepspeed(batch, shape, plan.temperature)
-            value, sums, distance = self._loss(plan, work, batch, logp, features)
+            with self.meter.phase("forward"):
+                logp, entropy, features = self.deepspeed(batch, shape, plan.temperature)
+                value, sums, off = self._loss(plan, work, batch, logp, features)
             if loss == "grpo":
-                on_policy.append(distance[self._fresh(work, batch.rows)])
-            mine.worst = max(mine.worst, _worst(distance, batch.rows, work))
+                on_policy.append(off[self._fresh(work, batch.rows)])
+            mine.worst = max(mine.worst, _worst(off, batch.rows, work))
             mine.sums["loss"] += float(value.detach())
             # DeepSpeed averages over the ranks, and the normaliser is already that of all of them.
             value = value * self.ranks.world
             # A gradient that is not finite makes DeepSpeed drop the step on all ranks; a bad loss must have one.
-            self.deepspeed.backward(value if math.isfinite(float(value.detach())) else value * math.nan)
+            with self.meter.phase("backward"):
+                self.deepspeed.backward(value if math.isfinite(float(value.detach())) else value * math.nan)
             sums["entropy"] = entropy.sum()
             for name, total in sums.items():
                 mine.sums[name] += float(total) / plan.targets
         mine.age0 = LogpDiff.of(np.concatenate(on_policy) if on_policy else np.zeros(0))
         outcomes = self.ranks.gather(mine, f"to finish the gradients of step {step}")
-        grad_norm = self._apply(step, outcomes)
+        with self.meter.phase("optimiser step"):
+            grad_norm = self._apply(step, outcomes)
         self.version += 1
         return TrainReport(step, self.version, self._metrics(plan, outcomes, grad_norm, began))
 
@@ -259,12 +265,12 @@ class LearnerEngine:
     def _loss(
         self, plan: Step, work: RankWork, batch: MicroBatch, logp: torch.Tensor, features: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sums, np.ndarray]:
-        """(loss, sums, distance): distance [N] is |logp - behaviour| in RL and -logp in SFT; infinite if not finite."""
+        """(loss, sums, off): off [N] is logp - behaviour in RL and logp in SFT; infinite if not finite."""
         rows, scored = batch.rows, logp.detach().double().cpu().numpy()
         if plan.weights is not None:
             weight = plan.weights.of(rows.target_ids.numpy(), work.at_targets(rows, "kind"))
             value, sums = sft_loss(logp, torch.from_numpy(weight).to(logp), normaliser=plan.normaliser)
-            return value, sums, _distance(-scored)
+            return value, sums, _or_infinite(scored)
         behaviour = work.at_targets(rows, "behaviour_logp")
         advantage = work.advantages[rows.stream.numpy()]
         kl_coef = plan.settings.get("kl_coef", 0.0)
@@ -281,7 +287,7 @@ class LearnerEngine:
             reference=reference,
             kl_coef=kl_coef,
         )
-        return value, sums, _distance(np.where(np.isfinite(advantage), np.abs(scored - behaviour), np.inf))
+        return value, sums, _or_infinite(np.where(np.isfinite(advantage), scored - behaviour, np.inf))
 
     def _fresh(self, work: RankWork, rows: Rows) -> np.ndarray:
         """Which targets are of streams sampled wholly at the learner's own version: there the distance must vanish."""
@@ -346,12 +352,13 @@ class LearnerEngine:
         with torch.no_grad():
             for i, shape in enumerate(shapes):
                 batch = work.micro_batch(i, shape)
-                logp, *_ = self.deepspeed(batch, shape, temperature)
+                with self.meter.phase("score"):
+                    logp, *_ = self.deepspeed(batch, shape, temperature)
                 behaviour = work.at_targets(batch.rows, "behaviour_logp")
-                distance = np.abs(logp.double().cpu().numpy() - behaviour)
+                off = logp.double().cpu().numpy() - behaviour
                 kinds = work.at_targets(batch.rows, "kind")
                 for kind in np.unique(kinds):
-                    found[Kind(int(kind)).name.lower()].append(distance[kinds == kind])
+                    found[Kind(int(kind)).name.lower()].append(off[kinds == kind])
         here = {kind: LogpDiff.of(np.concatenate(parts)) for kind, parts in found.items()}
         everywhere = self.ranks.gather(here, "to finish scoring")
         by_kind = {
@@ -364,14 +371,16 @@ class LearnerEngine:
 
     def export_weights(self) -> WeightsUpdate | None:
         """Every trainable tensor, flat, for publication; rank 0 only (the others take part in gathering)."""
-        return export_weights(self.backbone.trainable(), self.version, self.ranks)
+        with self.meter.phase("publish"):
+            return export_weights(self.backbone.trainable(), self.version, self.ranks)
 
     def save(self, path: Path, streaming: dict[str, Any]) -> None:
         """Write `path`/hf (an exported checkpoint) and `path`/deepspeed (all state that the next step depends on)."""
-        whole = host_state_dict(self.backbone.model, self.ranks)
-        if whole is not None:
-            self.backbone.save(path / "hf", streaming, whole)
-        save_state(path, self.deepspeed, self.ranks, self.config, self.version)
+        with self.meter.phase("save"):
+            whole = host_state_dict(self.backbone.model, self.ranks)
+            if whole is not None:
+                self.backbone.save(path / "hf", streaming, whole)
+            save_state(path, self.deepspeed, self.ranks, self.config, self.version)
 
     def load(self, path: Path) -> int:
         """Load what `save` wrote, and go on from there as if nothing had stopped; returns the version."""
@@ -379,12 +388,13 @@ class LearnerEngine:
         return self.version
 
 
-def _distance(values: np.ndarray) -> np.ndarray:
+def _or_infinite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.inf)
 
 
-def _worst(distance: np.ndarray, rows: Rows, work: RankWork) -> tuple[float, str]:
-    if not len(distance):
+def _worst(off: np.ndarray, rows: Rows, work: RankWork) -> tuple[float, str]:
+    if not len(off):
         return -1.0, "none"
+    distance = np.abs(off)
     at = int(distance.argmax())
     return float(distance[at]), work.logs[int(rows.stream[at])].header.stream_id

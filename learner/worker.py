@@ -17,8 +17,10 @@ from ray.exceptions import RayActorError
 from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
+    DeviceInfo,
     GroupPayload,
     LearnerSetup,
+    ProcessUsage,
     RankPlace,
     ScoreReport,
     TrainBatch,
@@ -52,6 +54,17 @@ class Learner:
         import learner.engine  # noqa: F401
 
         return os.getpid()
+
+    def device(self) -> DeviceInfo:
+        """What this rank would load onto, before it does."""
+        from streams.meter import device_info
+
+        return device_info(ray.util.get_node_ip_address())
+
+    def usage(self) -> ProcessUsage:
+        engine = self._ready()
+        name = "learner" if engine.ranks.world == 1 else f"learner rank {engine.ranks.place.rank}"
+        return ProcessUsage(name, engine.meter.usage())
 
     def open_rendezvous(self, world: int, timeout_s: float) -> RankPlace:
         """Rank 0 of several: where the others find it (its node's address and a free port there); once for all stages."""

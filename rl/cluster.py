@@ -8,7 +8,6 @@ separate processes (workers, scorer, learner) that end with the driver, however 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,52 +24,16 @@ from rewards.scorer import Scorer
 from rl.actors import ActorBook, named_class, run_id, short_name
 from rl.connect import connect
 from rl.learners import LearnerGroup
+from rl.placement import placement_note, plan_bundles
 from rl.preflight import Bundle, run_preflight
 from rollout.worker import RolloutWorker
-from streams.messages import LearnerSetup, WorkerInfo, WorkerSetup
+from streams.messages import DeviceInfo, LearnerSetup, ProcessUsage, WorkerInfo, WorkerSetup
 from streams.tiny_spec import TinySpec
 
 QUIET_WAIT_S = 2.0
 """How long to wait for resources before saying so."""
 
 log = logging.getLogger("sightline.cluster")
-
-
-RANK_SHARE = 0.6
-"""Of a GPU that a learner rank shares: more than half, so that Ray never puts two ranks on one (NCCL refuses that)."""
-
-
-def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
-    """One bundle per actor: learner ranks, workers, scorer."""
-    cpus, ranks = config.cluster.actor_cpus, config.learner.ranks
-    rank_gpus, worker_gpus = gpu_shares(config, cluster_gpus)
-    learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, rank_gpus) for r in range(ranks)]
-    workers = [Bundle(f"rollout worker {i}", cpus, worker_gpus) for i in range(config.rollout.workers)]
-    return [*learners, *workers, Bundle("scorer", cpus, 0.0)]
-
-
-def gpu_shares(config: RunConfig, cluster_gpus: float) -> tuple[float, float]:
-    """GPUs of a learner rank and of a worker: one each if there are enough, otherwise they share; none if a rank has none."""
-    ranks, workers, gpus = config.learner.ranks, config.rollout.workers, int(cluster_gpus)
-    if config.cluster.placement == "cpu" or gpus < ranks:
-        return 0.0, 0.0
-    if gpus >= ranks + workers:
-        return 1.0, 1.0
-    # Ray counts in ten thousandths.
-    return RANK_SHARE, math.floor((1 - RANK_SHARE) / -(-workers // gpus) * 1e4) / 1e4
-
-
-def placement_note(config: RunConfig, cluster_gpus: float) -> str:
-    """What is worth saying about who gets a GPU; empty if nothing is."""
-    share = gpu_shares(config, cluster_gpus)[0]
-    if 0 < share < 1:
-        return f"fewer GPUs than actors: learner and rollout workers share, {share:g} of a GPU for each learner rank"
-    if cluster_gpus and not share and config.cluster.placement != "cpu":
-        return (
-            f"the cluster's {cluster_gpus:g} GPUs are not used: learner.ranks={config.learner.ranks} needs one for each rank. "
-            "Lower learner.ranks to use them"
-        )
-    return ""
 
 
 def wait_for(reference: Any, timeout_s: float, what: str, explain: Callable[[RayActorError], str] = str) -> Any:
@@ -136,10 +99,24 @@ class Session:
         pids["scorer"] = self._wait(self._scorer_ready, timeout, "the scorer to start")
         return pids
 
-    def build_tiny(self, folder: Path, spec: TinySpec, seed: int) -> Path:
-        """A rollout worker writes the tiny checkpoint: run_root is visible on every node, and torch is loaded there."""
-        built = self.workers[0].build_tiny.remote(str(folder), spec, seed)
+    def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
+        """A rollout worker writes the random checkpoint: run_root is visible on every node, and torch is loaded there."""
+        built = self.workers[0].build_tiny.remote(str(folder), spec, seed, dtype)
         return Path(self._wait(built, self.config.cluster.start_timeout_s, f"a rollout worker to write {folder}"))
+
+    def devices(self) -> tuple[list[DeviceInfo], list[DeviceInfo]]:
+        """What the learner ranks and the workers compute on, before they load anything."""
+        actors = [*self.learners.actors, *self.workers]
+        # Asked twice: the first answer opens CUDA in each process, the second has all their contexts in it.
+        for _ in range(2):
+            replies = [actor.device.remote() for actor in actors]
+            found = [self.call(reply, "an actor to describe its device") for reply in replies]
+        return found[: len(self.learners.actors)], found[len(self.learners.actors) :]
+
+    def usage(self) -> list[ProcessUsage]:
+        """Where the time and memory of all actors went."""
+        replies = [actor.usage.remote() for actor in [*self.learners.actors, *self.workers]]
+        return [self.call(reply, "an actor's account of its phases") for reply in replies]
 
     def setup_workers(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
         references = [worker.setup.remote(setup) for worker in self.workers]

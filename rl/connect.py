@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from conf.schema import RAY_JOB_VARIABLE, ClusterConfig
+from conf.platform import RAY_JOB_VARIABLE, ClusterConfig
 
 ANSWER_TIMEOUT_S = 10.0
 UPLOAD_EXCLUDES = (".git/", ".venv/", "venv/", "__pycache__/", "/outputs/", "/.*_cache/", "/.hypothesis/")

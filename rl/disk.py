@@ -1,20 +1,19 @@
 """What checkpoints will weigh, compared with the free disk before anything is loaded.
 
-Owner: rl. Parameters are counted from the safetensors headers; nothing is read but those.
+Owner: rl. Parameters are those of the checkpoint's geometry; nothing is read but headers.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from conf.schema import CheckpointConfig
 from learner.config import LearnerConfig
-from streams.freezing import parameter_name, trained
+from rl.footprint import BYTES, gib, trained_numbers
+from streams.geometry import ModelGeometry
 
-BYTES = {"float32": 4, "bfloat16": 2}
 OPTIMIZER_BYTES = 12
 """Per trained parameter: an fp32 master copy and AdamW's two moments."""
 
@@ -31,24 +30,10 @@ class CheckpointSize:
         return self.export + self.resume
 
 
-def checkpoint_size(model: Path, learner: LearnerConfig) -> CheckpointSize:
-    """Size of a checkpoint trained from the folder `model`. Raises ValueError for patterns that do not fit its names."""
-    sizes = parameter_sizes(model)
-    total = sum(sizes.values()) * BYTES[learner.dtype]
-    training = sum(sizes[name] for name in trained(sizes, learner.freeze, learner.freeze_names))
-    return CheckpointSize(total, total + training * OPTIMIZER_BYTES)
-
-
-def parameter_sizes(model: Path) -> dict[str, int]:
-    """Numbers in every parameter of a checkpoint folder's safetensors files."""
-    from safetensors import safe_open
-
-    sizes: dict[str, int] = {}
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                sizes[parameter_name(name)] = prod(tensors.get_slice(name).get_shape())
-    return sizes
+def checkpoint_size(geometry: ModelGeometry, learner: LearnerConfig) -> CheckpointSize:
+    """Size of a checkpoint of that model. Raises ValueError for name patterns that do not fit it."""
+    total = geometry.total * BYTES[learner.dtype]
+    return CheckpointSize(total, total + trained_numbers(geometry, learner) * OPTIMIZER_BYTES)
 
 
 def needed_bytes(size: CheckpointSize, config: CheckpointConfig, *, best: bool) -> int:
@@ -79,7 +64,3 @@ def _held(folder: Path) -> int:
     if not folder.is_dir():
         return 0
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

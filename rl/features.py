@@ -1,20 +1,18 @@
 """What a clip weighs at the freeze boundary, compared with the byte budget of the caches before any model is loaded.
 
-Owner: rl. Pure arithmetic on a checkpoint's config.json; no torch. The driver keeps references to what rollouts ship, every
+Owner: rl. Pure arithmetic on a checkpoint's geometry. The driver keeps references to what rollouts ship, every
 worker the clips that it encoded, each up to `data.cache_mb`. A chunk's tokens are bounded by `data.video.max_pixels`;
 only a frame of extreme aspect ratio, one token high, can be rounded to more.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from conf.schema import RunConfig
-from rl.disk import BYTES, gib
+from rl.footprint import BYTES, gib
 from streams.freezing import MEDIA_KINDS
+from streams.geometry import ModelGeometry
 from streams.video import VideoConfig
 
 
@@ -35,33 +33,26 @@ class ChunkSize:
         return f"{self.rows:,} {'pixels' if self.kind == 'frames' else 'tokens'} x {self.width} x {self.item} bytes"
 
 
-def chunk_size(model: dict[str, Any], kind: str, dtype: str, video: VideoConfig) -> ChunkSize:
-    """The largest chunk of media of `kind` (see GroupPayload) under the model of a config.json."""
-    vision, text = model["vision_config"], model.get("text_config") or model
-    qwen3 = model["model_type"] == "qwen3_vl"
-    # What a config leaves out has the value of the family's published checkpoints.
-    merge = int(vision.get("spatial_merge_size", 2))
-    side = merge * int(vision.get("patch_size", 16 if qwen3 else 14))
+def chunk_size(geometry: ModelGeometry, kind: str, dtype: str, video: VideoConfig) -> ChunkSize:
+    """The largest chunk of media of `kind` (see GroupPayload) under that model."""
+    tokens = max(1, video.max_pixels // geometry.token_side**2)
     if kind == "frames":
-        return ChunkSize(kind, video.frames_per_chunk * max(1, video.max_pixels // side**2) * side**2, 3, 1)
-    levels = len(vision.get("deepstack_visual_indexes", (8, 16, 24))) if qwen3 else 0
-    row = merge**2 * int(vision["hidden_size"]) if kind == "pre_merger" else int(text["hidden_size"])
-    patches = video.frames_per_chunk // int(vision.get("temporal_patch_size", 2))
-    return ChunkSize(kind, patches * max(1, video.max_pixels // side**2), row * (1 + levels), BYTES[dtype])
+        return ChunkSize(kind, video.frames_per_chunk * tokens * geometry.token_side**2, 3, 1)
+    width = geometry.pre_merger_width if kind == "pre_merger" else geometry.feature_width
+    return ChunkSize(kind, video.frames_per_chunk // geometry.temporal_patch_size * tokens, width, BYTES[dtype])
 
 
-def check_features(config: RunConfig, checkpoint: Path, stage: str, turns: int) -> str:
+def check_features(config: RunConfig, geometry: ModelGeometry, stage: str, turns: int) -> str:
     """A line with the arithmetic, `turns` being the longest task's; ValueError with it if the budget holds no such clip.
 
     Frames that are not kept are read again; features that are not kept cost the tower again, for every group.
     """
     if stage == "sft" and "rl" in config.job.stages:
         # What RL cannot keep must not be found out only after the cold start.
-        check_features(config, checkpoint, "rl", turns)
+        check_features(config, geometry, "rl", turns)
     # Demonstrations travel as frames, whatever trains.
     kind = "frames" if stage == "sft" else MEDIA_KINDS[config.learner.freeze]
-    model = json.loads((checkpoint / "config.json").read_text())
-    chunk = chunk_size(model, kind, config.model.dtype, config.data.video)
+    chunk = chunk_size(geometry, kind, config.model.dtype, config.data.video)
     clip, budget = chunk.nbytes * turns, config.data.cache_mb * 2**20
     where = "" if kind == "frames" else f" (learner.freeze={config.learner.freeze})"
     words = (

@@ -37,6 +37,7 @@ from streams.messages import (
     GroupSummary,
     RewardJob,
     RolloutTask,
+    ScoreReport,
     SwapReport,
     TrainBatch,
     TrainGroup,
@@ -110,7 +111,8 @@ class RLLoop:
         self._save(final=True)
         while self._saving or self.ledger.fetching:
             self.events.wait()
-        self.result.published = self._score_published()
+        score = self._score_published()
+        self.result.published, self.result.published_by_kind = score.diff, score.by_kind
         for worker in self.session.workers:
             stats = self.session.call(worker.stats.remote(), "a worker's counters")
             self.result.clips_encoded += stats.clips_encoded
@@ -128,7 +130,7 @@ class RLLoop:
             self.events.wait()
         raise Requeue(f"rl: stopped at step {self.version}, checkpoint {self.context.stop.last_checkpoint}")
 
-    def _score_published(self) -> LogpDiff:
+    def _score_published(self) -> ScoreReport:
         """One group per worker on the weights it swapped in, scored by the learner that published them.
 
         This is what shows that publishing works: a swap that copied nothing, or named the wrong version, fails here.
@@ -141,7 +143,7 @@ class RLLoop:
             if self.session.call(summary, f"a group on the published weights of worker {i}").failed is None:
                 payloads.append(payload)
         report = self.session.call(self.session.learners.score(tuple(payloads)), "the published weights' scores")
-        return report.diff
+        return report
 
     def _request(self, epoch: int, task: StreamTask, group: str) -> RolloutTask:
         return RolloutTask(

@@ -41,6 +41,7 @@ class RLResult:
     monitor: LogpDiff = field(default_factory=LogpDiff)
     age0: LogpDiff = field(default_factory=LogpDiff)
     published: LogpDiff = field(default_factory=LogpDiff)
+    published_by_kind: dict[str, LogpDiff] = field(default_factory=dict)
     sampled_tokens: int = 0
     clips_encoded: int = 0
     distinct_clips: int = 0
@@ -55,4 +56,6 @@ class RLResult:
         values["skipped"] = [SkippedSample(**sample) for sample in values.get("skipped", ())]
         for key in ("monitor", "age0", "published"):
             values[key] = LogpDiff(**values.get(key, {}))
+        by_kind = values.get("published_by_kind", {})
+        values["published_by_kind"] = {kind: LogpDiff(**diff) for kind, diff in by_kind.items()}
         return cls(**(values | {"clips_encoded": 0, "distinct_clips": 0}))

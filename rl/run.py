@@ -21,6 +21,7 @@ from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
 from rl.features import check_features
+from rl.fit import MemoryPlan, plan_run
 from rl.journal import journal_path, read_lines
 from rl.loop import RLLoop
 from rl.runlock import RunLock
@@ -28,12 +29,18 @@ from rl.stage import StageContext
 from rl.stages import TRAINING, StageStore, clear, flat, plain
 from rl.stop import Requeue, StopSignal
 from rl.tracking import Progress, Tracker
+from rl.usage import usage_lines, usage_report, write_usage
 from sft.loop import SftLoop
-from streams.dataset import SkippedSample, load_tasks
-from streams.messages import LearnerSetup, WorkerSetup
+from streams.dataset import SkippedSample, TaskFile, load_tasks
+from streams.geometry import ModelGeometry
+from streams.messages import DeviceInfo, LearnerSetup, WorkerSetup
 from streams.pretrained import resolve_checkpoint
+from streams.scoring.stats import LogpDiff
 from streams.synthetic import generate
 from streams.task import StreamTask
+
+MAX_K3 = 1e-4
+"""Of the engine's distribution from the learner's, in bfloat16, estimated on streams of one version."""
 
 
 class Run:
@@ -48,6 +55,9 @@ class Run:
         self.skipped: list[SkippedSample] = []
         self.bad_rows: dict[str, list[SkippedSample]] = {}
         self._introduced = False
+        self._memory: MemoryPlan | None = None
+        self._devices: list[DeviceInfo] = []
+        self._splits: dict[str, TaskFile] = {}
         self.root.mkdir(parents=True, exist_ok=True)
         for line in [*describe(config), *config.notes()]:
             progress.say(line)
@@ -119,6 +129,7 @@ class Run:
         )
         with self.stop.deferred():
             result = loop.run()
+        self._report_usage("sft")
         self.skipped += result.skipped
         result.skipped = [*self.bad_rows["train"], *result.skipped]
         self.progress.say(
@@ -133,6 +144,7 @@ class Run:
         loop = RLLoop(context, tasks, self._tasks("heldout") if self.config.eval.every else ())
         with self.stop.deferred():
             result = loop.run()
+        self._report_usage("rl", result.published_by_kind)
         self.skipped += result.skipped
         result.skipped = [*self.bad_rows["train"], *result.skipped]
         self.progress.say(
@@ -142,6 +154,7 @@ class Run:
         published = {
             "max_abs_logp_diff": result.published.max,
             "mean_abs_logp_diff": result.published.mean,
+            "k3_logp_diff": result.published.k3,
             "logp_diff_tokens": result.published.tokens,
         }
         check_mismatch(self.config, published)
@@ -150,6 +163,7 @@ class Run:
     def stage_eval(self) -> None:
         session = self._ready_session()
         checkpoints = self._eval_checkpoints()
+        self._plan_memory(ModelGeometry.read(next(iter(checkpoints.values()))))
         summary = run_evaluation(
             self.config,
             session,
@@ -195,13 +209,15 @@ class Run:
         """Actors loaded with where the stage stands: its starting checkpoint, or the one it goes on from."""
         found = self.store.plans[stage].resume
         checkpoint = found.path / "hf" if found else start()
-        size = checkpoint_size(checkpoint, learner)
+        geometry = ModelGeometry.read(checkpoint)
+        size = checkpoint_size(geometry, learner)
         self.progress.say(
             check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
         )
         turns = max((self.config.data.turns_of(task) for task in tasks), default=1)
-        self.progress.say(check_features(self.config, checkpoint, stage, turns))
+        self.progress.say(check_features(self.config, geometry, stage, turns))
         session = self._ready_session()
+        self._plan_memory(geometry)
         version = found.state.version if found else 0
         infos = session.setup_workers(self._worker_setup(checkpoint, learner.freeze, version))
         reference = str(self._reference()) if stage == "rl" and self.config.algorithm.kl_coef else ""
@@ -229,6 +245,32 @@ class Run:
             still_ours=self.lock.check,
         )
 
+    def _plan_memory(self, geometry: ModelGeometry) -> None:
+        """Before anything is loaded, once: sizes the KV pools for all stages to come. Raises ValueError if they cannot fit."""
+        if self._memory is not None:
+            return
+        training = {
+            stage: self.config.sft_learner(1) if stage == "sft" else self.config.rl_learner(1)
+            for stage, plan in self.store.plans.items()
+            if stage in TRAINING and not plan.skip
+        }
+        devices = self._ready_session().devices()
+        evaluates = "eval" in self.config.job.stages or self.config.eval.every
+        splits = [*(["train"] if training else []), *(["heldout"] if evaluates else [])]
+        tasks = tuple(task for split in splits for task in self._loaded(split).tasks)
+        self._memory = plan_run(self.config, training, geometry, tasks, devices)
+        self._devices = [*devices[0], *devices[1]]
+        for line in self._memory.lines:
+            self.progress.say(line)
+
+    def _report_usage(self, stage: str, by_kind: dict[str, LogpDiff] | None = None) -> None:
+        """Where time and memory went: in words, and in run_root/usage.json."""
+        assert self._memory is not None
+        report = usage_report(self._ready_session().usage(), self._devices, self._memory, by_kind or {})
+        for line in usage_lines(report):
+            self.progress.say(line)
+        self.tracker.artifact(write_usage(self.root, stage, report))
+
     def _ready_session(self) -> Session:
         assert self.session is not None
         pids = self.session.wait_ready()
@@ -238,10 +280,18 @@ class Run:
             self._introduced = True
         return self.session
 
+    def _loaded(self, split: str) -> TaskFile:
+        """Rows are read, and videos of unknown length opened, once a run."""
+        if split not in self._splits:
+            data = self.config.data
+            path = getattr(data, split) or self.root / "data" / f"{split}.jsonl"
+            self._splits[split] = load_tasks(
+                path, format=data.format, video=data.video, ignore_fields=data.ignore_fields
+            )
+        return self._splits[split]
+
     def _tasks(self, split: str) -> tuple[StreamTask, ...]:
-        data = self.config.data
-        path = getattr(data, split) or self.root / "data" / f"{split}.jsonl"
-        loaded = load_tasks(path, format=data.format, video=data.video, ignore_fields=data.ignore_fields)
+        loaded = self._loaded(split)
         for sample in loaded.skipped:
             self.progress.say(f"data: skipped {sample.source}: {sample.reason}")
         self.bad_rows[split] = list(loaded.skipped)
@@ -251,7 +301,8 @@ class Run:
     def _initial_model(self) -> Path:
         if self.config.model.path:
             return resolve_checkpoint(self.config.model.path)
-        return self._ready_session().build_tiny(self.root / "model", self.config.model.tiny, self.config.seed)
+        model = self.config.model
+        return self._ready_session().build_tiny(self.root / "model", model.tiny, self.config.seed, model.dtype)
 
     def _rl_start(self) -> Path:
         if self.config.algorithm.init != "auto":
@@ -275,6 +326,7 @@ class Run:
 
     def _worker_setup(self, checkpoint: Path, freeze: str, version: int = 0) -> WorkerSetup:
         config = self.config
+        assert self._memory is not None
         return WorkerSetup(
             checkpoint=str(checkpoint),
             dtype=config.model.dtype,
@@ -283,7 +335,8 @@ class Run:
             video=config.data.video,
             freeze=freeze,
             max_streams=config.rollout.max_streams,
-            kv_memory_mb=config.rollout.kv_memory_mb,
+            kv_slots=self._memory.kv_slots,
+            staging=config.weights.staging,
             monitor_every=config.rollout.monitor_every,
             run_seed=config.seed,
             version=version,
@@ -316,6 +369,12 @@ def check_mismatch(config: RunConfig, summary: dict[str, Any]) -> None:
         key, limit = "max_abs_logp_diff", config.eval.max_logp_diff
     else:
         key, limit = ("max_abs_logp_diff", 1e-3) if single else ("mean_abs_logp_diff", 1e-2)
+    # Of whole tokens' distributions, beside single ones: a bias hides in the mean of |difference|.
+    k3 = summary.get("k3_logp_diff")
+    if not single and not config.eval.max_logp_diff and k3 is not None and not k3 <= MAX_K3:
+        raise RuntimeError(
+            f"learner and engine disagree: k3 divergence {k3:.2e} over {summary['logp_diff_tokens']} tokens is above {MAX_K3:g}"
+        )
     # Written so that NaN fails, too.
     if summary[key] is None or not summary[key] <= limit:
         raise RuntimeError(

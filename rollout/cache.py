@@ -24,7 +24,7 @@ class KVPool:
         device: str | torch.device = "cpu",
     ) -> None:
         if slots < 1:
-            raise ValueError(f"rollout.kv_memory_mb gives {slots} KV slots; at least one is needed")
+            raise ValueError(f"a KV pool of {slots} slots: at least one is needed (rollout.kv_memory_mb)")
         self.kv = torch.zeros((layers, slots, 2, kv_heads, head_dim), dtype=dtype, device=device)
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
         self._available = slots

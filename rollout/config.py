@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """workers: actor processes. max_streams: streams that one engine runs at once. kv_memory_mb: its KV pool.
+    """workers: actor processes. max_streams: streams that one engine runs at once. kv_memory_mb: its KV pool,
+    0 = what max_streams of the longest streams can fill, or what the device has left.
 
     monitor_every: re-score every N-th finished single-version stream with the worker's own weights (0 = never).
     group_deadline_s: a group not finished by then is dropped and counted. threads: torch threads of a worker.
@@ -19,7 +20,7 @@ class RolloutConfig:
 
     workers: int = 2
     max_streams: int = 64
-    kv_memory_mb: int = 256
+    kv_memory_mb: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -28,9 +29,11 @@ class RolloutConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("workers", "max_streams", "kv_memory_mb", "threads"):
+        for key in ("workers", "max_streams", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"rollout.{key}={getattr(self, key)} must be at least 1")
+        if self.kv_memory_mb < 0:
+            raise ValueError(f"rollout.kv_memory_mb={self.kv_memory_mb} must be a number of MiB, 0 for what is left")
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"rollout.temperature={self.temperature} must be a positive number: greedy streams cannot be trained on"

@@ -78,6 +78,23 @@ class _Step:
     rows: int = 0
 
 
+def stream_bound(request: StreamRequest) -> int:
+    """KV slots that a stream may hold at once."""
+    layout = request.layout
+    # Turns differ in scaffold, too: a later time has more digits.
+    scaffold = max(
+        sum(len(part.ids) for part in layout.prefill(t.chunk, None) if part.kind != Kind.VIDEO) for t in request.turns
+    )
+    video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
+    queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)
+    return request.policy.max_live_tokens(
+        per_turn=scaffold + video + layout.config.max_new_tokens,
+        fixed=len(layout.system_ids) + queries,
+        video_per_turn=video,
+        turns=len(request.turns),
+    )
+
+
 class Engine:
     """Runs StreamRequests to StreamLogs on one backbone."""
 
@@ -107,7 +124,7 @@ class Engine:
         writer = StreamWriter(
             request.header, request.layout, request.policy, self.backbone.cursor(request.patch_seconds)
         )
-        need = self._bound(request)
+        need = stream_bound(request)
         if need > self.pool.capacity:
             raise ValueError(
                 f"stream {request.header.stream_id} may need {need} KV slots but the pool holds {self.pool.capacity}: "
@@ -150,22 +167,6 @@ class Engine:
         live = stream.writer.live
         self.pool.free(stream.slots_of(live[live < stream.forwarded]))
         self._reserved -= stream.reserved
-
-    def _bound(self, request: StreamRequest) -> int:
-        layout = request.layout
-        # Turns differ in scaffold, too: a later time has more digits.
-        scaffold = max(
-            sum(len(part.ids) for part in layout.prefill(t.chunk, None) if part.kind != Kind.VIDEO)
-            for t in request.turns
-        )
-        video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
-        queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)
-        return request.policy.max_live_tokens(
-            per_turn=scaffold + video + layout.config.max_new_tokens,
-            fixed=len(layout.system_ids) + queries,
-            video_per_turn=video,
-            turns=len(request.turns),
-        )
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_streams:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout.cache import KVPool
 from rollout.engine import Engine, StreamRequest
 from rollout.sampler import stream_seed
 from rollout.vision import ByteBudgetCache
@@ -40,6 +39,7 @@ from streams.messages import (
     WorkerSetup,
     WorkerStats,
 )
+from streams.meter import Meter
 from streams.scoring.logprobs import behaviour_differences
 from streams.scoring.stats import LogpDiff
 from streams.task import StreamTask
@@ -97,9 +97,12 @@ class RolloutService:
         self.limits = limits
         self._put, self._get = put, get
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = Backbone.load(setup.checkpoint, setup.layout, dtype=getattr(torch, setup.dtype), device=device)
-        slot_bytes = KVPool.bytes_per_slot(self.backbone.num_layers, *self.backbone.kv_shape, self.backbone.dtype)
-        self.engine = Engine(self.backbone, setup.kv_memory_mb * 2**20 // slot_bytes, setup.max_streams)
+        self.meter = Meter()
+        with self.meter.phase("load"):
+            self.backbone = Backbone.load(
+                setup.checkpoint, setup.layout, dtype=getattr(torch, setup.dtype), device=device
+            )
+        self.engine = Engine(self.backbone, setup.kv_slots, setup.max_streams)
         self.engine.version = setup.version
         check_timestamps_kept(self.backbone.layout, make_policy(setup.memory))
         self._layouts = {
@@ -141,7 +144,7 @@ class RolloutService:
 
     def stage(self, update: WeightsUpdate, fetch_s: float) -> Future[SwapReport]:
         """Unpack a fetched version and have it swapped in between two steps."""
-        staged = StagedWeights.stage(update, self.backbone)
+        staged = StagedWeights.stage(update, self.backbone, self.setup.staging)
         future: Future[SwapReport] = Future()
         with self._wake:
             self._swaps.append((staged, fetch_s, future))
@@ -270,7 +273,8 @@ class RolloutService:
         began = time.monotonic()
         if staged.version > self.engine.version:
             try:
-                staged.apply(self.backbone)
+                with self.meter.phase("swap"):
+                    staged.apply(self.backbone)
             except RuntimeError as error:  # a copy that the device refuses: the driver hears of it and stops
                 future.set_exception(error)
                 return
@@ -330,7 +334,8 @@ class RolloutService:
             kept = self._features.get(key)
             if kept is None:
                 encode = self.backbone.encode_pre_merger if freeze == "tower" else self.backbone.encode_video
-                encoded = encode([group.clip.frames])[0]
+                with self.meter.phase("encode"):
+                    encoded = encode([group.clip.frames])[0]
                 self._clips_encoded += 1
                 kept = (encoded, None if freeze == "none" else self._put(to_array(encoded)))
                 self._features.put(key, kept, encoded.nbytes)
@@ -340,7 +345,10 @@ class RolloutService:
     def _step(self) -> None:
         if not self.engine.busy:
             return
-        for stream in self.engine.step():
+        # One of thousands: outside CUDA, where reading the peak is not free, only its time is taken.
+        with self.meter.phase("engine step", peak=self.meter.cuda):
+            finished = self.engine.step()
+        for stream in finished:
             name = stream.header.stream_id.rsplit("/", 1)[0]
             group = self._groups[name]
             group.logs[stream.header.stream_id] = stream
@@ -358,7 +366,9 @@ class RolloutService:
             return
         assert group.features is not None
         features = group.features.flatten(0, 1)
-        group.monitor.append(LogpDiff.of(behaviour_differences(self.backbone, [stream], [features])[0]))
+        with self.meter.phase("self-check"):
+            differences = behaviour_differences(self.backbone, [stream], [features])[0]
+        group.monitor.append(LogpDiff.of(differences))
 
     def _drop_late(self) -> None:
         now = time.monotonic()

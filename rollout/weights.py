@@ -18,14 +18,16 @@ from streams.messages import WeightsUpdate
 
 @dataclass(frozen=True)
 class StagedWeights:
-    """A fetched version, unpacked into tensors of the backbone's dtype and device, not yet running."""
+    """A fetched version, unpacked into tensors of the backbone's dtype, not yet running; on its device, or in host memory."""
 
     version: int
     tensors: dict[str, torch.Tensor]
 
     @classmethod
-    def stage(cls, update: WeightsUpdate, backbone: Backbone) -> StagedWeights:
-        """Unpack an update. Raises ValueError if it does not fit the backbone."""
+    def stage(cls, update: WeightsUpdate, backbone: Backbone, where: str = "device") -> StagedWeights:
+        """Unpack an update. where: `device` holds it beside the running weights (a short pause at the swap); `host` needs
+        no memory there and copies over at the swap. Raises ValueError if it does not fit the backbone.
+        """
         dtype = getattr(torch, update.dtype)
         wanted = sum(int(np.prod(shape)) for shape in update.shapes) * dtype.itemsize
         if len(update.buffer) != wanted:
@@ -34,13 +36,17 @@ class StagedWeights:
             )
         # The object store hands out read-only memory: one copy here is the staging buffer.
         flat = torch.from_numpy(np.array(update.buffer)).view(dtype)
+        if where == "host" and backbone.device.type == "cuda":
+            flat = flat.pin_memory()
         parameters = dict(backbone.model.named_parameters())
         tensors, at = {}, 0
         for name, shape in zip(update.names, update.shapes, strict=True):
             if name not in parameters or tuple(parameters[name].shape) != shape:
                 raise ValueError(f"weights of version {update.version}: {name} {shape} does not fit this backbone")
             size = int(np.prod(shape))
-            tensors[name] = flat[at : at + size].view(shape).to(parameters[name])
+            parameter = parameters[name]
+            device = parameter.device if where == "device" else flat.device
+            tensors[name] = flat[at : at + size].view(shape).to(device, parameter.dtype)
             at += size
         return cls(update.version, tensors)
 

@@ -20,8 +20,10 @@ import ray
 from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
+    DeviceInfo,
     GroupPayload,
     GroupSummary,
+    ProcessUsage,
     RolloutTask,
     ScriptTask,
     SwapReport,
@@ -52,11 +54,22 @@ class RolloutWorker:
         self._limits = ServiceLimits(cache_mb=cache_mb, deadline_s=deadline_s)
         self._service: RolloutService | None = None
 
-    async def build_tiny(self, folder: str, spec: TinySpec, seed: int) -> str:
-        """Write the tiny random checkpoint to `folder`. Here, because the driver loads no torch."""
+    async def device(self) -> DeviceInfo:
+        """What this worker would load onto, before it does."""
+        from streams.meter import device_info
+
+        return await asyncio.to_thread(device_info, ray.util.get_node_ip_address())
+
+    async def usage(self) -> ProcessUsage:
+        return ProcessUsage(f"rollout worker {self._worker}", self._ready().meter.usage())
+
+    async def build_tiny(self, folder: str, spec: TinySpec, seed: int, dtype: str) -> str:
+        """Write the random checkpoint to `folder`. Here, because the driver loads no torch."""
+        import torch
+
         from streams.tiny import build_tiny
 
-        return str(await asyncio.to_thread(build_tiny, Path(folder), spec, seed=seed))
+        return str(await asyncio.to_thread(build_tiny, Path(folder), spec, seed=seed, dtype=getattr(torch, dtype)))
 
     async def setup(self, setup: WorkerSetup) -> WorkerInfo:
         """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""

@@ -20,12 +20,47 @@ from streams.task import StreamTask
 from streams.turns import ParsedTurn
 from streams.video import VideoConfig
 
-MESSAGES_VERSION = 2
+MESSAGES_VERSION = 3
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What an actor computes on. key: equal for actors that share it. free: bytes that nobody holds at the moment; held:
+    those that the actor itself does.
+    """
+
+    key: str
+    name: str
+    cuda: bool
+    total: int
+    free: int
+    held: int = 0
+
+
+@dataclass(frozen=True)
+class PhaseUsage:
+    """One kind of work of a process: seconds and calls so far; peak: most bytes held on the device at once meanwhile."""
+
+    seconds: float
+    calls: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class ProcessUsage:
+    """Where the time and memory of an actor went since its setup. compiles: kernels compiled."""
+
+    process: str
+    phases: dict[str, PhaseUsage]
+    compiles: int = 0
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a rollout worker needs before its first group."""
+    """What a rollout worker needs before its first group.
+
+    kv_slots: tokens of its KV pool. staging: where fetched weights wait, `device` or `host`.
+    """
 
     checkpoint: str
     dtype: str
@@ -34,10 +69,11 @@ class WorkerSetup:
     video: VideoConfig
     freeze: str
     max_streams: int
-    kv_memory_mb: int
+    kv_slots: int
     monitor_every: int
     run_seed: int
     version: int = 0
+    staging: str = "device"
     messages_version: int = MESSAGES_VERSION
 
 

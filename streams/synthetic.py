@@ -49,7 +49,7 @@ chunk.
 @dataclass(frozen=True)
 class SyntheticConfig:
     """Hydra key `data.synthetic`. window: chunks of memory that a recall must outlast. *_turns: length in
-    chunks.
+    chunks. full_length: every clip lasts max_turns. frame: [height, width] in pixels, even; empty = several small sizes.
     """
 
     train_clips: int = 240
@@ -59,8 +59,16 @@ class SyntheticConfig:
     chunk_seconds: float = 1.0
     min_turns: int = 10
     max_turns: int = 20
+    full_length: bool = False
+    frame: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # Lists come from YAML.
+        object.__setattr__(self, "frame", tuple(self.frame))
+        if self.frame and (len(self.frame) != 2 or any(side < 16 or side % 2 for side in self.frame)):
+            raise ValueError(
+                f"data.synthetic.frame={list(self.frame)} must be [height, width], both even and at least 16 pixels, or empty"
+            )
         for name in ("train_clips", "heldout_per_mode", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.synthetic.{name}={getattr(self, name)} must be at least 1")
@@ -136,8 +144,10 @@ def make_task(config: SyntheticConfig, split: str, index: int, mode: str, colour
     rng = _rng(config, split, index)
     shapes, asked, due = _MAKERS[mode](config, rng, colour)
     chunks = max(config.min_turns, due + 1 + TAIL_CHUNKS + int(rng.integers(0, 3)))
-    chunks = min(chunks, config.max_turns)
-    height, width = SIZES[rng.integers(len(SIZES))]
+    chunks = config.max_turns if config.full_length else min(chunks, config.max_turns)
+    # Drawn in any case: the other settings must not change what a seed gives.
+    size = SIZES[rng.integers(len(SIZES))]
+    height, width = config.frame or size
     scene = Scene(
         chunks=chunks,
         chunk_seconds=config.chunk_seconds,

@@ -138,7 +138,8 @@ def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig | Qwen3VLCo
     }
     tied = spec.tie_embeddings
     if spec.model_type == "qwen2_5_vl":
-        vision_config |= {"tokens_per_second": 2, "fullatt_block_indexes": [spec.vision_depth - 1]}
+        whole = list(spec.full_attention) or [spec.vision_depth - 1]
+        vision_config |= {"tokens_per_second": 2, "fullatt_block_indexes": whole}
         return Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **ids)
     text_config |= {"head_dim": 2 * half}
     text_config["rope_parameters"] |= {"mrope_interleaved": True}
@@ -148,11 +149,12 @@ def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig | Qwen3VLCo
 
 
 def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embedding_std: float = 0.5) -> None:
-    """Xavier on every matrix, normal embeddings, small random biases; norms keep their ones."""
+    """Xavier on every matrix, normal embeddings, small random biases; norms are 1, their biases 0. Sets every parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_q" in name:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             if "embed_tokens" in name:
                 parameter.normal_(0.0, embedding_std, generator=generator)
@@ -162,13 +164,28 @@ def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embeddin
                 parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def build_tiny(path: Path, spec: TinySpec | None = None, *, seed: int = 0, gain: float = 1.0, std: float = 0.5) -> Path:
-    """Write a tiny checkpoint (model, tokenizer, chat template, image processor settings) to `path`."""
+def build_tiny(
+    path: Path,
+    spec: TinySpec | None = None,
+    *,
+    seed: int = 0,
+    gain: float = 1.0,
+    std: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a random checkpoint (model, tokenizer, chat template, image processor settings) to `path`.
+
+    std: of the embeddings, None = the spec's.
+    """
     spec = spec or TinySpec()
     transformers_logging.disable_progress_bar()
     tokenizer = build_tokenizer(spec.model_type)
-    model = AutoModelForImageTextToText.from_config(build_config(spec, tokenizer))
-    initialise(model, seed, gain=gain, embedding_std=std)
+    # Without memory first: at 3B, transformers' own initialisation would take longer than ours and be thrown away.
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(build_config(spec, tokenizer), dtype=dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    initialise(model, seed, gain=gain, embedding_std=spec.embedding_std if std is None else std)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

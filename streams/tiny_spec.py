@@ -1,4 +1,4 @@
-"""Shape of a tiny backbone (Hydra key `model.tiny`); `streams.tiny` builds it.
+"""Shape of a random backbone, tiny unless told otherwise (Hydra key `model.tiny`); `streams.tiny` builds it.
 
 Owner: streams. Importing it loads neither torch nor transformers: the configuration needs it on every command line.
 """
@@ -13,10 +13,12 @@ from streams.pretrained import SUPPORTED_MODEL_TYPES
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Shape of the tiny backbone. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do.
+    """Shape of the random backbone. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do.
 
     head_dim: of the text model, 0 = hidden / heads (Qwen2.5-VL has no other). deepstack: vision layers whose features go
-    into the first text layers (Qwen3-VL only).
+    into the first text layers (Qwen3-VL only). full_attention: vision layers that see the whole frame (Qwen2.5-VL; empty =
+    the last one). embedding_std: of the normal that embeddings are drawn from; with tied embeddings and a wide model, 0.5
+    makes every choice certain.
     """
 
     model_type: str = "qwen2_5_vl"
@@ -35,10 +37,20 @@ class TinySpec:
     head_dim: int = 0
     patch_size: int = 14
     deepstack: tuple[int, ...] = ()
+    full_attention: tuple[int, ...] = ()
+    embedding_std: float = 0.5
 
     def __post_init__(self) -> None:
         # Lists come from YAML.
         object.__setattr__(self, "deepstack", tuple(self.deepstack))
+        object.__setattr__(self, "full_attention", tuple(self.full_attention))
+        if not all(0 <= layer < self.vision_depth for layer in self.full_attention):
+            raise ValueError(
+                f"model.tiny.full_attention={list(self.full_attention)} must name vision layers below "
+                f"model.tiny.vision_depth={self.vision_depth}"
+            )
+        if not 0 < self.embedding_std < math.inf:
+            raise ValueError(f"model.tiny.embedding_std={self.embedding_std} must be a positive number")
         if self.model_type not in SUPPORTED_MODEL_TYPES:
             raise ValueError(
                 f"model.tiny.model_type={self.model_type!r} is not one of {', '.join(SUPPORTED_MODEL_TYPES)}"

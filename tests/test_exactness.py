@@ -53,7 +53,7 @@ def streams(backbone, memory, count, seed=0, low=5, high=14):
 
 
 def differences(backbone, logs, requests):
-    return np.concatenate(behaviour_differences(backbone, logs, [joined_features(r) for r in requests]))
+    return np.abs(np.concatenate(behaviour_differences(backbone, logs, [joined_features(r) for r in requests])))
 
 
 def rescored_with(backbone, logs, requests, expiry_of):
@@ -203,7 +203,7 @@ class TestPlantedDeepstackDefects:
             )
 
         features = [damaged(joined_features(r)) for r in requests]
-        diff = np.concatenate(behaviour_differences(backbone, logs, features))
+        diff = np.abs(np.concatenate(behaviour_differences(backbone, logs, features)))
         assert diff.max() <= FP64_BAR if defect == "none" else diff.max() > TestPlantedDefects.CAUGHT
 
     def test_levels_without_their_layers_are_caught(self, with_levels, monkeypatch):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,12 @@ import torch
 from conf.schema import DataConfig, JobConfig, ModelConfig, RunConfig
 from learner.config import LearnerConfig
 from learner.forward import encode_media
-from rl.disk import BYTES, OPTIMIZER_BYTES, checkpoint_size
+from rl.disk import OPTIMIZER_BYTES, checkpoint_size
 from rl.features import check_features, chunk_size
+from rl.footprint import BYTES
 from streams.backbone import Backbone, to_array
-from streams.freezing import FREEZE_MODES, parameter_name, trained
+from streams.freezing import FREEZE_MODES, trained
+from streams.geometry import ModelGeometry
 from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import score_rows
@@ -79,21 +79,19 @@ def test_the_disk_estimate_counts_what_the_learner_trains(tmp_path, spec, mode, 
     backbone.freeze(mode, patterns)
     total = sum(p.numel() for p in backbone.model.parameters())
     training = sum(p.numel() for p in backbone.trainable().values())
-    size = checkpoint_size(path, LearnerConfig(freeze=mode, freeze_names=patterns))
+    size = checkpoint_size(ModelGeometry.read(path), LearnerConfig(freeze=mode, freeze_names=patterns))
     assert size.export == total * BYTES["float32"]
     assert size.resume == size.export + training * OPTIMIZER_BYTES
     assert 0 < training <= total
     assert (training < total) == (mode != "none")
 
 
-def test_names_in_a_file_are_those_of_the_parameters(tmp_path):
-    from safetensors import safe_open
-
-    for name, spec in SPECS.items():
-        path = build_tiny(tmp_path / name, spec)
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            stored = {parameter_name(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        assert stored == {n for n, _ in Backbone.load(path, LayoutConfig()).model.named_parameters()}
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_names_in_a_file_are_those_of_the_parameters(tmp_path, spec):
+    path = build_tiny(tmp_path, spec)
+    assert ModelGeometry.read(path).parameters == {
+        name: p.numel() for name, p in Backbone.load(path, LayoutConfig()).model.named_parameters()
+    }
 
 
 def test_the_cold_start_may_freeze_other_names():
@@ -221,23 +219,31 @@ def test_the_estimate_is_the_real_size_where_frames_fill_the_pixel_budget(tmp_pa
         "pre_merger": backbone.encode_pre_merger([clip])[0].nbytes,
         "features": backbone.encode_video([clip])[0].nbytes,
     }
-    model = json.loads((path / "config.json").read_text())
+    geometry = ModelGeometry.read(path)
     for kind, nbytes in real.items():
-        assert chunk_size(model, kind, dtype, video).nbytes * turns == nbytes, kind
+        assert chunk_size(geometry, kind, dtype, video).nbytes * turns == nbytes, kind
 
 
-def test_published_shapes_are_read_from_what_their_configs_say():
-    """Qwen2.5-VL-3B's first release has no text_config; Qwen3-VL-2B's has."""
-    vision = {"hidden_size": 1280, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    three = {"model_type": "qwen2_5_vl", "hidden_size": 2048, "vision_config": vision}
-    video = VideoConfig(max_pixels=192 * 28 * 28)
-    assert chunk_size(three, "pre_merger", "bfloat16", video).nbytes == 192 * 4 * 1280 * 2
-    assert chunk_size(three, "features", "bfloat16", video).nbytes == 192 * 2048 * 2
-    vision = {"hidden_size": 1024, "deepstack_visual_indexes": [5, 11, 17], "patch_size": 16}
-    two = {"model_type": "qwen3_vl", "text_config": {"hidden_size": 2048}, "vision_config": vision}
-    video = VideoConfig(frames_per_chunk=4, max_pixels=100 * 32 * 32 + 31)
-    assert chunk_size(two, "pre_merger", "bfloat16", video).nbytes == 2 * 100 * 4 * 1024 * 4 * 2
-    assert chunk_size(two, "features", "bfloat16", video).nbytes == 2 * 100 * 2048 * 4 * 2
+THREE_B = ModelGeometry(
+    model_type="qwen2_5_vl",
+    layers=36,
+    hidden=2048,
+    mlp=11008,
+    heads=16,
+    kv_heads=2,
+    head_dim=128,
+    vocab=151936,
+    tied=True,
+    vision_layers=32,
+    vision_hidden=1280,
+    vision_mlp=3420,
+    patch_size=14,
+    merge_size=2,
+    temporal_patch_size=2,
+    deepstack_levels=0,
+    parameters={},
+)
+"""Qwen2.5-VL-3B."""
 
 
 def run_config(cache_mb, freeze, stages=("sft", "rl"), **data):
@@ -250,36 +256,28 @@ def run_config(cache_mb, freeze, stages=("sft", "rl"), **data):
     )
 
 
-@pytest.fixture
-def three_b(tmp_path) -> Path:
-    vision = {"hidden_size": 1280, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    config = {"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 2048}, "vision_config": vision}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
-
-
-def test_what_clips_weigh_is_said_at_the_start_of_a_stage(three_b):
-    line = check_features(run_config(512, "tower"), three_b, "rl", 120)
+def test_what_clips_weigh_is_said_at_the_start_of_a_stage():
+    line = check_features(run_config(512, "tower"), THREE_B, "rl", 120)
     assert "clips of rl travel as pre_merger (learner.freeze=tower)" in line
     assert "192 tokens x 5120 x 2 bytes = 1.9 MiB, the longest clip (120 turns) 0.22 GiB" in line
     assert "data.cache_mb=512 holds 2 such clips on each worker" in line
-    assert "2048 x 2 bytes = 0.8 MiB" in check_features(run_config(512, "tower+merger"), three_b, "rl", 120)
+    assert "2048 x 2 bytes = 0.8 MiB" in check_features(run_config(512, "tower+merger"), THREE_B, "rl", 120)
     assert "clips of sft travel as frames: a chunk of at most 301,056 pixels x 3 x 1 bytes" in check_features(
-        run_config(512, "tower"), three_b, "sft", 120
+        run_config(512, "tower"), THREE_B, "sft", 120
     )
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
-def test_a_budget_below_one_clip_is_refused_before_the_cold_start_with_two_ways_out(three_b, stage):
+def test_a_budget_below_one_clip_is_refused_before_the_cold_start_with_two_ways_out(stage):
     with pytest.raises(ValueError, match=r"data\.cache_mb=224 holds 0 such clips") as error:
-        check_features(run_config(224, "tower"), three_b, stage, 120)
+        check_features(run_config(224, "tower"), THREE_B, stage, 120)
     assert "120 turns" in str(error.value)
     assert "set data.cache_mb to 225 or more" in str(error.value)
     assert "data.video.max_pixels" in str(error.value)
     # 120 x 192 x 5120 x 2 bytes are 225 MiB to the byte: as much is enough.
-    assert "holds 1 such clips" in check_features(run_config(225, "tower"), three_b, "rl", 120)
+    assert "holds 1 such clips" in check_features(run_config(225, "tower"), THREE_B, "rl", 120)
 
 
-def test_frames_need_no_budget(three_b):
-    assert "holds 0 such clips" in check_features(run_config(1, "none"), three_b, "rl", 120)
-    assert "holds 0 such clips" in check_features(run_config(1, "tower", stages=("sft",)), three_b, "sft", 120)
+def test_frames_need_no_budget():
+    assert "holds 0 such clips" in check_features(run_config(1, "none"), THREE_B, "rl", 120)
+    assert "holds 0 such clips" in check_features(run_config(1, "tower", stages=("sft",)), THREE_B, "sft", 120)

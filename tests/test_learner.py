@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def service(tmp_path_factory, checkpoint):
         video=VideoConfig(),
         freeze="tower+merger",
         max_streams=16,
-        kv_memory_mb=8,
+        kv_slots=4096,
         monitor_every=0,
         run_seed=0,
     )
@@ -204,10 +204,9 @@ def test_a_rewarded_stream_becomes_more_likely_and_a_punished_one_less(engine, g
 
 
 def scores_of(backbone, logs, features):
-    """Log-probs of the sampled tokens now: `behaviour_differences` gives distances, the sign comes from a shift."""
-    shifted = [replace(log, behaviour_logp=np.where(log.sampled, -1e3, np.nan)) for log in logs]
-    found = behaviour_differences(backbone, shifted, [features] * len(logs))
-    return [difference - 1e3 for difference in found]
+    """Log-probs of the sampled tokens now."""
+    found = behaviour_differences(backbone, logs, [features] * len(logs))
+    return [log.behaviour_logp[log.sampled] + difference for log, difference in zip(logs, found, strict=True)]
 
 
 def test_greedy_streams_are_refused_for_training_by_name_and_can_be_scored(engine, service, tasks, groups):

@@ -12,7 +12,8 @@ import ray
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
 from rewards.compose import RewardConfig
-from rl.cluster import Session, plan_bundles, wait_for
+from rl.cluster import Session, wait_for
+from rl.placement import plan_bundles
 from rollout.config import RolloutConfig
 from streams.memory import MemoryConfig
 from streams.messages import LearnerSetup, TrainBatch, TrainGroup

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
-from rl.cluster import placement_note, plan_bundles
+from rl.placement import placement_note, plan_bundles
 from rl.preflight import Bundle, Node, check_resources, unplaced
 from rollout.config import RolloutConfig
 from streams.memory import MemoryConfig

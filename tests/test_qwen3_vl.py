@@ -56,7 +56,7 @@ def open_service(checkpoint, freeze):
         video=VideoConfig(frames_per_chunk=4, max_pixels=64 * 64),
         freeze=freeze,
         max_streams=16,
-        kv_memory_mb=8,
+        kv_slots=4096,
         monitor_every=1,
         run_seed=0,
     )

@@ -149,5 +149,14 @@ def test_every_stream_is_packed_once_and_limits_hold(lengths, capacity, max_toke
 def test_an_empty_sample_is_none_and_merging_weighs_by_tokens():
     assert LogpDiff.of(np.zeros(0)) == LogpDiff(0, None, None)
     assert LogpDiff.merge([LogpDiff(), LogpDiff()]) == LogpDiff(0, None, None)
-    merged = LogpDiff.merge([LogpDiff(1, 1.0, 1.0), LogpDiff(), LogpDiff(3, 3.0, 5.0)])
-    assert merged == LogpDiff(4, 2.5, 5.0)
+    merged = LogpDiff.merge([LogpDiff(1, 1.0, 1.0, 0.5), LogpDiff(), LogpDiff(3, 3.0, 5.0, 1.5)])
+    assert merged == LogpDiff(4, 2.5, 5.0, 1.25)
+
+
+def test_k3_estimates_the_divergence_of_the_two_distributions():
+    rng = np.random.default_rng(0)
+    engine, learner = rng.dirichlet(np.ones(8)), rng.dirichlet(np.ones(8))
+    drawn = rng.choice(8, 200_000, p=engine)
+    found = LogpDiff.of(np.log(learner[drawn]) - np.log(engine[drawn]))
+    assert found.k3 == pytest.approx((engine * np.log(engine / learner)).sum(), rel=0.03)
+    assert LogpDiff.of(np.array([0.5, -0.5])).mean == 0.5

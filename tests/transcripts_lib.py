@@ -103,7 +103,7 @@ def make(folder: Path) -> dict[str, Made]:
         video=VIDEO,
         freeze="tower+merger",
         max_streams=4,
-        kv_memory_mb=32,
+        kv_slots=16384,
         monitor_every=0,
         run_seed=5,
     )

@@ -93,7 +93,7 @@ def behaviour_differences(
     max_tokens: int = 16384,
     attention: str = "sdpa",
 ) -> list[np.ndarray]:
-    """|behaviour - re-scored| log-prob of every sampled token, one float64 array per log.
+    """Re-scored minus behaviour log-prob of every sampled token, one float64 array per log.
 
     features: per log [video tokens, F], as they were embedded. All logs must share one score temperature.
     """
@@ -115,5 +115,5 @@ def behaviour_differences(
         stream, index = rows.stream.numpy(), rows.target_index.numpy()
         for i in members:
             mine = stream == i
-            out[i] = np.abs(logp[mine] - logs[i].behaviour_logp[index[mine]])
+            out[i] = logp[mine] - logs[i].behaviour_logp[index[mine]]
     return out

@@ -12,17 +12,27 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LogpDiff:
-    """|behaviour - re-scored| log-prob over `tokens` tokens; mean and max are None where there was no token."""
+    """|behaviour - re-scored| log-prob over `tokens` tokens; mean, max and k3 are None where there was no token.
+
+    k3: mean of exp(d) - 1 - d with d = re-scored - behaviour, an estimate of the KL divergence of the engine's
+    distribution from the learner's (Schulman's k3), in nats.
+    """
 
     tokens: int = 0
     mean: float | None = None
     max: float | None = None
+    k3: float | None = None
 
     @classmethod
     def of(cls, differences: np.ndarray) -> LogpDiff:
+        """differences: float [tokens], re-scored minus behaviour, signed."""
         if not len(differences):
             return cls()
-        return cls(len(differences), float(differences.mean()), float(differences.max()))
+        size = np.abs(differences)
+        # A difference that overflows makes the estimate infinite, which says enough.
+        with np.errstate(over="ignore", invalid="ignore"):
+            k3 = np.expm1(differences) - differences
+        return cls(len(size), float(size.mean()), float(size.max()), float(k3.mean()))
 
     @classmethod
     def merge(cls, parts: list[LogpDiff]) -> LogpDiff:
@@ -30,5 +40,11 @@ class LogpDiff:
         tokens = sum(part.tokens for part in full)
         if not tokens:
             return cls()
-        mean = sum(part.tokens * (part.mean or 0.0) for part in full) / tokens
-        return cls(tokens, mean, max(part.max or 0.0 for part in full))
+
+        def mean(values: list[float | None]) -> float | None:
+            # Of a part from before k3 was kept, nothing is known.
+            if any(value is None for value in values):
+                return None
+            return sum(part.tokens * (value or 0.0) for part, value in zip(full, values, strict=True)) / tokens
+
+        return cls(tokens, mean([p.mean for p in full]), max(p.max or 0.0 for p in full), mean([p.k3 for p in full]))

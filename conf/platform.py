@@ -1,0 +1,122 @@
+"""Typed settings of the platform a run stands on: weights on their way, checkpoints, tracking, cluster.
+
+Owner: conf. Part of the schema; `conf.schema` assembles it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+PLACEMENTS = ("auto", "colocated", "separated", "cpu")
+
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the programs that `ray job submit` starts."""
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """max_lag: a worker more versions behind the learner gets no new task.
+
+    staging: where fetched weights wait for the swap: `device`, beside the running ones (the shortest pause), or `host`.
+    """
+
+    max_lag: int = 1
+    staging: str = "device"
+
+    def __post_init__(self) -> None:
+        if self.staging not in ("device", "host"):
+            raise ValueError(f"weights.staging={self.staging!r} is not one of device, host")
+        if self.max_lag < 0:
+            raise ValueError(f"weights.max_lag={self.max_lag} must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: optimiser steps between checkpoints of SFT and RL (0 = only at the end of each).
+
+    keep: how many of a stage stay on disk. optimizer: `all` of them with optimiser state, or only the `latest` (an older
+    one then resumes with fresh moments). grace_s: from SIGTERM to the end of the process, with exit status
+    requeue_status, which a scheduler takes for "run the same command again".
+    """
+
+    every: int = 20
+    keep: int = 2
+    optimizer: str = "all"
+    grace_s: float = 60.0
+    requeue_status: int = 75
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every={self.every} must not be negative")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+        if self.optimizer not in ("all", "latest"):
+            raise ValueError(f"checkpoint.optimizer={self.optimizer!r} is not one of all, latest")
+        if not 0 < self.grace_s < math.inf or not 1 <= self.requeue_status <= 255:
+            raise ValueError(
+                f"checkpoint.grace_s={self.grace_s} must be positive and checkpoint.requeue_status="
+                f"{self.requeue_status} in 1..255"
+            )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """uri: an MLflow server; empty = a SQLite file under run_root. Tracking never stops training."""
+
+    enabled: bool = True
+    uri: str = ""
+    experiment: str = "sightline"
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """placement: `colocated` = rollout workers on the learner ranks' GPUs, `separated` = a GPU for each actor, `cpu`, or
+    `auto` = the first of separated, colocated and cpu that the cluster has the GPUs for.
+
+    address: empty starts a local Ray, unless `ray job submit` started this program: then its cluster is used. `auto` is
+    the cluster that RAY_ADDRESS names or that runs on this machine; HOST:PORT the head of another one. num_cpus: CPUs of
+    the local Ray (0 = all). actor_cpus: CPUs each actor reserves. start_timeout_s: until every node and every actor
+    answers, and until other runs free what the actors need. call_timeout_s: of any single call (a group, a step, a save).
+    """
+
+    address: str = ""
+    placement: str = "auto"
+    num_cpus: int = 0
+    actor_cpus: float = 0.25
+    start_timeout_s: float = 180.0
+    call_timeout_s: float = 600.0
+    log_to_driver: bool = False
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"cluster.placement={self.placement!r} is not one of {', '.join(PLACEMENTS)}")
+        if self.num_cpus < 0 or not 0 < self.actor_cpus < math.inf:
+            raise ValueError(
+                f"cluster.num_cpus={self.num_cpus} must be >= 0 and cluster.actor_cpus={self.actor_cpus} > 0"
+            )
+        if not (0 < self.start_timeout_s < math.inf and 0 < self.call_timeout_s < math.inf):
+            raise ValueError(
+                f"cluster.start_timeout_s={self.start_timeout_s} and cluster.call_timeout_s={self.call_timeout_s} must be "
+                "positive numbers of seconds"
+            )
+        if "://" in self.address:
+            raise ValueError(
+                f"cluster.address={self.address}: the driver has to run on a node of the cluster, so this is not an URL; "
+                "use auto or HOST:PORT there, or from elsewhere `ray job submit --address http://HEAD:8265 ...`"
+            )
+        if self.address not in ("", "auto") and not self.address.rpartition(":")[2].isdigit():
+            raise ValueError(
+                f"cluster.address={self.address!r} is neither auto nor HOST:PORT (the head's port, e.g. 6379)"
+            )
+        if self.address and self.num_cpus:
+            raise ValueError(
+                f"cluster.num_cpus={self.num_cpus} sizes a local Ray; the cluster at cluster.address={self.address} has "
+                "the CPUs that its nodes were started with"
+            )
+
+    @property
+    def existing(self) -> str:
+        """Address of the existing cluster to use; empty = start a local Ray."""
+        return self.address or ("auto" if RAY_JOB_VARIABLE in os.environ else "")

@@ -1,0 +1,159 @@
+"""Whether what a run will hold fits its devices, and how large the KV pools may be.
+
+Owner: rl. Pure: judges footprints against what the actors report of their devices, before any of them loads a weight.
+Invariants: what cannot fit is refused with the arithmetic and ways out; a pool holds at least the largest stream; all
+workers get pools of one size; a pool is never larger than its streams can fill.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from conf.schema import RunConfig
+from learner.config import LearnerConfig
+from rl.footprint import Footprint, StreamSize, gib, learner_footprint, slot_bytes, trained_numbers, worker_footprint
+from streams.geometry import ModelGeometry
+from streams.messages import DeviceInfo
+from streams.task import StreamTask
+
+MARGIN = 0.06
+"""Of a device's free memory, left alone: the allocator's fragments, libraries' workspaces."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process and its device. kv: whether it has a KV pool, whose size is still to be found."""
+
+    footprint: Footprint
+    device: DeviceInfo
+    kv: bool = False
+
+
+@dataclass(frozen=True)
+class PoolNeed:
+    """slot: bytes of one token. largest: tokens of the largest stream at once; streams: at most, at once.
+
+    given: bytes of the pool as configured, 0 = what is left.
+    """
+
+    slot: int
+    largest: int
+    streams: int
+    given: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """kv_slots of every worker's pool; lines: the arithmetic, for the terminal; footprints: by process name."""
+
+    kv_slots: int
+    lines: tuple[str, ...]
+    footprints: tuple[Footprint, ...]
+
+
+def plan_memory(processes: list[Process], need: PoolNeed, describe_pool: Callable[[int], Footprint]) -> MemoryPlan:
+    """The sizes of all pools. describe_pool: a worker's footprint with a pool of that many bytes. Raises ValueError."""
+    wanted = need.given // need.slot if need.given else need.largest * need.streams
+    slots = wanted
+    for device, here in _by_device(processes).items():
+        pools = sum(process.kv for process in here)
+        fixed = sum(process.footprint.total for process in here)
+        room = int(device.free * (1 - MARGIN))
+        left = room - fixed
+        words = f"{device.name} has {gib(device.free)} free ({MARGIN:.0%} of it stay so) for {_listed(here)}"
+        if left < 0:
+            raise ValueError(f"{words}: {gib(fixed)}, {gib(-left)} too many. {_ways_out(device, pools)}")
+        if pools:
+            possible = left // pools // need.slot
+            if need.given and possible < wanted:
+                raise ValueError(
+                    f"{words}: {gib(fixed)}; {gib(left)} are left for {pools} KV pools, but rollout.kv_memory_mb asks for "
+                    f"{gib(need.given)} each. Lower it (0 takes what is left), or {_ways_out(device, pools)}"
+                )
+            slots = min(slots, possible)
+    if slots < need.largest:
+        source = "rollout.kv_memory_mb" if need.given else "what is left of the device"
+        raise ValueError(
+            f"the largest stream may hold {need.largest:,} tokens in the KV pool, {need.slot:,} bytes each: "
+            f"{gib(need.largest * need.slot)}, but {source} gives each pool {slots:,} slots ({gib(slots * need.slot)}): raise "
+            "rollout.kv_memory_mb or leave it at 0, or hold less: memory.window, data.video.max_pixels, data.max_turns"
+        )
+    found = [describe_pool(slots * need.slot) if p.kv else p.footprint for p in processes]
+    distinct = tuple(dict.fromkeys(found))
+    return MemoryPlan(slots, tuple(_lines(processes, found)), distinct)
+
+
+def _by_device(processes: list[Process]) -> dict[DeviceInfo, list[Process]]:
+    """Processes by the device that they share; of what each saw free of it, the least counts."""
+    by_key: dict[str, list[Process]] = {}
+    for process in processes:
+        by_key.setdefault(process.device.key, []).append(process)
+    return {min((p.device for p in here), key=lambda d: d.free): here for here in by_key.values()}
+
+
+def _lines(processes: list[Process], found: list[Footprint]) -> list[str]:
+    lines = [f"memory estimate: {footprint.line()}" for footprint in dict.fromkeys(found)]
+    for device, here in _by_device(processes).items():
+        total = sum(f.total for p, f in zip(processes, found, strict=True) if p in here)
+        lines.append(f"memory estimate: {gib(total)} of the {gib(device.free)} free on {device.name}")
+    return lines
+
+
+def _listed(here: list[Process]) -> str:
+    counts = Counter(process.footprint for process in here)
+    return ", ".join((f"{count} x " if count > 1 else "") + footprint.line() for footprint, count in counts.items())
+
+
+def _ways_out(device: DeviceInfo, pools: int) -> str:
+    ways = (
+        ["learner.offload=cpu", "learner.freeze=tower+merger"] if device.cuda else ["a smaller model", "fewer workers"]
+    )
+    ways += ["learner.activation_checkpointing=true", "a smaller learner.micro_batch_tokens or learner.head_chunk"]
+    if device.cuda and pools:
+        ways.append("rollout workers on GPUs of their own (cluster.placement=separated)")
+    return f"Ways out: {', '.join(ways)}"
+
+
+def plan_run(
+    config: RunConfig,
+    stages: dict[str, LearnerConfig],
+    geometry: ModelGeometry,
+    tasks: tuple[StreamTask, ...],
+    devices: tuple[list[DeviceInfo], list[DeviceInfo]],
+) -> MemoryPlan:
+    """For the stages that the run will train (name -> its learner), on the devices of ranks and workers.
+
+    What is planned holds for all of them: the learner of the hungriest, one size of KV pool. Raises ValueError.
+    """
+    learner_devices, worker_devices = devices
+    stream = StreamSize.largest(config, tasks, geometry)
+
+    def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
+        return learner_footprint(
+            geometry,
+            learner,
+            trained_numbers(geometry, learner),
+            stream,
+            config.sft.batch if stage == "sft" else config.streams_per_step,
+            tower_trains=learner.freeze == "none",
+            reference=stage == "rl" and config.algorithm.kl_coef > 0,
+            flex=learner.attention == "flex" or (learner.attention == "auto" and device.cuda),
+        )
+
+    def worker(kv_bytes: int) -> Footprint:
+        trained = trained_numbers(geometry, config.learner)
+        return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes)
+
+    processes = [Process(worker(0), device, kv=True) for device in worker_devices]
+    for device in learner_devices if stages else []:
+        found = [learner_of(stage, learner, device) for stage, learner in stages.items()]
+        processes.append(Process(max(found, key=lambda footprint: footprint.total), device))
+    need = PoolNeed(
+        slot=slot_bytes(geometry, config.model.dtype),
+        largest=stream.live(config),
+        streams=config.rollout.max_streams,
+        given=config.rollout.kv_memory_mb * 2**20,
+    )
+    return plan_memory(processes, need, worker)

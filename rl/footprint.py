@@ -1,0 +1,206 @@
+"""Bytes that the processes of a run will hold on their devices, known before any weight is loaded.
+
+Owner: rl. Pure. Weights, KV pool, optimiser and feature sizes are exact; what a forward and a backward hold is a count of
+the tensors that autograd keeps (checked against it in the tests) and of the largest temporaries behind them. CUDA's own
+context is not a tensor: `CONTEXT` is set aside for every process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from conf.schema import RunConfig
+from learner.config import LearnerConfig
+from streams.freezing import trained
+from streams.geometry import ModelGeometry
+from streams.memory import make_policy
+from streams.task import StreamTask
+
+BYTES = {"float32": 4, "bfloat16": 2}
+CONTEXT = 640 * 2**20
+"""Of the CUDA driver, its libraries and their workspaces, for every process that opens a device."""
+SCAFFOLD = 13
+TIMESTAMP = 11
+"""Tokens of a turn's scaffold, and of a timestamp with its own vision tags (one for every temporal patch), at most."""
+ZERO_BUCKET = 500_000_000
+"""Numbers in DeepSpeed's gradient bucket (its default), in the learner's dtype."""
+
+
+@dataclass(frozen=True)
+class StreamSize:
+    """The largest stream of a run: turns, video and other tokens of one turn, tokens outside of turns."""
+
+    turns: int
+    video: int
+    text: int
+    fixed: int
+
+    @classmethod
+    def largest(cls, config: RunConfig, tasks: tuple[StreamTask, ...], geometry: ModelGeometry) -> StreamSize:
+        """Upper bound over the tasks; frames count as data.video.max_pixels."""
+        patches = config.data.video.frames_per_chunk // geometry.temporal_patch_size
+        stamps = TIMESTAMP * patches if geometry.deepstack_levels else 0
+        queries = max((sum(len(q.text.encode()) for q in task.queries) for task in tasks), default=0)
+        return cls(
+            turns=max((config.data.turns_of(task) for task in tasks), default=1),
+            video=patches * (config.data.video.max_pixels // geometry.token_side**2),
+            text=SCAFFOLD + stamps + config.layout.max_new_tokens,
+            # Byte-level BPE: a text of n bytes has about n / 4 tokens.
+            fixed=8 + len(config.layout.system_prompt.encode()) // 4 + queries // 4,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole log."""
+        return self.fixed + self.turns * (self.video + self.text)
+
+    def live(self, config: RunConfig) -> int:
+        """At most in memory at once."""
+        return make_policy(config.memory).max_live_tokens(
+            per_turn=self.video + self.text, fixed=self.fixed, video_per_turn=self.video, turns=self.turns
+        )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one process holds on its device at its peak, by part; host: what it also holds in host memory."""
+
+    process: str
+    parts: tuple[tuple[str, int], ...]
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, size in self.parts)
+
+    def line(self) -> str:
+        """`learner 6.1 GiB (weights 0.9 + optimiser 3.7 + ...)`."""
+        inside = " + ".join(f"{name} {gib(size)}" for name, size in self.parts if size)
+        beside = f", and {gib(self.host)} of host memory" if self.host else ""
+        return f"{self.process} {gib(self.total)} ({inside}){beside}"
+
+
+def layer_bytes(geometry: ModelGeometry, width: int, *, dense: bool) -> tuple[int, int]:
+    """(what autograd keeps of one text layer, largest temporaries of its backward) per token; width: bytes of a number.
+
+    Norms keep their input in float32. dense: keys and values are repeated for every query head (SDPA with a mask).
+    """
+    query, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    norms = 2 * (4 + 2 * width) * geometry.hidden
+    attention = 2 * width * query + 2 * width * (query if dense else kv)
+    if geometry.model_type == "qwen3_vl":
+        attention += (4 + 2 * width) * (query + kv)
+    mlp = 4 * width * geometry.mlp
+    return norms + attention + mlp, 3 * width * geometry.mlp + 12 * geometry.hidden
+
+
+def micro_batch_tokens(learner: LearnerConfig, stream: StreamSize, streams: int) -> int:
+    """Padded tokens of the learner's largest forward, for `streams` streams a step."""
+    share = math.ceil(streams / learner.ranks) * stream.tokens
+    return max(stream.tokens, min(learner.micro_batch_tokens, share))
+
+
+def learner_footprint(
+    geometry: ModelGeometry,
+    learner: LearnerConfig,
+    trained: int,
+    stream: StreamSize,
+    streams: int,
+    *,
+    tower_trains: bool,
+    reference: bool,
+    flex: bool,
+) -> Footprint:
+    """Of one rank. trained: numbers that train; streams: of one step; flex: FlexAttention, else SDPA with a dense mask."""
+    width, ranks = BYTES[learner.dtype], learner.ranks
+    total, stage = geometry.total, learner.zero_stage
+    tokens = micro_batch_tokens(learner, stream, streams)
+    kept, transient = layer_bytes(geometry, width, dense=not flex)
+    if learner.activation_checkpointing:
+        layers = geometry.layers * geometry.hidden * width + kept
+    else:
+        layers = geometry.layers * kept
+    activations = tokens * (layers + transient)
+    if not flex:
+        # The mask and its additive copy.
+        activations += tokens * stream.tokens * 5
+    chunk = min(learner.head_chunk, math.ceil(tokens * stream.text / max(1, stream.video + stream.text)))
+    head = chunk * geometry.vocab * 18
+    media = tokens * geometry.feature_width * width
+    if learner.freeze == "tower":
+        # The rows before the mergers, and what the mergers keep: their normalised form and both sides of the activation.
+        media += tokens * 5 * geometry.pre_merger_width * width
+    vision = _tower_bytes(geometry, stream, width) if tower_trains else 0
+    # During the backward there are gradients, activations and a bucket; during the optimiser's step the flat gradients.
+    gradients = trained * width
+    if stage:
+        masters, moments = (4 * trained // ranks, 8 * trained // ranks)
+        bucket = min(ZERO_BUCKET, trained) * width
+        backward = gradients + activations + max(head, bucket) + media + vision
+        step = gradients + trained * width + 4 * trained // ranks
+    else:
+        masters, moments = 0, 8 * trained
+        backward = gradients + activations + head + media + vision
+        step = gradients
+    weights = (total * width) // ranks + 2 * 2**28 if stage == 3 and ranks > 1 else total * width
+    offloaded = masters + moments if learner.offload == "cpu" else 0
+    working = ("backward", backward) if backward >= step else ("optimiser step", step)
+    return Footprint(
+        "learner" if ranks == 1 else "each learner rank",
+        (
+            ("weights", weights),
+            ("optimiser", masters + moments - offloaded),
+            ("reference", total * width if reference else 0),
+            working,
+        ),
+        host=offloaded + trained * width,
+    )
+
+
+def worker_footprint(
+    geometry: ModelGeometry, dtype: str, trained: int, stream: StreamSize, config: RunConfig, kv_bytes: int
+) -> Footprint:
+    """Of one rollout worker. trained: numbers that an update replaces."""
+    width = BYTES[dtype]
+    staged = trained * width if config.weights.staging == "device" else 0
+    streams = config.rollout.max_streams
+    # A step forwards at most one turn of every stream, and gathers the keys and values that each sees.
+    rows = streams * (stream.video + stream.text)
+    keys = streams * stream.live(config) * geometry.kv_values // geometry.layers * width
+    forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + 2 * keys
+    choosing = streams * geometry.vocab * 24
+    return Footprint(
+        "each rollout worker" if config.rollout.workers > 1 else "rollout worker",
+        (
+            ("weights", geometry.total * width),
+            ("staged weights", staged),
+            ("KV pool", kv_bytes),
+            ("a step", max(forward, choosing, _tower_bytes(geometry, stream, width, training=False))),
+        ),
+        host=0 if staged else trained * width,
+    )
+
+
+def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, *, training: bool = True) -> int:
+    """What encoding the longest clip takes: pixels as float32 and what the blocks hold."""
+    patches = stream.turns * stream.video * geometry.merge_size**2
+    pixels = 3 * geometry.temporal_patch_size * geometry.patch_size**2
+    block = width * (6 * geometry.vision_hidden + 3 * geometry.vision_mlp)
+    return patches * (2 * 4 * pixels + block * (geometry.vision_layers if training else 1))
+
+
+def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
+    """How many numbers train."""
+    names = trained(geometry.parameters, learner.freeze, learner.freeze_names)
+    return sum(geometry.parameters[name] for name in names)
+
+
+def slot_bytes(geometry: ModelGeometry, dtype: str) -> int:
+    """Bytes of one token in the KV pool."""
+    return geometry.kv_values * BYTES[dtype]
+
+
+def gib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

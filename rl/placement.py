@@ -1,0 +1,72 @@
+"""Which actor gets how much of a GPU.
+
+Owner: rl. Pure. Invariants: Ray never puts two learner ranks on one GPU (NCCL refuses that); a placement that was asked for
+by name is what the run gets, or the run stops with the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+from conf.schema import RunConfig
+from rl.preflight import Bundle
+
+RANK_SHARE = 0.6
+"""Of a GPU that a learner rank shares: more than half, so that Ray never puts two ranks on one."""
+
+
+def resolve_placement(config: RunConfig, cluster_gpus: float) -> str:
+    """`separated`, `colocated` or `cpu`. Raises ValueError if the one that is configured needs more GPUs."""
+    wanted, gpus = config.cluster.placement, int(cluster_gpus)
+    ranks, workers = config.learner.ranks, config.rollout.workers
+    if wanted == "cpu":
+        return "cpu"
+    if wanted == "auto":
+        return "separated" if gpus >= ranks + workers else "colocated" if gpus >= ranks else "cpu"
+    need = ranks + workers if wanted == "separated" else ranks
+    if gpus < need:
+        parts = f"learner.ranks={ranks}" + (f" + rollout.workers={workers}" if wanted == "separated" else "")
+        ways = "cluster.placement=colocated shares them, " if wanted == "separated" and gpus >= ranks else ""
+        raise ValueError(
+            f"cluster.placement={wanted} needs {need} GPUs ({parts}), the cluster has {gpus}: {ways}cluster.placement=auto "
+            "takes what is there, cluster.placement=cpu none; or bring more GPUs"
+        )
+    return wanted
+
+
+def gpu_shares(config: RunConfig, cluster_gpus: float) -> tuple[float, float]:
+    """GPUs of a learner rank and of a rollout worker."""
+    placement = resolve_placement(config, cluster_gpus)
+    if placement == "cpu":
+        return 0.0, 0.0
+    if placement == "separated":
+        return 1.0, 1.0
+    # Asked for by name, workers live on the ranks' GPUs; otherwise on all that there are.
+    hosts = config.learner.ranks if config.cluster.placement == "colocated" else int(cluster_gpus)
+    # Ray counts in ten thousandths.
+    return RANK_SHARE, math.floor((1 - RANK_SHARE) / -(-config.rollout.workers // hosts) * 1e4) / 1e4
+
+
+def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
+    """One bundle per actor: learner ranks, workers, scorer."""
+    cpus, ranks = config.cluster.actor_cpus, config.learner.ranks
+    rank_gpus, worker_gpus = gpu_shares(config, cluster_gpus)
+    learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, rank_gpus) for r in range(ranks)]
+    workers = [Bundle(f"rollout worker {i}", cpus, worker_gpus) for i in range(config.rollout.workers)]
+    return [*learners, *workers, Bundle("scorer", cpus, 0.0)]
+
+
+def placement_note(config: RunConfig, cluster_gpus: float) -> str:
+    """What is worth saying about who gets a GPU; empty if nothing is."""
+    rank, worker = gpu_shares(config, cluster_gpus)
+    if 0 < rank < 1:
+        return (
+            f"placement: colocated, rollout workers share GPUs with the learner ({rank:g} of one for each rank, {worker:g} for "
+            "each worker)"
+        )
+    if cluster_gpus and not rank and config.cluster.placement != "cpu":
+        return (
+            f"the cluster's {cluster_gpus:g} GPUs are not used: learner.ranks={config.learner.ranks} needs one for each rank. "
+            "Lower learner.ranks to use them"
+        )
+    return ""

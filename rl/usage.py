@@ -1,0 +1,85 @@
+"""Where the time and memory of a run's actors went, beside what was estimated before they loaded anything.
+
+Owner: rl. Pure but for one file, `run_root/usage.json`. On a GPU memory is torch's own count, exact; on a CPU it is what
+the process has grown by, libraries that were loaded on the way included.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evals.summary import write_json
+from rl.fit import MemoryPlan
+from rl.footprint import Footprint, gib
+from streams.messages import DeviceInfo, ProcessUsage
+from streams.scoring.stats import LogpDiff
+
+USAGE_FILE = "usage.json"
+
+
+def usage_report(
+    usage: list[ProcessUsage], devices: list[DeviceInfo], plan: MemoryPlan, by_kind: dict[str, LogpDiff]
+) -> dict[str, Any]:
+    """usage, devices: of the same processes, in order. by_kind: mismatch of learner and engine by kind of token."""
+    processes = {}
+    for process, device in zip(usage, devices, strict=True):
+        peak = max((phase.peak for phase in process.phases.values()), default=0) - device.held
+        estimate = _estimate(process.process, plan.footprints)
+        processes[process.process] = {
+            "device": device.name,
+            "estimated_bytes": estimate,
+            "peak_bytes": peak,
+            "peak_over_estimate": peak / estimate if estimate else None,
+            "compiles": process.compiles,
+            "phases": {name: asdict(phase) for name, phase in process.phases.items()},
+        }
+    return {"processes": processes, "mismatch_by_kind": {kind: asdict(diff) for kind, diff in sorted(by_kind.items())}}
+
+
+def usage_lines(report: dict[str, Any]) -> list[str]:
+    """The report in words, one line for each process and one for the mismatch."""
+    lines = []
+    for name, process in report["processes"].items():
+        phases = ", ".join(
+            f"{phase} {spent['seconds']:.1f} s" + (f" ({gib(spent['peak'])})" if spent["peak"] else "")
+            for phase, spent in process["phases"].items()
+        )
+        estimate = process["estimated_bytes"]
+        beside = f"; peak {gib(process['peak_bytes'])}, estimated {gib(estimate)}" if estimate else ""
+        compiles = f"; {process['compiles']} kernels compiled" if process["compiles"] else ""
+        lines.append(f"usage: {name}: {phases}{beside}{compiles}")
+    kinds = {kind: diff for kind, diff in report["mismatch_by_kind"].items() if diff["tokens"]}
+    if kinds:
+        shown = ", ".join(
+            f"{kind} mean {diff['mean']:.1e} max {diff['max']:.1e} k3 {diff['k3']:.1e} ({diff['tokens']} tokens)"
+            for kind, diff in kinds.items()
+        )
+        lines.append(f"mismatch of learner and engine on the published weights: {shown}")
+    return lines
+
+
+def write_usage(root: Path, stage: str, report: dict[str, Any]) -> Path:
+    """Add a stage's report to run_root/usage.json."""
+    path = root / USAGE_FILE
+    stages = _read(path) | {stage: report}
+    write_json(path, stages)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _estimate(process: str, footprints: tuple[Footprint, ...]) -> int | None:
+    """Of the footprint that stands for this process (`each rollout worker` for `rollout worker 1`)."""
+    for footprint in footprints:
+        if process.startswith(footprint.process.removeprefix("each ")):
+            return footprint.total
+    return None

@@ -1,0 +1,253 @@
+"""What is said of memory before anything loads is what the loaded thing then holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.config import LearnerConfig
+from learner.engine import LearnerEngine
+from rl.fit import MARGIN, PoolNeed, Process, plan_memory, plan_run
+from rl.footprint import (
+    Footprint,
+    StreamSize,
+    layer_bytes,
+    learner_footprint,
+    slot_bytes,
+    trained_numbers,
+    worker_footprint,
+)
+from rollout.engine import Engine
+from streams.backbone import Backbone
+from streams.geometry import ModelGeometry
+from streams.layout import LayoutConfig
+from streams.messages import DeviceInfo, LearnerSetup
+from streams.scoring.mask import DensePlan, dense_mask
+from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from streams.tiny import build_tiny
+from streams.tiny_spec import QWEN3_SPEC, TinySpec
+from tests.test_config import composed
+
+SPECS = {"qwen2_5_vl": TinySpec(tie_embeddings=True), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def checkpoint(request, tmp_path_factory):
+    return build_tiny(tmp_path_factory.mktemp(request.param), SPECS[request.param])
+
+
+def test_the_geometry_in_the_files_is_that_of_the_loaded_model(checkpoint):
+    geometry, backbone = ModelGeometry.read(checkpoint), Backbone.load(checkpoint, LayoutConfig())
+    assert geometry.total == sum(p.numel() for p in backbone.model.parameters())
+    assert (geometry.kv_heads, geometry.head_dim) == backbone.kv_shape
+    assert geometry.layers == backbone.num_layers
+    assert geometry.feature_width == backbone.feature_width
+    assert geometry.token_side == backbone.image.patch_size * backbone.image.merge_size
+    assert geometry.model_type == backbone.name
+    assert geometry.vocab == backbone.model.lm_head.weight.shape[0]
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, damage):
+    folder = build_tiny(tmp_path / "model", TinySpec(hidden=64, layers=1))
+    (folder / damage).unlink()
+    with pytest.raises(ValueError, match=rf"{folder}: config\.json or the weights' headers cannot be read"):
+        ModelGeometry.read(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("slots", [1, 777])
+def test_the_bytes_of_a_kv_pool_are_exact(checkpoint, dtype, slots):
+    backbone = Backbone.load(checkpoint, LayoutConfig(), dtype=getattr(torch, dtype))
+    pool = Engine(backbone, kv_slots=slots, max_streams=1).pool
+    assert pool.kv.untyped_storage().nbytes() == slots * slot_bytes(ModelGeometry.read(checkpoint), dtype)
+
+
+def kept_by_autograd(folder, spec, dtype, tokens=192):
+    """Bytes of the distinct storages that one forward of the text model keeps, parameters aside."""
+    backbone = Backbone.load(build_tiny(folder, spec), LayoutConfig(), dtype=dtype)
+    mask = dense_mask(torch.full((1, tokens), tokens), torch.zeros(1, tokens, dtype=torch.long))
+    own = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor):
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    positions = torch.arange(tokens).expand(3, 1, -1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone.hidden(torch.arange(tokens)[None] % 100, positions, DensePlan(mask))
+    return sum(kept.values()), mask.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wide", [{}, {"hidden": 256, "heads": 8}, {"mlp": 768}, {"kv_heads": 4}])
+@pytest.mark.parametrize("family", SPECS)
+def test_what_a_layer_keeps_for_its_backward_is_what_autograd_keeps(tmp_path, family, wide, dtype):
+    spec = replace(SPECS[family], layers=3, **wide)
+    more, mask = kept_by_autograd(tmp_path / "four", replace(spec, layers=4), getattr(torch, dtype))
+    less, _ = kept_by_autograd(tmp_path / "three", spec, getattr(torch, dtype))
+    geometry = ModelGeometry.read(tmp_path / "three")
+    said, _ = layer_bytes(geometry, getattr(torch, dtype).itemsize, dense=True)
+    # A boolean mask is kept by every layer as numbers to add; the learner's estimate counts it apart.
+    additive = mask * getattr(torch, dtype).itemsize
+    assert (more - less - additive) / 192 == pytest.approx(said, rel=0.1)
+
+
+# ---- fitting ---------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+H200 = DeviceInfo("n/gpu", "GPU on n", True, 140 * GIB, 139 * GIB)
+
+
+def three_b(total=3_754_622_976):
+    """Qwen2.5-VL-3B, by its published sizes."""
+    return ModelGeometry(
+        *("qwen2_5_vl", 36, 2048, 11008, 16, 2, 128, 151936, True, 32, 1280, 3420, 14, 2, 2, 0),
+        {"model.visual.blocks": 668_683_264, "model.language_model": total - 668_683_264},
+    )
+
+
+def smoke(*overrides):
+    """experiment=gpu_smoke as it is composed: twenty chunks of 192 video tokens."""
+    return composed("experiment=gpu_smoke", *overrides)
+
+
+QUESTION = TimedQuery(0.0, "What colour is the shape now?")
+TASKS = (StreamTask("a", "a.mp4", 0.0, 20.0, (QUESTION,), (ExpectedAnswer(1.0, "red"),), (), "now"),)
+
+
+def planned(config, device=H200):
+    return plan_run(config, {"rl": config.learner}, three_b(), TASKS, ([device], [device]))
+
+
+def test_a_3b_loop_fits_one_large_gpu_with_the_pools_at_their_largest():
+    plan = planned(smoke())
+    stream = StreamSize.largest(smoke(), TASKS, three_b())
+    assert (stream.turns, stream.video) == (20, 192)
+    assert plan.kv_slots == 16 * stream.live(smoke())
+    assert slot_bytes(three_b(), "bfloat16") == 36 * 2 * 2 * 128 * 2 == 36 * 1024
+    assert sum(f.total for f in plan.footprints) < H200.free * (1 - MARGIN)
+    assert any("learner" in line and "weights" in line and "optimiser step" in line for line in plan.lines)
+
+
+def test_a_smaller_gpu_gets_smaller_pools_and_then_none():
+    large = planned(smoke())
+    others = sum(f.total for f in large.footprints) - dict(large.footprints[0].parts)["KV pool"]
+    tight = replace(H200, free=int((others + GIB // 2) / (1 - MARGIN)))
+    assert 0 < planned(smoke(), tight).kv_slots * 36 * 1024 <= GIB // 2
+    with pytest.raises(
+        ValueError, match=r"largest stream may hold [\d,]+ tokens .* but what is left of the device gives"
+    ):
+        planned(smoke(), replace(H200, free=int((others + 20 * 2**20) / (1 - MARGIN))))
+    with pytest.raises(ValueError, match=r"GiB too many\. Ways out: learner\.offload=cpu, learner\.freeze"):
+        planned(smoke(), replace(H200, free=40 * GIB))
+
+
+def test_offload_and_host_staging_take_their_bytes_off_the_device():
+    base = {f.process: f for f in planned(smoke()).footprints}
+    lean = {f.process: f for f in planned(smoke("learner.offload=cpu", "weights.staging=host")).footprints}
+    trained = 3_754_622_976 - 668_683_264
+    assert base["learner"].total - lean["learner"].total == 12 * trained
+    assert lean["learner"].host - base["learner"].host == 12 * trained
+    assert base["rollout worker"].total - lean["rollout worker"].total == 2 * trained
+
+
+def test_a_pool_too_small_for_one_stream_is_refused_with_the_arithmetic():
+    with pytest.raises(
+        ValueError, match=r"largest stream may hold .*36,864 bytes each: .* but rollout\.kv_memory_mb gives"
+    ):
+        planned(smoke("rollout.kv_memory_mb=16"))
+    with pytest.raises(
+        ValueError, match=r"are left for 1 KV pools, but rollout\.kv_memory_mb asks for 97\.66 GiB each"
+    ):
+        planned(smoke("rollout.kv_memory_mb=100000"))
+
+
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
+    config, geometry = smoke(), three_b()
+    stream = StreamSize.largest(config, TASKS, geometry)
+
+    def total(checkpointing):
+        learner = replace(config.learner, activation_checkpointing=checkpointing)
+        return learner_footprint(
+            geometry, learner, geometry.total, stream, 16, tower_trains=False, reference=False, flex=True
+        ).total
+
+    # 36 layers keep about 130 KiB of each of 14,000 tokens.
+    assert 40 * GIB < total(False) - total(True) < 80 * GIB
+
+
+@settings(max_examples=60)
+@given(
+    free=st.integers(1, 200),
+    learners=st.lists(st.integers(1, 60), max_size=2),
+    workers=st.integers(1, 4),
+    largest=st.integers(1, 5000),
+    streams=st.integers(1, 64),
+    given_mib=st.integers(0, 4000),
+)
+def test_a_plan_fits_and_every_refusal_says_by_how_much(free, learners, workers, largest, streams, given_mib):
+    device = DeviceInfo("k", "the GPU", True, free * GIB, free * GIB)
+    need = PoolNeed(36 * 1024, largest, streams, given_mib * 2**20)
+
+    def worker(kv):
+        return Footprint("rollout worker", (("weights", 7 * GIB), ("KV pool", kv)))
+
+    processes = [Process(worker(0), device, kv=True) for _ in range(workers)]
+    processes += [Process(Footprint("learner", (("weights", size * GIB),)), device) for size in learners]
+    fixed = sum(size * GIB for size in learners) + workers * 7 * GIB
+    possible = (int(device.free * (1 - MARGIN)) - fixed) // workers // need.slot
+    wanted = need.given // need.slot if given_mib else largest * streams
+    if possible < (wanted if given_mib else largest) or wanted < largest:
+        with pytest.raises(ValueError, match=r"[\d.]+ (GiB|MiB)"):
+            plan_memory(processes, need, worker)
+        return
+    plan = plan_memory(processes, need, worker)
+    assert fixed + workers * plan.kv_slots * need.slot <= device.free * (1 - MARGIN)
+    assert largest <= plan.kv_slots == (wanted if given_mib else min(wanted, possible))
+
+
+def test_a_worker_counts_its_weights_twice_while_an_update_waits():
+    config, geometry = smoke(), three_b()
+    stream = StreamSize.largest(config, TASKS, geometry)
+    parts = dict(worker_footprint(geometry, "bfloat16", geometry.total, stream, config, 0).parts)
+    assert parts["weights"] == parts["staged weights"] == 2 * geometry.total
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)])
+def test_the_optimiser_holds_what_was_said(checkpoint, ranks, dtype, stage):
+    """DeepSpeed's float32 copies and AdamW's moments, after a step of a real learner."""
+    values = LearnerConfig(dtype=dtype, zero_stage=stage, freeze="tower+merger", micro_batch_tokens=256)
+    learner = LearnerEngine(LearnerSetup(str(checkpoint), LayoutConfig(), asdict(values), 1, 0), ranks)
+    try:
+        trained = list(learner.backbone.trainable().values())
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        optimiser = learner.deepspeed.optimizer
+        base = optimiser if stage == 0 else optimiser.optimizer
+        if stage:
+            for copy in optimiser.single_partition_of_fp32_groups:
+                copy.grad = torch.ones_like(copy)
+        base.step()
+        tensors = [t for state in base.state.values() for t in state.values() if t.ndim]
+        if stage:
+            tensors += optimiser.single_partition_of_fp32_groups
+        held = sum(tensor.nbytes for tensor in tensors)
+    finally:
+        learner.close()
+    geometry = ModelGeometry.read(checkpoint)
+    numbers = trained_numbers(geometry, values)
+    assert numbers == sum(p.numel() for p in trained)
+    stream = StreamSize(10, 4, 20, 10)
+    said = learner_footprint(geometry, values, numbers, stream, 8, tower_trains=False, reference=False, flex=False)
+    # DeepSpeed pads its flat copies.
+    assert held == pytest.approx(dict(said.parts)["optimiser"], rel=1e-3)
