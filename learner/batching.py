@@ -33,13 +33,17 @@ class TrainItem:
 
 @dataclass(frozen=True)
 class Shape:
-    """What all ranks run in one micro-batch: whether the tower, and how many chunks of the head."""
+    """What all ranks run in one micro-batch: what of the vision side, and how many chunks of the head.
 
-    tower: bool
+    vision: the kind of media that passes through it, "frames" (tower and mergers) or "pre_merger" (mergers); "" if none
+    does. Ranks with media of different kinds have been refused before.
+    """
+
+    vision: str
     head_chunks: int
 
     def cover(self, other: Shape) -> Shape:
-        return Shape(self.tower or other.tower, max(self.head_chunks, other.head_chunks))
+        return Shape(self.vision or other.vision, max(self.head_chunks, other.head_chunks))
 
 
 def common_shapes(ranks: list[tuple[Shape, ...]]) -> list[Shape]:
@@ -64,14 +68,16 @@ class RankWork:
         self,
         items: list[TrainItem],
         which: str,
-        blank_clip: np.ndarray,
+        blanks: dict[str, np.ndarray],
         *,
         row_tokens: int,
         max_tokens: int,
         head_chunk: int,
     ) -> None:
-        """`which` names the bool column that marks targets: 'target' or 'sampled'. blank_clip: what idle towers see."""
-        self._items, self._which, self._blank = items, which, blank_clip
+        """`which` names the bool column that marks targets: 'target' or 'sampled'. blanks: one-token media for idle ranks,
+        by kind.
+        """
+        self._items, self._which, self._blanks = items, which, blanks
         self.logs: list[StreamLog] = [log for item in items for log in item.payload.logs]
         self._clip_of = [i for i, item in enumerate(items) for _ in item.payload.logs]
         self.advantages = np.array([a for item in items for a in item.advantages])
@@ -89,8 +95,8 @@ class RankWork:
     def micro_batch(self, i: int, shape: Shape) -> MicroBatch:
         """The i-th, or an idle one of that shape where this rank has no more work."""
         if i >= len(self._batches):
-            # The blank clip takes the place of the row's first token, so that its gradient goes the way of any clip's.
-            media = [("frames", self._blank)] if shape.tower else []
+            # The blank takes the place of the row's first token, so that its gradient goes the way of any clip's.
+            media = [(shape.vision, self._blanks[shape.vision])] if shape.vision else []
             return MicroBatch(idle_rows(len(media)), media, [0] * len(media))
         rows = pack(self.logs, self._batches[i], which=self._which)
         clips = [self._clip_of[m] for m in self._members(self._batches[i])]
@@ -111,8 +117,8 @@ class RankWork:
     def _shape(self, batch: list[list[int]], head_chunk: int) -> Shape:
         members = self._members(batch)
         targets = sum(int(getattr(self.logs[m], self._which).sum()) for m in members)
-        frames = any(self._items[self._clip_of[m]].payload.media_kind == "frames" for m in members)
-        return Shape(frames, max(1, -(-targets // head_chunk)))
+        kinds = {self._items[self._clip_of[m]].payload.media_kind for m in members}
+        return Shape(next((kind for kind in self._blanks if kind in kinds), ""), max(1, -(-targets // head_chunk)))
 
     @staticmethod
     def _members(batch: list[list[int]]) -> list[int]:

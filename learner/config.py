@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from streams.pretrained import FREEZE_MODES
+from streams.freezing import check_freeze_mode
 
 ATTENTION = ("auto", "sdpa", "flex")
 OFFLOAD = ("none", "cpu")
@@ -20,7 +20,8 @@ SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 @dataclass(frozen=True)
 class LearnerConfig:
     """row_tokens: packed tokens of a row; micro_batch_tokens: padded tokens of one forward. head_chunk: target
-    positions whose logits exist at once. freeze: `none` or `tower+merger` (the boundary of what is cached).
+    positions whose logits exist at once. freeze: `none`, `tower` or `tower+merger` (the boundary of what is cached);
+    freeze_names: shell-style patterns over parameter names, frozen besides.
     attention: `auto` = FlexAttention on CUDA, SDPA with the same mask on CPU. schedule: a transformers scheduler.
 
     ranks: data-parallel learner actors. zero_stage: what DeepSpeed partitions over them: 0 nothing, 1 optimiser states,
@@ -41,6 +42,7 @@ class LearnerConfig:
     collective_timeout_s: float = 600.0
     dtype: str = "float32"
     freeze: str = "none"
+    freeze_names: tuple[str, ...] = ()
     attention: str = "auto"
     activation_checkpointing: bool = False
     row_tokens: int = 1024
@@ -62,8 +64,11 @@ class LearnerConfig:
             )
         if not 0 < self.collective_timeout_s < math.inf:
             raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be a positive number")
-        if self.freeze not in FREEZE_MODES:
-            raise ValueError(f"learner.freeze={self.freeze!r} is not one of {', '.join(FREEZE_MODES)}")
+        check_freeze_mode(self.freeze)
+        # Lists come from YAML.
+        object.__setattr__(self, "freeze_names", tuple(self.freeze_names))
+        if not all(isinstance(pattern, str) and pattern for pattern in self.freeze_names):
+            raise ValueError(f"learner.freeze_names={list(self.freeze_names)} must be patterns over parameter names")
         if self.attention not in ATTENTION:
             raise ValueError(f"learner.attention={self.attention!r} is not one of {', '.join(ATTENTION)}")
         if self.schedule not in SCHEDULES:

@@ -31,7 +31,7 @@ from learner.batching import (
     common_shapes,
 )
 from learner.config import LearnerConfig
-from learner.forward import PolicyForward, Reference, blank_clip
+from learner.forward import PolicyForward, Reference, blank_media
 from learner.losses import Sums, grpo_loss, sft_loss
 from learner.publish import export_weights, full_shape, host_state_dict
 from learner.ranks import Ranks
@@ -114,7 +114,7 @@ class LearnerEngine:
         self.meter = Meter()
         with self.meter.phase("load"):
             self.backbone = Backbone.load(setup.checkpoint, setup.layout, dtype=dtype, device=first)
-            self.backbone.freeze(self.config.freeze)
+            self.backbone.freeze(self.config.freeze, self.config.freeze_names)
             self.reference: Reference | None = None
             if setup.reference:
                 self.reference = Reference(setup.reference, setup.layout, self.config, device, self.backbone)
@@ -201,7 +201,7 @@ class LearnerEngine:
         return RankWork(
             items,
             which,
-            blank_clip(self.backbone),
+            blank_media(self.backbone),
             row_tokens=self.config.row_tokens,
             max_tokens=self.config.micro_batch_tokens,
             head_chunk=self.config.head_chunk,
@@ -236,6 +236,10 @@ class LearnerEngine:
             return None
         if settings.get("kl_coef", 0.0) and self.reference is None:
             return f"algorithm.kl_coef={settings['kl_coef']} but the learner was set up without a reference checkpoint"
+        if settings.get("kl_coef", 0.0) and self.config.freeze == "tower" and "frames" in work.media_kinds:
+            return (
+                "learner.freeze=tower: the reference holds no tower, it cannot be shown frames (ship pre-merger rows)"
+            )
         for log in work.logs:
             if not log.header.trainable:
                 return f"stream {log.header.stream_id} was decoded greedily: it can be scored but not trained on"

@@ -15,7 +15,7 @@ from torch import nn
 
 from learner.batching import MicroBatch, Shape
 from learner.config import LearnerConfig
-from streams.backbone import Backbone, to_tensor
+from streams.backbone import Backbone, to_array, to_tensor
 from streams.layout import LayoutConfig
 from streams.scoring.logprobs import Scores, score_rows
 
@@ -30,10 +30,16 @@ def resolve_attention(attention: str, device: torch.device) -> str:
 
 
 def encode_media(backbone: Backbone, media: Media) -> list[torch.Tensor]:
-    """[chunks, tokens, F] per clip: features as shipped, frames through the tower in one call (with gradient)."""
+    """[chunks, tokens, F] per clip, with gradient where parameters train: features as shipped, pre-merger rows through
+    the mergers, frames through tower and mergers; each of these modules is called once.
+    """
     frames = [array for kind, array in media if kind == "frames"]
-    encoded = iter(backbone.encode_video(frames) if frames else [])
-    return [next(encoded) if kind == "frames" else to_tensor(array).to(backbone.device) for kind, array in media]
+    rows = [to_tensor(array).to(backbone.device) for kind, array in media if kind == "pre_merger"]
+    made = {
+        "frames": iter(backbone.encode_video(frames) if frames else []),
+        "pre_merger": iter(backbone.merge(rows) if rows else []),
+    }
+    return [next(made[kind]) if kind in made else to_tensor(array).to(backbone.device) for kind, array in media]
 
 
 def _features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
@@ -42,11 +48,14 @@ def _features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
     return torch.cat([encoded[i].flatten(0, 1) for i in batch.order]) if batch.order else None
 
 
-def blank_clip(backbone: Backbone) -> np.ndarray:
-    """The smallest clip that the tower takes, of one token: uint8 [1, frames, h, w, 3]."""
+def blank_media(backbone: Backbone) -> dict[str, np.ndarray]:
+    """The smallest media that vision modules take, one token each: by kind, the most work first."""
     image = backbone.image
     side = image.patch_size * image.merge_size
-    return np.zeros((1, image.temporal_patch_size, side, side, 3), np.uint8)
+    return {
+        "frames": np.zeros((1, image.temporal_patch_size, side, side, 3), np.uint8),
+        "pre_merger": to_array(torch.zeros((1, 1, backbone.pre_merger_width), dtype=backbone.dtype)),
+    }
 
 
 class PolicyForward(nn.Module):
@@ -83,7 +92,8 @@ class Reference:
     """A frozen copy of the checkpoint that RL started from.
 
     Memory on every rank: its parameters once, in the learner's dtype, whole at every ZeRO stage (a 3B model in bfloat16:
-    about 7.5 GB); without its vision tower where the policy's tower is frozen, as both then see the same features.
+    about 7.5 GB); without what the policy freezes of its vision side (the tower, or the mergers, too), as both then see
+    the same there.
     """
 
     def __init__(
@@ -97,14 +107,17 @@ class Reference:
             )
         self._backbone.model.requires_grad_(False)
         self._config = config
-        self._own_tower = config.freeze == "none"
-        if not self._own_tower:
+        self._own_vision = config.freeze != "tower+merger"
+        if not self._own_vision:
             self._backbone.model.model.visual = None
+        elif config.freeze == "tower":
+            visual = self._backbone.model.model.visual
+            visual.patch_embed = visual.blocks = None
 
     @torch.no_grad()
     def logp(self, batch: MicroBatch, features: torch.Tensor | None, temperature: float) -> torch.Tensor:
-        """Log-probs [N] of the batch's targets. features: the policy's, used if both share a frozen tower."""
-        if self._own_tower:
+        """Log-probs [N] of the batch's targets. features: the policy's, used if both share all of the vision side."""
+        if self._own_vision:
             features = _features(self._backbone, batch)
         scores: Scores = score_rows(
             self._backbone,

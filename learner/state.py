@@ -21,7 +21,7 @@ from learner.ranks import Ranks
 FOLDER = "deepspeed"
 TAG = "state"
 FACTS_FILE = "learner.json"
-PARTITIONING = ("ranks", "zero_stage", "offload", "dtype", "freeze")
+PARTITIONING = ("ranks", "zero_stage", "offload", "dtype", "freeze", "freeze_names")
 """Learner keys that decide how the state is laid out over files and tensors."""
 
 
@@ -32,7 +32,7 @@ def save_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig, 
     deepspeed.save_checkpoint(str(folder), tag=TAG)
     torch.save(random_states(), folder / _random_file(ranks.rank))
     if ranks.leads:
-        facts = {key: getattr(config, key) for key in PARTITIONING} | {"version": version}
+        facts = partitioning(config) | {"version": version}
         (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
     # Rank 0's reply is the group's: it comes when the last rank has written.
     ranks.gather(None, "to write their parts of the checkpoint")
@@ -61,16 +61,22 @@ def check_fits(folder: Path, ranks: Ranks, config: LearnerConfig) -> dict[str, A
     if not (folder / TAG).is_dir() or not (folder / FACTS_FILE).is_file():
         raise FileNotFoundError(f"{folder.parent}: no DeepSpeed state there")
     facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text())
-    for key in PARTITIONING:
-        if facts.get(key) != getattr(config, key):
+    for key, value in partitioning(config).items():
+        if facts.get(key) != value:
             raise ValueError(
                 f"{folder} was written with learner.{key}={facts.get(key)} but this run has learner.{key}="
-                f"{getattr(config, key)}: resume with the same value, or start from the exported weights in "
+                f"{value}: resume with the same value, or start from the exported weights in "
                 f"{folder.parent / 'hf'} (which leaves the optimiser's state behind)"
             )
     if not (folder / _random_file(ranks.rank)).is_file():
         raise FileNotFoundError(f"{folder}: the random state of rank {ranks.rank} is missing")
     return facts
+
+
+def partitioning(config: LearnerConfig) -> dict[str, Any]:
+    """The values of PARTITIONING as JSON holds them."""
+    values = {key: getattr(config, key) for key in PARTITIONING}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _random_file(rank: int) -> str:

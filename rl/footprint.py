@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
+from streams.freezing import trained
 from streams.geometry import ModelGeometry
 from streams.memory import make_policy
 from streams.task import StreamTask
@@ -129,6 +130,9 @@ def learner_footprint(
     chunk = min(learner.head_chunk, math.ceil(tokens * stream.text / max(1, stream.video + stream.text)))
     head = chunk * geometry.vocab * 18
     media = tokens * geometry.feature_width * width
+    if learner.freeze == "tower":
+        # The rows before the mergers, and what the mergers keep: their normalised form and both sides of the activation.
+        media += tokens * 5 * geometry.pre_merger_width * width
     vision = _tower_bytes(geometry, stream, width) if tower_trains else 0
     # During the backward there are gradients, activations and a bucket; during the optimiser's step the flat gradients.
     gradients = trained * width
@@ -190,8 +194,8 @@ def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, *, tra
 
 def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
     """How many numbers train."""
-    frozen = sum(size for name, size in geometry.parameters.items() if "visual." in name)
-    return geometry.total - (frozen if learner.freeze != "none" else 0)
+    names = trained(geometry.parameters, learner.freeze, learner.freeze_names)
+    return sum(geometry.parameters[name] for name in names)
 
 
 def slot_bytes(geometry: ModelGeometry, dtype: str) -> int:

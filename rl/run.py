@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
+from rl.features import check_features
 from rl.fit import MemoryPlan, plan_run
 from rl.journal import journal_path, read_lines
 from rl.loop import RLLoop
@@ -123,7 +124,9 @@ class Run:
     def stage_sft(self) -> dict[str, Any]:
         tasks = self._tasks("train")
         steps = self.config.sft_steps(len(tasks))
-        loop = SftLoop(self._prepare_stage("sft", self._initial_model, self.config.sft_learner(steps), steps), tasks)
+        loop = SftLoop(
+            self._prepare_stage("sft", self._initial_model, self.config.sft_learner(steps), steps, tasks), tasks
+        )
         with self.stop.deferred():
             result = loop.run()
         self._report_usage("sft")
@@ -137,7 +140,7 @@ class Run:
     def stage_rl(self) -> dict[str, Any]:
         tasks = self._tasks("train")
         steps = self.config.rl_steps(len(tasks))
-        context = self._prepare_stage("rl", self._rl_start, self.config.rl_learner(steps), steps)
+        context = self._prepare_stage("rl", self._rl_start, self.config.rl_learner(steps), steps, tasks)
         loop = RLLoop(context, tasks, self._tasks("heldout") if self.config.eval.every else ())
         with self.stop.deferred():
             result = loop.run()
@@ -160,7 +163,7 @@ class Run:
     def stage_eval(self) -> None:
         session = self._ready_session()
         checkpoints = self._eval_checkpoints()
-        self._plan_memory(next(iter(checkpoints.values())))
+        self._plan_memory(ModelGeometry.read(next(iter(checkpoints.values()))))
         summary = run_evaluation(
             self.config,
             session,
@@ -200,16 +203,21 @@ class Run:
 
     # --- what the stages share --------------------------------------------------------------------------------
 
-    def _prepare_stage(self, stage: str, start: Callable[[], Path], learner: LearnerConfig, steps: int) -> StageContext:
+    def _prepare_stage(
+        self, stage: str, start: Callable[[], Path], learner: LearnerConfig, steps: int, tasks: tuple[StreamTask, ...]
+    ) -> StageContext:
         """Actors loaded with where the stage stands: its starting checkpoint, or the one it goes on from."""
         found = self.store.plans[stage].resume
         checkpoint = found.path / "hf" if found else start()
-        size = checkpoint_size(checkpoint, learner.freeze, learner.dtype)
+        geometry = ModelGeometry.read(checkpoint)
+        size = checkpoint_size(geometry, learner)
         self.progress.say(
             check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
         )
+        turns = max((self.config.data.turns_of(task) for task in tasks), default=1)
+        self.progress.say(check_features(self.config, geometry, stage, turns))
         session = self._ready_session()
-        self._plan_memory(checkpoint)
+        self._plan_memory(geometry)
         version = found.state.version if found else 0
         infos = session.setup_workers(self._worker_setup(checkpoint, learner.freeze, version))
         reference = str(self._reference()) if stage == "rl" and self.config.algorithm.kl_coef else ""
@@ -222,7 +230,7 @@ class Run:
             self.stop.last_checkpoint = str(found.path)
         self.progress.say(
             f"{stage}: {infos[0].kv_slots} KV slots on each worker; {trained:,} of {infos[0].parameters:,} parameters train "
-            f"(freeze={learner.freeze})"
+            f"(freeze={', '.join([learner.freeze, *learner.freeze_names])})"
         )
         return StageContext(
             stage=stage,
@@ -237,7 +245,7 @@ class Run:
             still_ours=self.lock.check,
         )
 
-    def _plan_memory(self, checkpoint: Path) -> None:
+    def _plan_memory(self, geometry: ModelGeometry) -> None:
         """Before anything is loaded, once: sizes the KV pools for all stages to come. Raises ValueError if they cannot fit."""
         if self._memory is not None:
             return
@@ -250,7 +258,7 @@ class Run:
         evaluates = "eval" in self.config.job.stages or self.config.eval.every
         splits = [*(["train"] if training else []), *(["heldout"] if evaluates else [])]
         tasks = tuple(task for split in splits for task in self._loaded(split).tasks)
-        self._memory = plan_run(self.config, training, ModelGeometry.read(checkpoint), tasks, devices)
+        self._memory = plan_run(self.config, training, geometry, tasks, devices)
         self._devices = [*devices[0], *devices[1]]
         for line in self._memory.lines:
             self.progress.say(line)

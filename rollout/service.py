@@ -55,13 +55,16 @@ IDLE_WAKE_S = 5.0
 
 @dataclass
 class _Group:
+    """encoded: the clip at the freeze boundary, as kept and shipped; features: what its streams embed."""
+
     task: RolloutTask
     future: Future[GroupResult]
     began: float
     deadline: float = float("inf")
     clip: Clip | None = None
+    encoded: torch.Tensor | None = None
+    encoded_ref: Any = None
     features: torch.Tensor | None = None
-    features_ref: Any = None
     layout: Layout | None = None
     logs: dict[str, StreamLog] = field(default_factory=dict)
     monitor: list[LogpDiff] = field(default_factory=list)
@@ -174,8 +177,8 @@ class RolloutService:
             group.layout = self._layouts[task.empty_thoughts]
             group.clip = self._read(task.task, task.turns)
             if task.features is not None:
-                group.features = to_tensor(self._get(task.features)).to(self.backbone.device)
-                group.features_ref = task.features
+                group.encoded = to_tensor(self._get(task.features)).to(self.backbone.device)
+                group.encoded_ref = task.features
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
             self._fail(group, error)
             return
@@ -276,7 +279,7 @@ class RolloutService:
                 future.set_exception(error)
                 return
             self.engine.version = staged.version
-            if staged.touches_tower:
+            if staged.outdates(self.setup.freeze):
                 self._features.clear()
         now = time.monotonic()
         busy, self._busy_at_swap = self._busy_s - self._busy_at_swap, self._busy_s
@@ -320,20 +323,24 @@ class RolloutService:
 
     @torch.no_grad()
     def _encode(self, group: _Group) -> None:
-        """Features [chunks, tokens, F] of the group's clip: as given, as cached, or encoded now."""
-        if group.features is not None:
-            return
-        assert group.clip is not None
-        key = clip_key(group.task.task, group.task.turns)
-        kept = self._features.get(key)
-        if kept is None:
-            with self.meter.phase("encode"):
-                features = self.backbone.encode_video([group.clip.frames])[0]
-            self._clips_encoded += 1
-            frozen = self.setup.freeze == "tower+merger"
-            kept = (features, self._put(to_array(features)) if frozen else None)
-            self._features.put(key, kept, features.nbytes)
-        group.features, group.features_ref = kept
+        """The group's clip at the freeze boundary, as given, as kept, or encoded now; and as its streams embed it.
+
+        The mergers of `freeze=tower` run here for every group: what they make lives as long as it.
+        """
+        freeze = self.setup.freeze
+        if group.encoded is None:
+            assert group.clip is not None
+            key = clip_key(group.task.task, group.task.turns)
+            kept = self._features.get(key)
+            if kept is None:
+                encode = self.backbone.encode_pre_merger if freeze == "tower" else self.backbone.encode_video
+                with self.meter.phase("encode"):
+                    encoded = encode([group.clip.frames])[0]
+                self._clips_encoded += 1
+                kept = (encoded, None if freeze == "none" else self._put(to_array(encoded)))
+                self._features.put(key, kept, encoded.nbytes)
+            group.encoded, group.encoded_ref = kept
+        group.features = self.backbone.merge([group.encoded])[0] if freeze == "tower" else group.encoded
 
     def _step(self) -> None:
         if not self.engine.busy:
@@ -389,11 +396,12 @@ class RolloutService:
             seconds=time.monotonic() - group.began,
             clip_seconds=self._clip_seconds(group.task.task, group.task.turns),
             monitor=LogpDiff.merge(group.monitor),
-            features=group.features_ref,
-            feature_bytes=0 if group.features is None else group.features.nbytes,
+            features=group.encoded_ref,
+            feature_bytes=0 if group.encoded is None else group.encoded.nbytes,
         )
-        if group.features_ref is not None:
-            return summary, GroupPayload(logs, "features", group.features_ref)
+        if group.encoded_ref is not None:
+            kind = "pre_merger" if self.setup.freeze == "tower" else "features"
+            return summary, GroupPayload(logs, kind, group.encoded_ref)
         return summary, GroupPayload(logs, "frames", group.clip.frames)
 
     def _fail(self, group: _Group, error: Exception) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from streams.backbone import Backbone
+from streams.freezing import below_boundary
 from streams.messages import WeightsUpdate
 
 
@@ -49,9 +50,10 @@ class StagedWeights:
             at += size
         return cls(update.version, tensors)
 
-    @property
-    def touches_tower(self) -> bool:
-        return any(".visual." in name for name in self.tensors)
+    def outdates(self, mode: str) -> bool:
+        """Whether what is kept at the boundary `mode` was encoded by weights that this version replaces."""
+        lowest = "tower+merger" if mode == "none" else mode
+        return any(below_boundary(name, lowest) for name in self.tensors)
 
     @torch.no_grad()
     def apply(self, backbone: Backbone) -> None:

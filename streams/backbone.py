@@ -11,6 +11,7 @@ hidden states of the video tokens after text layer i).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +23,12 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from streams import tower
+from streams.freezing import trained
 from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
 from streams.positions import PositionCursor, TimestampCursor
 from streams.pretrained import (
     FAMILIES,
-    FREEZE_MODES,
     STREAMING_FILE,
     SUPPORTED_MODEL_TYPES,
     ImageSpec,
@@ -34,7 +36,6 @@ from streams.pretrained import (
     check_rope_theta,
     read_processors,
 )
-from streams.video import normalize_patches, patchify
 
 ATTENTION_NAME = "sightline"
 # transformers hands the spans of a packed row to implementations with "flash" in their name and loops over the spans
@@ -300,44 +301,35 @@ class Backbone:
             logits = logits.float()
         return (logits / temperature).index_fill(-1, self._ban_index.to(logits.device), float("-inf"))
 
+    @property
+    def pre_merger_width(self) -> int:
+        """P: numbers per video token at the boundary of `freeze=tower`."""
+        return tower.pre_merger_width(self.model.config.vision_config)
+
     def encode_video(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
         """Encode clips, each uint8 [chunks, frames, h, w, 3] -> [chunks, tokens, F], in one call of the tower."""
-        patches, grids = [], []
-        for clip in frames:
-            chunks, count, height, width, _ = clip.shape
-            grid = (
-                count // self.image.temporal_patch_size,
-                height // self.image.patch_size,
-                width // self.image.patch_size,
-            )
-            patches += [
-                patchify(chunk, self.image.patch_size, self.image.temporal_patch_size, self.image.merge_size)
-                for chunk in clip
-            ]
-            grids += [grid] * chunks
-        pixels = normalize_patches(
-            torch.from_numpy(np.concatenate(patches)).to(self.device), self.image.mean, self.image.std
-        )
-        grid_thw = torch.tensor(grids, dtype=torch.long, device=self.device)
-        made = self.model.model.visual(pixels.to(self.dtype), grid_thw=grid_thw)
-        features = made.pooler_output
-        if self.deepstack_levels:
-            features = torch.cat([features, *made.deepstack_features], dim=-1)
-        sizes = [int(np.prod(grid)) // self.image.merge_size**2 for grid in grids]
-        per_chunk = torch.split(features, sizes)
-        out, at = [], 0
-        for clip in frames:
-            out.append(torch.stack(per_chunk[at : at + clip.shape[0]]))
-            at += clip.shape[0]
-        return out
+        return tower.encode(self.model.model.visual, self.image, frames, self.dtype)
 
-    def freeze(self, mode: str) -> None:
-        """Set which parameters train: `none` frozen, or the vision tower with its mergers (DeepStack's too) frozen."""
-        if mode not in FREEZE_MODES:
-            raise ValueError(f"learner.freeze={mode!r} is not one of {', '.join(FREEZE_MODES)}")
-        self.model.requires_grad_(True)
-        if mode == "tower+merger":
-            self.model.model.visual.requires_grad_(False)
+    def encode_pre_merger(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
+        """The same clips up to the mergers, [chunks, tokens, P], without gradient; `merge` makes features of them."""
+        return tower.encode_pre_merger(self.model.model.visual, self.image, frames, self.dtype)
+
+    def merge(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Features of pre-merger rows through the mergers as they now are, all clips in one call of each."""
+        for clip in rows:
+            if clip.shape[-1] != self.pre_merger_width:
+                raise ValueError(
+                    f"pre-merger rows of width {clip.shape[-1]}, but {self.name} takes {self.pre_merger_width}: they were "
+                    "encoded by another backbone"
+                )
+        return tower.merge(self.model.model.visual, rows)
+
+    def freeze(self, mode: str, patterns: Sequence[str] = ()) -> None:
+        """Set which parameters train: those that neither `learner.freeze` nor a pattern of `learner.freeze_names` names."""
+        parameters = dict(self.model.named_parameters())
+        train = set(trained(parameters, mode, patterns))
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in train)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -14,10 +14,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from streams.freezing import parameter_name
+
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """Layers and widths. parameters: numbers in the weights by name (a tied head is stored, and counted, once)."""
+    """Layers and widths. parameters: numbers in the weights, by the names of `model.named_parameters()` (a tied head is
+    stored, and counted, once).
+    """
 
     model_type: str
     layers: int
@@ -82,6 +86,11 @@ class ModelGeometry:
         return self.hidden * (1 + self.deepstack_levels)
 
     @property
+    def pre_merger_width(self) -> int:
+        """Numbers behind one video token before the mergers."""
+        return self.merge_size**2 * self.vision_hidden * (1 + self.deepstack_levels)
+
+    @property
     def token_side(self) -> int:
         """Pixels along one side of a video token."""
         return self.patch_size * self.merge_size
@@ -98,4 +107,4 @@ def _parameters(checkpoint: Path) -> Iterator[tuple[str, int]]:
             header: dict[str, Any] = json.loads(file.read(length))
         for name, tensor in header.items():
             if name != "__metadata__":
-                yield name, prod(tensor["shape"])
+                yield parameter_name(name), prod(tensor["shape"])

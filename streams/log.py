@@ -39,8 +39,9 @@ class ChunkRecord:
 
     frame_times: seconds on the video's clock. grid: merged (t, h, w) tokens of the whole chunk. keep: indices of the
     kept tokens in the full grid, None = all. feature: key of the clip whose features were embedded, with the weight
-    version that encoded them (None when the tower is frozen: every version encodes alike). patch_times: seconds from the
-    start of the stream to each of the t temporal patches (the mean of its frames), for layouts that write time as text.
+    version that encoded them (None when tower and mergers are frozen: every version encodes alike). patch_times: seconds
+    from the start of the stream to each of the t temporal patches (the mean of its frames), for layouts that write time as
+    text.
     """
 
     turn: int

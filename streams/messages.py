@@ -92,7 +92,8 @@ class WorkerInfo:
 class RolloutTask:
     """One group to run: `streams` sampled copies watching one task for `turns` turns.
 
-    temperature 0 is greedy. features: object reference of the clip's features if some worker has encoded it, else None.
+    temperature 0 is greedy. features: object reference of the clip at the freeze boundary (see GroupPayload) if some
+    worker has encoded it, else None.
     memory and empty_thoughts change the conditions of an evaluation; memory None means the worker's own.
     """
 
@@ -129,8 +130,9 @@ class GroupPayload:
     """The heavy half of a group, kept in the object store for the learner.
 
     media: uint8 frames [chunks, frames, h, w, 3] (`media_kind` "frames"), or float features [chunks, tokens, F]
-    ("features"; F = Backbone.feature_width: the embedding of a video token and, behind it, every DeepStack level), or an
-    object reference to either. Shared by all logs of the group.
+    ("features"; F = Backbone.feature_width: the embedding of a video token and, behind it, every DeepStack level), or what
+    the mergers make these of, [chunks, tokens, P] ("pre_merger"; P = Backbone.pre_merger_width), or an object reference
+    to one of them. Shared by all logs of the group.
     """
 
     logs: tuple[StreamLog, ...]
@@ -143,7 +145,8 @@ class GroupSummary:
     """The light half of a group, for driver and scorer. `failed` says why there is no payload; None if all went well.
 
     oldest_version: of any token in the group. versions: weight versions seen by its tokens. tokens: sampled tokens.
-    monitor: worker-side mismatch of the re-scored streams of this group. features: object reference or None, and its size.
+    monitor: worker-side mismatch of the re-scored streams of this group. features: object reference to the clip at the
+    freeze boundary or None, and its size.
     """
 
     group: str

@@ -16,8 +16,6 @@ from streams.positions import QWEN2_5_VL_CONVENTION, QWEN3_VL_CONVENTION
 STREAMING_FILE = "streaming.json"
 """How an exported checkpoint must be run; see conf.streaming."""
 
-FREEZE_MODES: tuple[str, ...] = ("none", "tower+merger")
-
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",

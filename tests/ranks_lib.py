@@ -82,8 +82,8 @@ def checkpoint(folder: Path, seed: int = 2, **spec: Any) -> Path:
     return build_tiny(folder, TinySpec(**values), seed=seed)
 
 
-def groups(path: Path, turns: list[int], *, frames: bool, streams: int = 2, seed: int = 0) -> list[TrainItem]:
-    """Sampled groups, one per entry of `turns` (its number of turns), in float64; with frames or features."""
+def groups(path: Path, turns: list[int], *, media: str, streams: int = 2, seed: int = 0) -> list[TrainItem]:
+    """Sampled groups, one per entry of `turns` (its number of turns), in float64; with media of the kind `media`."""
     items = []
     with norms_in_input_dtype():
         backbone = Backbone.load(path, LAYOUT, dtype=torch.float64)
@@ -107,8 +107,10 @@ def groups(path: Path, turns: list[int], *, frames: bool, streams: int = 2, seed
                 )
             logs = tuple(run_streams(backbone, requests))
             advantages = tuple(float(a) for a in rng.normal(size=streams))
-            media = clip if frames else to_array(features)
-            items.append(TrainItem(GroupPayload(logs, "frames" if frames else "features", media), advantages))
+            with torch.no_grad():
+                kinds = {"features": features, "pre_merger": backbone.encode_pre_merger([clip])[0]}
+            shipped = to_array(kinds[media]) if media in kinds else clip
+            items.append(TrainItem(GroupPayload(logs, media, shipped), advantages))
     return items
 
 

@@ -12,7 +12,7 @@ from learner.shares import share_out
 from streams.log import Kind
 
 TOKENS = st.lists(st.integers(0, 10_000), max_size=24)
-SHAPES = st.lists(st.builds(Shape, st.booleans(), st.integers(1, 9)), max_size=5).map(tuple)
+SHAPES = st.lists(st.builds(Shape, st.sampled_from(["", "pre_merger"]), st.integers(1, 9)), max_size=5).map(tuple)
 
 
 @given(TOKENS, st.integers(1, 9))
@@ -51,7 +51,7 @@ def test_common_shapes_cover_every_ranks_work_and_no_more(ranks):
     for i, shape in enumerate(common):
         here = [shapes[i] for shapes in ranks if i < len(shapes)]
         assert shape.head_chunks == max(s.head_chunks for s in here)
-        assert shape.tower == any(s.tower for s in here)
+        assert shape.vision == max(s.vision for s in here)
 
 
 KINDS = (Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)

@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def items(model):
-    return groups(model, [6, 1, 2], frames=False)
+    return groups(model, [6, 1, 2], media="features")
 
 
 def config(ranks):

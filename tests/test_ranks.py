@@ -47,8 +47,8 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batches(model):
     return {
-        frames: [groups(model, turns, frames=frames, seed=i) for i, turns in enumerate(STEPS)]
-        for frames in (False, True)
+        media: [groups(model, turns, media=media, seed=i) for i, turns in enumerate(STEPS)]
+        for media in ("frames", "pre_merger", "features")
     }
 
 
@@ -57,9 +57,9 @@ def spoiled(items, advantages):
     return [*items[:-1], replace(items[-1], advantages=advantages)]
 
 
-def job_of(model, reference, batches, loss, freeze, frames, *, faults=False, **values):
+def job_of(model, reference, batches, loss, freeze, media, *, faults=False, **values):
     """Three steps, then moments, weights and scores. faults: before them, two steps that must be refused."""
-    steps = batches[frames]
+    steps = batches[media]
     settings = {"kl_coef": KL} if loss == "grpo" else {}
     bad = [
         train(0, "grpo", spoiled(steps[0], (1.0,)), **settings),
@@ -72,7 +72,7 @@ def job_of(model, reference, batches, loss, freeze, frames, *, faults=False, **v
 
 @pytest.fixture(scope="module")
 def alone(model, reference, batches, play):
-    """Replies of one rank at stage 0, by loss, freeze and whether frames travel."""
+    """Replies of one rank at stage 0, by loss, freeze and what travels."""
     made = {}
 
     def get(*case):
@@ -88,26 +88,29 @@ def values_of(update):
     return update.buffer.view(np.dtype(update.dtype))
 
 
-# Every stage once, stage 3 with both losses and with a tower that trains or not.
+# Every stage once, stage 3 with both losses and at every boundary.
 CASES = [
-    (0, "sft", "none", True),
-    (1, "grpo", "tower+merger", False),
-    (2, "sft", "none", True),
-    (3, "grpo", "tower+merger", False),
-    (3, "sft", "none", True),
-    (3, "grpo", "none", True),
+    (0, "sft", "none", "frames"),
+    (1, "grpo", "tower+merger", "features"),
+    (2, "sft", "none", "frames"),
+    (3, "grpo", "tower+merger", "features"),
+    (3, "sft", "none", "frames"),
+    (3, "grpo", "none", "frames"),
+    (1, "sft", "tower", "frames"),
+    (3, "grpo", "tower", "pre_merger"),
+    (3, "sft", "tower", "frames"),
 ]
 
 
-@pytest.mark.parametrize(("stage", "loss", "freeze", "frames"), CASES)
-def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, freeze, frames):
+@pytest.mark.parametrize(("stage", "loss", "freeze", "media"), CASES)
+def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, freeze, media):
     faults = loss == "grpo"
-    job = job_of(model, reference, batches, loss, freeze, frames, faults=faults, zero_stage=stage, ranks=2)
+    job = job_of(model, reference, batches, loss, freeze, media, faults=faults, zero_stage=stage, ranks=2)
     first, second = play(job, 2)
     if faults:
         assert_refused_alike(first[:2], second[:2])
         first, second = first[2:], second[2:]
-    wanted = alone(loss, freeze, frames)
+    wanted = alone(loss, freeze, media)
     for found, other, expected in zip(first[:3], second[:3], wanted[:3], strict=True):
         assert found.keys() == other.keys() == expected.keys()
         assert ("kl" in found) == (loss == "grpo")
@@ -124,7 +127,8 @@ def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, 
     assert (update.version, update.names, update.shapes) == (3, expected.names, expected.shapes)
     assert update.dtype == "float64"
     assert np.abs(values_of(update) - values_of(expected)).max() <= 1e-12
-    assert any(".visual." in name for name in update.names) == (freeze == "none")
+    parts = {name.split(".")[2] for name in update.names if ".visual." in name}
+    assert parts == {"none": {"patch_embed", "blocks", "merger"}, "tower": {"merger"}, "tower+merger": set()}[freeze]
     for report in (first[5], second[5]):
         assert report.diff.tokens == wanted[5].diff.tokens > 0
         assert report.diff.max == pytest.approx(wanted[5].diff.max, abs=1e-10)
@@ -142,7 +146,7 @@ def assert_refused_alike(first, second):
 
 
 def test_one_rank_also_refuses_what_is_not_finite(model, batches, play):
-    items = batches[False][0]
+    items = batches["features"][0]
     for stage in (0, 3):
         values = learner_values(freeze="tower+merger", zero_stage=stage)
         calls = (Call("weights"), train(7, "grpo", spoiled(items, (1.0, float("inf")))), Call("weights"))
@@ -163,7 +167,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(play, tmp_path, ranks, stage, loss, o
     tied = stage == 3
     model = checkpoint(tmp_path / "model", tie_embeddings=tied)
     settings = {"kl_coef": KL} if loss == "grpo" else {}
-    steps = [train(i, loss, groups(model, [2 + i, 2], frames=True, seed=i), **settings) for i in range(5)]
+    steps = [train(i, loss, groups(model, [2 + i, 2], media="frames", seed=i), **settings) for i in range(5)]
     values = learner_values(ranks=ranks, zero_stage=stage, offload=offload, lr=1e-3, schedule="cosine", warmup_steps=2)
     first = Job(str(model), values, (), reference=str(model) if settings else "", float64=False)
     saved = Call("save", path=str(tmp_path / "saved"))
@@ -236,7 +240,7 @@ def test_random_states_are_those_of_the_moment_of_saving(tmp_path):
 def test_a_rank_that_waits_in_vain_says_who_waited_for_what_and_within_the_timeout(model, batches, tmp_path):
     values = learner_values(freeze="tower+merger", ranks=2, collective_timeout_s=8)
     late = Call("sleep", step=1, path="14")
-    job = Job(str(model), values, (late, Call("score", items=tuple(batches[False][0]))), timeout_s=8)
+    job = Job(str(model), values, (late, Call("score", items=tuple(batches["features"][0]))), timeout_s=8)
     first, _ = run(job, 2, tmp_path)
     assert first[-1].startswith("RuntimeError: learner rank 0 of 2 waited for the other ranks (to begin scoring)")
     assert "8 s (learner.collective_timeout_s)" in first[-1]

@@ -41,7 +41,8 @@ SETTINGS = (
     "layout.system_prompt='Watch, think, speak up.'",
     "layout.think_budget=6",
     "layout.max_new_tokens=10",
-    "learner.freeze=tower+merger",
+    "learner.freeze=tower",
+    "learner.freeze_names=['model.visual.merger.ln_q.*']",
     "sft.learner.freeze=none",
     "model.tiny.hidden=64",
     "model.tiny.layers=2",
@@ -326,14 +327,28 @@ def test_loading_the_export_as_a_backbone_adds_no_token_and_changes_no_weight(ex
 
 
 def test_training_moved_the_language_model_and_rl_left_the_frozen_tower_alone(run, exported):
-    """Between the cold start and the end of RL, whose learner freezes the tower; it trains only where rewards differ."""
+    """Between the cold start and the end of RL, whose learner freezes the tower; it trains only where rewards differ.
+
+    What a pattern names stays as it was before the cold start, too.
+    """
     start = AutoModelForImageTextToText.from_pretrained(run.root / "model").state_dict()
     cold = AutoModelForImageTextToText.from_pretrained(run.root / "checkpoints" / "sft" / "final" / "hf").state_dict()
     final = AutoModelForImageTextToText.from_pretrained(exported).state_dict()
-    tower = [name for name in cold if ".visual." in name]
+    tower = [name for name in cold if ".visual." in name and ".merger." not in name]
     assert tower
+    named = "model.visual.merger.ln_q.weight"
+    assert torch.equal(start[named], final[named])
     assert all(torch.equal(cold[name], final[name]) for name in tower)
     assert not any(torch.equal(start[name], cold[name]) for name in cold if name.endswith("q_proj.weight"))
+
+
+def test_what_a_clip_weighs_at_the_boundary_is_printed_at_the_start_of_each_stage(run):
+    said = " ".join(run.done.stdout.split())
+    assert "clips of sft travel as frames: a chunk of at most 6,272 pixels x 3 x 1 bytes" in said
+    # 4 patches of the tiny tower's 64 numbers behind each of the 4 tokens.
+    assert (
+        "clips of rl travel as pre_merger (learner.freeze=tower): a chunk of at most 4 tokens x 256 x 4 bytes" in said
+    )
 
 
 def test_the_export_says_how_it_is_to_be_run(exported):

@@ -266,6 +266,7 @@ def test_a_training_tower_ships_frames_and_its_new_weights_encode_the_clip_again
     "freeze",
     [
         "none",
+        "tower",
         "tower+merger",
     ],
 )

@@ -40,8 +40,8 @@ def test_cold_start(config):
     assert (sft.late_probability, sft.answer_weight, sft.pending_thought) == (0.0, 1.0, "")
     assert (learner.lr, learner.schedule, learner.warmup_steps) == (1e-5, "cosine", 30)
     assert (tuple(learner.betas), learner.weight_decay, learner.grad_clip) == ((0.9, 0.999), 0.0, 1.0)
-    # Published: all but the merger; the nearest boundary that exists, named among the deviations.
-    assert learner.freeze == "tower+merger"
+    # As published: the tower is frozen, the merger trains.
+    assert learner.freeze == "tower"
 
 
 def test_rl(config):
@@ -70,7 +70,7 @@ def test_what_is_printed_at_start(config):
     assert "not causal" in notes[0]
     assert "max_chunks=120" in notes[0]
     assert len(notes) == 1 + len(config.deviations) > 8
-    for word in ("top-k 50", "merger", "think budget", "end of the video"):
+    for word in ("top-k 50", "system_prompt", "think budget", "end of the video"):
         assert any(word in note for note in notes), word
     assert all(note.startswith("deviation: ") and "\n" not in note for note in notes[1:])
     assert composed().notes() == []

@@ -1,0 +1,69 @@
+"""What a clip weighs at the freeze boundary, compared with the byte budget of the caches before any model is loaded.
+
+Owner: rl. Pure arithmetic on a checkpoint's geometry. The driver keeps references to what rollouts ship, every
+worker the clips that it encoded, each up to `data.cache_mb`. A chunk's tokens are bounded by `data.video.max_pixels`;
+only a frame of extreme aspect ratio, one token high, can be rounded to more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import RunConfig
+from rl.footprint import BYTES, gib
+from streams.freezing import MEDIA_KINDS
+from streams.geometry import ModelGeometry
+from streams.video import VideoConfig
+
+
+@dataclass(frozen=True)
+class ChunkSize:
+    """One chunk at the boundary: so many rows of so many numbers (frames: pixels of three) of so many bytes each."""
+
+    kind: str
+    rows: int
+    width: int
+    item: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.width * self.item
+
+    def __str__(self) -> str:
+        return f"{self.rows:,} {'pixels' if self.kind == 'frames' else 'tokens'} x {self.width} x {self.item} bytes"
+
+
+def chunk_size(geometry: ModelGeometry, kind: str, dtype: str, video: VideoConfig) -> ChunkSize:
+    """The largest chunk of media of `kind` (see GroupPayload) under that model."""
+    tokens = max(1, video.max_pixels // geometry.token_side**2)
+    if kind == "frames":
+        return ChunkSize(kind, video.frames_per_chunk * tokens * geometry.token_side**2, 3, 1)
+    width = geometry.pre_merger_width if kind == "pre_merger" else geometry.feature_width
+    return ChunkSize(kind, video.frames_per_chunk // geometry.temporal_patch_size * tokens, width, BYTES[dtype])
+
+
+def check_features(config: RunConfig, geometry: ModelGeometry, stage: str, turns: int) -> str:
+    """A line with the arithmetic, `turns` being the longest task's; ValueError with it if the budget holds no such clip.
+
+    Frames that are not kept are read again; features that are not kept cost the tower again, for every group.
+    """
+    if stage == "sft" and "rl" in config.job.stages:
+        # What RL cannot keep must not be found out only after the cold start.
+        check_features(config, geometry, "rl", turns)
+    # Demonstrations travel as frames, whatever trains.
+    kind = "frames" if stage == "sft" else MEDIA_KINDS[config.learner.freeze]
+    chunk = chunk_size(geometry, kind, config.model.dtype, config.data.video)
+    clip, budget = chunk.nbytes * turns, config.data.cache_mb * 2**20
+    where = "" if kind == "frames" else f" (learner.freeze={config.learner.freeze})"
+    words = (
+        f"clips of {stage} travel as {kind}{where}: a chunk of at most {chunk} = {gib(chunk.nbytes)}, the longest clip "
+        f"({turns} turns) {gib(clip)}; data.cache_mb={config.data.cache_mb} holds {budget // clip} such clips"
+    )
+    if kind == "frames":
+        return f"{words} on each worker"
+    if clip > budget:
+        raise ValueError(
+            f"{words}, so each would be encoded anew for every group: set data.cache_mb to {-(-clip // 2**20)} or more, or "
+            "make clips smaller (data.video.max_pixels, data.max_turns)"
+        )
+    return f"{words} on each worker, and as many references in the driver"

@@ -1,0 +1,64 @@
+"""Which parameters train: the freeze modes, and shell-style patterns over parameter names.
+
+Owner: streams. Light: the driver counts with it what a learner will train, from the names in a checkpoint's files. Names
+are those of `model.named_parameters()`. Invariant: one function decides, for the learner and for every estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+MEDIA_KINDS = {"none": "frames", "tower": "pre_merger", "tower+merger": "features"}
+"""By `learner.freeze`: what a rollout ships to the learner, the output at the boundary of what is frozen."""
+FREEZE_MODES: tuple[str, ...] = tuple(MEDIA_KINDS)
+
+VISION = "model.visual."
+MERGERS = (f"{VISION}merger.", f"{VISION}deepstack_merger_list.")
+
+
+def check_freeze_mode(mode: str) -> None:
+    """Raises ValueError for a mode that does not exist."""
+    if mode not in FREEZE_MODES:
+        raise ValueError(f"learner.freeze={mode!r} is not one of {', '.join(FREEZE_MODES)}")
+
+
+def parameter_name(stored: str) -> str:
+    """The parameter that a tensor in a safetensors file is: Qwen2.5-VL's files keep the names of its first release."""
+    if stored.startswith("visual."):
+        return f"model.{stored}"
+    if stored.startswith("model.") and not stored.startswith((VISION, "model.language_model.")):
+        return f"model.language_model.{stored.removeprefix('model.')}"
+    return stored
+
+
+def below_boundary(name: str, mode: str) -> bool:
+    """Whether a parameter lies below the boundary of `mode`: it is frozen, and what is cached there depends on it."""
+    if mode == "none" or not name.startswith(VISION):
+        return False
+    return mode == "tower+merger" or not name.startswith(MERGERS)
+
+
+def trained(names: Iterable[str], mode: str, patterns: Sequence[str] = ()) -> list[str]:
+    """The names that train under `learner.freeze` and `learner.freeze_names`. Raises ValueError."""
+    check_freeze_mode(mode)
+    every = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in every):
+            nearest = ", ".join(get_close_matches(pattern, every, n=3, cutoff=0.0))
+            raise ValueError(
+                f"learner.freeze_names: the pattern {pattern!r} matches no parameter; nearest: {nearest} (a pattern covers "
+                "the whole name, * also matches dots)"
+            )
+    left = [
+        name
+        for name in every
+        if not below_boundary(name, mode) and not any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if not left:
+        raise ValueError(
+            f"learner.freeze={mode} with learner.freeze_names={list(patterns)} freezes all {len(every)} parameters: leave "
+            "something to train"
+        )
+    return left
