@@ -59,7 +59,7 @@ def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Itera
         clip = reader.read(shown.video, 0.0, shown.end, chunks, chunk_seconds=seconds)
     request = _request(config, backbone, shown, clip, seconds)
     slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype)
-    engine = Engine(backbone, config.rollout.kv_memory_mb * 2**20 // slot_bytes, 1)
+    engine = Engine(backbone, config.rollout.kv_memory_mb * 2**20 // slot_bytes, 1, config.rollout.attention)
     writer = engine.add(request)
     return _turns(engine, writer, shown, seconds)
 

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from streams.kernels import LEARNER_ATTENTION
 from streams.pretrained import FREEZE_MODES
 
-ATTENTION = ("auto", "sdpa", "flex")
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
@@ -22,6 +22,7 @@ class LearnerConfig:
     """row_tokens: packed tokens of a row; micro_batch_tokens: padded tokens of one forward. head_chunk: target
     positions whose logits exist at once. freeze: `none` or `tower+merger` (the boundary of what is cached).
     attention: `auto` = FlexAttention on CUDA, SDPA with the same mask on CPU. schedule: a transformers scheduler.
+    activation_checkpointing: layers compute their activations again in the backward pass, for less memory.
 
     ranks: data-parallel learner actors. zero_stage: what DeepSpeed partitions over them: 0 nothing, 1 optimiser states,
     2 also gradients, 3 also parameters. offload: `cpu` keeps the optimiser's states in host memory.
@@ -41,6 +42,7 @@ class LearnerConfig:
     dtype: str = "float32"
     freeze: str = "none"
     attention: str = "auto"
+    activation_checkpointing: bool = False
     row_tokens: int = 1024
     micro_batch_tokens: int = 16384
     head_chunk: int = 4096
@@ -62,8 +64,8 @@ class LearnerConfig:
             raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be a positive number")
         if self.freeze not in FREEZE_MODES:
             raise ValueError(f"learner.freeze={self.freeze!r} is not one of {', '.join(FREEZE_MODES)}")
-        if self.attention not in ATTENTION:
-            raise ValueError(f"learner.attention={self.attention!r} is not one of {', '.join(ATTENTION)}")
+        if self.attention not in LEARNER_ATTENTION:
+            raise ValueError(f"learner.attention={self.attention!r} is not one of {', '.join(LEARNER_ATTENTION)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"learner.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -89,7 +91,7 @@ class LearnerConfig:
             # These are not typed by the schema. A whole number is a number, a word is not.
             kind = type(getattr(self, key))
             fits = isinstance(value, list | tuple if kind is tuple else int | float if kind is float else kind)
-            if not fits or isinstance(value, bool):
+            if not fits or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"sft.learner.{key}={value!r} must be a {kind.__name__}, as learner.{key} is")
         values = vars(self) | overrides
         return LearnerConfig(**(values | {"betas": tuple(values["betas"])}))

@@ -206,8 +206,8 @@ class Run:
             self.store.settle(stage)
             self.stop.last_checkpoint = str(found.path)
         self.progress.say(
-            f"{stage}: {infos[0].kv_slots} KV slots on each worker; {trained:,} of {infos[0].parameters:,} parameters train "
-            f"(freeze={learner.freeze})"
+            f"{stage}: {infos[0].kv_slots} KV slots on each worker, attention {infos[0].attention}; {trained:,} of "
+            f"{infos[0].parameters:,} parameters train (freeze={learner.freeze})"
         )
         return StageContext(
             stage=stage,
@@ -280,6 +280,8 @@ class Run:
             monitor_every=config.rollout.monitor_every,
             run_seed=config.seed,
             version=version,
+            attention=config.rollout.attention,
+            vision_attention=config.model.vision_attention,
         )
 
     def _reference(self) -> Path:
@@ -299,6 +301,7 @@ class Run:
             learner=asdict(learner),
             total_steps=steps,
             seed=self.config.seed,
+            vision_attention=self.config.model.vision_attention,
         )
 
 

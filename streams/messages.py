@@ -20,7 +20,7 @@ from streams.task import StreamTask
 from streams.turns import ParsedTurn
 from streams.video import VideoConfig
 
-MESSAGES_VERSION = 2
+MESSAGES_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,21 @@ class WorkerSetup:
     monitor_every: int
     run_seed: int
     version: int = 0
+    attention: str = "auto"
+    vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker answers to its setup."""
+    """What a worker answers to its setup. attention: the engine's attention backend, and why that one."""
 
     worker: int
     node: str
     pid: int
     kv_slots: int
     parameters: int
+    attention: str
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ class LearnerSetup:
     seed: int
     version: int = 0
     reference: str = ""
+    vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION
 
 
