@@ -89,9 +89,7 @@ class FlexPlan:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         rows, heads, length, _ = q.shape
-        attention: Callable[..., torch.Tensor] = (
-            compiled(flex_attention) if can_compile(q.device, q.dtype) else flex_attention
-        )
+        attention: Any = compiled(flex_attention) if can_compile(q.device, q.dtype) else flex_attention
         out = attention(
             *(_end_to_end(t) for t in (q, k, v)),
             block_mask=self.mask,
