@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
+from learner.batching import TrainItem
 from learner.checkpointing import checkpoint_activations
-from streams.backbone import Backbone
+from learner.config import LearnerConfig
+from learner.engine import LearnerEngine
+from streams.backbone import Backbone, to_array
 from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
+from streams.messages import GroupPayload, LearnerSetup
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
 from streams.tiny import build_tiny
 from tests.streams_lib import MODEL_TYPES, joined_features, loud_backbone, random_turns, request, run
+
+LAYOUT = LayoutConfig(think_budget=5, max_new_tokens=10)
 
 
 @pytest.fixture(params=MODEL_TYPES)
@@ -94,6 +101,30 @@ def test_loss_and_gradients_are_equal_and_less_is_held(fp64, batch, freeze):
     for name, gradient in gradients.items():
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-12, rtol=1e-12, msg=name)
     assert less < 0.6 * held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_learner_step_is_the_same_at_every_zero_stage(tmp_path, ranks, stage):
+    """At stage 3 a layer's parameters are gathered once more to compute it again."""
+    backbone = loud_backbone(tmp_path, torch.float32, layout=LAYOUT)
+    rng = np.random.default_rng(1)
+    made = [request(backbone, MemoryConfig("rcsm", 2), random_turns(backbone, rng, 6), f"s{i}") for i in range(2)]
+    items = [
+        TrainItem(GroupPayload((log,), "features", to_array(joined_features(r)[None])), (advantage,))
+        for r, log, advantage in zip(made, run(backbone, made), (1.0, -1.0), strict=True)
+    ]
+    found = []
+    for recompute in (False, True):
+        config = LearnerConfig(freeze="tower+merger", zero_stage=stage, activation_checkpointing=recompute)
+        setup = LearnerSetup(str(backbone.source), LAYOUT, asdict(config), total_steps=2, seed=0)
+        learner = LearnerEngine(setup, ranks)
+        learner.backbone.layout.banned = backbone.layout.banned
+        found.append(learner.train(0, "grpo", items, {"clip_low": 0.2, "clip_high": 0.2}).metrics)
+        learner.close()
+    assert found[0]["grad_norm"] > 0
+    for name in ("loss", "grad_norm", "entropy"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-4), name
 
 
 def test_nothing_is_recomputed_outside_training(fp64, batch):
