@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -87,16 +86,17 @@ def stream_rows(tokens: int, kind: str) -> Rows:
     return pack(logs, [list(range(len(logs)))]).padded(BLOCK, at_least=BLOCK)
 
 
-def milliseconds(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median of `repeats`, after one call that compiles and warms up."""
-    took = []
+def milliseconds(calls: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
+    """Fastest of `repeats`, after one call that compiles and warms up. In turns, so that all see the same machine."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
-        _wait(device)
-        began = time.perf_counter()
-        call()
-        _wait(device)
-        took.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(took[1:])
+        for name, call in calls.items():
+            _wait(device)
+            began = time.perf_counter()
+            call()
+            _wait(device)
+            took[name].append((time.perf_counter() - began) * 1e3)
+    return {name: min(values[1:]) for name, values in took.items()}
 
 
 def _wait(device: str) -> None:
@@ -129,25 +129,27 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
         "streams": kind,
         "blocks_visited": visited(rows.expiry, rows.lane),
         "blocks_visited_causal": visited(never, rows.lane),
-        "block_mask_ms": milliseconds(lambda: block_mask(rows.expiry, rows.lane, dtype), device, repeats),
     }
     with torch.no_grad():
+        found |= milliseconds({"block_mask_ms": lambda: block_mask(rows.expiry, rows.lane, dtype)}, device, repeats)
         outs = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
         found["max_difference"] = float((outs["flex"] - outs["sdpa"]).abs().max())
-        for name, plan in plans.items():
-            found[f"{name}_forward_ms"] = milliseconds(
-                lambda plan=plan: plan.attend(0, q, k, v, heads.dim**-0.5), device, repeats
-            )
+        calls = {
+            f"{name}_forward_ms": lambda plan=plan: plan.attend(0, q, k, v, heads.dim**-0.5)
+            for name, plan in plans.items()
+        }
+        found |= milliseconds(calls, device, repeats)
     found |= ratios(found, "forward")
     if device == "cuda":
         for tensor in (q, k, v):
             tensor.requires_grad_(True)
-        for name, plan in plans.items():
-            out = plan.attend(0, q, k, v, heads.dim**-0.5)
-            grad = torch.ones_like(out)
-            found[f"{name}_backward_ms"] = milliseconds(
-                lambda out=out, grad=grad: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), device, repeats
-            )
+        kept = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
+        grad = torch.ones_like(kept["flex"])
+        calls = {
+            f"{name}_backward_ms": lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+            for name, out in kept.items()
+        }
+        found |= milliseconds(calls, device, repeats)
         found |= ratios(found, "backward")
     return found
 
@@ -174,16 +176,14 @@ def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repe
         for n in (heads.query, heads.kv, heads.kv)
     )
     found: dict[str, Any] = {"step": name, "segments": streams, "rows": rows, "live": live}
-    outs = {}
-    for kernel in ("torch", "flashinfer"):
-        backend = make_backend(kernel, pool, heads.query // heads.kv)
-        plan = backend.plan(new, segments)
-        outs[kernel] = plan.attend(0, q, k, v, heads.dim**-0.5).float()
-        found[f"{kernel}_plan_ms"] = milliseconds(lambda b=backend: b.plan(new, segments), "cuda", repeats)
-        plan = backend.plan(new, segments)
-        found[f"{kernel}_layer_ms"] = milliseconds(
-            lambda p=plan: p.attend(0, q, k, v, heads.dim**-0.5), "cuda", repeats
-        )
+    kernels = ("torch", "flashinfer")
+    backends = {kernel: make_backend(kernel, pool, heads.query // heads.kv) for kernel in kernels}
+    calls = {f"{kernel}_plan_ms": lambda b=b: b.plan(new, segments) for kernel, b in backends.items()}
+    found |= milliseconds(calls, "cuda", repeats)
+    plans = {kernel: backend.plan(new, segments) for kernel, backend in backends.items()}
+    outs = {kernel: plan.attend(0, q, k, v, heads.dim**-0.5).float() for kernel, plan in plans.items()}
+    calls = {f"{n}_layer_ms": lambda p=p: p.attend(0, q, k, v, heads.dim**-0.5) for n, p in plans.items()}
+    found |= milliseconds(calls, "cuda", repeats)
     found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
     found["layer_speedup"] = found["torch_layer_ms"] / found["flashinfer_layer_ms"]
     return found
@@ -192,7 +192,7 @@ def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repe
 def measure(device: str, quick: bool) -> dict[str, Any]:
     """All of it. quick: fewer heads, two lengths, few repeats."""
     heads = Heads(2, 1, 128) if quick else Heads()
-    repeats = 3 if quick else 10
+    repeats = 2 if quick else 10
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     lengths = TOKENS[:2] if quick else TOKENS
     learner = [
@@ -218,12 +218,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.attention")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer heads and lengths: minutes on a laptop")
+    parser.add_argument("--note", default="", help="anything that the reader must know, e.g. a shared machine")
     parser.add_argument("--json", default="-", help="file to write, - for the terminal")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.attention: --device cuda, but this machine has no CUDA device", file=sys.stderr)
         return 2
-    measured = measure(options.device, options.quick)
+    measured = {"note": options.note, **measure(options.device, options.quick)}
     if options.json == "-":
         print(json.dumps({"hardware": hardware(), "versions": versions(), **measured}, indent=2))
     else:

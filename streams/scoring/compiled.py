@@ -25,11 +25,16 @@ def compile_count() -> int:
 
 
 def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlexAttention compiles for tensors like these; on CPU it needs a C++ compiler and AVX2."""
+    """Whether FlexAttention compiles for tensors like these, now.
+
+    On CPU it is a forward without gradients, and needs a C++ compiler and AVX2.
+    """
     if dtype not in COMPILED_DTYPES:
         return False
     if device.type != "cpu":
         return device.type == "cuda"
+    if torch.is_grad_enabled():
+        return False
     return shutil.which(os.environ.get("CXX", "g++")) is not None and _has_avx2()
 
 
