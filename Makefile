@@ -10,7 +10,7 @@ RESUME ?= never
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: setup setup-test quickstart gpu-smoke test test-browser lint clean
+.PHONY: setup setup-test quickstart gpu-smoke gpu-bench test test-browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,10 @@ test: lint
 test-browser: setup-test
 	$(BIN)/python -m pip install -q -e ".[browser]"
 	$(BIN)/python -m pytest tests/browser -m browser $(ARGS)
+
+# Needs a GPU: its tests and benchmarks, recorded in benchmarks/results/gpu_*.json.
+gpu-bench: setup-test
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs

@@ -12,14 +12,11 @@ Prints a table and writes it beside the first file as quickstart_cpu.md. Exit 1 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "ray", "deepspeed")
+from benchmarks.environment import in_words
 
 COLUMNS = (
     ("heldout_reward_sft", "reward SFT"),
@@ -73,13 +70,7 @@ def main(paths: list[str]) -> int:
         failed |= bool(missed)
         cells = [f"{summary[key]:.3g}" if summary[key] is not None else "-" for key, _ in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(missed) or 'none'} |")
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    hardware = (
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU; Python {platform.python_version()}; {versions}"
-    )
-    text = (
-        "# make quickstart, seeds named in advance (variants: seed 0)\n\n" + hardware + "\n\n" + "\n".join(lines) + "\n"
-    )
+    text = f"# make quickstart, seeds named in advance (variants: seed 0)\n\n{in_words()}\n\n" + "\n".join(lines) + "\n"
     (Path(paths[0]).parent / "quickstart_cpu.md").write_text(text)
     print(text)
     return int(failed)

@@ -22,9 +22,9 @@ from rollout.config import RolloutConfig
 from streams.dataset import FORMATS
 from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
+from streams.model_config import ModelConfig
 from streams.synthetic import SyntheticConfig
 from streams.task import StreamTask
-from streams.tiny_spec import TinySpec
 from streams.video import VideoConfig
 
 STAGES = ("data", "sft", "rl", "eval", "watch")
@@ -43,19 +43,6 @@ class JobConfig:
             raise ValueError(f"job.stages={self.stages}: stages are {', '.join(STAGES)}")
         if "watch" in self.stages and len(self.stages) > 1:
             raise ValueError(f"job.stages={self.stages}: watch runs alone")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """path: a checkpoint folder or hub id; empty = build the tiny random backbone of `tiny`."""
-
-    path: str = ""
-    dtype: str = "float32"
-    tiny: TinySpec = field(default_factory=TinySpec)
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype={self.dtype!r} is not one of float32, bfloat16")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Itera
     request = _request(config, backbone, shown, clip, seconds)
     slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype)
     given = config.rollout.kv_memory_mb * 2**20 // slot_bytes
-    engine = Engine(backbone, given or stream_bound(request), 1)
+    engine = Engine(backbone, given or stream_bound(request), 1, config.rollout.attention)
     writer = engine.add(request)
     return _turns(engine, writer, shown, seconds)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from streams.freezing import check_freeze_mode
+from streams.kernels import LEARNER_ATTENTION
 
-ATTENTION = ("auto", "sdpa", "flex")
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
@@ -23,11 +23,11 @@ class LearnerConfig:
     positions whose logits exist at once. freeze: `none`, `tower` or `tower+merger` (the boundary of what is cached);
     freeze_names: shell-style patterns over parameter names, frozen besides.
     attention: `auto` = FlexAttention on CUDA, SDPA with the same mask on CPU. schedule: a transformers scheduler.
+    activation_checkpointing: layers compute their activations again in the backward pass, for less memory.
 
     ranks: data-parallel learner actors. zero_stage: what DeepSpeed partitions over them: 0 nothing, 1 optimiser states,
     2 also gradients, 3 also parameters. offload: `cpu` keeps the optimiser's states in host memory.
-    collective_timeout_s: a rank that waits longer for the others gives up. activation_checkpointing: the backward computes
-    every layer anew instead of keeping what it held.
+    collective_timeout_s: a rank that waits longer for the others gives up.
     """
 
     ranks: int = 1
@@ -69,8 +69,8 @@ class LearnerConfig:
         object.__setattr__(self, "freeze_names", tuple(self.freeze_names))
         if not all(isinstance(pattern, str) and pattern for pattern in self.freeze_names):
             raise ValueError(f"learner.freeze_names={list(self.freeze_names)} must be patterns over parameter names")
-        if self.attention not in ATTENTION:
-            raise ValueError(f"learner.attention={self.attention!r} is not one of {', '.join(ATTENTION)}")
+        if self.attention not in LEARNER_ATTENTION:
+            raise ValueError(f"learner.attention={self.attention!r} is not one of {', '.join(LEARNER_ATTENTION)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"learner.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -96,7 +96,7 @@ class LearnerConfig:
             # These are not typed by the schema. A whole number is a number, a word is not.
             kind = type(getattr(self, key))
             fits = isinstance(value, list | tuple if kind is tuple else int | float if kind is float else kind)
-            if not fits or isinstance(value, bool):
+            if not fits or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"sft.learner.{key}={value!r} must be a {kind.__name__}, as learner.{key} is")
         values = vars(self) | overrides
         return LearnerConfig(**(values | {"betas": tuple(values["betas"])}))

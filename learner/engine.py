@@ -9,6 +9,7 @@ that the run started from; a step with a loss or gradient that is not finite is 
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import random
 import time
@@ -30,6 +31,7 @@ from learner.batching import (
     TrainItem,
     common_shapes,
 )
+from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
 from learner.forward import PolicyForward, Reference, blank_media
 from learner.losses import Sums, grpo_loss, sft_loss
@@ -37,11 +39,15 @@ from learner.publish import export_weights, full_shape, host_state_dict
 from learner.ranks import Ranks
 from learner.state import load_state, save_state
 from streams.backbone import Backbone
+from streams.kernels import choose_learner_attention, choose_vision_attention
 from streams.log import Kind
 from streams.messages import GroupPayload, LearnerSetup, ScoreReport, TrainReport, WeightsUpdate
 from streams.meter import Meter
+from streams.scoring.compiled import compile_count
 from streams.scoring.packing import Rows
 from streams.scoring.stats import LogpDiff
+
+log = logging.getLogger("sightline.learner")
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,20 @@ class LearnerEngine:
         np.random.seed(setup.seed % 2**32)
         torch.manual_seed(setup.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        attention = choose_learner_attention(self.config.attention, device)
         # DeepSpeed moves a stage-3 model to the device slice by slice; it need not fit there whole.
         first = "cpu" if self.config.zero_stage == 3 else device
         dtype = getattr(torch, self.config.dtype)
+        vision = choose_vision_attention(setup.vision_attention, device, self.config.dtype)
+        log.info("rank %d: attention %s, vision attention %s", ranks.rank, attention, vision)
         self.meter = Meter()
         with self.meter.phase("load"):
-            self.backbone = Backbone.load(setup.checkpoint, setup.layout, dtype=dtype, device=first)
+            self.backbone = Backbone.load(
+                setup.checkpoint, setup.layout, dtype=dtype, device=first, vision_attention=vision.name
+            )
             self.backbone.freeze(self.config.freeze, self.config.freeze_names)
+            if self.config.activation_checkpointing:
+                checkpoint_activations(self.backbone)
             self.reference: Reference | None = None
             if setup.reference:
                 self.reference = Reference(setup.reference, setup.layout, self.config, device, self.backbone)
@@ -127,7 +140,14 @@ class LearnerEngine:
 
         config = self.config
         trainable = list(self.backbone.trainable().values())
-        optimiser = torch.optim.AdamW(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        optimiser = torch.optim.AdamW(
+            trainable,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            # One kernel over all parameters; the default makes temporary copies as large as they are.
+            fused=torch.cuda.is_available() or None,
+        )
         scheduler = get_scheduler(
             config.schedule,
             optimiser,
@@ -334,6 +354,7 @@ class LearnerEngine:
         totals["lr"] = float(self.deepspeed.get_lr()[0])
         totals["target_tokens"] = float(plan.targets)
         totals["micro_batches"] = float(len(plan.shapes))
+        totals["compiles"] = float(compile_count())
         totals["step_s"] = time.monotonic() - began
         return totals
 

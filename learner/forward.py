@@ -16,17 +16,11 @@ from torch import nn
 from learner.batching import MicroBatch, Shape
 from learner.config import LearnerConfig
 from streams.backbone import Backbone, to_array, to_tensor
+from streams.kernels import choose_learner_attention
 from streams.layout import LayoutConfig
 from streams.scoring.logprobs import Scores, score_rows
 
 Media = list[tuple[str, np.ndarray]]
-
-
-def resolve_attention(attention: str, device: torch.device) -> str:
-    """`auto` is FlexAttention on CUDA; on CPU it is SDPA, since FlexAttention has no backward there."""
-    if attention == "auto":
-        return "flex" if device.type == "cuda" else "sdpa"
-    return attention
 
 
 def encode_media(backbone: Backbone, media: Media) -> list[torch.Tensor]:
@@ -83,7 +77,7 @@ class PolicyForward(nn.Module):
             temperature=temperature,
             head_chunk=self._config.head_chunk,
             head_chunks=shape.head_chunks,
-            attention=resolve_attention(self._config.attention, backbone.device),
+            attention=choose_learner_attention(self._config.attention, backbone.device.type).name,
         )
         return scores.logp, scores.entropy, None if features is None else features.detach()
 
@@ -99,7 +93,13 @@ class Reference:
     def __init__(
         self, checkpoint: str, layout: LayoutConfig, config: LearnerConfig, device: str, policy: Backbone
     ) -> None:
-        self._backbone = Backbone.load(Path(checkpoint), layout, dtype=getattr(torch, config.dtype), device=device)
+        self._backbone = Backbone.load(
+            Path(checkpoint),
+            layout,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            vision_attention=policy.vision_attention,
+        )
         if self._backbone.layout.banned != policy.layout.banned:
             raise ValueError(
                 f"algorithm.reference={checkpoint}: its vocabulary or ban list is not that of the trained checkpoint "
@@ -125,6 +125,6 @@ class Reference:
             features,
             temperature=temperature,
             head_chunk=self._config.head_chunk,
-            attention=resolve_attention(self._config.attention, self._backbone.device),
+            attention=choose_learner_attention(self._config.attention, self._backbone.device.type).name,
         )
         return scores.logp

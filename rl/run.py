@@ -229,8 +229,8 @@ class Run:
             self.store.settle(stage)
             self.stop.last_checkpoint = str(found.path)
         self.progress.say(
-            f"{stage}: {infos[0].kv_slots} KV slots on each worker; {trained:,} of {infos[0].parameters:,} parameters train "
-            f"(freeze={', '.join([learner.freeze, *learner.freeze_names])})"
+            f"{stage}: {infos[0].kv_slots} KV slots on each worker, attention {infos[0].attention}; {trained:,} of "
+            f"{infos[0].parameters:,} parameters train (freeze={', '.join([learner.freeze, *learner.freeze_names])})"
         )
         return StageContext(
             stage=stage,
@@ -340,6 +340,8 @@ class Run:
             monitor_every=config.rollout.monitor_every,
             run_seed=config.seed,
             version=version,
+            attention=config.rollout.attention,
+            vision_attention=config.model.vision_attention,
         )
 
     def _reference(self) -> Path:
@@ -359,6 +361,7 @@ class Run:
             learner=asdict(learner),
             total_steps=steps,
             seed=self.config.seed,
+            vision_attention=self.config.model.vision_attention,
         )
 
 

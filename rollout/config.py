@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from streams.kernels import ROLLOUT_ATTENTION
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -16,6 +18,7 @@ class RolloutConfig:
 
     monitor_every: re-score every N-th finished single-version stream with the worker's own weights (0 = never).
     group_deadline_s: a group not finished by then is dropped and counted. threads: torch threads of a worker.
+    attention: the engine's backend; `auto` = FlashInfer where it runs (CUDA, half precision, installed), else torch.
     """
 
     workers: int = 2
@@ -27,6 +30,7 @@ class RolloutConfig:
     monitor_every: int = 16
     group_deadline_s: float = 120.0
     threads: int = 1
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         for key in ("workers", "max_streams", "threads"):
@@ -34,6 +38,8 @@ class RolloutConfig:
                 raise ValueError(f"rollout.{key}={getattr(self, key)} must be at least 1")
         if self.kv_memory_mb < 0:
             raise ValueError(f"rollout.kv_memory_mb={self.kv_memory_mb} must be a number of MiB, 0 for what is left")
+        if self.attention not in ROLLOUT_ATTENTION:
+            raise ValueError(f"rollout.attention={self.attention!r} is not one of {', '.join(ROLLOUT_ATTENTION)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"rollout.temperature={self.temperature} must be a positive number: greedy streams cannot be trained on"

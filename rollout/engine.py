@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rollout.attention import Segment, TorchPagedPlan
+from rollout.attention import Segment, make_backend
 from rollout.cache import KVPool
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
+from streams.kernels import choose_rollout_attention
 from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import MemoryPolicy
@@ -98,7 +99,7 @@ def stream_bound(request: StreamRequest) -> int:
 class Engine:
     """Runs StreamRequests to StreamLogs on one backbone."""
 
-    def __init__(self, backbone: Backbone, kv_slots: int, max_streams: int) -> None:
+    def __init__(self, backbone: Backbone, kv_slots: int, max_streams: int, attention: str = "auto") -> None:
         kv_heads, head_dim = backbone.kv_shape
         self.backbone = backbone
         self.pool = KVPool(
@@ -107,7 +108,11 @@ class Engine:
         self.max_streams = max_streams
         self.version = 0
         self.stats = EngineStats()
-        self._groups = int(backbone.model.config.text_config.num_attention_heads) // kv_heads
+        # "torch.bfloat16" is "bfloat16" in every configuration.
+        dtype = str(backbone.dtype).removeprefix("torch.")
+        self.attention = choose_rollout_attention(attention, backbone.device.type, dtype, head_dim)
+        groups = int(backbone.model.config.text_config.num_attention_heads) // kv_heads
+        self._backend = make_backend(self.attention.name, self.pool, groups)
         self._waiting: deque[_Stream] = deque()
         self._running: list[_Stream] = []
         self._reserved = 0
@@ -226,7 +231,7 @@ class Engine:
         video = None
         if step.features:
             video = VideoTokens(torch.from_numpy(np.concatenate(step.video)).to(device), torch.cat(step.features))
-        plan = TorchPagedPlan(self.pool, np.concatenate(step.new_slots), step.segments, self._groups)
+        plan = self._backend.plan(np.concatenate(step.new_slots), step.segments)
         hidden = self.backbone.hidden(ids[None], positions[:, None], plan, video)[0]
         for slots in step.freed:
             self.pool.free(slots)

@@ -26,6 +26,7 @@ from rollout.vision import ByteBudgetCache
 from rollout.weights import StagedWeights
 from streams.backbone import Backbone, to_array, to_tensor
 from streams.inputs import clip_key, turn_inputs
+from streams.kernels import choose_vision_attention
 from streams.layout import Layout
 from streams.log import LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy
@@ -97,12 +98,18 @@ class RolloutService:
         self.limits = limits
         self._put, self._get = put, get
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        vision = choose_vision_attention(setup.vision_attention, device, setup.dtype)
         self.meter = Meter()
         with self.meter.phase("load"):
             self.backbone = Backbone.load(
-                setup.checkpoint, setup.layout, dtype=getattr(torch, setup.dtype), device=device
+                setup.checkpoint,
+                setup.layout,
+                dtype=getattr(torch, setup.dtype),
+                device=device,
+                vision_attention=vision.name,
             )
-        self.engine = Engine(self.backbone, setup.kv_slots, setup.max_streams)
+        self.engine = Engine(self.backbone, setup.kv_slots, setup.max_streams, setup.attention)
+        log.info("worker %d: attention %s, vision attention %s", worker, self.engine.attention, vision)
         self.engine.version = setup.version
         check_timestamps_kept(self.backbone.layout, make_policy(setup.memory))
         self._layouts = {

@@ -91,6 +91,7 @@ class RolloutWorker:
             pid=os.getpid(),
             kv_slots=self._service.engine.pool.capacity,
             parameters=sum(p.numel() for p in self._service.backbone.model.parameters()),
+            attention=str(self._service.engine.attention),
         )
 
     async def rollout(self, task: RolloutTask) -> tuple[GroupSummary, GroupPayload | None]:

@@ -33,6 +33,7 @@ from streams.pretrained import (
     SUPPORTED_MODEL_TYPES,
     ImageSpec,
     check_image_statistics,
+    check_no_dropout,
     check_rope_theta,
     read_processors,
 )
@@ -41,6 +42,8 @@ ATTENTION_NAME = "sightline"
 # transformers hands the spans of a packed row to implementations with "flash" in their name and loops over the spans
 # for all others.
 VISION_ATTENTION_NAME = "sightline_flash_spans"
+VISION_IMPLEMENTATIONS = {"sdpa": VISION_ATTENTION_NAME, "flash_attn": "flash_attention_2"}
+"""By the names of `streams.kernels`; flash-attn comes through transformers' own implementation."""
 SPARE_ROW_MULTIPLE = 128
 
 
@@ -157,6 +160,7 @@ class Backbone:
 
     source: where it was loaded from, for messages. A run outlives the checkpoint it goes on from (checkpoint.keep), so
     nothing is read there again: `processors` holds the processor files it came with, by name, for the exports.
+    vision_attention: kernel of the vision tower, `sdpa` or `flash_attn`.
     """
 
     def __init__(
@@ -167,8 +171,11 @@ class Backbone:
         image: ImageSpec,
         source: Path,
         processors: dict[str, bytes],
+        vision_attention: str = "sdpa",
     ) -> None:
         self.model = model
+        self.vision_attention = vision_attention
+        self._set_attention(ATTENTION_NAME, VISION_IMPLEMENTATIONS[vision_attention])
         self.tokenizer = tokenizer
         self.layout = layout
         self.image = image
@@ -186,8 +193,12 @@ class Backbone:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        vision_attention: str = "sdpa",
     ) -> Backbone:
-        """Load a checkpoint from a local folder (hub ids are resolved by the caller with `resolve_checkpoint`)."""
+        """Load a checkpoint from a local folder (hub ids are resolved by the caller with `resolve_checkpoint`).
+
+        vision_attention: `sdpa` or `flash_attn`, as `streams.kernels` chose it.
+        """
         source = Path(path)
         if not (source / "config.json").is_file():
             raise FileNotFoundError(f"model.path={path}: no config.json there; give a checkpoint folder or a hub id")
@@ -199,21 +210,25 @@ class Backbone:
             )
         family = FAMILIES[config.model_type]
         check_rope_theta(source)
+        check_no_dropout(source)
         # transformers draws a progress bar per load; five processes at once would fill the terminal with them.
         transformers_logging.disable_progress_bar()
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(source)
         add_streaming_tokens(model, tokenizer)
-        model.config.text_config._attn_implementation = ATTENTION_NAME
-        model.config.vision_config._attn_implementation = VISION_ATTENTION_NAME
         model.config.use_cache = False
         model.eval()
         rows = model.get_output_embeddings().weight.shape[0]
         processors = read_processors(source)
         image = ImageSpec.load(processors, model.config.vision_config, family)
         check_image_statistics(source, image)
-        return cls(model, tokenizer, Layout(tokenizer, layout, rows, family.timestamps), image, source, processors)
+        made = Layout(tokenizer, layout, rows, family.timestamps)
+        return cls(model, tokenizer, made, image, source, processors, vision_attention)
+
+    def _set_attention(self, text: str, vision: str) -> None:
+        self.model.config.text_config._attn_implementation = text
+        self.model.config.vision_config._attn_implementation = vision
 
     @property
     def device(self) -> torch.device:
@@ -340,12 +355,10 @@ class Backbone:
         state: the model's whole state dict, where the model itself holds only slices of it.
         """
         path.mkdir(parents=True, exist_ok=True)
-        config = self.model.config
         # The registered names mean nothing to other programs: the export must load with their default attention.
-        config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
+        self._set_attention("sdpa", "sdpa")
         self.model.save_pretrained(path, state_dict=state)
-        config.text_config._attn_implementation = ATTENTION_NAME
-        config.vision_config._attn_implementation = VISION_ATTENTION_NAME
+        self._set_attention(ATTENTION_NAME, VISION_IMPLEMENTATIONS[self.vision_attention])
         self.tokenizer.save_pretrained(path)
         for name, content in self.processors.items():
             (path / name).write_bytes(content)

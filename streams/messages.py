@@ -74,18 +74,21 @@ class WorkerSetup:
     run_seed: int
     version: int = 0
     staging: str = "device"
+    attention: str = "auto"
+    vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker answers to its setup."""
+    """What a worker answers to its setup. attention: the engine's attention backend, and why that one."""
 
     worker: int
     node: str
     pid: int
     kv_slots: int
     parameters: int
+    attention: str
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ class LearnerSetup:
     seed: int
     version: int = 0
     reference: str = ""
+    vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION
 
 

@@ -118,6 +118,23 @@ def check_rope_theta(checkpoint: Path) -> None:
         )
 
 
+def check_no_dropout(checkpoint: Path) -> None:
+    """Refuses a checkpoint with dropout: the learner could never compute the log-probs that were sampled with."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    parts = {
+        "": config,
+        "text_config.": config.get("text_config") or {},
+        "vision_config.": config.get("vision_config") or {},
+    }
+    for prefix, part in parts.items():
+        for key, value in part.items():
+            if key.endswith(("dropout", "drop_rate")) and value:
+                raise ValueError(
+                    f"model.path={checkpoint}: config.json has {prefix}{key}={value}; set it to 0, training needs the very "
+                    "log-probs that were sampled"
+                )
+
+
 def token_side(checkpoint: str | Path) -> int:
     """Pixels along one side of a video token: patch size times merge size, from the config of a folder or hub id."""
     from transformers import AutoConfig  # takes a second to import

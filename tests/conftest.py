@@ -38,3 +38,12 @@ def one_rank():
 @pytest.fixture(scope="module")
 def ranks(learner_process, one_rank):
     return one_rank
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` skip by themselves where there is no device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

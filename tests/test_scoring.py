@@ -113,6 +113,20 @@ def test_flex_attention_on_the_learners_block_mask_equals_the_dense_mask(fp64, l
     assert (FlexPlan(block_mask(never, rows.lane)).attend(0, q, k, k, 0.25) - right).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("at_least", [1, 1000])
+def test_more_padding_changes_no_score(fp64, logged, at_least):
+    requests, logs = logged
+    rows = pack(logs, [[0, 1, 2, 3], [4, 5]])
+    features = torch.cat([joined_features(r) for r in requests])
+    wide = rows.padded(128, at_least=at_least)
+    assert wide.ids.shape[1] % 128 == 0
+    assert wide.ids.shape[1] >= max(at_least, rows.ids.shape[1])
+    assert wide.padded(128, at_least=at_least) is wide
+    with torch.no_grad():
+        plain, padded = score_rows(fp64, rows, features), score_rows(fp64, wide, features)
+    torch.testing.assert_close(padded.logp, plain.logp, atol=1e-10, rtol=0)
+
+
 def test_expiry_is_capped_at_each_streams_end(logged):
     _, logs = logged
     rows = pack(logs, [[0, 1, 2]])

@@ -52,6 +52,16 @@ def _bucket(segments: list[Segment], groups: int, device: torch.device) -> _Buck
     )
 
 
+class TorchBackend:
+    """Plans for one engine's pool. groups: query heads per KV head."""
+
+    def __init__(self, pool: KVPool, groups: int) -> None:
+        self._pool, self._groups = pool, groups
+
+    def plan(self, new_slots: np.ndarray, segments: list[Segment]) -> TorchPagedPlan:
+        return TorchPagedPlan(self._pool, new_slots, segments, self._groups)
+
+
 class TorchPagedPlan:
     """Writes the step's new keys and values into the pool, then attends segment by segment over the pool."""
 

@@ -1,18 +1,27 @@
 """The learner's attention mask, built from stream logs: one predicate, as a dense mask and as a FlexAttention block mask.
 
 Owner: streams.scoring. The predicate: visible(q, k) = k <= q < expiry[k] and lane[k] <= lane[q], in row coordinates.
-Invariant: in a packed row the expiry of a stream's tokens is capped at the stream's end, so that causality and expiry
-also keep streams apart; padding is a last stream of its own.
+Invariants: in a packed row the expiry of a stream's tokens is capped at the stream's end, so that causality and expiry
+also keep streams apart; padding is a last stream of its own. FlexAttention sees the rows of a batch end to end as one row,
+by the same rule: one compiled kernel then serves any number of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from streams.scoring.compiled import can_compile, compiled
+
+BLOCK = 128
+"""Side of a block of the mask; rows are padded to a multiple of it."""
+MIN_FLEX_TOKENS = 2 * BLOCK
+"""Shortest row for FlexAttention: a single block is a shape of its own to the compiler."""
 
 
 def dense_mask(expiry: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
@@ -28,25 +37,35 @@ def dense_mask(expiry: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
 def mask_mod(
     expiry: torch.Tensor, lane: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The same predicate as a FlexAttention mask_mod."""
+    """The same predicate as a FlexAttention mask_mod over one row, from expiry and lane int [L]."""
 
     def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (k <= q) & (q < expiry[b, k]) & (lane[b, k] <= lane[b, q])
+        return (k <= q) & (q < expiry[k]) & (lane[k] <= lane[q])
 
     return visible
 
 
-def block_mask(expiry: torch.Tensor, lane: torch.Tensor, block: int = 128) -> BlockMask:
-    rows, length = expiry.shape
+def _row_block_mask(expiry: torch.Tensor, lane: torch.Tensor) -> BlockMask:
+    length = expiry.shape[0]
     return create_block_mask(
         mask_mod(expiry, lane),
-        B=rows,
+        B=None,
         H=None,
         Q_LEN=length,
         KV_LEN=length,
-        device=expiry.device,
-        BLOCK_SIZE=block,
+        device=str(expiry.device),
+        BLOCK_SIZE=BLOCK,
     )
+
+
+def block_mask(expiry: torch.Tensor, lane: torch.Tensor, dtype: torch.dtype = torch.float32) -> BlockMask:
+    """Of expiry and lane int [R, L], their rows end to end. dtype: of the attention, which decides what is compiled."""
+    rows, length = expiry.shape
+    starts = torch.arange(rows, device=expiry.device)[:, None] * length
+    # Copies, never views: the compiler tells views apart by what they are views of.
+    row_expiry, row_lane = (t.flatten().to(torch.int32, copy=True) for t in (expiry + starts, lane))
+    build = compiled(_row_block_mask) if can_compile(expiry.device, dtype) else _row_block_mask
+    return build(row_expiry, row_lane)
 
 
 @dataclass(frozen=True)
@@ -64,10 +83,22 @@ class DensePlan:
 
 @dataclass(frozen=True)
 class FlexPlan:
-    """FlexAttention on the block mask of the same predicate."""
+    """FlexAttention on the block mask of the same predicate, of the rows end to end. On CPU a forward only."""
 
     mask: BlockMask
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        out = flex_attention(q, k, v, block_mask=self.mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
+        rows, heads, length, _ = q.shape
+        attention: Any = compiled(flex_attention) if can_compile(q.device, q.dtype) else flex_attention
+        out = attention(
+            *(_end_to_end(t) for t in (q, k, v)),
+            block_mask=self.mask,
+            scale=scaling,
+            enable_gqa=heads != k.shape[1],
+        )
+        return out[0].transpose(0, 1).unflatten(0, (rows, length))
+
+
+def _end_to_end(tensor: torch.Tensor) -> torch.Tensor:
+    """[R, H, L, D] -> [1, H, R * L, D], a copy: see `block_mask`."""
+    return tensor.transpose(0, 1).flatten(1, 2)[None].clone(memory_format=torch.contiguous_format)

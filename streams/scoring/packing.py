@@ -6,10 +6,11 @@ row; expiry is capped at its stream's end; padding attends only to padding and n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from streams.log import NEVER, Kind, StreamLog
 
@@ -37,6 +38,26 @@ class Rows:
     @property
     def num_targets(self) -> int:
         return len(self.target_ids)
+
+    def padded(self, multiple: int, at_least: int) -> Rows:
+        """The same rows, with more padding at their ends: to a multiple of `multiple` tokens, `at_least` so many."""
+        length = self.ids.shape[1]
+        wide = -(-max(length, at_least) // multiple) * multiple
+        if wide == length:
+            return self
+
+        def moved(index: torch.Tensor) -> torch.Tensor:
+            return index // length * wide + index % length
+
+        return replace(
+            self,
+            ids=pad(self.ids, (0, wide - length)),
+            positions=pad(self.positions, (0, wide - length)),
+            expiry=pad(self.expiry, (0, wide - length), value=wide),
+            lane=pad(self.lane, (0, wide - length)),
+            predictor=moved(self.predictor),
+            video_index=moved(self.video_index),
+        )
 
     def to(self, device: torch.device) -> Rows:
         return Rows(**{name: value.to(device) for name, value in vars(self).items()})

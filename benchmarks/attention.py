@@ -1,0 +1,236 @@
+"""Attention measured: the learner's on the log's block mask, and the engine's paged backends.
+
+    python -m benchmarks.attention --device cpu --quick --json benchmarks/results/attention_cpu.json
+    python -m benchmarks.attention --device cuda --json -
+
+Learner: FlexAttention on the block mask of `rcsm` streams (20 chunks of 192 video tokens packed into a row, or one long
+stream) against SDPA with the dense mask of the same predicate, and against the same kernel under a plain causal mask: how
+many of the blocks that eviction saves became saved time. Forward and backward on CUDA, forward on CPU. Engine: FlashInfer
+against the torch backend, one decode and one prefill step at the shape of a 3B model (CUDA only). Both sides of a ratio
+are measured in the same run. Owner: benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.environment import hardware, versions, write_result
+from rollout.attention import Segment, make_backend
+from rollout.cache import KVPool
+from streams.backbone import AttentionPlan
+from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
+from streams.log import ChunkRecord, LogHeader, StreamLog
+from streams.memory import MemoryConfig, knobs, make_policy
+from streams.positions import QWEN2_5_VL_CONVENTION, PositionCursor
+from streams.scoring.compiled import compile_count
+from streams.scoring.mask import BLOCK, DensePlan, FlexPlan, block_mask, dense_mask
+from streams.scoring.packing import Rows, pack
+from streams.tiny import build_tokenizer
+from streams.writer import StreamWriter, TurnInput
+
+MEMORY = MemoryConfig("rcsm", 8)
+GRID = (1, 12, 16)
+CHUNKS = 20
+TOKENS = (4096, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, KV heads, head dimension."""
+
+    query: int = 16
+    kv: int = 2
+    dim: int = 128
+
+
+def written(layout: Layout, chunks: int, name: str) -> StreamLog:
+    """The log of a silent stream of `chunks` chunks, as the engine and the cold start write it."""
+    header = LogHeader(
+        stream_id=name,
+        task_id=name,
+        backbone="qwen2_5_vl",
+        policy=MEMORY.name,
+        policy_knobs=knobs(MEMORY),
+        position_convention=QWEN2_5_VL_CONVENTION,
+        banned=layout.banned,
+        seed=0,
+    )
+    writer = StreamWriter(header, layout, make_policy(MEMORY), PositionCursor(2.0, 1.0))
+    for turn in range(chunks):
+        writer.begin_turn(TurnInput(ChunkRecord(turn, "clip", (turn + 0.25, turn + 0.75), GRID, "clip")), 0)
+        for token in layout.demonstration("nothing", None):
+            writer.append_generated(token, 0, target=True)
+    return writer.finish()
+
+
+def stream_rows(tokens: int, kind: str) -> Rows:
+    """One row of about `tokens` tokens. kind: `packed` streams of 20 chunks, or one `long` stream."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(list(STREAMING_TOKENS))
+    layout = Layout(tokenizer, LayoutConfig(system_prompt="Watch."), 640)
+    one = written(layout, CHUNKS, "one")
+    if kind == "packed":
+        logs = [one] * max(1, round(tokens / len(one)))
+    else:
+        logs = [written(layout, round(tokens / len(one) * CHUNKS), "long")]
+    return pack(logs, [list(range(len(logs)))]).padded(BLOCK, at_least=BLOCK)
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
+    """Fastest of `repeats`, after one call that compiles and warms up. In turns, so that all see the same machine."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            _wait(device)
+            began = time.perf_counter()
+            call()
+            _wait(device)
+            took[name].append((time.perf_counter() - began) * 1e3)
+    return {name: min(values[1:]) for name, values in took.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def visited(expiry: torch.Tensor, lane: torch.Tensor) -> float:
+    """Share of all blocks that a kernel on this mask must visit."""
+    return 1.0 - float(block_mask(expiry, lane).sparsity()) / 100.0
+
+
+def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: Heads, repeats: int) -> dict[str, Any]:
+    """One length and kind of stream; see the module docstring."""
+    rows = stream_rows(tokens, kind).to(torch.device(device))
+    length = rows.ids.shape[1]
+    never = torch.full_like(rows.expiry, length)
+    plans: dict[str, AttentionPlan] = {
+        "flex": FlexPlan(block_mask(rows.expiry, rows.lane, dtype)),
+        "flex_causal": FlexPlan(block_mask(never, rows.lane, dtype)),
+        "sdpa": DensePlan(dense_mask(rows.expiry, rows.lane)),
+    }
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn((1, n, length, heads.dim), generator=generator, device=device, dtype=dtype)
+        for n in (heads.query, heads.kv, heads.kv)
+    )
+    found: dict[str, Any] = {
+        "tokens": length,
+        "streams": kind,
+        "blocks_visited": visited(rows.expiry, rows.lane),
+        "blocks_visited_causal": visited(never, rows.lane),
+    }
+    with torch.no_grad():
+        found |= milliseconds({"block_mask_ms": lambda: block_mask(rows.expiry, rows.lane, dtype)}, device, repeats)
+        outs = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
+        found["max_difference"] = float((outs["flex"] - outs["sdpa"]).abs().max())
+        calls = {
+            f"{name}_forward_ms": lambda plan=plan: plan.attend(0, q, k, v, heads.dim**-0.5)
+            for name, plan in plans.items()
+        }
+        found |= milliseconds(calls, device, repeats)
+    found |= ratios(found, "forward")
+    if device == "cuda":
+        for tensor in (q, k, v):
+            tensor.requires_grad_(True)
+        kept = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
+        grad = torch.ones_like(kept["flex"])
+        calls = {
+            f"{name}_backward_ms": lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+            for name, out in kept.items()
+        }
+        found |= milliseconds(calls, device, repeats)
+        found |= ratios(found, "backward")
+    return found
+
+
+def ratios(found: dict[str, Any], which: str) -> dict[str, float]:
+    """How much faster than SDPA, and which share of the blocks saved against a causal mask became saved time."""
+    saved_blocks = 1 - found["blocks_visited"] / found["blocks_visited_causal"]
+    saved_time = 1 - found[f"flex_{which}_ms"] / found[f"flex_causal_{which}_ms"]
+    return {
+        f"{which}_speedup_over_sdpa": found[f"sdpa_{which}_ms"] / found[f"flex_{which}_ms"],
+        f"{which}_share_of_saved_blocks_that_is_saved_time": saved_time / saved_blocks,
+    }
+
+
+def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repeats: int) -> dict[str, Any]:
+    """One engine step of one layer: `streams` segments of `rows` tokens over `live` slots each, planning included."""
+    pool = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=torch.bfloat16, device="cuda")
+    pool.kv.normal_(generator=torch.Generator("cuda").manual_seed(0))
+    order = np.random.default_rng(0).permutation(streams * live).reshape(streams, live)
+    segments = [Segment(i * rows, rows, order[i]) for i in range(streams)]
+    new = np.concatenate([s.slots[-rows:] for s in segments])
+    q, k, v = (
+        torch.randn((1, n, streams * rows, heads.dim), device="cuda", dtype=torch.bfloat16)
+        for n in (heads.query, heads.kv, heads.kv)
+    )
+    found: dict[str, Any] = {"step": name, "segments": streams, "rows": rows, "live": live}
+    kernels = ("torch", "flashinfer")
+    backends = {kernel: make_backend(kernel, pool, heads.query // heads.kv) for kernel in kernels}
+    calls = {f"{kernel}_plan_ms": lambda b=b: b.plan(new, segments) for kernel, b in backends.items()}
+    found |= milliseconds(calls, "cuda", repeats)
+    plans = {kernel: backend.plan(new, segments) for kernel, backend in backends.items()}
+    outs = {kernel: plan.attend(0, q, k, v, heads.dim**-0.5).float() for kernel, plan in plans.items()}
+    calls = {f"{n}_layer_ms": lambda p=p: p.attend(0, q, k, v, heads.dim**-0.5) for n, p in plans.items()}
+    found |= milliseconds(calls, "cuda", repeats)
+    found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
+    found["layer_speedup"] = found["torch_layer_ms"] / found["flashinfer_layer_ms"]
+    return found
+
+
+def measure(device: str, quick: bool) -> dict[str, Any]:
+    """All of it. quick: fewer heads, two lengths, few repeats."""
+    heads = Heads(2, 1, 128) if quick else Heads()
+    repeats = 2 if quick else 10
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    lengths = TOKENS[:2] if quick else TOKENS
+    learner = [
+        learner_row(tokens, kind, device, dtype, heads, repeats) for tokens in lengths for kind in ("packed", "long")
+    ]
+    measured: dict[str, Any] = {
+        "memory": f"{MEMORY.name}, window {MEMORY.window}",
+        "heads": vars(heads),
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": repeats,
+        "learner": learner,
+        "compiles": compile_count(),
+    }
+    if device == "cuda":
+        measured["engine"] = [
+            paged_step("decode", 1, 64, 2048, Heads(), repeats),
+            paged_step("prefill", 206, 16, 2048, Heads(), repeats),
+        ]
+    return measured
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.attention")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer heads and lengths: minutes on a laptop")
+    parser.add_argument("--note", default="", help="anything that the reader must know, e.g. a shared machine")
+    parser.add_argument("--json", default="-", help="file to write, - for the terminal")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.attention: --device cuda, but this machine has no CUDA device", file=sys.stderr)
+        return 2
+    measured = {"note": options.note, **measure(options.device, options.quick)}
+    if options.json == "-":
+        print(json.dumps({"hardware": hardware(), "versions": versions(), **measured}, indent=2))
+    else:
+        write_result(Path(options.json), measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""Which attention kernel runs where: the learner's, the engine's, the vision tower's. Chosen alike, named, forced alike.
+
+Owner: streams. Invariants: `auto` never fails; a kernel that is asked for by name and cannot run is a ValueError that says
+why; importing this module loads neither torch nor a kernel package (the driver checks configurations with it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+LEARNER_ATTENTION = ("auto", "sdpa", "flex")
+ROLLOUT_ATTENTION = ("auto", "torch", "flashinfer")
+VISION_ATTENTION = ("auto", "sdpa", "flash_attn")
+HALF = ("bfloat16", "float16")
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and why it was chosen; `str()` is how logs show it."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+def has_module(name: str) -> bool:
+    """Whether the package is installed; it is not imported."""
+    return find_spec(name) is not None
+
+
+def choose_learner_attention(asked: str, device: str) -> Choice:
+    """`flex` or `sdpa`. device: "cuda" or "cpu"."""
+    if asked not in LEARNER_ATTENTION:
+        raise ValueError(f"learner.attention={asked!r} is not one of {', '.join(LEARNER_ATTENTION)}")
+    missing = "" if device == "cuda" else "FlexAttention has no backward on CPU"
+    return _chosen("learner.attention", asked, fast="flex", plain="sdpa", missing=missing)
+
+
+def choose_rollout_attention(asked: str, device: str, dtype: str, head_dim: int) -> Choice:
+    """`flashinfer` or `torch`, for a KV pool of that dtype and head dimension."""
+    if asked not in ROLLOUT_ATTENTION:
+        raise ValueError(f"rollout.attention={asked!r} is not one of {', '.join(ROLLOUT_ATTENTION)}")
+    missing = _missing(device, dtype, "flashinfer", "flashinfer-python")
+    if not missing and head_dim not in FLASHINFER_HEAD_DIMS:
+        missing = f"heads of {head_dim} are not among {', '.join(map(str, FLASHINFER_HEAD_DIMS))}"
+    return _chosen("rollout.attention", asked, fast="flashinfer", plain="torch", missing=missing)
+
+
+def choose_vision_attention(asked: str, device: str, dtype: str) -> Choice:
+    """`flash_attn` or `sdpa`, for the vision tower."""
+    if asked not in VISION_ATTENTION:
+        raise ValueError(f"model.vision_attention={asked!r} is not one of {', '.join(VISION_ATTENTION)}")
+    missing = _missing(device, dtype, "flash_attn", "flash-attn")
+    return _chosen("model.vision_attention", asked, fast="flash_attn", plain="sdpa", missing=missing)
+
+
+def _missing(device: str, dtype: str, module: str, package: str) -> str:
+    """What a half-precision CUDA kernel package lacks here; empty = nothing."""
+    if device != "cuda":
+        return f"no CUDA, the device is {device}"
+    if dtype not in HALF:
+        return f"{dtype} is not one of {', '.join(HALF)}"
+    return "" if has_module(module) else f"the package {package} is not installed"
+
+
+def _chosen(key: str, asked: str, *, fast: str, plain: str, missing: str) -> Choice:
+    """missing: what keeps `fast` from running here; empty = nothing."""
+    if asked == fast and missing:
+        raise ValueError(f"{key}={asked} cannot run here: {missing}; use {key}=auto or {key}={plain}")
+    if asked != "auto":
+        return Choice(asked, f"{key}={asked}")
+    return Choice(plain, missing) if missing else Choice(fast, "auto")

@@ -1,0 +1,54 @@
+"""FlexAttention and its block mask, compiled once for every shape that training meets.
+
+Owner: streams.scoring. Invariants: where the compiler can run, nothing runs uncompiled in silence (`fullgraph`: hitting
+Dynamo's limit of recompilations raises); lengths are dynamic, so that the number of compilations depends on dtype, heads
+and whether gradients are on, not on data. `compile_count` counts them in this process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_counted = {"graphs": 0}
+
+
+def compile_count() -> int:
+    """Graphs compiled by this module's functions in this process."""
+    return _counted["graphs"]
+
+
+def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether FlexAttention compiles for tensors like these, now.
+
+    On CPU it is a forward without gradients, and needs a C++ compiler and AVX2.
+    """
+    if dtype not in COMPILED_DTYPES:
+        return False
+    if device.type != "cpu":
+        return device.type == "cuda"
+    if torch.is_grad_enabled():
+        return False
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and _has_avx2()
+
+
+def _has_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def _counting_inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Inductor behind a counter: Dynamo's own counters also count what other code compiles, and change with releases."""
+    _counted["graphs"] += 1
+    return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for all lengths at once."""
+    return torch.compile(function, backend=_counting_inductor, dynamic=True, fullgraph=True)
