@@ -32,6 +32,7 @@ from learner.batching import (
 )
 from learner.config import LearnerConfig
 from learner.forward import PolicyForward, Reference, blank_clip
+from learner.linear import replace_deepspeed_linear
 from learner.losses import Sums, grpo_loss, sft_loss
 from learner.publish import export_weights, full_shape, host_state_dict
 from learner.ranks import Ranks
@@ -147,6 +148,8 @@ class LearnerEngine:
             lr_scheduler=scheduler,
             config=deepspeed_config(config),
         )
+        if config.zero_stage == 3:
+            replace_deepspeed_linear()
         return engine
 
     @property
