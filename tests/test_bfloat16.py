@@ -59,7 +59,7 @@ class Worker:
             video=VideoConfig(),
             freeze="tower+merger",
             max_streams=16,
-            kv_memory_mb=8,
+            kv_slots=8192,
             monitor_every=1,
             run_seed=0,
         )
