@@ -109,7 +109,7 @@ class LearnerEngine:
         np.random.seed(setup.seed % 2**32)
         torch.manual_seed(setup.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # DeepSpeed moves a stage-3 model to the device slice by slice; it need not fit there whole.
+        # DeepSpeed itself moves a stage-3 model to the device, whole, and cuts it up there.
         first = "cpu" if self.config.zero_stage == 3 else device
         dtype = getattr(torch, self.config.dtype)
         self.meter = Meter()
