@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# The oldest releases that are supported; see "Versions" in the README.
+OLDEST_TORCH ?= torch==2.11.0
+OLDEST_TRANSFORMERS ?= transformers==5.17.0
 DEEPSPEED := deepspeed==0.19.8
 SEED ?= 0
 # `make quickstart` starts over; RESUME=auto goes on where an interrupted one stood.
@@ -10,7 +13,7 @@ RESUME ?= never
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: setup setup-test quickstart gpu-smoke gpu-bench test test-browser lint clean
+.PHONY: setup setup-test quickstart gpu-smoke gpu-bench test test-oldest test-browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +51,12 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
+# The quick tests with the oldest supported releases, in a virtual environment of their own.
+test-oldest:
+	$(MAKE) setup-test VENV=.venv-oldest TORCH="$(OLDEST_TORCH)"
+	.venv-oldest/bin/python -m pip install -q "$(OLDEST_TRANSFORMERS)"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+
 # The transcript page in a real Chromium (Debian: apt-get install chromium chromium-driver); skips without one.
 test-browser: setup-test
 	$(BIN)/python -m pip install -q -e ".[browser]"
@@ -58,4 +67,4 @@ gpu-bench: setup-test
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-oldest outputs

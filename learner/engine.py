@@ -34,6 +34,7 @@ from learner.batching import (
 from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
 from learner.forward import PolicyForward, Reference, blank_media
+from learner.linear import replace_deepspeed_linear
 from learner.losses import Sums, grpo_loss, sft_loss
 from learner.publish import export_weights, full_shape, host_state_dict
 from learner.ranks import Ranks
@@ -115,7 +116,7 @@ class LearnerEngine:
         torch.manual_seed(setup.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         attention = choose_learner_attention(self.config.attention, device)
-        # DeepSpeed moves a stage-3 model to the device slice by slice; it need not fit there whole.
+        # DeepSpeed itself moves a stage-3 model to the device, whole, and cuts it up there.
         first = "cpu" if self.config.zero_stage == 3 else device
         dtype = getattr(torch, self.config.dtype)
         vision = choose_vision_attention(setup.vision_attention, device, self.config.dtype)
@@ -167,6 +168,8 @@ class LearnerEngine:
             lr_scheduler=scheduler,
             config=deepspeed_config(config),
         )
+        if config.zero_stage == 3:
+            replace_deepspeed_linear()
         return engine
 
     @property

@@ -8,6 +8,7 @@ module, too: torch and the engine are imported by the constructor, in the worker
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -77,8 +78,7 @@ class RolloutWorker:
             raise ValueError(f"worker speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
         from rollout.service import RolloutService
 
-        if self._service is not None:
-            await asyncio.to_thread(self._service.close)
+        await self._close_service()
         self._service = await asyncio.to_thread(
             RolloutService, self._worker, setup, self._limits, _put, self._get_array
         )
@@ -113,6 +113,18 @@ class RolloutWorker:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def _close_service(self) -> None:
+        """Give back the last stage's model and KV pool before the next one's are made: a GPU need not hold both."""
+        if self._service is None:
+            return
+        await asyncio.to_thread(self._service.close)
+        self._service = None
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _ready(self) -> RolloutService:
         if self._service is None:
