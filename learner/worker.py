@@ -64,7 +64,9 @@ class Learner:
     def usage(self) -> ProcessUsage:
         engine = self._ready()
         name = "learner" if engine.ranks.world == 1 else f"learner rank {engine.ranks.place.rank}"
-        return ProcessUsage(name, engine.meter.usage())
+        from streams.scoring.compiled import compile_count
+
+        return ProcessUsage(name, engine.meter.usage(), compile_count())
 
     def open_rendezvous(self, world: int, timeout_s: float) -> RankPlace:
         """Rank 0 of several: where the others find it (its node's address and a free port there); once for all stages."""

@@ -15,6 +15,7 @@ from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from rl.footprint import Footprint, StreamSize, gib, learner_footprint, slot_bytes, trained_numbers, worker_footprint
 from streams.geometry import ModelGeometry
+from streams.kernels import choose_rollout_attention
 from streams.messages import DeviceInfo
 from streams.task import StreamTask
 
@@ -142,9 +143,16 @@ def plan_run(
             flex=learner.attention == "flex" or (learner.attention == "auto" and device.cuda),
         )
 
+    paged = all(
+        device.cuda
+        and choose_rollout_attention(config.rollout.attention, "cuda", config.model.dtype, geometry.head_dim).name
+        == "flashinfer"
+        for device in worker_devices
+    )
+
     def worker(kv_bytes: int) -> Footprint:
         trained = trained_numbers(geometry, config.learner)
-        return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes)
+        return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes, paged=paged)
 
     processes = [Process(worker(0), device, kv=True) for device in worker_devices]
     for device in learner_devices if stages else []:

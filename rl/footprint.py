@@ -14,6 +14,7 @@ from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from streams.freezing import trained
 from streams.geometry import ModelGeometry
+from streams.kernels import FLASHINFER_WORKSPACE
 from streams.memory import make_policy
 from streams.task import StreamTask
 
@@ -161,16 +162,23 @@ def learner_footprint(
 
 
 def worker_footprint(
-    geometry: ModelGeometry, dtype: str, trained: int, stream: StreamSize, config: RunConfig, kv_bytes: int
+    geometry: ModelGeometry,
+    dtype: str,
+    trained: int,
+    stream: StreamSize,
+    config: RunConfig,
+    kv_bytes: int,
+    *,
+    paged: bool = False,
 ) -> Footprint:
-    """Of one rollout worker. trained: numbers that an update replaces."""
+    """Of one rollout worker. trained: numbers that an update replaces; paged: FlashInfer, which gathers no keys."""
     width = BYTES[dtype]
     staged = trained * width if config.weights.staging == "device" else 0
     streams = config.rollout.max_streams
     # A step forwards at most one turn of every stream, and gathers the keys and values that each sees.
     rows = streams * (stream.video + stream.text)
     keys = streams * stream.live(config) * geometry.kv_values // geometry.layers * width
-    forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + 2 * keys
+    forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else 2 * keys)
     choosing = streams * geometry.vocab * 24
     return Footprint(
         "each rollout worker" if config.rollout.workers > 1 else "rollout worker",
@@ -178,6 +186,7 @@ def worker_footprint(
             ("weights", geometry.total * width),
             ("staged weights", staged),
             ("KV pool", kv_bytes),
+            ("cached features", config.data.cache_mb * 2**20),
             ("a step", max(forward, choosing, _tower_bytes(geometry, stream, width, training=False))),
         ),
         host=0 if staged else trained * width,

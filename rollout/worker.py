@@ -62,7 +62,9 @@ class RolloutWorker:
         return await asyncio.to_thread(device_info, ray.util.get_node_ip_address())
 
     async def usage(self) -> ProcessUsage:
-        return ProcessUsage(f"rollout worker {self._worker}", self._ready().meter.usage())
+        from streams.scoring.compiled import compile_count
+
+        return ProcessUsage(f"rollout worker {self._worker}", self._ready().meter.usage(), compile_count())
 
     async def build_tiny(self, folder: str, spec: TinySpec, seed: int, dtype: str) -> str:
         """Write the random checkpoint to `folder`. Here, because the driver loads no torch."""

@@ -14,6 +14,9 @@ ROLLOUT_ATTENTION = ("auto", "torch", "flashinfer")
 VISION_ATTENTION = ("auto", "sdpa", "flash_attn")
 HALF = ("bfloat16", "float16")
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
+FLASHINFER_WORKSPACE = 384 * 2**20
+"""Bytes for partial results where keys are split over thread blocks: query heads x (2 x multiprocessors / KV heads) x 128 x
+head dimension x 4 bytes, 138 MB with 16 query and 2 KV heads of 128 on 132 multiprocessors."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,7 @@ import torch
 
 from rollout.attention.segments import Segment
 from rollout.cache import KVPool
-
-WORKSPACE_BYTES = 384 * 2**20
-"""For partial results where keys are split over thread blocks: query heads x (2 x multiprocessors / KV heads) x 128 x head
-dimension x 4 bytes, 138 MB with 16 query and 2 KV heads of 128 on 132 multiprocessors."""
+from streams.kernels import FLASHINFER_WORKSPACE
 
 
 class FlashInferBackend:
@@ -32,7 +29,7 @@ class FlashInferBackend:
         _, _, _, kv_heads, head_dim = pool.kv.shape
         self._heads, self._kv_heads, self._head_dim = groups * kv_heads, kv_heads, head_dim
         # Steps run one after the other on one stream, so both wrappers may use it.
-        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.kv.device)
+        workspace = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=pool.kv.device)
         # The kernel for decode without tensor cores exists for few ratios of heads only.
         self._decode = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
