@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine import Engine
+from rollout.engine import Engine, stream_bound
 from streams.memory import MemoryConfig
 from streams.turns import ParsedTurn
 from tests.streams_lib import MODEL_TYPES, loud_backbone, random_turns, request, run
@@ -36,8 +36,7 @@ def test_a_stream_that_can_never_fit_is_refused_with_the_arithmetic(backbone):
 
 def test_a_small_pool_runs_streams_one_after_another_and_to_the_same_end(backbone):
     wanted = requests(backbone)
-    engine = Engine(backbone, kv_slots=20000, max_streams=16)
-    need = max(engine._bound(r) for r in wanted)
+    need = max(stream_bound(r) for r in wanted)
     small = Engine(backbone, kv_slots=need + 5, max_streams=16)
     done = {}
     for r in wanted:
