@@ -385,7 +385,7 @@ def test_the_tracking_database_holds_one_finished_run_with_a_reward_for_every_st
     assert sorted(point.step for point in losses) == [1, 2, 3]
 
     stored = {artifact.path for artifact in client.list_artifacts(tracked.info.run_id)}
-    assert stored == {"summary.json", "rl.html", *(f"{name}.jsonl" for name in RESULTS)}
+    assert stored == {"summary.json", "usage.json", "rl.html", *(f"{name}.jsonl" for name in RESULTS)}
 
 
 # ---- transcripts ----
