@@ -95,7 +95,10 @@ def _by_device(processes: list[Process]) -> dict[DeviceInfo, list[Process]]:
 
 
 def _lines(processes: list[Process], found: list[Footprint]) -> list[str]:
-    lines = [f"memory estimate: {footprint.line()}" for footprint in dict.fromkeys(found)]
+    lines = [
+        f"memory estimate: {'each ' if count > 1 else ''}{footprint.line()}"
+        for footprint, count in Counter(found).items()
+    ]
     for device, here in _by_device(processes).items():
         total = sum(f.total for p, f in zip(processes, found, strict=True) if p in here)
         lines.append(f"memory estimate: {gib(total)} of the {gib(device.free)} free on {device.name}")

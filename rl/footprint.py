@@ -30,12 +30,13 @@ ZERO_BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class StreamSize:
-    """The largest stream of a run: turns, video and other tokens of one turn, tokens outside of turns."""
+    """The largest stream of a run: turns, video and other tokens of one turn, tokens outside of turns. tasks: of the run."""
 
     turns: int
     video: int
     text: int
     fixed: int
+    tasks: int = 1
 
     @classmethod
     def largest(cls, config: RunConfig, tasks: tuple[StreamTask, ...], geometry: ModelGeometry) -> StreamSize:
@@ -49,6 +50,7 @@ class StreamSize:
             text=SCAFFOLD + stamps + config.layout.max_new_tokens,
             # Byte-level BPE: a text of n bytes has about n / 4 tokens.
             fixed=8 + len(config.layout.system_prompt.encode()) // 4 + queries // 4,
+            tasks=len(tasks),
         )
 
     @property
@@ -150,7 +152,7 @@ def learner_footprint(
     offloaded = masters + moments if learner.offload == "cpu" else 0
     working = ("backward", backward) if backward >= step else ("optimiser step", step)
     return Footprint(
-        "learner" if ranks == 1 else "each learner rank",
+        "learner" if ranks == 1 else "learner rank",
         (
             ("weights", weights),
             ("optimiser", masters + moments - offloaded),
@@ -174,6 +176,8 @@ def worker_footprint(
     """Of one rollout worker. trained: numbers that an update replaces; paged: FlashInfer, which gathers no keys."""
     width = BYTES[dtype]
     staged = trained * width if config.weights.staging == "device" else 0
+    features = geometry.pre_merger_width if config.learner.freeze == "tower" else geometry.feature_width
+    clips = stream.tasks * stream.turns * stream.video * features * width
     streams = config.rollout.max_streams
     # A step forwards at most one turn of every stream, and gathers the keys and values that each sees.
     rows = streams * (stream.video + stream.text)
@@ -181,12 +185,12 @@ def worker_footprint(
     forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else 2 * keys)
     choosing = streams * geometry.vocab * 24
     return Footprint(
-        "each rollout worker" if config.rollout.workers > 1 else "rollout worker",
+        "rollout worker",
         (
             ("weights", geometry.total * width),
             ("staged weights", staged),
             ("KV pool", kv_bytes),
-            ("cached features", config.data.cache_mb * 2**20),
+            ("cached features", min(config.data.cache_mb * 2**20, clips)),
             ("a step", max(forward, choosing, _tower_bytes(geometry, stream, width, training=False))),
         ),
         host=0 if staged else trained * width,

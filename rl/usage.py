@@ -78,8 +78,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _estimate(process: str, footprints: tuple[Footprint, ...]) -> int | None:
-    """Of the footprint that stands for this process (`each rollout worker` for `rollout worker 1`)."""
-    for footprint in footprints:
-        if process.startswith(footprint.process.removeprefix("each ")):
-            return footprint.total
-    return None
+    """Of the footprint that stands for this process (`rollout worker` for `rollout worker 1`)."""
+    return next((f.total for f in footprints if process.startswith(f.process)), None)

@@ -30,9 +30,9 @@ SMALL = (
             r"placement=separated needs 4 GPUs \(learner\.ranks=1 \+ rollout\.workers=3\), the cluster has 0",
         ),
         (
-            ["rollout.kv_memory_mb=1", "memory=full", "layout.max_new_tokens=64"],
+            ["rollout.kv_memory_mb=1", "memory=full", "layout.max_new_tokens=128"],
             1,
-            r"largest stream may hold [\d,]+ tokens in the KV pool, 1,024 bytes each: .* gives each pool 1,024 slots",
+            r"largest stream may hold [\d,]+ tokens in the KV pool, 512 bytes each: .* gives each pool 2,048 slots",
         ),
         (
             # A forward of ten million tokens.
@@ -58,7 +58,7 @@ SMALL = (
     ids=["placement", "kv pool", "learner", "features"],
 )
 def test_what_cannot_fit_stops_at_start_with_the_arithmetic(tmp_path, overrides, status, said):
-    done = launch(f"run_root={tmp_path / 'out'}", *SMALL, *overrides, limit_s=300)
+    done = launch(f"run_root={tmp_path / 'out'}", *SMALL, *overrides, limit_s=240)
     assert re.search(said, done.stderr), done.stderr + done.stdout
     assert done.returncode == status
     assert "Traceback" not in done.stderr
