@@ -121,33 +121,35 @@ def learner_footprint(
     tokens = micro_batch_tokens(learner, stream, streams)
     kept, transient = layer_bytes(geometry, width, dense=not flex)
     if learner.activation_checkpointing:
-        layers = geometry.layers * geometry.hidden * width + kept
+        held = geometry.layers * geometry.hidden * width * tokens
     else:
-        layers = geometry.layers * kept
-    activations = tokens * (layers + transient)
-    if not flex:
-        # The mask, and SDPA's additive copies of it: every layer keeps one.
-        row = max(stream.tokens, min(learner.row_tokens, tokens))
-        copies = 1 if learner.activation_checkpointing else geometry.layers
-        activations += tokens * row * (1 + width * copies)
-    chunk = min(learner.head_chunk, math.ceil(tokens * stream.text / max(1, stream.video + stream.text)))
-    head = chunk * geometry.vocab * 18
+        held = geometry.layers * kept * tokens
     media = tokens * geometry.feature_width * width
     if learner.freeze == "tower":
         # The rows before the mergers, and what the mergers keep: their normalised form and both sides of the activation.
         media += tokens * 5 * geometry.pre_merger_width * width
-    vision = _tower_bytes(geometry, stream, width) if tower_trains else 0
-    # During the backward there are gradients, activations and a bucket; during the optimiser's step the flat gradients.
+    if tower_trains:
+        media += _tower_bytes(geometry, stream, width)
+    if not flex:
+        # The mask, and SDPA's additive copies of it: every layer keeps one.
+        row = max(stream.tokens, min(learner.row_tokens, tokens))
+        media += tokens * row * (1 + width * (1 if learner.activation_checkpointing else geometry.layers))
+    chunk = min(learner.head_chunk, math.ceil(tokens * stream.text / max(1, stream.video + stream.text)))
+    head = chunk * geometry.vocab * 18
     gradients = trained * width
+    # DeepSpeed's bucket has its full size, however little trains; in host memory, pages that are not touched cost nothing.
+    bucket = (ZERO_BUCKET if flex else min(ZERO_BUCKET, trained)) * width if stage else 0
+    several = math.ceil(streams / ranks) * stream.tokens > tokens
+    # The backward begins at the head with all that the layers hold, and ends at the first layer with all gradients.
+    begins = held + head + (gradients if several else 0)
+    ends = gradients + tokens * (kept + transient)
+    backward = max(begins, ends) + bucket + media
+    # The optimiser's step has the gradients once more in a flat row, and as float32.
     if stage:
-        masters, moments = (4 * trained // ranks, 8 * trained // ranks)
-        bucket = min(ZERO_BUCKET, trained) * width
-        backward = gradients + activations + max(head, bucket) + media + vision
-        step = gradients + trained * width + 4 * trained // ranks
+        masters, moments = 4 * trained // ranks, 8 * trained // ranks
+        step = gradients + trained * width + (4 * trained // ranks if width != 4 else 0)
     else:
-        masters, moments = 0, 8 * trained
-        backward = gradients + activations + head + media + vision
-        step = gradients
+        masters, moments, step = 0, 8 * trained, gradients
     weights = (total * width) // ranks + 2 * 2**28 if stage == 3 and ranks > 1 else total * width
     offloaded = masters + moments if learner.offload == "cpu" else 0
     working = ("backward", backward) if backward >= step else ("optimiser step", step)
