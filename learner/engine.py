@@ -85,9 +85,13 @@ class Step:
     weights: SftWeights | None
 
 
-def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's settings; micro-batches are cut by tokens, so its own batch sizes mean nothing."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed's own default of reduce_bucket_size, in numbers; the bucket is allocated whole, whatever there is to reduce."""
+
+
+def deepspeed_config(config: LearnerConfig, trained: int) -> dict[str, Any]:
+    """DeepSpeed's settings; micro-batches are cut by tokens, so its own batch sizes mean nothing. trained: numbers."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(ZERO_BUCKET, trained)}
     if config.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -166,7 +170,7 @@ class LearnerEngine:
             model_parameters=trainable,
             optimizer=optimiser,
             lr_scheduler=scheduler,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, self.trainable_parameters),
         )
         if config.zero_stage == 3:
             replace_deepspeed_linear()

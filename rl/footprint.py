@@ -25,7 +25,7 @@ SCAFFOLD = 13
 TIMESTAMP = 11
 """Tokens of a turn's scaffold, and of a timestamp with its own vision tags (one for every temporal patch), at most."""
 ZERO_BUCKET = 500_000_000
-"""Numbers in DeepSpeed's gradient bucket (its default), in the learner's dtype."""
+"""Numbers in DeepSpeed's gradient bucket at most (see learner.engine), in the learner's dtype."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,7 @@ def learner_footprint(
     chunk = min(learner.head_chunk, math.ceil(tokens * stream.text / max(1, stream.video + stream.text)))
     head = chunk * geometry.vocab * 18
     gradients = trained * width
-    # DeepSpeed's bucket has its full size, however little trains; in host memory, pages that are not touched cost nothing.
-    bucket = (ZERO_BUCKET if flex else min(ZERO_BUCKET, trained)) * width if stage else 0
+    bucket = min(ZERO_BUCKET, trained) * width if stage else 0
     several = math.ceil(streams / ranks) * stream.tokens > tokens
     # The backward begins at the head with all that the layers hold, and ends at the first layer with all gradients.
     begins = held + head + (gradients if several else 0)

@@ -249,9 +249,9 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
 
     plain = module.deepspeed_config
 
-    def everything_partitioned(config: LearnerConfig) -> dict[str, Any]:
+    def everything_partitioned(config: LearnerConfig, trained: int) -> dict[str, Any]:
         """Tiny parameters too: by default DeepSpeed keeps those below 100,000 elements whole."""
-        made = plain(config)
+        made = plain(config, trained)
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
