@@ -13,9 +13,18 @@ from dataclasses import dataclass
 
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
-from rl.footprint import Footprint, StreamSize, gib, learner_footprint, slot_bytes, trained_numbers, worker_footprint
+from rl.footprint import (
+    Footprint,
+    StreamSize,
+    gib,
+    learner_footprint,
+    scorer_footprint,
+    slot_bytes,
+    trained_numbers,
+    worker_footprint,
+)
 from streams.geometry import ModelGeometry
-from streams.kernels import choose_rollout_attention
+from streams.kernels import HALF, choose_learner_attention, choose_rollout_attention, choose_vision_attention
 from streams.messages import DeviceInfo
 from streams.task import StreamTask
 
@@ -54,8 +63,15 @@ class MemoryPlan:
     footprints: tuple[Footprint, ...]
 
 
-def plan_memory(processes: list[Process], need: PoolNeed, describe_pool: Callable[[int], Footprint]) -> MemoryPlan:
-    """The sizes of all pools. describe_pool: a worker's footprint with a pool of that many bytes. Raises ValueError."""
+def plan_memory(
+    processes: list[Process],
+    need: PoolNeed,
+    describe_pool: Callable[[int], Footprint],
+    taken: frozenset[str] = frozenset(),
+) -> MemoryPlan:
+    """The sizes of all pools. describe_pool: a worker's footprint with a pool of that many bytes. taken: ways out that the
+    configuration has taken already. Raises ValueError.
+    """
     wanted = need.given // need.slot if need.given else need.largest * need.streams
     slots = wanted
     for device, here in _by_device(processes).items():
@@ -65,13 +81,13 @@ def plan_memory(processes: list[Process], need: PoolNeed, describe_pool: Callabl
         left = room - fixed
         words = f"{device.name} has {gib(device.free)} free ({MARGIN:.0%} of it stay so) for {_listed(here)}"
         if left < 0:
-            raise ValueError(f"{words}: {gib(fixed)}, {gib(-left)} too many. {_ways_out(device, pools)}")
+            raise ValueError(f"{words}: {gib(fixed)}, {gib(-left)} too many. {_ways_out(here, taken)}")
         if pools:
             possible = left // pools // need.slot
             if need.given and possible < wanted:
                 raise ValueError(
                     f"{words}: {gib(fixed)}; {gib(left)} are left for {pools} KV pools, but rollout.kv_memory_mb asks for "
-                    f"{gib(need.given)} each. Lower it (0 takes what is left), or {_ways_out(device, pools)}"
+                    f"{gib(need.given)} each. Lower it (0 takes what is left), or more room. {_ways_out(here, taken)}"
                 )
             slots = min(slots, possible)
     if slots < need.largest:
@@ -110,14 +126,56 @@ def _listed(here: list[Process]) -> str:
     return ", ".join((f"{count} x " if count > 1 else "") + footprint.line() for footprint, count in counts.items())
 
 
-def _ways_out(device: DeviceInfo, pools: int) -> str:
-    ways = (
-        ["learner.offload=cpu", "learner.freeze=tower+merger"] if device.cuda else ["a smaller model", "fewer workers"]
-    )
-    ways += ["learner.activation_checkpointing=true", "a smaller learner.micro_batch_tokens or learner.head_chunk"]
-    if device.cuda and pools:
+def _ways_out(here: list[Process], taken: frozenset[str]) -> str:
+    """What helps on a device with these processes, and is not done yet."""
+    cuda = here[0].device.cuda
+    pools, ranks = any(process.kv for process in here), any(not process.kv for process in here)
+    ways = [] if cuda else ["a smaller model", "fewer workers"]
+    if ranks:
+        ways += ["learner.offload=cpu"] if cuda else []
+        ways += ["learner.freeze=tower+merger", "learner.activation_checkpointing=true"]
+        ways.append("a smaller learner.micro_batch_tokens or learner.head_chunk")
+    if pools:
+        ways += ["weights.staging=host"] if cuda else []
+        ways.append("a smaller rollout.max_streams or data.cache_mb")
+    if cuda and pools and ranks:
         ways.append("rollout workers on GPUs of their own (cluster.placement=separated)")
-    return f"Ways out: {', '.join(ways)}"
+    return f"Ways out: {', '.join(way for way in ways if way not in taken)}"
+
+
+def _taken(config: RunConfig, stages: dict[str, LearnerConfig]) -> frozenset[str]:
+    """Ways out that are taken, or that would change nothing: only RL stages weights, only training keeps activations."""
+    learners = stages.values()
+    trains = [learner for stage, learner in stages.items() if stage != "eval"]
+    done = {
+        "learner.offload=cpu": all(learner.offload == "cpu" for learner in learners),
+        "learner.freeze=tower+merger": all(learner.freeze == "tower+merger" for learner in learners),
+        "learner.activation_checkpointing=true": all(learner.activation_checkpointing for learner in trains),
+        "weights.staging=host": config.weights.staging == "host" or "rl" not in stages,
+    }
+    return frozenset(way for way, is_done in done.items() if is_done)
+
+
+def _check_kernels(
+    config: RunConfig,
+    stages: dict[str, LearnerConfig],
+    devices: tuple[list[DeviceInfo], list[DeviceInfo]],
+    head_dim: int,
+) -> None:
+    """A kernel that is forced and that the device or the dtype rules out, before a model is loaded to find it out.
+
+    Whether a kernel's package is installed is only known where it runs: the actors check again.
+    """
+    ranks, workers = ({"cuda" if device.cuda else "cpu" for device in part} for part in devices)
+    for device in ranks:
+        for learner in stages.values():
+            choose_learner_attention(learner.attention, device)
+            if device == "cpu" or learner.dtype not in HALF:
+                choose_vision_attention(config.model.vision_attention, device, learner.dtype)
+    for device in workers:
+        if device == "cpu" or config.model.dtype not in HALF:
+            choose_rollout_attention(config.rollout.attention, device, config.model.dtype, head_dim)
+            choose_vision_attention(config.model.vision_attention, device, config.model.dtype)
 
 
 def plan_run(
@@ -127,23 +185,29 @@ def plan_run(
     tasks: tuple[StreamTask, ...],
     devices: tuple[list[DeviceInfo], list[DeviceInfo]],
 ) -> MemoryPlan:
-    """For the stages that the run will train (name -> its learner), on the devices of ranks and workers.
+    """For the stages that need a learner (name -> its settings; `eval` only scores), on the devices of ranks and workers.
 
     What is planned holds for all of them: the learner of the hungriest, one size of KV pool. Raises ValueError.
     """
+    _check_kernels(config, stages, devices, geometry.head_dim)
     learner_devices, worker_devices = devices
     stream = StreamSize.largest(config, tasks, geometry)
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
+        flex = learner.attention == "flex" or (learner.attention == "auto" and device.cuda)
+        numbers = trained_numbers(geometry, learner)
+        if stage == "eval":
+            return scorer_footprint(geometry, learner, numbers, stream, len(tasks), flex=flex)
         return learner_footprint(
             geometry,
             learner,
-            trained_numbers(geometry, learner),
+            numbers,
             stream,
             config.sft.batch if stage == "sft" else config.streams_per_step,
             tower_trains=learner.freeze == "none",
             reference=stage == "rl" and config.algorithm.kl_coef > 0,
-            flex=learner.attention == "flex" or (learner.attention == "auto" and device.cuda),
+            flex=flex,
+            per_clip=1 if stage == "sft" else config.algorithm.group_size,
         )
 
     paged = all(
@@ -167,4 +231,4 @@ def plan_run(
         streams=config.rollout.max_streams,
         given=config.rollout.kv_memory_mb * 2**20,
     )
-    return plan_memory(processes, need, worker)
+    return plan_memory(processes, need, worker, _taken(config, stages))

@@ -2,7 +2,7 @@
 
 Owner: rl. Pure. Weights, KV pool, optimiser and feature sizes are exact; what a forward and a backward hold is a count of
 the tensors that autograd keeps (checked against it in the tests) and of the largest temporaries behind them. CUDA's own
-context is not a tensor: `CONTEXT` is set aside for every process.
+context is no part of it: devices are asked what is free once every process has opened its own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from streams.memory import make_policy
 from streams.task import StreamTask
 
 BYTES = {"float32": 4, "bfloat16": 2}
-CONTEXT = 640 * 2**20
-"""Of the CUDA driver, its libraries and their workspaces, for every process that opens a device."""
 SCAFFOLD = 13
 TIMESTAMP = 11
 """Tokens of a turn's scaffold, and of a timestamp with its own vision tags (one for every temporal patch), at most."""
 ZERO_BUCKET = 500_000_000
 """Numbers in DeepSpeed's gradient bucket at most (see learner.engine), in the learner's dtype."""
+GATHERED = 2 * 2**28
+"""Bytes of parameters that stage 3 holds beyond its own slice."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,11 @@ def learner_footprint(
     tower_trains: bool,
     reference: bool,
     flex: bool,
+    per_clip: int = 1,
 ) -> Footprint:
-    """Of one rank. trained: numbers that train; streams: of one step; flex: FlexAttention, else SDPA with a dense mask."""
+    """Of one rank. trained: numbers that train; streams: of one step, `per_clip` of which show the same clip; flex:
+    FlexAttention, else SDPA with a dense mask.
+    """
     width, ranks = BYTES[learner.dtype], learner.ranks
     total, stage = geometry.total, learner.zero_stage
     tokens = micro_batch_tokens(learner, stream, streams)
@@ -129,7 +132,9 @@ def learner_footprint(
         # The rows before the mergers, and what the mergers keep: their normalised form and both sides of the activation.
         media += tokens * 5 * geometry.pre_merger_width * width
     if tower_trains:
-        media += _tower_bytes(geometry, stream, width)
+        # A micro-batch encodes each of its clips once, all in one call of the tower.
+        clips = math.ceil(tokens // stream.tokens / per_clip)
+        media += clips * _tower_bytes(geometry, stream, width, _kept_blocks(learner))
     if not flex:
         # The mask, and SDPA's additive copies of it: every layer keeps one.
         row = max(stream.tokens, min(learner.row_tokens, tokens))
@@ -146,21 +151,25 @@ def learner_footprint(
     # The optimiser's step has the gradients once more in a flat row, and as float32.
     if stage:
         masters, moments = 4 * trained // ranks, 8 * trained // ranks
-        step = gradients + trained * width + (4 * trained // ranks if width != 4 else 0)
+        step = gradients
+        if learner.offload != "cpu":
+            # Offloaded, they are in host memory, where the optimiser steps.
+            step += trained * width + (4 * trained // ranks if width != 4 else 0)
     else:
         masters, moments, step = 0, 8 * trained, gradients
-    weights = (total * width) // ranks + 2 * 2**28 if stage == 3 and ranks > 1 else total * width
+    weights = (total * width) // ranks + GATHERED if stage == 3 and ranks > 1 else total * width
     offloaded = masters + moments if learner.offload == "cpu" else 0
+    beside = offloaded + 4 * trained // ranks if offloaded else 0
     working = ("backward", backward) if backward >= step else ("optimiser step", step)
     return Footprint(
-        "learner" if ranks == 1 else "learner rank",
+        _rank_name(learner),
         (
             ("weights", weights),
             ("optimiser", masters + moments - offloaded),
             ("reference", total * width if reference else 0),
             working,
         ),
-        host=offloaded + trained * width,
+        host=beside + trained * width,
     )
 
 
@@ -176,9 +185,11 @@ def worker_footprint(
 ) -> Footprint:
     """Of one rollout worker. trained: numbers that an update replaces; paged: FlashInfer, which gathers no keys."""
     width = BYTES[dtype]
-    staged = trained * width if config.weights.staging == "device" else 0
     features = geometry.pre_merger_width if config.learner.freeze == "tower" else geometry.feature_width
     clips = stream.tasks * stream.turns * stream.video * features * width
+    # Only RL sends updates.
+    updates = trained * width if "rl" in config.job.stages else 0
+    staged = updates if config.weights.staging == "device" else 0
     streams = config.rollout.max_streams
     # A step forwards at most one turn of every stream, and gathers the keys and values that each sees.
     rows = streams * (stream.video + stream.text)
@@ -192,18 +203,57 @@ def worker_footprint(
             ("staged weights", staged),
             ("KV pool", kv_bytes),
             ("cached features", min(config.data.cache_mb * 2**20, clips)),
-            ("a step", max(forward, choosing, _tower_bytes(geometry, stream, width, training=False))),
+            ("a step", max(forward, choosing, _tower_bytes(geometry, stream, width, "one"))),
         ),
-        host=0 if staged else trained * width,
+        host=updates - staged,
     )
 
 
-def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, *, training: bool = True) -> int:
-    """What encoding the longest clip takes: pixels as float32 and what the blocks hold."""
+def _kept_blocks(learner: LearnerConfig) -> str:
+    return "inputs" if learner.activation_checkpointing else "all"
+
+
+def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, kept: str) -> int:
+    """What encoding the longest clip takes: pixels as float32 and what the blocks hold. kept: what of the blocks lasts:
+    `all` for a backward, their `inputs` if it computes them again, `one` at a time without a backward.
+    """
     patches = stream.turns * stream.video * geometry.merge_size**2
     pixels = 3 * geometry.temporal_patch_size * geometry.patch_size**2
     block = width * (6 * geometry.vision_hidden + 3 * geometry.vision_mlp)
-    return patches * (2 * 4 * pixels + block * (geometry.vision_layers if training else 1))
+    # Computed again, a block's activations stand beside their gradients.
+    blocks = {
+        "all": geometry.vision_layers * block,
+        "inputs": geometry.vision_layers * geometry.vision_hidden * width + 2 * block,
+        "one": block,
+    }
+    return patches * (2 * 4 * pixels + blocks[kept])
+
+
+def scorer_footprint(
+    geometry: ModelGeometry, learner: LearnerConfig, trained: int, stream: StreamSize, streams: int, *, flex: bool
+) -> Footprint:
+    """Of a rank that only scores an evaluation's logs: no backward, no moments (the first step would make them)."""
+    width, ranks = BYTES[learner.dtype], learner.ranks
+    tokens = micro_batch_tokens(learner, stream, streams)
+    forward = tokens * (layer_bytes(geometry, width, dense=not flex)[1] + geometry.feature_width * width)
+    if not flex:
+        forward += tokens * max(stream.tokens, min(learner.row_tokens, tokens)) * (1 + width)
+    if learner.freeze == "none":
+        # Every stream of an evaluation shows a clip of its own.
+        forward += tokens // stream.tokens * _tower_bytes(geometry, stream, width, "one")
+    weights = geometry.total * width
+    return Footprint(
+        _rank_name(learner),
+        (
+            ("weights", weights // ranks + GATHERED if learner.zero_stage == 3 and ranks > 1 else weights),
+            ("optimiser", 4 * trained // ranks if learner.zero_stage and learner.offload == "none" else 0),
+            ("scoring", forward + min(learner.head_chunk, tokens) * geometry.vocab * 18),
+        ),
+    )
+
+
+def _rank_name(learner: LearnerConfig) -> str:
+    return "learner" if learner.ranks == 1 else "each learner rank"
 
 
 def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
@@ -219,4 +269,6 @@ def slot_bytes(geometry: ModelGeometry, dtype: str) -> int:
 
 def gib(count: int) -> str:
     """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+    if count >= 2**27:
+        return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**17 else f"{count / 2**10:.1f} KiB"

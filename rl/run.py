@@ -249,16 +249,19 @@ class Run:
         """Before anything is loaded, once: sizes the KV pools for all stages to come. Raises ValueError if they cannot fit."""
         if self._memory is not None:
             return
-        training = {
+        learners = {
             stage: self.config.sft_learner(1) if stage == "sft" else self.config.rl_learner(1)
             for stage, plan in self.store.plans.items()
             if stage in TRAINING and not plan.skip
         }
+        splits = ["train"] if learners else []
+        if "eval" in self.config.job.stages and self.config.eval.score_logs:
+            learners["eval"] = self.config.learner
         devices = self._ready_session().devices()
         evaluates = "eval" in self.config.job.stages or self.config.eval.every
-        splits = [*(["train"] if training else []), *(["heldout"] if evaluates else [])]
+        splits += ["heldout"] if evaluates else []
         tasks = tuple(task for split in splits for task in self._loaded(split).tasks)
-        self._memory = plan_run(self.config, training, geometry, tasks, devices)
+        self._memory = plan_run(self.config, learners, geometry, tasks, devices)
         self._devices = [*devices[0], *devices[1]]
         for line in self._memory.lines:
             self.progress.say(line)

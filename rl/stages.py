@@ -49,8 +49,17 @@ _LEARNER_FREE = (
 _FREE = (
     *(
         f"rollout.{key}"
-        for key in ("workers", "max_streams", "kv_memory_mb", "monitor_every", "group_deadline_s", "threads")
+        for key in (
+            "workers",
+            "max_streams",
+            "kv_memory_mb",
+            "monitor_every",
+            "group_deadline_s",
+            "threads",
+            "attention",
+        )
     ),
+    "model.vision_attention",
     *(f"learner.{key}" for key in _LEARNER_FREE),
     *(f"sft.learner.{key}" for key in _LEARNER_FREE),
     *(f"data.{key}" for key in ("train", "heldout", "cache_mb", "video.decode_timeout_s")),
@@ -255,6 +264,8 @@ class StageStore:
         # A key that did not exist when the stage began had no other effect than its default has.
         default = flat(asdict(RunConfig(job=JobConfig("rl", ["rl"]))))
         before = {key: plain(default[key]) for key in now.keys() - before.keys() if key in default} | before
+        # One that has become free since then is free for stages that noted it, too.
+        before = {key: value for key, value in before.items() if key not in _FREE}
         for key in _MAY_GROW:
             if key in before and key in now and now[key] > before[key]:
                 self.say(f"{stage}: {key} grows from {before[key]} to {now[key]}")

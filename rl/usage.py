@@ -7,7 +7,7 @@ the process has grown by, libraries that were loaded on the way included.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ def usage_report(
     """usage, devices: of the same processes, in order. by_kind: mismatch of learner and engine by kind of token."""
     processes = {}
     for process, device in zip(usage, devices, strict=True):
-        peak = max((phase.peak for phase in process.phases.values()), default=0) - device.held
+        # Beyond what the process held before it loaded anything: comparable with the estimate, phase by phase.
+        phases = {name: replace(phase, peak=max(0, phase.peak - device.held)) for name, phase in process.phases.items()}
+        peak = max((phase.peak for phase in phases.values()), default=0)
         estimate = _estimate(process.process, plan.footprints)
         processes[process.process] = {
             "device": device.name,
@@ -34,7 +36,7 @@ def usage_report(
             "peak_bytes": peak,
             "peak_over_estimate": peak / estimate if estimate else None,
             "compiles": process.compiles,
-            "phases": {name: asdict(phase) for name, phase in process.phases.items()},
+            "phases": {name: asdict(phase) for name, phase in phases.items()},
         }
     return {"processes": processes, "mismatch_by_kind": {kind: asdict(diff) for kind, diff in sorted(by_kind.items())}}
 

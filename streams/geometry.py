@@ -49,6 +49,7 @@ class ModelGeometry:
             # Checkpoints written before transformers 5 have the text model's keys at the top.
             text, vision = raw.get("text_config") or raw, raw["vision_config"]
             heads = int(text["num_attention_heads"])
+            tied = bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
             return cls(
                 model_type=str(raw["model_type"]),
                 layers=int(text["num_hidden_layers"]),
@@ -58,7 +59,7 @@ class ModelGeometry:
                 kv_heads=int(text["num_key_value_heads"]),
                 head_dim=int(text.get("head_dim") or text["hidden_size"] // heads),
                 vocab=int(text["vocab_size"]),
-                tied=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+                tied=tied,
                 vision_layers=int(vision["depth"]),
                 vision_hidden=int(vision["hidden_size"]),
                 vision_mlp=int(vision["intermediate_size"]),
@@ -66,7 +67,7 @@ class ModelGeometry:
                 merge_size=int(vision.get("spatial_merge_size", 2)),
                 temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
                 deepstack_levels=len(vision.get("deepstack_visual_indexes") or ()),
-                parameters=dict(_parameters(checkpoint)),
+                parameters=_distinct(dict(_parameters(checkpoint)), tied),
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint}: config.json or the weights' headers cannot be read: {error!r}") from error
@@ -96,11 +97,18 @@ class ModelGeometry:
         return self.patch_size * self.merge_size
 
 
+def _distinct(stored: dict[str, int], tied: bool) -> dict[str, int]:
+    """Some files of a model with a tied head hold the embedding twice; it is loaded once."""
+    return {name: size for name, size in stored.items() if not (tied and name == "lm_head.weight")}
+
+
 def _parameters(checkpoint: Path) -> Iterator[tuple[str, int]]:
     """(name, size) of every tensor, from the headers of the safetensors files (8 bytes of length, then JSON)."""
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no *.safetensors in {checkpoint}")
+        raise FileNotFoundError(
+            "no *.safetensors; weights in *.bin files must be saved anew: load them with transformers, then save_pretrained"
+        )
     for path in files:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -6,6 +6,7 @@ its libraries, too. Phases of one meter do not nest; they belong to one thread.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import torch
 from streams.messages import DeviceInfo, PhaseUsage
 
 PROC = Path("/proc/self")
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_info(node: str) -> DeviceInfo:
@@ -31,21 +34,33 @@ def device_info(node: str) -> DeviceInfo:
 
 def host_memory() -> tuple[int, int]:
     """(total, free) bytes of the node's memory, or of the container that this process runs in."""
-    sizes = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        sizes[name] = int(value.split()[0]) * 1024
+    sizes = {name.rstrip(":"): value * 1024 for name, value in _table(MEMINFO).items()}
+    if "MemTotal" not in sizes or "MemAvailable" not in sizes:
+        # Not Linux: how much is free cannot be asked without another package.
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
     total, free = sizes["MemTotal"], sizes["MemAvailable"]
-    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+    limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
     if limit is not None and used is not None and limit < total:
+        # Files that were read lately count as used, but give way: after a download they are most of it.
+        used -= _table(CGROUP / "memory.stat").get("inactive_file", 0)
         return limit, min(free, max(0, limit - used))
     return total, free
 
 
-def _number(path: str) -> int | None:
+def _table(path: Path) -> dict[str, int]:
+    """Name and number of every line of a file of the kernel's; empty where there is no such file."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for line in lines if len(words := line.split()) > 1 and words[1].isdigit()}
+
+
+def _number(path: Path) -> int | None:
     """The number in a file of the kernel's; None if there is no such file, or no limit in it."""
     try:
-        return int(Path(path).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):
         return None
 

@@ -28,6 +28,12 @@ def composed(*overrides: str) -> RunConfig:
         return load_config(compose("config", overrides=list(overrides)))
 
 
+def test_one_job_alone_can_be_run_from_any_preset():
+    assert composed("experiment=gpu_smoke").job.stages == ["data", "rl"]
+    for experiment in ("quickstart", "gpu_smoke", "none"):
+        assert composed(f"experiment={experiment}", "job=data").job.stages == ["data"]
+
+
 def test_a_command_line_is_answered_and_a_run_driven_without_torch():
     """Loading torch and transformers takes several seconds: a typo must not cost them, and a driver needs neither."""
     code = (

@@ -411,3 +411,25 @@ def test_a_stage_that_began_before_a_setting_existed_goes_on_with_its_default_on
     other = dataclasses.replace(run, learner=dataclasses.replace(run.learner, grad_clip=0.5))
     with pytest.raises(ValueError, match=r"learner\.grad_clip=0\.5, began with 1\.0"):
         store(other).plan()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_kernels_may_change_between_attempts_also_where_an_older_manifest_notes_them(tmp_path, noted):
+    run = config(tmp_path)
+    begun(run, "sft")
+    begun(run, "rl")
+    path = tmp_path / "stages" / "rl.json"
+    manifest = json.loads(path.read_text())
+    if noted:
+        manifest["settings"] |= {"rollout.attention": "auto", "model.vision_attention": "auto"}
+        path.write_text(json.dumps(manifest))
+    other = dataclasses.replace(
+        run,
+        rollout=dataclasses.replace(run.rollout, attention="torch"),
+        model=dataclasses.replace(run.model, vision_attention="sdpa"),
+        learner=dataclasses.replace(run.learner, attention="sdpa", activation_checkpointing=True),
+    )
+    assert store(other).plan()["rl"].attempt == 2
+    hotter = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, temperature=0.5))
+    with pytest.raises(ValueError, match=r"rollout\.temperature=0\.5, began with 1\.0"):
+        store(hotter).plan()
