@@ -8,7 +8,11 @@ longer ones are planned apart, as the kernel's tile is chosen from the mean leng
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ class FlashInferBackend:
     """Plans for one engine's pool; owns the workspace. groups: query heads per KV head."""
 
     def __init__(self, pool: KVPool, groups: int) -> None:
+        find_ninja()
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
         self.pool = pool
@@ -70,6 +75,14 @@ class FlashInferBackend:
         slots = np.concatenate([s.slots for s in segments]).astype(np.int32)
         offsets = _offsets([len(s.slots) for s in segments])
         return offsets, _to_device(slots, self.pool.kv.device), torch.ones(len(segments), dtype=torch.int32)
+
+
+def find_ninja() -> None:
+    """FlashInfer runs `ninja` by name to compile its kernels, and pip puts it beside the interpreter: not on the PATH of a
+    virtual environment that nobody has activated.
+    """
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
 @dataclass(frozen=True)
