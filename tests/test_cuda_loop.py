@@ -17,6 +17,7 @@ from rollout.weights import StagedWeights
 from streams.backbone import Backbone, to_array
 from streams.kernels import has_module
 from streams.layout import LayoutConfig
+from streams.log import NEVER
 from streams.memory import MemoryConfig
 from streams.messages import GroupPayload, LearnerSetup
 from streams.scoring.logprobs import behaviour_differences, score_rows
@@ -84,8 +85,10 @@ def test_engine_equals_learner(checkpoint, dtype, attention, learner):
     found = LogpDiff.of(np.concatenate(behaviour_differences(backbone, logs, features, attention=learner)))
     assert found.tokens > 200
     assert found.mean <= BARS[dtype]
-    if dtype == "float32":
-        assert found.max <= 1e-2
+    # And the comparison can fail: without eviction everything is far away (on a CPU by 0.11 a token in either dtype).
+    kept = [replace(log, expiry=np.full_like(log.expiry, NEVER)) for log in logs]
+    wrong = LogpDiff.of(np.concatenate(behaviour_differences(backbone, kept, features, attention=learner)))
+    assert wrong.mean > 3 * BARS["bfloat16"]
 
 
 @pytest.mark.skipif(not has_module("flashinfer"), reason="flashinfer-python is not installed")

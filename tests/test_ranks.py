@@ -97,24 +97,25 @@ def values_of(update):
     return update.buffer.view(np.dtype(update.dtype))
 
 
-# Every stage once, stage 3 with both losses and at every boundary.
+# Every stage once, stage 3 with both losses and at every boundary, and where layers gather once more to compute again.
 CASES = [
-    (0, "sft", "none", "frames"),
-    (1, "grpo", "tower+merger", "features"),
-    (2, "sft", "none", "frames"),
-    (3, "grpo", "tower+merger", "features"),
-    (3, "sft", "none", "frames"),
-    (3, "grpo", "none", "frames"),
-    (1, "sft", "tower", "frames"),
-    (3, "grpo", "tower", "pre_merger"),
-    (3, "sft", "tower", "frames"),
+    (0, "sft", "none", "frames", False),
+    (1, "grpo", "tower+merger", "features", False),
+    (2, "sft", "none", "frames", False),
+    (3, "grpo", "tower+merger", "features", False),
+    (3, "sft", "none", "frames", False),
+    (3, "grpo", "none", "frames", True),
+    (1, "sft", "tower", "frames", False),
+    (3, "grpo", "tower", "pre_merger", False),
+    (3, "sft", "tower", "frames", True),
 ]
 
 
-@pytest.mark.parametrize(("stage", "loss", "freeze", "media"), CASES)
-def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, freeze, media):
+@pytest.mark.parametrize(("stage", "loss", "freeze", "media", "recompute"), CASES)
+def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, freeze, media, recompute):
     faults = loss == "grpo"
-    job = job_of(model, reference, batches, loss, freeze, media, faults=faults, zero_stage=stage, ranks=2)
+    values = {"zero_stage": stage, "ranks": 2, "activation_checkpointing": recompute}
+    job = job_of(model, reference, batches, loss, freeze, media, faults=faults, **values)
     first, second = play(job, 2)
     if faults:
         assert_refused_alike(first[:2], second[:2])
