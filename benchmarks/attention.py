@@ -7,7 +7,7 @@ Learner: FlexAttention on the block mask of `rcsm` streams (20 chunks of 192 vid
 stream) against SDPA with the dense mask of the same predicate, and against the same kernel under a plain causal mask: how
 many of the blocks that eviction saves became saved time. Forward and backward on CUDA, forward on CPU. Engine: FlashInfer
 against the torch backend, one decode and one prefill step at the shape of a 3B model (CUDA only). Both sides of a ratio
-are measured in the same run. Owner: benchmarks.
+are measured in the same run, and exit 1 says that they computed different things. Owner: benchmarks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ MEMORY = MemoryConfig("rcsm", 8)
 GRID = (1, 12, 16)
 CHUNKS = 20
 TOKENS = (4096, 16384, 32768)
+AGREE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""How far two kernels' results may be apart, relative, by dtype."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
         found |= milliseconds({"block_mask_ms": lambda: block_mask(rows.expiry, rows.lane, dtype)}, device, repeats)
         outs = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
         found["max_difference"] = float((outs["flex"] - outs["sdpa"]).abs().max())
+        found["relative_difference"] = relative([outs["flex"]], [outs["sdpa"]])
         calls = {
             f"{name}_forward_ms": lambda plan=plan: plan.attend(0, q, k, v, heads.dim**-0.5)
             for name, plan in plans.items()
@@ -144,7 +147,9 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
         for tensor in (q, k, v):
             tensor.requires_grad_(True)
         kept = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
-        grad = torch.ones_like(kept["flex"])
+        grad = torch.randn(kept["flex"].shape, generator=generator, device=device, dtype=dtype)
+        grads = {n: torch.autograd.grad(kept[n], (q, k, v), grad, retain_graph=True) for n in ("flex", "sdpa")}
+        found["backward_relative_difference"] = relative(grads["flex"], grads["sdpa"])
         calls = {
             f"{name}_backward_ms": lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
             for name, out in kept.items()
@@ -152,6 +157,25 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
         found |= milliseconds(calls, device, repeats)
         found |= ratios(found, "backward")
     return found
+
+
+def relative(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest |got - wanted| / |wanted| of the pairs, in float32."""
+    pairs = [(a.float(), b.float()) for a, b in zip(got, wanted, strict=True)]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def disagreements(measured: dict[str, Any]) -> list[str]:
+    """Rows whose kernels compute different things: their times mean nothing."""
+    bar = AGREE[measured["dtype"]]
+    wrong = []
+    for row in [*measured["learner"], *measured.get("engine", [])]:
+        for name in ("relative_difference", "backward_relative_difference"):
+            # Written so that NaN fails, too.
+            if name in row and not row[name] <= bar:
+                what = row["step"] if "step" in row else f"{row['tokens']} tokens, {row['streams']}"
+                wrong.append(f"{what}: {name} {row[name]:.1e} is above {bar:g}")
+    return wrong
 
 
 def ratios(found: dict[str, Any], which: str) -> dict[str, float]:
@@ -185,6 +209,7 @@ def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repe
     calls = {f"{n}_layer_ms": lambda p=p: p.attend(0, q, k, v, heads.dim**-0.5) for n, p in plans.items()}
     found |= milliseconds(calls, "cuda", repeats)
     found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
+    found["relative_difference"] = relative([outs["flashinfer"]], [outs["torch"]])
     found["layer_speedup"] = found["torch_layer_ms"] / found["flashinfer_layer_ms"]
     return found
 
@@ -229,7 +254,10 @@ def main(arguments: list[str]) -> int:
         print(json.dumps({"hardware": hardware(), "versions": versions(), **measured}, indent=2))
     else:
         write_result(Path(options.json), measured)
-    return 0
+    wrong = disagreements(measured)
+    for line in wrong:
+        print(f"benchmarks.attention: {line}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "flashinfer-python", "flash-attn", "triton")
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, run and recorded.
 
-    python -m benchmarks.gpu [NAME...]      names: tests attention (default: all)
+    python -m benchmarks.gpu [NAME...]      names: tests attention smoke (default: all)
 
 Each writes benchmarks/results/gpu_<name>.json with the hardware and the versions. Without a CUDA device it says so and
 exits 2; it exits 1 if a part failed. Owner: benchmarks.
@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import RESULTS, write_result
-
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.environment import RESULTS, ROOT, write_result
+from benchmarks.smoke import run_smoke
 
 
 def run_tests(path: Path) -> bool:
@@ -43,7 +42,7 @@ def run_attention(path: Path) -> bool:
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
-PARTS: dict[str, Callable[[Path], bool]] = {"tests": run_tests, "attention": run_attention}
+PARTS: dict[str, Callable[[Path], bool]] = {"tests": run_tests, "attention": run_attention, "smoke": run_smoke}
 
 
 def main(names: list[str]) -> int:

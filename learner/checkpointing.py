@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from streams.backbone import Backbone
+from streams.freezing import below_boundary
 
 
 def checkpoint_activations(backbone: Backbone) -> int:
@@ -24,7 +25,8 @@ def checkpoint_activations(backbone: Backbone) -> int:
     towers. Not re-entrant: the tokens of a frozen embedding need no gradient, and our plan is no tensor.
     """
     layers = _layers(backbone.model.model.language_model)
-    if any(p.requires_grad for p in backbone.model.model.visual.parameters()):
+    # Mergers that train on a frozen tower leave its blocks nothing to compute again.
+    if any(below_boundary(name, "tower") for name in backbone.trainable()):
         layers += _layers(backbone.model.model.visual)
     for layer in layers:
         layer.gradient_checkpointing = True

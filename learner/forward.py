@@ -16,6 +16,7 @@ from torch import nn
 from learner.batching import MicroBatch, Shape
 from learner.config import LearnerConfig
 from streams.backbone import Backbone, to_array, to_tensor
+from streams.freezing import below_boundary
 from streams.kernels import choose_learner_attention
 from streams.layout import LayoutConfig
 from streams.scoring.logprobs import Scores, score_rows
@@ -82,6 +83,20 @@ class PolicyForward(nn.Module):
         return scores.logp, scores.entropy, None if features is None else features.detach()
 
 
+def _check_shared_vision(reference: Backbone, policy: Backbone, freeze: str, checkpoint: str) -> None:
+    """The reference is handed what the policy's frozen part makes of a clip: its own must make the same. Raises ValueError."""
+    theirs = dict(reference.model.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        if not below_boundary(name, freeze):
+            continue
+        if name not in theirs or not torch.equal(theirs[name].to(parameter.device), parameter):
+            raise ValueError(
+                f"algorithm.reference={checkpoint}: its {name} is not that of the trained checkpoint {policy.source}, but "
+                f"with learner.freeze={freeze} it is scored on what that one's vision side makes of the frames: set "
+                "learner.freeze=none, or name a reference with the same vision weights"
+            )
+
+
 class Reference:
     """A frozen copy of the checkpoint that RL started from.
 
@@ -105,6 +120,7 @@ class Reference:
                 f"algorithm.reference={checkpoint}: its vocabulary or ban list is not that of the trained checkpoint "
                 f"{policy.source}: their log-probs cannot be compared; name the checkpoint that RL starts from"
             )
+        _check_shared_vision(self._backbone, policy, config.freeze, checkpoint)
         self._backbone.model.requires_grad_(False)
         self._config = config
         self._own_vision = config.freeze != "tower+merger"

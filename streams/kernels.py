@@ -6,6 +6,8 @@ why; importing this module loads neither torch nor a kernel package (the driver 
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -50,6 +52,9 @@ def choose_rollout_attention(asked: str, device: str, dtype: str, head_dim: int)
     missing = _missing(device, dtype, "flashinfer", "flashinfer-python")
     if not missing and head_dim not in FLASHINFER_HEAD_DIMS:
         missing = f"heads of {head_dim} are not among {', '.join(map(str, FLASHINFER_HEAD_DIMS))}"
+    if not missing and asked == "auto":
+        # Asked for by name, FlashInfer itself says what it lacks: the driver, which counts with this, needs no compiler.
+        missing = _no_flashinfer_compiler()
     return _chosen("rollout.attention", asked, fast="flashinfer", plain="torch", missing=missing)
 
 
@@ -68,6 +73,20 @@ def _missing(device: str, dtype: str, module: str, package: str) -> str:
     if dtype not in HALF:
         return f"{dtype} is not one of {', '.join(HALF)}"
     return "" if has_module(module) else f"the package {package} is not installed"
+
+
+def _no_flashinfer_compiler() -> str:
+    """FlashInfer compiles its kernels at first use: what it lacks for that; empty = nothing. It looks in the same places."""
+    if has_module("flashinfer_jit_cache"):
+        return ""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = os.environ.get("FLASHINFER_NVCC") or (f"{home}/bin/nvcc" if home else None)
+    if any(shutil.which(nvcc) for nvcc in ([named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"])):
+        return ""
+    return (
+        f"flashinfer compiles its kernels and there is no {named or 'nvcc'}: install the CUDA toolkit or the package "
+        "flashinfer-jit-cache"
+    )
 
 
 def _chosen(key: str, asked: str, *, fast: str, plain: str, missing: str) -> Choice:

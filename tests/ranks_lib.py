@@ -125,8 +125,8 @@ def float64(stack: ExitStack) -> None:
     stack.enter_context(norms_in_input_dtype())
     load = Backbone.load.__func__
 
-    def load_double(cls, path, layout, *, dtype, device="cpu"):
-        return load(cls, path, layout, dtype=torch.float64, device=device)
+    def load_double(cls, path, layout, *, dtype, **more):
+        return load(cls, path, layout, dtype=torch.float64, **more)
 
     stack.enter_context(mock.patch.object(Backbone, "load", classmethod(load_double)))
     masters = ZeROOptimizer._configure_master_weights

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
 from learner.config import LearnerConfig
+from rollout.attention.flashinfer_paged import find_ninja
 from rollout.config import RolloutConfig
 from streams.kernels import (
     FLASHINFER_HEAD_DIMS,
@@ -20,11 +26,18 @@ from streams.model_config import ModelConfig
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Both kernel packages can be found, whether or not this machine has them."""
+    """Both kernel packages and a compiler can be found, whether or not this machine has them."""
     for name in ("flashinfer", "flash_attn"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv("FLASHINFER_NVCC", raising=False)
+    return tmp_path
 
 
 def test_the_fast_kernels_are_chosen_where_they_run(installed):
@@ -48,6 +61,35 @@ def test_flashinfer_gives_way_to_torch_and_says_why(installed, device, dtype, he
     assert str(choice) == f"torch ({why})"
     with pytest.raises(ValueError, match=re.escape(f"rollout.attention=flashinfer cannot run here: {why}")):
         choose_rollout_attention("flashinfer", device, dtype, head_dim)
+
+
+def test_flashinfer_without_a_compiler_gives_way_unless_its_kernels_came_compiled(installed, monkeypatch):
+    """It would be found out in the first step of the first group, by every worker."""
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    choice = choose_rollout_attention("auto", "cuda", "bfloat16", 128)
+    assert choice.name == "torch"
+    assert choice.why.startswith("flashinfer compiles its kernels and there is no /nowhere/bin/nvcc: install")
+    assert choose_rollout_attention("flashinfer", "cuda", "bfloat16", 128).name == "flashinfer"
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(installed / "cuda" / "bin"))
+    assert choose_rollout_attention("auto", "cuda", "bfloat16", 128).name == "flashinfer"
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    (installed / "flashinfer_jit_cache").mkdir()
+    (installed / "flashinfer_jit_cache" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert choose_rollout_attention("auto", "cuda", "bfloat16", 128).name == "flashinfer"
+
+
+@pytest.mark.skipif(not Path(sys.executable).with_name("ninja").is_file(), reason="ninja is not beside the interpreter")
+def test_ninja_is_found_in_a_virtual_environment_that_nobody_activated(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("ninja") is None
+    find_ninja()
+    assert shutil.which("ninja")
+    before = os.environ["PATH"]
+    assert before.startswith(str(tmp_path))
+    find_ninja()
+    assert os.environ["PATH"] == before
 
 
 @pytest.mark.parametrize(

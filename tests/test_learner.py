@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
@@ -249,6 +251,21 @@ def test_a_reference_with_another_vocabulary_is_refused_by_its_key(engine, tmp_p
     other = build_tiny(tmp_path / "other", TinySpec(hidden=64, layers=2, mlp=128, vocab_rows=768))
     with pytest.raises(ValueError, match=r"algorithm\.reference=.*other: its vocabulary or ban list is not that of"):
         engine(reference=other)
+
+
+def test_a_reference_that_would_see_with_another_tower_is_refused(engine, checkpoint, groups, tmp_path):
+    """It is handed what the trained checkpoint's frozen vision makes of a clip; with its own tower the KL was another."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    (name,) = (n for n in tensors if n.endswith("visual.merger.mlp.2.bias"))
+    save_file(tensors | {name: tensors[name] + 0.5}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"algorithm\.reference=.*other: its model\.visual\.merger\.mlp\.2\.bias is not"
+    ):
+        engine(freeze="tower+merger", reference=other)
+    # Mergers that train are the reference's own, and with freeze=none so is the tower.
+    engine(freeze="tower", reference=other)
+    assert engine(reference=other).reference is not None
 
 
 # ---- publication ----

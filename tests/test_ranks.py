@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from streams.backbone import Backbone
+from streams.freezing import FREEZE_MODES, below_boundary, parameter_name
 from tests.ranks_lib import LAYOUT, Call, Job, RankProcesses, checkpoint, groups, learner_values, run, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -39,9 +41,16 @@ def play(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Other weights than the trained model's, so that the KL is not zero."""
-    return checkpoint(tmp_path_factory.mktemp("reference") / "tiny", seed=3)
+def reference(model, tmp_path_factory):
+    """By `learner.freeze`: other weights than the trained model's, so that the KL is not zero, but for what is frozen."""
+    made = {}
+    for freeze in FREEZE_MODES:
+        path = checkpoint(tmp_path_factory.mktemp("reference") / freeze, seed=3)
+        other, own = (load_file(folder / "model.safetensors") for folder in (path, model))
+        shared = [name for name in other if below_boundary(parameter_name(name), freeze)]
+        save_file(other | {name: own[name] for name in shared}, path / "model.safetensors", metadata={"format": "pt"})
+        made[freeze] = path
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,7 @@ def job_of(model, reference, batches, loss, freeze, media, *, faults=False, **va
     ]
     good = [train(i, loss, items, **settings) for i, items in enumerate(steps)]
     calls = (*(bad if faults else ()), *good, Call("moments"), Call("weights"), Call("score", items=tuple(steps[1])))
-    return Job(str(model), learner_values(freeze=freeze, **values), calls, reference=str(reference) if settings else "")
+    return Job(str(model), learner_values(freeze=freeze, **values), calls, str(reference[freeze]) if settings else "")
 
 
 @pytest.fixture(scope="module")
@@ -88,24 +97,25 @@ def values_of(update):
     return update.buffer.view(np.dtype(update.dtype))
 
 
-# Every stage once, stage 3 with both losses and at every boundary.
+# Every stage once, stage 3 with both losses and at every boundary, and where layers gather once more to compute again.
 CASES = [
-    (0, "sft", "none", "frames"),
-    (1, "grpo", "tower+merger", "features"),
-    (2, "sft", "none", "frames"),
-    (3, "grpo", "tower+merger", "features"),
-    (3, "sft", "none", "frames"),
-    (3, "grpo", "none", "frames"),
-    (1, "sft", "tower", "frames"),
-    (3, "grpo", "tower", "pre_merger"),
-    (3, "sft", "tower", "frames"),
+    (0, "sft", "none", "frames", False),
+    (1, "grpo", "tower+merger", "features", False),
+    (2, "sft", "none", "frames", False),
+    (3, "grpo", "tower+merger", "features", False),
+    (3, "sft", "none", "frames", False),
+    (3, "grpo", "none", "frames", True),
+    (1, "sft", "tower", "frames", False),
+    (3, "grpo", "tower", "pre_merger", False),
+    (3, "sft", "tower", "frames", True),
 ]
 
 
-@pytest.mark.parametrize(("stage", "loss", "freeze", "media"), CASES)
-def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, freeze, media):
+@pytest.mark.parametrize(("stage", "loss", "freeze", "media", "recompute"), CASES)
+def test_two_ranks_are_one(model, reference, batches, alone, play, stage, loss, freeze, media, recompute):
     faults = loss == "grpo"
-    job = job_of(model, reference, batches, loss, freeze, media, faults=faults, zero_stage=stage, ranks=2)
+    values = {"zero_stage": stage, "ranks": 2, "activation_checkpointing": recompute}
+    job = job_of(model, reference, batches, loss, freeze, media, faults=faults, **values)
     first, second = play(job, 2)
     if faults:
         assert_refused_alike(first[:2], second[:2])

@@ -167,6 +167,17 @@ def test_an_empty_sample_is_none_and_merging_weighs_by_tokens():
     assert merged == LogpDiff(4, 2.5, 5.0, 1.25)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_outlives_merging_in_any_order(bad):
+    good, broken = LogpDiff(2, 1e-6, 1e-5, 0.0), LogpDiff.of(np.array([0.0, bad]))
+    for parts in ([good, broken], [broken, good], [good, broken, good]):
+        merged = LogpDiff.merge(parts)
+        # As a limit is asked for: no comparison with NaN holds.
+        assert not merged.max <= 1e-3
+        assert not merged.mean <= 1e-3
+        assert not merged.k3 <= 1e-3
+
+
 def test_k3_estimates_the_divergence_of_the_two_distributions():
     rng = np.random.default_rng(0)
     engine, learner = rng.dirichlet(np.ones(8)), rng.dirichlet(np.ones(8))

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from benchmarks.smoke import result_of
 from tests.test_run import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -97,5 +98,9 @@ def test_the_smoke_run_is_small_with_the_tiny_model_and_says_what_everything_too
     for diff in report["mismatch_by_kind"].values():
         assert diff["mean"] < 1e-5
         assert 0 <= diff["k3"] < 1e-8
+    recorded = result_of(tmp_path / "out")
+    assert recorded["passed"]
+    assert recorded["processes"] == report["processes"]
+    assert recorded["mismatch"]["tokens"] == sum(diff["tokens"] for diff in report["mismatch_by_kind"].values()) > 0
     # No optimiser state was written: checkpoint.optimizer=none.
     assert not list((tmp_path / "out" / "checkpoints").rglob("deepspeed"))

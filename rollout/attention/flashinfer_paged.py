@@ -8,7 +8,11 @@ longer ones are planned apart, as the kernel's tile is chosen from the mean leng
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ class FlashInferBackend:
     """Plans for one engine's pool; owns the workspace. groups: query heads per KV head."""
 
     def __init__(self, pool: KVPool, groups: int) -> None:
+        find_ninja()
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
         self.pool = pool
@@ -35,6 +40,8 @@ class FlashInferBackend:
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
         self._planned = torch.cuda.Event()
         self.scaling = head_dim**-0.5
+        # Kernels are compiled when they are first planned: minutes, which would count towards some group's deadline.
+        self.plan(np.arange(3), [Segment(0, 1, np.arange(1)), Segment(1, 2, np.arange(2))])
 
     def plan(self, new_slots: np.ndarray, segments: list[Segment]) -> FlashInferPlan:
         # The wrappers send their plans from page-locked buffers, which must not be written to before those have left.
@@ -70,6 +77,14 @@ class FlashInferBackend:
         slots = np.concatenate([s.slots for s in segments]).astype(np.int32)
         offsets = _offsets([len(s.slots) for s in segments])
         return offsets, _to_device(slots, self.pool.kv.device), torch.ones(len(segments), dtype=torch.int32)
+
+
+def find_ninja() -> None:
+    """FlashInfer runs `ninja` by name to compile its kernels, and pip puts it beside the interpreter: not on the PATH of a
+    virtual environment that nobody has activated.
+    """
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
 @dataclass(frozen=True)

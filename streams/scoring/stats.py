@@ -47,4 +47,6 @@ class LogpDiff:
                 return None
             return sum(part.tokens * (value or 0.0) for part, value in zip(full, values, strict=True)) / tokens
 
-        return cls(tokens, mean([p.mean for p in full]), max(p.max or 0.0 for p in full), mean([p.k3 for p in full]))
+        # numpy's maximum: Python's loses a NaN that comes second.
+        largest = float(np.max([p.max or 0.0 for p in full]))
+        return cls(tokens, mean([p.mean for p in full]), largest, mean([p.k3 for p in full]))

@@ -1,0 +1,99 @@
+"""What the benchmarks make of what they measured: nothing passes that measured nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.attention import Heads, disagreements, learner_row
+from benchmarks.smoke import main, result_of
+
+GIB = 2**30
+
+
+def phase(seconds, calls, peak):
+    return {"seconds": seconds, "calls": calls, "peak": peak}
+
+
+@pytest.fixture
+def smoked(tmp_path):
+    """A run_root as experiment=gpu_smoke leaves it, its numbers made up."""
+
+    def process(estimated, peak, compiles, **phases):
+        return {
+            "device": "a GPU",
+            "estimated_bytes": estimated * GIB,
+            "peak_bytes": peak * GIB,
+            "peak_over_estimate": peak / estimated,
+            "compiles": compiles,
+            "phases": phases,
+        }
+
+    usage = {
+        "rl": {
+            "processes": {
+                "learner": process(60, 54, 5, forward=phase(3.0, 9, 40 * GIB), backward=phase(6.0, 9, 54 * GIB)),
+                "rollout worker 0": process(30, 27, 1, swap=phase(0.3, 3, 27 * GIB)),
+            },
+            "mismatch_by_kind": {
+                "think": {"tokens": 300, "mean": 2e-3, "max": 0.1, "k3": 1e-5},
+                "end": {"tokens": 100, "mean": 6e-3, "max": 0.3, "k3": 5e-5},
+            },
+        }
+    }
+    steps = [{"step": i, "kind": "step", "values": {"step/wall_s": 10.0 * i, "train/compiles": 5.0}} for i in (1, 2, 3)]
+    steps.insert(1, {"step": 1, "kind": "eval", "values": {"eval/reward": 1.0}})
+
+    def write(usage=usage, steps=steps):
+        (tmp_path / "stages").mkdir(exist_ok=True)
+        (tmp_path / "usage.json").write_text(json.dumps(usage))
+        (tmp_path / "stages" / "rl.steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+        return tmp_path
+
+    return write, usage, steps
+
+
+def test_a_smoke_run_is_recorded_with_the_estimate_beside_the_truth(smoked):
+    write, usage, _ = smoked
+    found = result_of(write())
+    assert found["passed"]
+    assert found["compiles"] == 6
+    assert found["processes"] == usage["rl"]["processes"]
+    assert found["mismatch_by_kind"] == usage["rl"]["mismatch_by_kind"]
+    assert found["mismatch"] == pytest.approx({"tokens": 400, "mean": 3e-3, "max": 0.3, "k3": 2e-5})
+    assert [(step["step"], step["step/wall_s"]) for step in found["steps"]] == [(1, 10.0), (2, 20.0), (3, 30.0)]
+    assert found["steps"][0]["swap/pause_s"] is None
+
+
+def test_a_smoke_run_that_did_not_do_everything_does_not_pass(smoked):
+    write, usage, steps = smoked
+    assert not result_of(write(steps=steps[:-1]))["passed"]
+    processes, by_kind = usage["rl"]["processes"], usage["rl"]["mismatch_by_kind"]
+    assert not result_of(write(usage={"rl": {"processes": processes, "mismatch_by_kind": {}}}))["passed"]
+    only = {"learner": processes["learner"]}
+    assert not result_of(write(usage={"rl": {"processes": only, "mismatch_by_kind": by_kind}}))["passed"]
+
+
+@pytest.mark.parametrize("left", [None, {}, {"sft": {"processes": {}, "mismatch_by_kind": {}}}])
+def test_a_run_without_an_rl_stage_is_named(smoked, tmp_path, capsys, left):
+    if left is not None:
+        smoked[0](usage=left)
+    with pytest.raises(ValueError, match=r"usage\.json has no stage rl"):
+        result_of(tmp_path)
+    assert main([str(tmp_path)]) == 1
+    assert "usage.json has no stage rl" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_time_counts_only_if_the_kernels_agree():
+    row = learner_row(512, "packed", "cpu", torch.float32, Heads(2, 1, 32), 1)
+    assert 0 < row["relative_difference"] < 1e-4
+    assert disagreements({"dtype": "float32", "learner": [row]}) == []
+    (wrong,) = disagreements({"dtype": "float32", "learner": [row, row | {"relative_difference": float("nan")}]})
+    assert "relative_difference nan is above 0.0001" in wrong
+    paged = {"step": "decode", "relative_difference": 0.5}
+    assert disagreements({"dtype": "bfloat16", "learner": [], "engine": [paged]}) == [
+        "decode: relative_difference 5.0e-01 is above 0.02"
+    ]
