@@ -253,7 +253,7 @@ def scorer_footprint(
 
 
 def _rank_name(learner: LearnerConfig) -> str:
-    return "learner" if learner.ranks == 1 else "each learner rank"
+    return "learner" if learner.ranks == 1 else "learner rank"
 
 
 def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
