@@ -207,6 +207,7 @@ def plan_run(
             tower_trains=learner.freeze == "none",
             reference=stage == "rl" and config.algorithm.kl_coef > 0,
             flex=flex,
+            fused=device.cuda,
             per_clip=1 if stage == "sft" else config.algorithm.group_size,
         )
 

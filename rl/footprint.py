@@ -114,10 +114,11 @@ def learner_footprint(
     tower_trains: bool,
     reference: bool,
     flex: bool,
+    fused: bool,
     per_clip: int = 1,
 ) -> Footprint:
     """Of one rank. trained: numbers that train; streams: of one step, `per_clip` of which show the same clip; flex:
-    FlexAttention, else SDPA with a dense mask.
+    FlexAttention, else SDPA with a dense mask; fused: AdamW without temporaries.
     """
     width, ranks = BYTES[learner.dtype], learner.ranks
     total, stage = geometry.total, learner.zero_stage
@@ -151,10 +152,12 @@ def learner_footprint(
     # The optimiser's step has the gradients once more in a flat row, and as float32.
     if stage:
         masters, moments = 4 * trained // ranks, 8 * trained // ranks
-        step = gradients
-        if learner.offload != "cpu":
-            # Offloaded, they are in host memory, where the optimiser steps.
-            step += trained * width + (4 * trained // ranks if width != 4 else 0)
+        flat, single = trained * width, 4 * trained // ranks
+        casting = flat + (single if width != 4 else 0)
+        # AdamW's root and quotient; a flat row of another dtype is gone by then.
+        stepping = single + (0 if fused else 2 * single)
+        # Offloaded, all of this is in host memory, where the optimiser steps.
+        step = gradients + (0 if learner.offload == "cpu" else max(casting, stepping))
     else:
         masters, moments, step = 0, 8 * trained, gradients
     weights = (total * width) // ranks + GATHERED if stage == 3 and ranks > 1 else total * width

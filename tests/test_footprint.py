@@ -189,7 +189,7 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
     def total(checkpointing):
         learner = replace(config.learner, activation_checkpointing=checkpointing)
         return learner_footprint(
-            geometry, learner, geometry.total, stream, 16, tower_trains=False, reference=False, flex=True
+            geometry, learner, geometry.total, stream, 16, tower_trains=False, reference=False, flex=True, fused=True
         ).total
 
     # 36 layers keep about 130 KiB of each of 14,000 tokens.
@@ -258,7 +258,9 @@ def test_the_optimiser_holds_what_was_said(checkpoint, ranks, dtype, stage):
     numbers = trained_numbers(geometry, values)
     assert numbers == sum(p.numel() for p in trained)
     stream = StreamSize(10, 4, 20, 10)
-    said = learner_footprint(geometry, values, numbers, stream, 8, tower_trains=False, reference=False, flex=False)
+    said = learner_footprint(
+        geometry, values, numbers, stream, 8, tower_trains=False, reference=False, flex=False, fused=False
+    )
     # DeepSpeed pads its flat copies.
     assert held == pytest.approx(dict(said.parts)["optimiser"], rel=1e-3)
 
@@ -327,7 +329,7 @@ def test_a_checkpointed_tower_is_counted_by_the_inputs_of_its_blocks(tmp_path):
         trained = 1000  # so that the backward, not the optimiser's step, is the peak
         with_tower, without = (
             learner_footprint(
-                geometry, again, trained, stream, 1, tower_trains=trains, reference=False, flex=False
+                geometry, again, trained, stream, 1, tower_trains=trains, reference=False, flex=False, fused=False
             ).total
             for trains in (True, False)
         )
@@ -347,6 +349,7 @@ def test_every_demonstration_of_a_micro_batch_has_a_clip_to_encode():
                 tower_trains=trains,
                 reference=False,
                 flex=True,
+                fused=True,
                 per_clip=per_clip,
             ).total
             for trains in (True, False)

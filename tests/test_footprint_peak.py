@@ -1,0 +1,110 @@
+"""The learner's estimated peak beside what a real learner really held, tensor by tensor, over two optimiser steps."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from learner.batching import TrainItem
+from learner.config import LearnerConfig
+from learner.engine import LearnerEngine
+from rl.footprint import StreamSize, learner_footprint, trained_numbers
+from streams.backbone import Backbone, to_array
+from streams.geometry import ModelGeometry
+from streams.layout import LayoutConfig
+from streams.log import Kind
+from streams.memory import MemoryConfig
+from streams.messages import GroupPayload, LearnerSetup
+from streams.tiny import build_tiny
+from streams.tiny_spec import TinySpec
+from tests.streams_lib import joined_features, random_turns, request, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SPEC = TinySpec(hidden=256, mlp=1024, layers=4, vocab_rows=4096, tie_embeddings=True, embedding_std=0.1)
+LAYOUT = LayoutConfig(think_budget=10, max_new_tokens=20)
+
+
+class HeldBytes(TorchDispatchMode):
+    """Bytes of all tensors that came out of an operation and still live, each storage once; and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage):
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key):
+        self.now -= self._sizes.pop(key, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 1, "activation_checkpointing": True},
+        {"zero_stage": 1, "activation_checkpointing": True, "dtype": "bfloat16"},
+        {"zero_stage": 0},
+        # Several forwards to a step: gradients are there from the second on.
+        {"zero_stage": 1, "activation_checkpointing": True, "micro_batch_tokens": 400},
+    ],
+    ids=["zero 1", "bfloat16", "zero 0, nothing recomputed", "several micro-batches"],
+)
+def test_the_peak_of_a_real_learner_is_within_15_percent_of_the_estimate(tmp_path, ranks, settings):
+    dtype = getattr(torch, settings.get("dtype", "float32"))
+    backbone = Backbone.load(build_tiny(tmp_path / "model", SPEC, dtype=dtype), LAYOUT, dtype=dtype)
+    rng = np.random.default_rng(0)
+    made = [request(backbone, MemoryConfig("rcsm", 2), random_turns(backbone, rng, 9), f"s{i}") for i in range(4)]
+    logs = run(backbone, made)
+    items = [
+        TrainItem(GroupPayload((log,), "features", to_array(joined_features(r)[None])), (advantage,))
+        for r, log, advantage in zip(made, logs, (1.0, -1.0, 0.5, -0.5), strict=True)
+    ]
+    longest = max(len(log) for log in logs)
+    config = LearnerConfig(freeze="tower+merger", row_tokens=longest, head_chunk=256, **settings)
+    del backbone, made
+    gc.collect()
+    geometry = ModelGeometry.read(tmp_path / "model")
+    with HeldBytes() as held:
+        learner = LearnerEngine(LearnerSetup(str(tmp_path / "model"), LAYOUT, asdict(config), 2, 0), ranks)
+        gc.collect()
+        # What loading takes on the way is gone when training begins.
+        held.peak = held.now
+        for step in range(2):
+            learner.train(step, "grpo", items, {"clip_low": 0.2, "clip_high": 0.2})
+    learner.close()
+    # The streams' real lengths: how well those are bounded is not the question here.
+    video = int(np.mean([(log.kind == Kind.VIDEO).sum() for log in logs]))
+    stream = StreamSize(1, video, longest - video, 0)
+    said = learner_footprint(
+        geometry,
+        config,
+        trained_numbers(geometry, config),
+        stream,
+        len(logs),
+        tower_trains=False,
+        reference=False,
+        flex=False,
+        fused=False,
+    )
+    assert held.peak == pytest.approx(said.total, rel=0.15), said.line()
