@@ -16,6 +16,7 @@ from learner.config import LearnerConfig
 from rl.footprint import Footprint, StreamSize, gib, learner_footprint, slot_bytes, trained_numbers, worker_footprint
 from streams.geometry import ModelGeometry
 from streams.kernels import choose_rollout_attention
+from streams.memory import check_text_tells_time, make_policy
 from streams.messages import DeviceInfo
 from streams.task import StreamTask
 
@@ -130,6 +131,7 @@ def plan_run(
     """
     learner_devices, worker_devices = devices
     stream = StreamSize.largest(config, tasks, geometry)
+    check_text_tells_time(make_policy(config.memory), geometry.model_type == "qwen3_vl")
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
         return learner_footprint(
