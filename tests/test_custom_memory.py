@@ -11,9 +11,16 @@ import torch
 import yaml
 
 from conf.streaming import streaming_settings
+from rl.checks import describe
 from rollout.engine import Engine
+from rollout.service import RolloutService, ServiceLimits
+from streams.layout import LayoutConfig
 from streams.log import Kind
 from streams.memory import POLICIES, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
+from streams.messages import WorkerSetup
+from streams.tiny import build_tiny
+from streams.tiny_spec import TinySpec
+from streams.video import VideoConfig
 from tests.streams_lib import loud_backbone, norms_in_input_dtype, random_turns, request
 from tests.test_config import composed
 from tests.test_exactness import FP64_BAR, differences, run, streams
@@ -69,7 +76,7 @@ def test_the_guides_command_line_composes_and_says_what_it_is(my_memory):
     assert (type(made).__name__, made.window, made.text_window) == ("KeepAnswers", 4, 8)
     assert make_policy(config.memory) is not made, "one for each stream"
     assert knobs(config.memory) == (("target", "my_memory:KeepAnswers"), ("args", '{"turns": 8, "window": 4}'))
-    assert "my_memory:KeepAnswers(window=4, turns=8)" in config.memory.words
+    assert any(line.startswith("memory: my_memory:KeepAnswers(window=4, turns=8), ") for line in describe(config))
     assert streaming_settings(config)["memory"]["args"] == {"window": 4, "turns": 8}
 
 
@@ -89,6 +96,24 @@ def test_the_guides_command_line_composes_and_says_what_it_is(my_memory):
 def test_what_is_wrong_with_ones_own_policy_is_said_by_key(my_memory, change, message):
     with pytest.raises(ValueError, match=message):
         MemoryConfig(**written() | change)
+
+
+def test_a_worker_that_cannot_import_it_says_so(my_memory, tmp_path, monkeypatch):
+    memory = MemoryConfig(**written())
+    checkpoint = build_tiny(tmp_path / "model", TinySpec(hidden=64, layers=1, mlp=64))
+    setup = WorkerSetup(
+        *(str(checkpoint), "float32", LayoutConfig(), memory, VideoConfig(), "tower+merger"),
+        max_streams=1,
+        kv_slots=64,
+        monitor_every=0,
+        run_seed=0,
+    )
+    sys.modules.pop("my_memory", None)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
+    with pytest.raises(
+        ValueError, match=r"memory\.target='my_memory:.* \(in rollout worker 3: .* importable there, too"
+    ):
+        RolloutService(3, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
 
 
 class TooLittle(MemoryPolicy):

@@ -73,14 +73,14 @@ class MemoryConfig:
         return ("target", "args") if self.name == CUSTOM else tuple(inspect.signature(POLICIES[self.name]).parameters)
 
     def notes(self) -> list[str]:
-        """What is set and has no effect."""
+        """What is set and not taken: printed at start."""
         idle = [
             f"memory.{f.name}={getattr(self, f.name)}"
             for f in fields(self)
             if f.name not in ("name", *self.takes)
             and getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
         ]
-        return [f"note: {', '.join(idle)}: no effect, memory.name={self.name} does not take that"] if idle else []
+        return [f"note: memory.name={self.name} does not take {', '.join(idle)}"] if idle else []
 
     @property
     def words(self) -> str:
