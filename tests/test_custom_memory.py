@@ -76,7 +76,7 @@ def test_the_guides_command_line_composes_and_says_what_it_is(my_memory):
     assert (type(made).__name__, made.window, made.text_window) == ("KeepAnswers", 4, 8)
     assert make_policy(config.memory) is not made, "one for each stream"
     assert knobs(config.memory) == (("target", "my_memory:KeepAnswers"), ("args", '{"turns": 8, "window": 4}'))
-    assert any(line.startswith("memory: my_memory:KeepAnswers(window=4, turns=8), ") for line in describe(config))
+    assert any(line.startswith("memory: my_memory:KeepAnswers(window=4, turns=8); ") for line in describe(config))
     assert streaming_settings(config)["memory"]["args"] == {"window": 4, "turns": 8}
 
 

@@ -86,7 +86,7 @@ class MemoryConfig:
     def words(self) -> str:
         """Name and what stays, for people."""
         name = self.name if self.name != CUSTOM else f"{self.target}({_listed(self.args)})"
-        return f"{name}, {make_policy(self).words}"
+        return ", ".join(filter(None, (name, make_policy(self).words)))
 
 
 def make_policy(config: MemoryConfig) -> MemoryPolicy:

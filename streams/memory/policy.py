@@ -76,8 +76,8 @@ class MemoryPolicy(ABC):
 
     @property
     def words(self) -> str:
-        """What stays, for people."""
-        return f"what {type(self).__name__} keeps"
+        """What stays, for people; empty: the name says it."""
+        return ""
 
 
 def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
