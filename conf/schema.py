@@ -308,7 +308,7 @@ class RunConfig:
                 "actors serves all stages"
             )
         generated = "data" in self.job.stages and not self.data.train
-        if generated and self.memory.name != "full" and self.data.synthetic.window < self.memory.window:
+        if generated and "window" in self.memory.takes and self.data.synthetic.window < self.memory.window:
             raise ValueError(
                 f"data.synthetic.window={self.data.synthetic.window} is smaller than memory.window="
                 f"{self.memory.window}: recall questions would be asked while their answer is still in memory"
@@ -345,7 +345,7 @@ class RunConfig:
 
     def notes(self) -> list[str]:
         """What a reader of this run's figures must know: printed at start."""
-        notes = []
+        notes = self.memory.notes()
         if self.data.video.max_chunks:
             notes.append(
                 f"warning: data.video.max_chunks={self.data.video.max_chunks} sets the chunk length by the length of "

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
+from streams.layout import LayoutConfig
+from streams.memory import MemoryConfig
 from streams.pretrained import STREAMING_FILE
 
 FORMAT = 1
@@ -27,7 +29,7 @@ _FIELDS = {
     "max_pixels": "data.video.max_pixels",
     "score_temperature": "rollout.temperature",
 }
-_SECTIONS = {"layout": "layout", "memory": "memory"}
+_SECTIONS = {"layout": LayoutConfig, "memory": MemoryConfig}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Applied:
 def streaming_settings(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint of this run says about how to run it."""
     values: dict[str, Any] = {name: _get(config, key) for name, key in _FIELDS.items()}
-    return {"format": FORMAT} | values | {name: asdict(_get(config, key)) for name, key in _SECTIONS.items()}
+    return {"format": FORMAT} | values | {name: asdict(_get(config, name)) for name in _SECTIONS}
 
 
 def read_streaming(checkpoint: Path) -> dict[str, Any]:
@@ -56,7 +58,9 @@ def read_streaming(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"format {saved['format']} is not {FORMAT}, the one this version reads")
         values = {key: saved[name] for name, key in _FIELDS.items() if name in saved}
         for name, section in _SECTIONS.items():
-            values |= {f"{section}.{key}": value for key, value in saved.get(name, {}).items()}
+            # A key that did not exist when the checkpoint was made had no other effect than its default has.
+            given = asdict(section()) | saved[name] if name in saved else {}
+            values |= {f"{name}.{key}": value for key, value in given.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} cannot be used: {error}") from error
     return values
@@ -72,7 +76,7 @@ def apply_streaming(config: RunConfig, saved: dict[str, Any], overridden: Collec
             continue  # a setting of another version of this program
         if now == value:
             continue
-        if key in overridden or key.partition(".")[0] in overridden:
+        if any(f"{key}.".startswith(f"{word}.") or word.startswith(f"{key}.") for word in overridden):
             conflicts.append(f"{key}={now!r} (the checkpoint was made with {value!r})")
         else:
             changes[key] = value

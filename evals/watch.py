@@ -110,11 +110,10 @@ def _shown(config: RunConfig) -> WatchedFile:
 def _introduce(config: RunConfig, checkpoint: Path, console: Console) -> None:
     if config.watch.json:
         return
-    memory, video = config.memory, config.data.video
-    window = "" if memory.name == "full" else f" of {memory.window} chunks"
+    video = config.data.video
     console.print(
         f"{config.watch.video} with {checkpoint}\n{video.chunk_seconds:g} s a chunk, {video.frames_per_chunk} frames each; "
-        f"memory {memory.name}{window}",
+        f"memory {config.memory.words}",
         markup=False,
     )
 

@@ -21,20 +21,18 @@ def describe(config: RunConfig) -> list[str]:
     """The derived quantities of a run, printed before it starts."""
     algorithm = config.algorithm
     age = age_bound(config)
-    memory = config.memory
     video = config.data.video
     patches = video.frames_per_chunk // 2
     # A turn's scaffold is 13 tokens; a timestamp with its own vision tags adds at most 11 a temporal patch.
     per_turn = patches * (video.max_pixels // pixels_per_token(config) + 11) + 13 + config.layout.max_new_tokens
     log_kib = BYTES_PER_TOKEN * per_turn * config.data.max_turns / 1024
     length = f"{algorithm.steps} steps" if algorithm.steps else f"{algorithm.epochs:g} epochs"
-    kept = "everything" if memory.name == "full" else f"the last {memory.window} chunks"
     pool = f"{config.rollout.kv_memory_mb} MiB" if config.rollout.kv_memory_mb else "what the device has left"
     return [
         f"run: job={config.job.name} seed={config.seed} run_root={config.root.resolve()}",
         f"rl: {algorithm.groups_per_step} groups x {algorithm.group_size} = {config.streams_per_step} streams per step, "
         f"{length}, {algorithm.mode}; age bound ({age.capacity} - 1) // {age.batch} + {age.lag} = {age.bound}",
-        f"memory: {memory.name}, video of {kept}; KV pool {pool} on each of "
+        f"memory: {config.memory.words}; KV pool {pool} on each of "
         f"{config.rollout.workers} workers, up to {config.rollout.max_streams} streams each",
         f"log budget: at most about {log_kib:.0f} KiB a stream, {log_kib * config.streams_per_step / 1024:.1f} MiB a step; "
         f"frames and features cached: {config.data.cache_mb} MiB each per worker",

@@ -25,6 +25,7 @@ from rl.footprint import (
 )
 from streams.geometry import ModelGeometry
 from streams.kernels import HALF, choose_learner_attention, choose_rollout_attention, choose_vision_attention
+from streams.memory import check_text_tells_time, make_policy
 from streams.messages import DeviceInfo
 from streams.task import StreamTask
 
@@ -192,6 +193,7 @@ def plan_run(
     _check_kernels(config, stages, devices, geometry.head_dim)
     learner_devices, worker_devices = devices
     stream = StreamSize.largest(config, tasks, geometry)
+    check_text_tells_time(make_policy(config.memory), geometry.model_type == "qwen3_vl")
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
         flex = learner.attention == "flex" or (learner.attention == "auto" and device.cuda)

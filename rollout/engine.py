@@ -193,6 +193,12 @@ class Engine:
                 self._add_segment(stream, step)
             turn_input = stream.request.turns[writer.turn + 1]
             evicted, _ = writer.begin_turn(turn_input, self.version)
+            held = len(writer.live) + len(evicted)
+            if held > stream.reserved:  # slots that other streams were promised
+                raise ValueError(
+                    f"stream {stream.request.header.stream_id}: memory {stream.request.header.policy} holds {held} tokens in "
+                    f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
+                )
             step.freed.append(stream.slots_of(evicted))
             if turn_input.chunk is not None:
                 video = np.flatnonzero(writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO)

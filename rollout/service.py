@@ -111,7 +111,13 @@ class RolloutService:
         self.engine = Engine(self.backbone, setup.kv_slots, setup.max_streams, setup.attention)
         log.info("worker %d: attention %s, vision attention %s", worker, self.engine.attention, vision)
         self.engine.version = setup.version
-        check_timestamps_kept(self.backbone.layout, make_policy(setup.memory))
+        try:
+            policy = make_policy(setup.memory)
+        except ValueError as error:  # the driver has made the same: what differs is what Python finds here
+            raise ValueError(
+                f"{error} (in rollout worker {worker}: a policy's module must be importable there, too)"
+            ) from error
+        check_timestamps_kept(self.backbone.layout, policy)
         self._layouts = {
             empty: self.backbone.layout.with_config(
                 replace(setup.layout, force_empty_thoughts=empty or setup.layout.force_empty_thoughts)

@@ -30,7 +30,8 @@ class Kind(IntEnum):
     MEMORY = 8
 
 
-GENERATED = (Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)
+GENERATED_TEXT = (Kind.THINK, Kind.DECISION, Kind.RESPONSE)
+GENERATED = (*GENERATED_TEXT, Kind.END)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class LogHeader:
     task_id: str
     backbone: str
     policy: str
-    policy_knobs: tuple[tuple[str, int], ...]
+    policy_knobs: tuple[tuple[str, int | float | str], ...]
     position_convention: str
     banned: tuple[int, ...]
     seed: int

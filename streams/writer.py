@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from streams.layout import Layout, Part, TurnState
-from streams.log import NEVER, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
-from streams.memory import LiveTokens, MemoryPolicy, TurnStart
+from streams.log import GENERATED_TEXT, NEVER, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
+from streams.memory import LiveTokens, MemoryPolicy, TurnStart, check_text_tells_time, evicted
 from streams.positions import PositionCursor
 
 
@@ -35,14 +35,8 @@ class TurnInput:
 
 
 def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
-    """Raises ValueError if text would leave before the video whose time it tells (exact all the same, but senseless)."""
-    text, video = policy.text_window, policy.window
-    if layout.timestamps and text is not None and (video is None or text < video):
-        kept = "all" if video is None else f"memory.window={video}"
-        raise ValueError(
-            f"memory: text stays for {text} turns but video for {kept}: this backbone tells the time of a chunk in text "
-            "before it, which must stay as long as the chunk; give text at least the window of video"
-        )
+    """Raises ValueError if text would leave before the video whose time it tells."""
+    check_text_tells_time(policy, layout.timestamps)
 
 
 @dataclass
@@ -58,6 +52,9 @@ class StreamWriter:
     turn: int = -1
     state: TurnState | None = None
     _video_turns: list[int] = field(default_factory=lambda: [0])
+    # Generated text before each turn, and where each turn's begins in the log: both grow when a turn begins.
+    _generated: list[int] = field(default_factory=list)
+    _begins: list[int] = field(default_factory=list)
     _closed_in: list[int] = field(default_factory=list)
     _until: list[int | None] = field(default_factory=list)
     _generation_begun: bool = False
@@ -71,8 +68,8 @@ class StreamWriter:
         assert self.state is None or self.state.over, "the turn before has not ended"
         self._close_queries()
         self.turn += 1
-        evicted = self._evict(turn_input.chunk is not None)
         chunk, query = turn_input.chunk, turn_input.query
+        left = self._evict(chunk)
         parts = self.layout.prefill(chunk, None if query is None else list(query.ids))
         start = self.log.begin_segment()
         if self.turn == 0:
@@ -88,8 +85,9 @@ class StreamWriter:
             self._until[-1] = query.until_turn
             self._closed_in[-1] = query.until_turn
         self.state = TurnState(self.layout.tokens, self.layout.config)
+        self._begins.append(self.log.length)
         self._generation_begun = False
-        return evicted, slice(start, self.log.length)
+        return left, slice(start, self.log.length)
 
     def forced(self) -> int | None:
         """The id that must come next in this turn, None if the model chooses."""
@@ -144,16 +142,33 @@ class StreamWriter:
             if self._until[turn] is None and self._closed_in[turn] == NEVER:
                 self._closed_in[turn] = self.turn
 
-    def _evict(self, has_video: bool) -> np.ndarray:
-        live = LiveTokens(self.log.column("kind")[self.live], self.log.column("turn")[self.live])
+    def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
+        """Let go what the policy names; returns its log indices."""
+        self._generated.append(self._generated_so_far())
+        turn, kind = self.log.column("turn")[self.live], self.log.column("kind")[self.live]
+        generated = np.asarray(self._generated, np.int64)
+        # A turn's generated text stands in one piece behind its prefill.
+        ordinal = np.full(len(self.live), -1, np.int64)
+        text = np.isin(kind, GENERATED_TEXT)
+        ordinal[text] = (generated[turn] + self.live - np.asarray(self._begins, np.int64)[turn])[text]
+        live = LiveTokens(kind, turn, self.log.column("ids")[self.live], self.live, ordinal)
         start = TurnStart(
             turn=self.turn,
-            has_video=has_video,
-            video_turns=np.asarray(self._video_turns, np.int32),
+            has_video=chunk is not None,
+            video_tokens=0 if chunk is None else chunk.num_tokens,
+            video_turns=np.asarray(self._video_turns, np.int64),
+            generated=generated,
             closed_in=np.asarray(self._closed_in, np.int64),
         )
-        leaving = self.policy.leaving(live, start)
-        evicted = self.live[leaving]
-        self.log.expire(evicted)
+        leaving = evicted(self.policy, live, start)
+        left = self.live[leaving]
+        self.log.expire(left)
         self.live = self.live[~leaving]
-        return evicted
+        return left
+
+    def _generated_so_far(self) -> int:
+        """Generated text tokens of all turns that have ended."""
+        if not self._begins:
+            return 0
+        latest = self.log.column("kind")[self._begins[-1] :]
+        return self._generated[-1] + int(np.isin(latest, GENERATED_TEXT).sum())

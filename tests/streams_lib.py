@@ -162,6 +162,13 @@ def brute_force_expiry(
     """Expiry from the policy's definition, token by token, with no code shared with the writer; int64 [L]."""
     count = log.num_turns
     start = [int(np.flatnonzero(log.turn == t)[0]) for t in range(count)]
+    spoken = [i for i in range(len(log)) if log.kind[i] in (Kind.THINK, Kind.DECISION, Kind.RESPONSE)]
+    budgeted = budget_expiry(turns[:count], memory.video_tokens) if memory.name == "visual_budget" else {}
+    text_turns = {
+        "rcsm": memory.text_window or NEVER,
+        "recent_frames": memory.window,
+        "sink_window": memory.text_window,
+    }.get(memory.name, NEVER)
 
     def start_of(turn: int) -> int:
         return start[turn] if turn < count else NEVER
@@ -170,6 +177,29 @@ def brute_force_expiry(
         later = [t for t in range(turn + 1, count) if turns[t].chunk is not None]
         return start[later[n - 1]] if len(later) >= n else NEVER
 
+    def closing_turn(turn: int) -> int:
+        """The last turn in which the query of `turn` is open."""
+        closes = turns[turn].query.until_turn
+        if closes is None:
+            closes = next((t for t in range(turn, count) if responded[t]), NEVER)
+        return closes
+
+    def outside_sink_and_tail(i: int, turn: int) -> int:
+        """The first turn by which a generated token has left the text window and is neither sink nor tail."""
+        ordinal = spoken.index(i)
+        for t in range(turn + memory.text_window, count):
+            gone = sum(int(log.turn[j]) <= t - memory.text_window for j in spoken)
+            if memory.sink_tokens <= ordinal < gone - memory.tail_tokens:
+                return start[t]
+        return NEVER
+
+    def unlucky(i: int, turn: int) -> int:
+        for t in range(turn + 1, count):
+            drawn = np.random.default_rng([memory.seed, t]).random(i + 1)[i] < memory.rate
+            if drawn and not (log.kind[i] == Kind.QUERY and closing_turn(turn) >= t):
+                return start[t]
+        return NEVER
+
     responded = [
         bool(((log.turn == t) & (log.ids == layout.tokens.response) & (log.kind == Kind.DECISION)).any())
         for t in range(count)
@@ -177,17 +207,31 @@ def brute_force_expiry(
     expiry = np.full(len(log), NEVER, np.int64)
     for i in range(len(log)):
         kind, turn = Kind(int(log.kind[i])), int(log.turn[i])
-        if memory.name == "full" or kind == Kind.SYSTEM:
+        if memory.name == "random":
+            expiry[i] = unlucky(i, turn)
+        elif memory.name == "full" or kind == Kind.SYSTEM:
             continue
-        if kind == Kind.VIDEO:
-            expiry[i] = nth_video_turn_after(turn, memory.window)
-        elif memory.name == "recent_frames" and kind == Kind.QUERY:
-            query = turns[turn].query
-            closes = query.until_turn
-            if closes is None:
-                closes = next((t for t in range(turn, count) if responded[t]), NEVER)
-            if closes < count:
-                expiry[i] = max(start_of(closes + 1), start_of(turn + memory.window))
-        elif memory.name == "recent_frames":
-            expiry[i] = start_of(turn + memory.window)
+        elif kind == Kind.VIDEO:
+            last = start_of(budgeted.get(turn, NEVER))
+            expiry[i] = last if memory.name == "visual_budget" else nth_video_turn_after(turn, memory.window)
+        elif kind == Kind.QUERY:
+            if text_turns != NEVER and closing_turn(turn) < count:
+                expiry[i] = max(start_of(closing_turn(turn) + 1), start_of(turn + text_turns))
+        elif memory.name == "sink_window" and i in spoken:
+            expiry[i] = outside_sink_and_tail(i, turn)
+        else:
+            expiry[i] = start_of(turn + text_turns)
     return expiry
+
+
+def budget_expiry(turns: tuple[TurnInput, ...], budget: int) -> dict[int, int]:
+    """turn of a chunk -> turn at which it leaves, by doing what the rule says: the oldest go until the new one fits."""
+    kept: list[tuple[int, int]] = []
+    leaves = {}
+    for turn, shown in enumerate(turns):
+        if shown.chunk is None:
+            continue
+        while kept and sum(size for _, size in kept) + shown.chunk.num_tokens > budget:
+            leaves[kept.pop(0)[0]] = turn
+        kept.append((turn, shown.chunk.num_tokens))
+    return leaves

@@ -182,6 +182,40 @@ def test_a_pool_too_small_for_one_stream_is_refused_with_the_arithmetic():
         planned(smoke("rollout.kv_memory_mb=100000"))
 
 
+def test_a_memory_that_cannot_work_is_refused_before_anything_loads():
+    with pytest.raises(ValueError, match=r"memory\.video_tokens=191 cannot hold one chunk of 192 video tokens"):
+        planned(smoke("memory=visual_budget", "memory.video_tokens=191"))
+    assert planned(smoke("memory=visual_budget", "memory.video_tokens=192"))
+    short = smoke("memory.window=8", "memory.text_window=7")
+    assert planned(short)
+    timed = replace(three_b(), model_type="qwen3_vl")
+    with pytest.raises(
+        ValueError, match=r"text stays for 7 turns \(memory\.text_window\) but video for memory\.window=8"
+    ):
+        plan_run(short, {"rl": short.learner}, timed, TASKS, ([H200], [H200]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("memory.window=4", "memory.text_window=6"),
+        (
+            "memory=sink_window",
+            "memory.window=4",
+            "memory.text_window=6",
+            "memory.sink_tokens=8",
+            "memory.tail_tokens=8",
+        ),
+        ("memory=visual_budget", "memory.video_tokens=768"),
+    ],
+)
+def test_a_memory_that_keeps_less_needs_less_room(overrides):
+    tight, whole = smoke(*overrides), smoke("memory=full")
+    stream = StreamSize.largest(tight, TASKS, three_b())
+    assert stream.live(tight) < stream.live(whole) == stream.tokens
+    assert planned(tight).kv_slots == 16 * stream.live(tight)
+
+
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
     config, geometry = smoke(), three_b()
     stream = StreamSize.largest(config, TASKS, geometry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from rollout.weights import StagedWeights
 from streams.backbone import Backbone
 from streams.dataset import load_tasks
 from streams.layout import LayoutConfig
+from streams.log import NEVER
 from streams.memory import MemoryConfig
 from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
 from streams.scoring.logprobs import behaviour_differences
@@ -327,6 +328,26 @@ def test_a_worker_that_swapped_samples_what_the_learner_scores(engine, service, 
     assert report.diff.max < 1e-4
     # Groups of the version before no longer agree: the check can fail.
     assert learner.score([item.payload for item in groups]).diff.max > 1e-3
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MemoryConfig("rcsm", 1, text_window=2),
+        MemoryConfig("sink_window", 1, 1, sink_tokens=3, tail_tokens=4),
+        MemoryConfig("visual_budget", video_tokens=8),
+        MemoryConfig("random", seed=1, rate=0.2),
+    ],
+    ids=lambda memory: memory.name,
+)
+def test_what_a_worker_evicted_the_learner_replays_from_the_log_alone(engine, service, tasks, memory):
+    payload = payload_of(service.submit(RolloutTask(f"3/{memory.name}", 0, tasks[0], 3, TURNS, 1.0, memory=memory)))
+    assert {log.header.policy for log in payload.logs} == {memory.name}
+    assert all(log.evicted_tokens for log in payload.logs)
+    learner = engine()
+    assert learner.score([payload]).diff.max < 1e-4
+    kept = [replace(log, expiry=np.full_like(log.expiry, NEVER)) for log in payload.logs]
+    assert learner.score([replace(payload, logs=tuple(kept))]).diff.max > 1e-3, "without the record they disagree"
 
 
 def test_a_frozen_tower_is_neither_exported_nor_changed(engine, demonstrations):

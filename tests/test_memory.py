@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from streams.layout import Layout, LayoutConfig
 from streams.log import NEVER, ChunkRecord, Kind, LogBuilder, LogHeader
-from streams.memory import POLICIES, MemoryConfig, knobs, make_policy
+from streams.memory import MemoryConfig, knobs, make_policy
 from streams.positions import PositionCursor
 from streams.tiny import build_tokenizer
 from streams.writer import QueryInput, StreamWriter, TurnInput
-from tests.streams_lib import brute_force_expiry
 
 
 @pytest.fixture(scope="module")
@@ -28,57 +25,6 @@ FULL = MemoryConfig("full")
 
 def header(memory=FULL):
     return LogHeader("s", "t", "b", memory.name, knobs(memory), "p", (), 0)
-
-
-TURN = st.tuples(
-    st.sampled_from([None, (1, 1, 1), (1, 2, 2)]),  # chunk
-    st.sampled_from(["none", "closing", "until", "always"]),  # query
-    st.integers(1, 4),  # turns that an `until` query stays open
-    st.booleans(),  # whether the turn responds
-)
-
-
-@given(
-    st.sampled_from(["full", "rcsm", "recent_frames"]),
-    st.integers(1, 6),
-    st.lists(TURN, min_size=1, max_size=14),
-)
-@settings(max_examples=150, deadline=None)
-def test_logged_expiry_is_the_policys_definition(name, window, plan):
-    layout = _layout_once()
-    memory = MemoryConfig(name, window)
-    writer = StreamWriter(header(memory), layout, make_policy(memory), PositionCursor(2, 1.0))
-    turns = []
-    for t, (grid, query, stay, _) in enumerate(plan):
-        chunk = None if grid is None else ChunkRecord(t, "v", (0.0, 0.5), grid)
-        until = {"closing": None, "until": t + stay, "always": NEVER}.get(query)
-        asked = None if query == "none" else QueryInput((65, 66), until)
-        turns.append(TurnInput(chunk, asked))
-    for turn_input, (_, _, _, responds) in zip(turns, plan, strict=True):
-        writer.begin_turn(turn_input, version=0)
-        for token in layout.demonstration("red", "green" if responds else None):
-            writer.append_generated(token, 0, target=True)
-        live = writer.log.column("expiry")[writer.live]
-        assert (live == NEVER).all(), "what is live has not expired"
-    log = writer.finish()
-    assert (log.expiry == brute_force_expiry(log, tuple(turns), memory, layout)).all()
-    assert (np.diff(log.turn) >= 0).all()
-    assert (np.diff(log.segment) >= 0).all()
-    starts = {int(np.flatnonzero(log.segment == s)[0]) for s in range(int(log.segment[-1]) + 1)}
-    finite = log.expiry[log.expiry != NEVER]
-    assert set(finite.tolist()) <= starts, "expiry is the start of a segment"
-    assert (log.kind[log.turn == 0] == Kind.SYSTEM).sum() == len(layout.system_ids)
-
-
-_LAYOUT = []
-
-
-def _layout_once():
-    if not _LAYOUT:
-        tokenizer = build_tokenizer()
-        tokenizer.add_tokens(["<silent>", "<response>", "<think>", "</think>"])
-        _LAYOUT.append(Layout(tokenizer, LayoutConfig(system_prompt="Hi."), 640))
-    return _LAYOUT[0]
 
 
 def test_an_open_query_is_pinned_and_leaves_once_answered_and_old(layout):
@@ -162,22 +108,3 @@ def test_a_greedy_log_is_marked_untrainable():
 def test_impossible_memory_settings_are_refused_by_name(kwargs, key):
     with pytest.raises(ValueError, match=key):
         MemoryConfig(**kwargs)
-
-
-@pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize("window", [1, 3])
-def test_reserved_tokens_bound_what_is_ever_live(layout, name, window):
-    """The KV pool's reservation: never less than the live tokens plus what one forward may still hold."""
-    memory = MemoryConfig(name, window)
-    policy = make_policy(memory)
-    writer = StreamWriter(header(memory), layout, policy, PositionCursor(2, 1.0))
-    chunk = ChunkRecord(0, "v", (0.0,), (1, 2, 2))
-    scaffold = sum(len(part.ids) for part in layout.prefill(chunk, None)) - chunk.num_tokens
-    ids = layout.demonstration("red green red green", "red")
-    bound = policy.max_live_tokens(scaffold + 4 + len(ids), len(layout.system_ids) + 12 * 4, 4, 12)
-    for turn in range(12):
-        turn_input = TurnInput(ChunkRecord(turn, "v", (0.0,), (1, 2, 2)), QueryInput((65, 66, 67), NEVER))
-        evicted, _ = writer.begin_turn(turn_input, 0)
-        for token in ids:
-            writer.append_generated(token, 0, target=True)
-        assert len(writer.live) + len(evicted) <= bound

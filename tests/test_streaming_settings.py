@@ -99,3 +99,40 @@ def test_evaluation_without_overrides_takes_the_checkpoints_settings(tmp_path):
     assert used.memory == MemoryConfig("rcsm", 4)
     assert used.data.video.frames_per_chunk == 4
     assert any("memory.window=4" in line for line in told)
+
+
+def test_a_checkpoint_from_before_a_knob_runs_as_it_was_trained(tmp_path):
+    """It knew name and window only: all its text stayed, whatever the configuration now says of text."""
+    settings = streaming_settings(trained()) | {"memory": {"name": "rcsm", "window": 4}}
+    (tmp_path / STREAMING_FILE).write_text(json.dumps(settings))
+    now = dataclasses.replace(trained(), memory=MemoryConfig("sink_window", 2, 3, sink_tokens=5, tail_tokens=6))
+    applied = apply_streaming(now, read_streaming(tmp_path), ())
+    assert applied.config.memory == MemoryConfig("rcsm", 4)
+    assert "memory.text_window=0" in applied.taken
+    other = dataclasses.replace(now, memory=MemoryConfig("rcsm", 4, text_window=6))
+    conflicts = apply_streaming(other, read_streaming(tmp_path), overridden_keys(["memory.text_window=6"])).conflicts
+    assert conflicts == ("memory.text_window=6 (the checkpoint was made with 0)",)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MemoryConfig("rcsm", 4, text_window=9),
+        MemoryConfig("sink_window", 2, 3, sink_tokens=5, tail_tokens=6),
+        MemoryConfig("visual_budget", video_tokens=99),
+        MemoryConfig("random", seed=7, rate=0.25),
+        MemoryConfig("custom", target="tests.test_custom_memory:Wrong", args={"answer": "int"}),
+    ],
+)
+def test_every_policys_knobs_survive_the_file(tmp_path, memory):
+    saved = read_streaming(written(tmp_path, dataclasses.replace(trained(), memory=memory)))
+    assert apply_streaming(trained(), saved, ()).config.memory == memory
+
+
+def test_one_argument_of_ones_own_policy_can_be_overridden(tmp_path):
+    memory = MemoryConfig("custom", target="tests.test_custom_memory:Wrong", args={"answer": "int"})
+    saved = read_streaming(written(tmp_path, dataclasses.replace(trained(), memory=memory)))
+    other = dataclasses.replace(trained(), memory=dataclasses.replace(memory, args={"answer": "list"}))
+    applied = apply_streaming(other, saved, overridden_keys(["+memory.args.answer=list"]))
+    assert applied.config == other
+    assert applied.conflicts == ("memory.args={'answer': 'list'} (the checkpoint was made with {'answer': 'int'})",)

@@ -152,7 +152,9 @@ def test_a_chunk_without_the_times_of_its_patches_is_refused(layout):
 def test_text_may_not_leave_before_the_video_whose_time_it_tells(layout):
     short = RecentFrames(5)
     short.text_window = 4
-    with pytest.raises(ValueError, match=r"text stays for 4 turns but video for memory\.window=5"):
+    with pytest.raises(
+        ValueError, match=r"text stays for 4 turns \(memory\.text_window\) but video for memory\.window=5"
+    ):
         check_timestamps_kept(layout, short)
     without_times = Layout(layout.tokenizer, layout.config, layout.vocab_rows)
     for fine in (Full(), Rcsm(3), RecentFrames(3)):

@@ -13,7 +13,9 @@ function drawStream() {
 function drawHead() {
   const stream = current();
   const run = mainRun(stream);
-  const policy = run.policy ? `${run.policy.name}${run.policy.window ? `, window ${run.policy.window}` : ""}` : "";
+  const { name: memory, ...knobs } = run.policy || {};
+  const set = Object.entries(knobs).filter(([, value]) => value).map(([knob, value]) => `, ${knob.replaceAll("_", " ")} ${value}`);
+  const policy = memory && memory + set.join("");
   const facts = [plural(turnsOf(stream), "turn"), `chunks of ${stream.chunk_seconds} s`, policy && `memory ${policy}`];
   if (run.versions.length) facts.push(`weights version ${run.versions.join(", ")}`);
   if (stream.frames_note) facts.push(stream.frames_note);

@@ -1,0 +1,42 @@
+"""Memory policies: which tokens of a stream expire when the next turn starts.
+
+Owner: streams. `policy` says what a policy is; one module per family of policies; `config` is the Hydra side. Invariant:
+light: no torch, the driver imports it.
+"""
+
+from streams.memory.config import POLICIES, MemoryConfig, knobs, make_policy
+from streams.memory.policy import (
+    TURN_TEXT,
+    LiveTokens,
+    MemoryPolicy,
+    TurnStart,
+    check_text_tells_time,
+    evicted,
+    old_text,
+    old_video,
+)
+from streams.memory.random_tokens import RandomTokens
+from streams.memory.sink_window import SinkWindow
+from streams.memory.visual_budget import VisualBudget
+from streams.memory.windows import Full, Rcsm, RecentFrames
+
+__all__ = [
+    "POLICIES",
+    "TURN_TEXT",
+    "Full",
+    "LiveTokens",
+    "MemoryConfig",
+    "MemoryPolicy",
+    "RandomTokens",
+    "Rcsm",
+    "RecentFrames",
+    "SinkWindow",
+    "TurnStart",
+    "VisualBudget",
+    "check_text_tells_time",
+    "evicted",
+    "knobs",
+    "make_policy",
+    "old_text",
+    "old_video",
+]

@@ -1,0 +1,116 @@
+"""`memory=NAME` of the Hydra config: which policy, with which knobs; or a user's own.
+
+Owner: streams. A policy's knobs are the parameters of its constructor, named as the fields of MemoryConfig. Invariants: what
+cannot work is refused when the config is made, by its key; a knob that the policy does not take is ignored, and `notes`
+says so (a preset's knob may outlive a change of policy on the command line).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from streams import targets
+from streams.memory.policy import MemoryPolicy
+from streams.memory.random_tokens import RandomTokens
+from streams.memory.sink_window import SinkWindow
+from streams.memory.visual_budget import VisualBudget
+from streams.memory.windows import Full, Rcsm, RecentFrames
+
+POLICIES: dict[str, type[MemoryPolicy]] = {
+    "full": Full,
+    "rcsm": Rcsm,
+    "recent_frames": RecentFrames,
+    "sink_window": SinkWindow,
+    "visual_budget": VisualBudget,
+    "random": RandomTokens,
+}
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """window: W, video turns whose video stays. text_window: turns whose text stays (rcsm: 0 = all of them).
+
+    sink_tokens, tail_tokens (sink_window): first and last tokens kept of older generated text. video_tokens (visual_budget):
+    the budget. seed, rate (random): of the draws, and the probability to leave at a turn. target, args (name=custom):
+    "package.module:Class" of a MemoryPolicy, and what its constructor takes.
+    """
+
+    name: str = "rcsm"
+    window: int = 20
+    text_window: int = 0
+    sink_tokens: int = 0
+    tail_tokens: int = 0
+    video_tokens: int = 0
+    seed: int = 0
+    rate: float = 0.1
+    target: str = ""
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in (*POLICIES, CUSTOM):
+            raise ValueError(f"memory.name={self.name!r} is not one of {', '.join(sorted(POLICIES))}, {CUSTOM}")
+        if self.window < 1:
+            raise ValueError(f"memory.window={self.window} must be at least 1 (the chunk being watched)")
+        for key in ("text_window", "sink_tokens", "tail_tokens", "video_tokens", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"memory.{key}={getattr(self, key)} must not be negative")
+        if not (math.isfinite(self.rate) and 0 <= self.rate <= 1):
+            raise ValueError(f"memory.rate={self.rate} must lie in [0, 1]")
+        if self.name == CUSTOM and ":" not in self.target:
+            raise ValueError(
+                f"memory.target={self.target!r} with memory.name={CUSTOM}: name your policy as package.module:Class"
+            )
+        make_policy(self)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The knobs that the policy takes, in its own order."""
+        return ("target", "args") if self.name == CUSTOM else tuple(inspect.signature(POLICIES[self.name]).parameters)
+
+    def notes(self) -> list[str]:
+        """What is set and not taken: printed at start."""
+        idle = [
+            f"memory.{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if f.name not in ("name", *self.takes)
+            and getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
+        ]
+        return [f"note: memory.name={self.name} does not take {', '.join(idle)}"] if idle else []
+
+    @property
+    def words(self) -> str:
+        """Name and what stays, for people."""
+        name = self.name if self.name != CUSTOM else f"{self.target}({_listed(self.args)})"
+        return ", ".join(filter(None, (name, make_policy(self).words)))
+
+
+def make_policy(config: MemoryConfig) -> MemoryPolicy:
+    """The policy of one stream. Raises ValueError, with the config key, for what cannot work."""
+    if config.name != CUSTOM:
+        knobs = {knob: getattr(config, knob) for knob in config.takes}
+        policy: MemoryPolicy = targets.construct(POLICIES[config.name], knobs, "memory")
+        return policy
+    factory = targets.load(config.target, "memory")
+    if not (isinstance(factory, type) and issubclass(factory, MemoryPolicy)):
+        raise ValueError(
+            f"memory.target={config.target!r} is no policy: derive a class from streams.memory.MemoryPolicy"
+        )
+    targets.check_params(factory, config.args, "memory.args")
+    made: MemoryPolicy = targets.construct(factory, config.args, "memory.args")
+    return made
+
+
+def knobs(config: MemoryConfig) -> tuple[tuple[str, int | float | str], ...]:
+    """The policy's settings as they are written into a log header."""
+    if config.name == CUSTOM:
+        return (("target", config.target), ("args", json.dumps(config.args, sort_keys=True)))
+    return tuple((knob, getattr(config, knob)) for knob in config.takes)
+
+
+def _listed(args: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in args.items())

@@ -1,0 +1,122 @@
+"""What a memory policy is: it looks at the live tokens before a turn's first segment and names those that leave.
+
+Owner: streams. The writer lowers the expiry of those tokens to that segment's start. Rule of every policy: eviction precedes
+prefill; windows include the turn that starts; video windows count video turns, text windows count every turn; an open
+query is pinned, whatever the policy says.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from streams.log import Kind
+
+TURN_TEXT = (Kind.SCAFFOLD, Kind.QUERY, Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)
+"""All text of a turn. Listing QUERY is safe: while it is open it stays."""
+
+
+@dataclass(frozen=True)
+class LiveTokens:
+    """The live tokens of a stream, in log order; all [n].
+
+    kind int8. turn int32. ids int32. index int64: place in the log. ordinal int64: place among the generated text (thoughts,
+    decisions, responses) of the whole stream, -1 for any other token.
+    """
+
+    kind: np.ndarray
+    turn: np.ndarray
+    ids: np.ndarray
+    index: np.ndarray
+    ordinal: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+
+@dataclass(frozen=True)
+class TurnStart:
+    """What a policy may know when turn `turn` starts.
+
+    has_video: whether it shows a chunk; video_tokens: how many tokens of it. video_turns, generated int64 [turn + 1]: number
+    of video turns, and of generated text tokens, before each turn, the starting one included as last entry. closed_in
+    int64 [turn]: for the query of each earlier turn the turn that closed it; NEVER while open or where there was none.
+    """
+
+    turn: int
+    has_video: bool
+    video_tokens: int
+    video_turns: np.ndarray
+    generated: np.ndarray
+    closed_in: np.ndarray
+
+
+class MemoryPolicy(ABC):
+    """One per stream; its constructor takes the knobs. What it decides may only depend on them and on its arguments.
+
+    window: video turns whose video stays; text_window: turns whose scaffold stays; None = not bounded that way.
+    """
+
+    window: int | None = None
+    text_window: int | None = None
+
+    @abstractmethod
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        """bool [n] over the live tokens: True where the token expires at the start of this turn."""
+
+    def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
+        """Upper bound of a stream's tokens in the KV pool, from its largest turn: live, or evicted in the running step.
+
+        per_turn: with its video. fixed: system prompt and every query (all may be pinned at once). It sizes the pool's
+        reservation. Raises ValueError, with the config key, if turns of this size cannot be held. Here: nothing leaves.
+        """
+        return fixed + turns * per_turn
+
+    @property
+    def words(self) -> str:
+        """What stays, for people; empty: the name says it."""
+        return ""
+
+
+def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
+    """bool [n]: video that is not of the last `window` video turns. A turn without video moves nothing."""
+    if not start.has_video:
+        return np.zeros(len(live), bool)
+    age = start.video_turns[start.turn] - start.video_turns[live.turn]
+    return (live.kind == Kind.VIDEO) & (age >= window)
+
+
+def old_text(live: LiveTokens, start: TurnStart, window: int, kinds: tuple[Kind, ...] = TURN_TEXT) -> np.ndarray:
+    """bool [n]: tokens of these kinds that are not of the last `window` turns."""
+    return (live.turn <= start.turn - window) & np.isin(live.kind, kinds)
+
+
+def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
+    """bool [n]: what the policy lets go, open queries excepted. Raises ValueError for an answer that is no such array."""
+    leaving = policy.leaving(live, start)
+    if not isinstance(leaving, np.ndarray) or leaving.dtype != np.bool_ or leaving.shape != (len(live),):
+        given = f"{leaving.dtype} {list(leaving.shape)}" if isinstance(leaving, np.ndarray) else repr(leaving)
+        raise ValueError(
+            f"memory: {type(policy).__name__}.leaving returned {given} in turn {start.turn}; it must be an array of bool, "
+            f"one for each of the {len(live)} live tokens"
+        )
+    query = live.kind == Kind.QUERY
+    pinned = np.zeros(len(live), bool)
+    pinned[query] = start.closed_in[live.turn[query]] >= start.turn
+    return leaving & ~pinned
+
+
+def check_text_tells_time(policy: MemoryPolicy, timestamps: bool) -> None:
+    """Raises ValueError if text would leave before the video whose time it tells (exact all the same, but senseless).
+
+    timestamps: whether the backbone writes the time of a chunk as text.
+    """
+    text, video = policy.text_window, policy.window
+    if timestamps and text is not None and (video is None or text < video):
+        kept = "all" if video is None else f"memory.window={video}"
+        raise ValueError(
+            f"memory: text stays for {text} turns (memory.text_window) but video for {kept}: this backbone tells the time "
+            "of a chunk in text before it, which must stay as long as the chunk; give text at least the window of video"
+        )

@@ -1,0 +1,43 @@
+"""visual_budget: as many of the latest chunks as fit into a number of video tokens.
+
+Owner: streams. For chunks of uneven size, where a window of turns would bound no memory. Chunks leave whole, oldest first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streams.log import Kind
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
+
+
+class VisualBudget(MemoryPolicy):
+    """At most `video_tokens` video tokens, those of the starting turn included; all text."""
+
+    def __init__(self, video_tokens: int) -> None:
+        if video_tokens < 1:
+            raise ValueError(f"video_tokens={video_tokens} must be at least the video tokens of one chunk")
+        self.video_tokens = video_tokens
+
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        video = live.kind == Kind.VIDEO
+        sizes = np.bincount(live.turn[video], minlength=start.turn)
+        # Video tokens of each turn and all later ones, the starting one included.
+        since = start.video_tokens + np.cumsum(sizes[::-1])[::-1]
+        leaving = np.zeros(len(live), bool)
+        leaving[video] = since[live.turn[video]] > self.video_tokens
+        return leaving
+
+    def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
+        if video_per_turn > self.video_tokens:
+            raise ValueError(
+                f"memory.video_tokens={self.video_tokens} cannot hold one chunk of {video_per_turn} video tokens: raise it, "
+                "or lower data.video.max_pixels or data.video.frames_per_chunk"
+            )
+        # What leaves goes after the forward that replaces it: the budget, and the chunk that comes.
+        video = min(turns * video_per_turn, self.video_tokens + video_per_turn)
+        return fixed + turns * (per_turn - video_per_turn) + video
+
+    @property
+    def words(self) -> str:
+        return f"the latest chunks of up to {self.video_tokens} video tokens, all text"

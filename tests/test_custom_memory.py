@@ -1,0 +1,169 @@
+"""A user's own memory policy: the guide's example runs, exactly; what is wrong with one is said by key."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from conf.streaming import streaming_settings
+from rl.checks import describe
+from rollout.engine import Engine
+from rollout.service import RolloutService, ServiceLimits
+from streams.layout import LayoutConfig
+from streams.log import Kind
+from streams.memory import POLICIES, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
+from streams.messages import WorkerSetup
+from streams.tiny import build_tiny
+from streams.tiny_spec import TinySpec
+from streams.video import VideoConfig
+from tests.streams_lib import loud_backbone, norms_in_input_dtype, random_turns, request
+from tests.test_config import composed
+from tests.test_exactness import FP64_BAR, differences, run, streams
+from tests.test_guides import DOCS, blocks
+
+GUIDE = "memory.md"
+
+
+@pytest.fixture
+def my_memory(tmp_path, monkeypatch):
+    """The guide's module, importable here as it would be beside launch.py."""
+    (source,) = blocks(GUIDE, "python")
+    (tmp_path / "my_memory.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield source
+    sys.modules.pop("my_memory", None)
+
+
+def written() -> dict:
+    (text,) = blocks(GUIDE, "yaml")
+    return yaml.safe_load(text)
+
+
+@pytest.fixture(scope="module")
+def fp64(tmp_path_factory):
+    with norms_in_input_dtype():
+        yield loud_backbone(tmp_path_factory.mktemp("fp64"), torch.float64)
+
+
+def test_the_guides_example_is_short_and_exact_in_the_engine(my_memory, fp64):
+    assert len(my_memory.splitlines()) < 30
+    memory = MemoryConfig(**written() | {"args": {"window": 2, "turns": 2}})
+    requests = streams(fp64, memory, 4, seed=3, low=9)
+    logs = run(fp64, requests)
+    assert differences(fp64, logs, requests).max() <= FP64_BAR
+    stayed = left = 0
+    for log in logs:
+        answered = np.isin(log.turn, np.unique(log.turn[log.kind == Kind.RESPONSE]))
+        old = (log.turn < log.num_turns - 2) & np.isin(log.kind, (Kind.THINK, Kind.SCAFFOLD))
+        alive = log.expiry >= len(log)
+        assert (alive[old] == answered[old]).all()
+        stayed, left = stayed + int(alive[old].sum()), left + int((~alive[old]).sum())
+    assert stayed > 20
+    assert left > 20
+
+
+def test_the_guides_command_line_composes_and_says_what_it_is(my_memory):
+    (command,) = blocks(GUIDE, "bash")
+    overrides = [part.strip("'") for part in re.findall(r"'[^']*'|\S+", command)][2:]
+    config = composed(*overrides)
+    assert config.memory == MemoryConfig(**written() | {"window": config.memory.window})
+    made = make_policy(config.memory)
+    assert (type(made).__name__, made.window, made.text_window) == ("KeepAnswers", 4, 8)
+    assert make_policy(config.memory) is not made, "one for each stream"
+    assert knobs(config.memory) == (("target", "my_memory:KeepAnswers"), ("args", '{"turns": 8, "window": 4}'))
+    assert any(line.startswith("memory: my_memory:KeepAnswers(window=4, turns=8); ") for line in describe(config))
+    assert streaming_settings(config)["memory"]["args"] == {"window": 4, "turns": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "my_memori:KeepAnswers"}, r"memory\.target='my_memori:KeepAnswers' cannot be loaded \(No module"),
+        ({"target": "my_memory:KeepAll"}, r"memory\.target='my_memory:KeepAll' cannot be loaded"),
+        ({"target": "my_memory"}, r"memory\.target='my_memory' with memory\.name=custom: .*package\.module:Class"),
+        ({"target": "my_memory:np"}, r"memory\.target='my_memory:np' is of type module"),
+        ({"target": "builtins:dict"}, r"memory\.target='builtins:dict' is no policy: derive a class"),
+        ({"args": {"turn": 3}}, r"memory\.args\.turn=3: there is no such parameter; .* takes turns, window"),
+        ({"args": {"turns": 0}}, r"memory\.args\.turns=0 must be at least 1"),
+        ({"args": {"turns": "many"}}, r"memory\.args: my_memory:KeepAnswers\(turns='many'\) raised TypeError"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_policy_is_said_by_key(my_memory, change, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryConfig(**written() | change)
+
+
+def test_a_worker_that_cannot_import_it_says_so(my_memory, tmp_path, monkeypatch):
+    memory = MemoryConfig(**written())
+    checkpoint = build_tiny(tmp_path / "model", TinySpec(hidden=64, layers=1, mlp=64))
+    setup = WorkerSetup(
+        *(str(checkpoint), "float32", LayoutConfig(), memory, VideoConfig(), "tower+merger"),
+        max_streams=1,
+        kv_slots=64,
+        monitor_every=0,
+        run_seed=0,
+    )
+    sys.modules.pop("my_memory", None)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
+    with pytest.raises(
+        ValueError, match=r"memory\.target='my_memory:.* \(in rollout worker 3: .* importable there, too"
+    ):
+        RolloutService(3, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
+
+
+class TooLittle(MemoryPolicy):
+    """Keeps everything and says that it keeps next to nothing."""
+
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        return np.zeros(len(live), bool)
+
+    def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
+        return fixed + 2 * per_turn
+
+
+class Wrong(TooLittle):
+    """Answers with what it was made with."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        return {"list": [False] * len(live), "int": np.zeros(len(live), int), "short": np.zeros(1, bool)}[self.answer]
+
+
+def engine_with(backbone, name: str, **args):
+    memory = MemoryConfig("custom", target=f"{__name__}:{name}", args=args)
+    engine = Engine(backbone, kv_slots=4000, max_streams=1)
+    engine.add(request(backbone, memory, random_turns(backbone, np.random.default_rng(0), 12), "s"))
+    return engine
+
+
+def run_to_the_end(engine):
+    while engine.busy:
+        engine.step()
+
+
+def test_a_stream_that_holds_more_than_its_policy_said_stops_with_the_numbers(fp64):
+    engine = engine_with(fp64, "TooLittle")
+    with pytest.raises(ValueError, match=r"stream s: memory custom holds \d+ tokens in turn \d+, .*\(\d+\): correct"):
+        run_to_the_end(engine)
+
+
+@pytest.mark.parametrize(("answer", "given"), [("list", r"\[\]"), ("int", r"int64 \[0\]"), ("short", r"bool \[1\]")])
+def test_a_policy_that_answers_something_else_is_told_what(fp64, answer, given):
+    with pytest.raises(ValueError, match=rf"Wrong\.leaving returned {given} in turn 0; .* each of the 0 live tokens"):
+        engine_with(fp64, "Wrong", answer=answer).step()
+
+
+def test_every_policy_and_its_defaults_are_in_the_guide():
+    text = (DOCS / GUIDE).read_text()
+    for name in POLICIES:
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        memory = composed(f"memory={name}", "experiment=none", "data.synthetic.window=20").memory
+        for knob in memory.takes:
+            assert re.search(rf"`{knob}` \({getattr(memory, knob)}\b", row), (name, knob)
