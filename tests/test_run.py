@@ -357,7 +357,8 @@ def test_the_export_says_how_it_is_to_be_run(exported):
     streaming = json.loads((exported / "streaming.json").read_text())
     assert streaming["layout"]["system_prompt"] == "Watch, think, speak up."
     assert (streaming["layout"]["think_budget"], streaming["layout"]["max_new_tokens"]) == (6, 10)
-    assert streaming["memory"] == {"name": "rcsm", "window": 4}
+    memory = streaming["memory"]
+    assert (memory["name"], memory["window"], memory["text_window"]) == ("rcsm", 4, 0)
     assert (streaming["chunk_seconds"], streaming["frames_per_chunk"]) == (1.0, 2)
     assert (streaming["min_pixels"], streaming["max_pixels"]) == (784, 3136)
     assert streaming["position_convention"] == QWEN2_5_VL_CONVENTION
