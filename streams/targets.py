@@ -19,7 +19,7 @@ def load(path: str, key: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # a user's module: importing it may raise anything
+    except Exception as error:  # named boundary: a user's code; importing it may raise anything
         plain = isinstance(error, ImportError | AttributeError | ValueError)
         cause = str(error) if plain else f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -55,7 +55,7 @@ def construct(factory: Callable[..., Any], params: Mapping[str, Any], key: str) 
         first = re.match(r"\w*", str(error))
         joint = "." if first is not None and first[0] in params else ": "
         raise ValueError(f"{key}{joint}{error}") from error
-    except Exception as error:  # a user's code: whatever it raises is a wrong setting
+    except Exception as error:  # named boundary: a user's code; whatever it raises is a wrong setting
         given = ", ".join(f"{name}={value!r}" for name, value in params.items())
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(

@@ -35,6 +35,7 @@ from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from streams.tiny import build_tiny
 from streams.tiny_spec import QWEN3_SPEC, TinySpec
 from tests.test_config import composed
+from tests.test_freezing import THREE_B
 
 SPECS = {"qwen2_5_vl": TinySpec(tie_embeddings=True), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}
 
@@ -114,10 +115,8 @@ H200 = DeviceInfo("n/gpu", "GPU on n", True, 140 * GIB, 139 * GIB)
 
 def three_b(total=3_754_622_976):
     """Qwen2.5-VL-3B, by its published sizes."""
-    return ModelGeometry(
-        *("qwen2_5_vl", 36, 2048, 11008, 16, 2, 128, 151936, True, 32, 1280, 3420, 14, 2, 2, 0),
-        {"model.visual.blocks": 668_683_264, "model.language_model": total - 668_683_264},
-    )
+    parts = {"model.visual.blocks": 668_683_264, "model.language_model": total - 668_683_264}
+    return replace(THREE_B, parameters=parts)
 
 
 def smoke(*overrides):
