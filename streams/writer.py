@@ -1,17 +1,20 @@
 """StreamWriter: writes one stream's log, turn by turn; the one place where layout, memory and positions meet.
 
 Owner: streams. The rollout engine drives it with sampled tokens, SFT with demonstrated ones: both write the same log.
-Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment.
+Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment. With two
+lanes the copy of a turn follows its own eviction, when the next turn begins. A lane change starts a new segment.
 Invariants: a turn starts at its first prefilled token; eviction happens only between segments; queries are closed by
 a turn that chose to respond, or by their `until` turn.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from streams.lanes import Lanes, Span
 from streams.layout import Layout, Part, TurnState
 from streams.log import GENERATED_TEXT, NEVER, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
 from streams.memory import LiveTokens, MemoryPolicy, TurnStart, check_text_tells_time, evicted
@@ -28,10 +31,11 @@ class QueryInput:
 
 @dataclass(frozen=True)
 class TurnInput:
-    """What one turn shows: a chunk of video, a query, both, or neither."""
+    """What one turn shows: a chunk of video, a query, both, or neither. span: told by the copy of a turn, if there is one."""
 
     chunk: ChunkRecord | None
     query: QueryInput | None = None
+    span: Span | None = None
 
 
 def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
@@ -41,13 +45,17 @@ def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
 
 @dataclass
 class StreamWriter:
-    """Writes the log of one stream. `live` holds the log indices that are still visible, in order."""
+    """Writes the log of one stream. `live` holds the log indices that are still visible, in order.
+
+    positions: the counter of lane 0; lane 1 has one of its own.
+    """
 
     header: LogHeader
     layout: Layout
     policy: MemoryPolicy
     positions: PositionCursor
     log: LogBuilder = field(init=False)
+    _cursors: tuple[PositionCursor, PositionCursor] = field(init=False)
     live: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     turn: int = -1
     state: TurnState | None = None
@@ -58,9 +66,13 @@ class StreamWriter:
     _closed_in: list[int] = field(default_factory=list)
     _until: list[int | None] = field(default_factory=list)
     _generation_begun: bool = False
+    # Where generation goes on, and of which time it is.
+    _lane: int = 0
+    _span: Span | None = None
 
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
+        self._cursors = (self.positions, replace(self.positions))
         self.log = LogBuilder(self.header)
 
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
@@ -70,12 +82,13 @@ class StreamWriter:
         self.turn += 1
         chunk, query = turn_input.chunk, turn_input.query
         left = self._evict(chunk)
-        parts = self.layout.prefill(chunk, None if query is None else list(query.ids))
-        start = self.log.begin_segment()
+        self._remember(version)
+        start = self.log.length
+        parts = self.layout.prefill(chunk, None if query is None else list(query.ids), self.policy.lanes)
         if self.turn == 0:
-            self._append(Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), version)
-        for part in parts:
-            self._append(part, version)
+            parts = (Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), *parts)
+        self._append(parts, self.turn, version)
+        self._span = turn_input.span
         if chunk is not None:
             self.log.add_chunk(chunk)
         self._video_turns.append(self._video_turns[-1] + (chunk is not None))
@@ -113,9 +126,10 @@ class StreamWriter:
         at = self.log.append(
             [token],
             kind,
-            self.positions.text(1),
+            self._cursors[self._lane].text(1),
             turn=self.turn,
             version=version,
+            lane=self._lane,
             sampled=sampled,
             target=target,
             logp=logp,
@@ -126,13 +140,28 @@ class StreamWriter:
     def finish(self) -> StreamLog:
         return self.log.finish()
 
-    def _append(self, part: Part, version: int) -> None:
-        if part.grid is None:
-            positions = self.positions.text(len(part.ids))
-        else:
-            positions = self.positions.video(part.grid, part.keep)
-        at = self.log.append(part.ids, part.kind, positions, turn=self.turn, version=version)
-        self.live = np.concatenate([self.live, np.arange(at.start, at.stop)])
+    def _append(self, parts: Sequence[Part], turn: int, version: int) -> None:
+        """Append parts of one turn: a segment for every run of one lane."""
+        lane = None
+        for part in parts:
+            if part.lane != lane:
+                lane = self._lane = part.lane
+                self.log.begin_segment()
+                if lane == 1:
+                    self._cursors[1].offset = self.policy.lane_one_begins(*(c.offset for c in self._cursors))
+            cursor = self._cursors[part.lane]
+            positions = cursor.text(len(part.ids)) if part.grid is None else cursor.video(part.grid, part.keep)
+            at = self.log.append(part.ids, part.kind, positions, turn=turn, version=version, lane=part.lane)
+            self.live = np.concatenate([self.live, np.arange(at.start, at.stop)])
+
+    def _remember(self, version: int) -> None:
+        """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
+        if self.policy.lanes is not Lanes.MEMORY or self.turn == 0:
+            return
+        ids, kinds = (self.log.column(name)[self._begins[-1] :] for name in ("ids", "kind"))
+        copy = self.layout.memory(ids, kinds, self._span)
+        if copy is not None:
+            self._append([copy], self.turn - 1, version)
 
     def _close_queries(self) -> None:
         """After a turn that responded, close every query that has arrived, unless it stays open until its time."""
