@@ -39,6 +39,10 @@ def lingering(fp64):
     return requests, run(fp64, requests)
 
 
+def without_lanes(stream, begin: int, end: int) -> np.ndarray:
+    return stream.slots.held[stream.writer.live < end]
+
+
 def rescored(backbone, made, **columns) -> float:
     """Largest mismatch with columns of the logs replaced: name -> function of (log, request)."""
     requests, logs = made
@@ -139,13 +143,13 @@ class TestPlantedDefects:
 
     def test_an_engine_without_lanes_is_caught_where_lane_one_stays(self, fp64, lingering, monkeypatch):
         requests, _ = lingering
-        monkeypatch.setattr(engine, "_seen", lambda writer, begin, end: writer.live[writer.live < end])
+        monkeypatch.setattr(engine, "_seen", without_lanes)
         assert exactness.differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     def test_an_engine_that_forwards_all_lanes_as_one_segment_is_caught(self, fp64, lingering, monkeypatch):
         requests, _ = lingering
         monkeypatch.setattr(engine, "pairwise", lambda cuts: [(cuts[0], cuts[-1])])
-        monkeypatch.setattr(engine, "_seen", lambda writer, begin, end: writer.live[writer.live < end])
+        monkeypatch.setattr(engine, "_seen", without_lanes)
         assert exactness.differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     @pytest.mark.parametrize("begins", [lambda lane0, lane1: lane1, lambda lane0, lane1: 0], ids=["goes on", "at 0"])
