@@ -97,10 +97,15 @@ def random_requests(
 
 
 def run(
-    backbone: Backbone, requests: list[StreamRequest], max_streams: int = 16, engine_type: type[Engine] = Engine
+    backbone: Backbone,
+    requests: list[StreamRequest],
+    max_streams: int = 16,
+    *,
+    kv_slots: int = 20000,
+    engine_type: type[Engine] = Engine,
 ) -> list[StreamLog]:
     """Run to the end; logs in the order of the requests. Checks that every slot came back."""
-    engine = engine_type(backbone, kv_slots=20000, max_streams=max_streams)
+    engine = engine_type(backbone, kv_slots=kv_slots, max_streams=max_streams)
     for r in requests:
         engine.add(r)
     done = {}
