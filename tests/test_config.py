@@ -14,7 +14,6 @@ from hydra.errors import HydraException
 import launch
 from conf.schema import RunConfig, load_config
 from rl.checks import check_nothing_needed_is_replaced, preflight
-from rl.run import check_mismatch
 from streams.tiny_spec import QWEN3_SPEC
 
 launch.register_schema()
@@ -164,8 +163,8 @@ NUMBERS = (
     *("model.tiny.rope_theta", "data.video.chunk_seconds", "rollout.temperature", "rollout.group_deadline_s"),
     *("learner.lr", "learner.weight_decay", "learner.grad_clip", "learner.collective_timeout_s", "sft.epochs"),
     *("sft.decision_weight_clamp", "sft.answer_weight", "algorithm.clip_low", "algorithm.clip_high"),
-    *("algorithm.kl_coef", "eval.max_logp_diff", "eval.transcript_mb", "checkpoint.grace_s", "cluster.actor_cpus"),
-    *("cluster.start_timeout_s", "cluster.call_timeout_s", "watch.at", "watch.seconds"),
+    *("algorithm.kl_coef", "monitor.max", "monitor.mean", "monitor.k3", "eval.transcript_mb", "checkpoint.grace_s"),
+    *("cluster.actor_cpus", "cluster.start_timeout_s", "cluster.call_timeout_s", "watch.at", "watch.seconds"),
 )
 
 
@@ -213,14 +212,6 @@ def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
     with pytest.raises(ValueError, match=r"algorithm\.init=.*replaces"):
         check_nothing_needed_is_replaced(config, {})
     assert start.is_dir()
-
-
-@pytest.mark.parametrize("worst", [None, float("nan"), 0.1])
-def test_a_mismatch_that_is_missing_nan_or_large_fails_the_run(worst):
-    summary = {"max_abs_logp_diff": worst, "mean_abs_logp_diff": worst, "logp_diff_tokens": 5}
-    with pytest.raises(RuntimeError, match="learner and engine disagree"):
-        check_mismatch(composed(), summary)
-    check_mismatch(composed(), summary | {"max_abs_logp_diff": 1e-5})
 
 
 @pytest.mark.slow
