@@ -343,6 +343,14 @@ class RunConfig:
     def notes(self) -> list[str]:
         """What a reader of this run's figures must know: printed at start."""
         notes = self.memory.notes()
+        if "window" in self.memory.takes and self.memory.window >= self.data.max_turns:
+            notes.append(
+                f"note: memory.window={self.memory.window} is not below data.max_turns={self.data.max_turns}: no stream is "
+                "long enough for its video to leave"
+            )
+        for key, learner in (("sft", self.sft_learner(100)), ("rl", self.rl_learner(100))):
+            if key in self.job.stages and learner.schedule == "constant" and learner.warmup_steps:
+                notes.append(f"note: {key} has no warm-up, learner.schedule=constant: constant_with_warmup has one")
         if self.data.video.max_chunks:
             notes.append(
                 f"warning: data.video.max_chunks={self.data.video.max_chunks} sets the chunk length by the length of "

@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from rollout.attention import Segment, make_backend
-from rollout.cache import KVPool
+from rollout.cache import KVPool, SlotList
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
 from streams.kernels import choose_rollout_attention
+from streams.lanes import Lanes
 from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import MemoryPolicy
@@ -56,12 +58,9 @@ class _Stream:
     request: StreamRequest
     writer: StreamWriter
     reserved: int
-    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    slots: SlotList = field(default_factory=SlotList)
     forwarded: int = 0
     chunks_shown: int = 0
-
-    def slots_of(self, indices: np.ndarray) -> np.ndarray:
-        return self.slots[indices]
 
 
 @dataclass
@@ -88,12 +87,25 @@ def stream_bound(request: StreamRequest) -> int:
     )
     video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
     queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)
+    copies = 0
+    if request.policy.lanes is Lanes.MEMORY:  # the last turn has none: no turn comes that could read it
+        copies = sum(layout.max_memory(t.span) for t in request.turns[:-1])
     return request.policy.max_live_tokens(
         per_turn=scaffold + video + layout.config.max_new_tokens,
-        fixed=len(layout.system_ids) + queries,
+        fixed=len(layout.system_ids) + queries + copies,
         video_per_turn=video,
         turns=len(request.turns),
     )
+
+
+def _seen(stream: _Stream, begin: int, end: int) -> np.ndarray:
+    """Slots that the segment [begin, end) of one lane attends to, its own included: live, of its lane or below."""
+    held = stream.writer.held
+    seen = slice(0, int(np.searchsorted(held.column("index"), end)))
+    slots = stream.slots.held[seen]
+    if stream.writer.policy.lanes is Lanes.ONE:
+        return slots
+    return slots[held.column("lane")[seen] <= stream.writer.log.column("lane")[begin]]
 
 
 class Engine:
@@ -169,8 +181,7 @@ class Engine:
         self.pool.free(np.flatnonzero(self.pool._taken))
 
     def _release(self, stream: _Stream) -> None:
-        live = stream.writer.live
-        self.pool.free(stream.slots_of(live[live < stream.forwarded]))
+        self.pool.free(stream.slots.held)
         self._reserved -= stream.reserved
 
     def _admit(self) -> None:
@@ -199,7 +210,7 @@ class Engine:
                     f"stream {stream.request.header.stream_id}: memory {stream.request.header.policy} holds {held} tokens in "
                     f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
                 )
-            step.freed.append(stream.slots_of(evicted))
+            step.freed.append(stream.slots.drop(evicted))
             if turn_input.chunk is not None:
                 video = np.flatnonzero(writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO)
                 step.video.append(step.rows + video)
@@ -214,20 +225,18 @@ class Engine:
             step.choosing.append((stream, step.rows - 1))
 
     def _add_segment(self, stream: _Stream, step: _Step) -> None:
-        """All logged tokens not yet forwarded become one segment over the live slots."""
+        """All logged tokens not yet forwarded become one segment over the live slots, or one for every run of a lane."""
         log = stream.writer.log
         start, stop = stream.forwarded, log.length
         new = self.pool.allocate(stop - start)
-        if stop > len(stream.slots):
-            grown = np.zeros(max(stop, 2 * len(stream.slots)), np.int64)
-            grown[: len(stream.slots)] = stream.slots
-            stream.slots = grown
-        stream.slots[start:stop] = new
+        stream.slots.add(start, new)
         step.ids.append(log.column("ids")[start:stop].astype(np.int64))
         step.positions.append(log.positions_between(start, stop))
         step.new_slots.append(new)
-        step.segments.append(Segment(step.rows, stop - start, stream.slots_of(stream.writer.live)))
-        step.rows += stop - start
+        cuts = np.flatnonzero(np.diff(log.column("lane")[start:stop])) + start + 1
+        for begin, end in pairwise([start, *cuts.tolist(), stop]):
+            step.segments.append(Segment(step.rows, end - begin, _seen(stream, begin, end)))
+            step.rows += end - begin
         stream.forwarded = stop
 
     def _forward(self, step: _Step) -> None:
