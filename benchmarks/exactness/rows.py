@@ -35,6 +35,7 @@ POLICIES = (
     Policy("rcsm_text", MemoryConfig("rcsm", 3, text_window=5)),
     Policy("recent_frames", MemoryConfig("recent_frames", 3)),
     Policy("sink_window", MemoryConfig("sink_window", 3, text_window=5, sink_tokens=6, tail_tokens=8)),
+    Policy("text_memory", MemoryConfig("text_memory")),
     Policy("visual_budget", MemoryConfig("visual_budget", video_tokens=12)),
     Policy("random", MemoryConfig("random", seed=1, rate=0.2)),
 )

@@ -48,7 +48,7 @@ def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tu
             until = None if rng.random() < 0.6 else int(rng.choice([turn + 2, NEVER]))
             ids = backbone.layout.query_ids(str(rng.choice(QUERIES)))
             query = QueryInput(tuple(ids), until)
-        turns.append(TurnInput(chunk, query))
+        turns.append(TurnInput(chunk, query, (turn / 2, turn / 2 + 0.5)))
     return tuple(turns)
 
 
