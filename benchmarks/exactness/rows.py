@@ -66,7 +66,7 @@ class Size:
     defect_streams: int
 
 
-FULL = Size(tokens=10_000, streams=28, low=24, high=33, defect_streams=6)
+FULL = Size(tokens=10_000, streams=28, low=24, high=33, defect_streams=3)
 QUICK = Size(tokens=300, streams=5, low=9, high=13, defect_streams=2)
 
 
