@@ -75,7 +75,7 @@ def _turns(engine: Engine, writer: StreamWriter, shown: WatchedFile, seconds: fl
             continue
         now = time.monotonic()
         parsed = _parse(engine, writer, writer.turn, finished)
-        kinds = writer.log.column("kind")[writer.live]
+        kinds = writer.held.column("kind")
         yield WatchedTurn(
             start_s=writer.turn * seconds,
             end_s=min(shown.end, (writer.turn + 1) * seconds),
