@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -98,9 +100,37 @@ def test_a_live_stream_that_waits_for_its_turns_writes_what_a_known_one_does(fp6
     assert engine.pool.available == engine.pool.capacity
 
 
+class Made(Sequence):
+    """Features that are made when they are asked for; `alive` are those that somebody still holds."""
+
+    def __init__(self, features: Sequence[torch.Tensor]) -> None:
+        self.features, self.alive = features, weakref.WeakSet()
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        made = self.features[index].clone()
+        self.alive.add(made)
+        return made
+
+
 @pytest.fixture(scope="module")
 def fp32(tmp_path_factory):
     return loud_backbone(tmp_path_factory.mktemp("fed"), torch.float32)
+
+
+def test_features_made_when_asked_for_are_not_kept(fp32):
+    (wanted,) = streams(fp32, 1)
+    made = Made(wanted.features)
+    engine = Engine(fp32, kv_slots=20000, max_streams=8)
+    engine.add(dataclasses.replace(wanted, features=made))
+    assert not made.alive, "the bound needs no features"
+    logs = []
+    while engine.busy:
+        logs += engine.step()
+        assert not made.alive, "a forward was the last that needed them"
+    assert (logs[0].ids == run(fp32, [wanted])[0].ids).all()
 
 
 def test_a_disk_that_is_full_ends_that_stream_by_name_and_no_other(fp32, tmp_path):
