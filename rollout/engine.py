@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from rollout.feed import KnownTurns, TurnFeed
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
 from streams.kernels import choose_rollout_attention
+from streams.lanes import Lanes
 from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import MemoryPolicy
@@ -117,10 +119,10 @@ class _Step:
 
 def stream_bound(request: StreamRequest) -> int:
     """KV slots that a stream may hold at once."""
-    sizes = _source(request).sizes(request.layout)
+    sizes = _source(request).sizes(request.layout, request.policy.lanes)
     return request.policy.max_live_tokens(
         per_turn=sizes.scaffold + sizes.video + request.layout.config.max_new_tokens,
-        fixed=len(request.layout.system_ids) + sizes.queries,
+        fixed=len(request.layout.system_ids) + sizes.queries + sizes.copies,
         video_per_turn=sizes.video,
         turns=sizes.turns,
     )
@@ -128,6 +130,16 @@ def stream_bound(request: StreamRequest) -> int:
 
 def _source(request: StreamRequest) -> KnownTurns | TurnFeed:
     return request.turns if isinstance(request.turns, TurnFeed) else KnownTurns(request.turns, request.features)
+
+
+def _seen(stream: _Stream, begin: int, end: int) -> np.ndarray:
+    """Slots that the segment [begin, end) of one lane attends to, its own included: live, of its lane or below."""
+    held = stream.writer.held
+    seen = slice(0, int(np.searchsorted(held.column("index"), end)))
+    slots = stream.slots.held[seen]
+    if stream.writer.policy.lanes is Lanes.ONE:
+        return slots
+    return slots[held.column("lane")[seen] <= stream.writer.log.column("lane", begin)[0]]
 
 
 class Engine:
@@ -265,16 +277,18 @@ class Engine:
             step.choosing.append((stream, step.rows - 1))
 
     def _add_segment(self, stream: _Stream, step: _Step) -> None:
-        """All logged tokens not yet forwarded become one segment over the live slots."""
+        """All logged tokens not yet forwarded become one segment over the live slots, or one for every run of a lane."""
         log = stream.writer.log
         start, stop = stream.forwarded, log.length
         new = self.pool.allocate(stop - start)
         stream.slots.add(start, new)
-        step.ids.append(log.column("ids", start)[: stop - start].astype(np.int64))
+        step.ids.append(log.column("ids", start).astype(np.int64))
         step.positions.append(log.positions_between(start, stop))
         step.new_slots.append(new)
-        step.segments.append(Segment(step.rows, stop - start, stream.slots.held))
-        step.rows += stop - start
+        cuts = np.flatnonzero(np.diff(log.column("lane", start))) + start + 1
+        for begin, end in pairwise([start, *cuts.tolist(), stop]):
+            step.segments.append(Segment(step.rows, end - begin, _seen(stream, begin, end)))
+            step.rows += end - begin
         stream.forwarded = stop
 
     def _forward(self, step: _Step) -> None:

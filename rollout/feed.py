@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from streams.lanes import Lanes, Span
 from streams.layout import Layout
 from streams.log import NEVER, ChunkRecord, Kind
 from streams.writer import TurnInput
@@ -22,11 +23,12 @@ FAR_SECONDS = 99_999_999.9
 
 @dataclass(frozen=True)
 class TurnSizes:
-    """The most tokens of one turn's scaffold and video, of all queries that may be held at once; number of turns."""
+    """The most tokens of one turn's scaffold and video, of all queries that may be held at once, of all copies; turns."""
 
     scaffold: int
     video: int
     queries: int
+    copies: int
     turns: int
 
 
@@ -57,14 +59,18 @@ class KnownTurns:
         self._chunks += 1
         return turn, self._features[self._chunks - 1]
 
-    def sizes(self, layout: Layout) -> TurnSizes:
+    def sizes(self, layout: Layout, lanes: Lanes) -> TurnSizes:
         # One pass: a lazily made sequence makes every turn anew. They differ in scaffold, too: a later time has more digits.
         scaffold = video = queries = 0
+        spans: list[Span | None] = []
         for turn in self._turns:
             scaffold = max(scaffold, _scaffold(layout, turn.chunk))
             video = max(video, 0 if turn.chunk is None else turn.chunk.num_tokens)
             queries += 0 if turn.query is None else len(turn.query.ids) + 1
-        return TurnSizes(scaffold, video, queries, len(self._turns))
+            spans.append(turn.span)
+        # The last turn has no copy: no turn comes that could read it.
+        copies = sum(layout.max_memory(span) for span in spans[:-1]) if lanes is Lanes.MEMORY else 0
+        return TurnSizes(scaffold, video, queries, copies, len(self._turns))
 
     def refuses(self, held: int) -> str:
         """All queries were counted."""
@@ -112,9 +118,10 @@ class TurnFeed:
     def take(self) -> tuple[TurnInput, torch.Tensor | None]:
         return self._turns.popleft()
 
-    def sizes(self, layout: Layout) -> TurnSizes:
+    def sizes(self, layout: Layout, lanes: Lanes) -> TurnSizes:
         far = replace(self.largest, patch_times=(FAR_SECONDS,) * self.largest.grid[0])
-        return TurnSizes(_scaffold(layout, far), self.largest.num_tokens, self.query_tokens, NEVER)
+        copies = NEVER * layout.max_memory(None) if lanes is Lanes.MEMORY else 0
+        return TurnSizes(_scaffold(layout, far), self.largest.num_tokens, self.query_tokens, copies, NEVER)
 
     def refuses(self, held: int) -> str:
         """Why the next turn cannot be shown while `held` tokens of queries are in memory; empty: it can."""

@@ -148,9 +148,10 @@ def test_a_disk_that_is_full_ends_that_stream_by_name_and_no_other(fp32, tmp_pat
     assert engine.pool.available == engine.pool.capacity
 
 
-def test_a_feed_needs_a_memory_that_bounds_text_and_video(fp32):
+@pytest.mark.parametrize("memory", [MemoryConfig("rcsm", 3), MemoryConfig("text_memory")], ids=["rcsm", "text_memory"])
+def test_a_feed_needs_a_memory_that_bounds_text_and_video(fp32, memory):
     engine = Engine(fp32, kv_slots=20000, max_streams=8)
-    fed, _ = live(request(fp32, MemoryConfig("rcsm", 3), streams(fp32, 1)[0].turns, "endless"))
+    fed, _ = live(request(fp32, memory, streams(fp32, 1)[0].turns, "endless"))
     with pytest.raises(ValueError, match=r"stream endless may need \d+ KV slots.*a feed has no end"):
         engine.add(fed)
 

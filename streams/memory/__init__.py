@@ -4,6 +4,7 @@ Owner: streams. `policy` says what a policy is; one module per family of policie
 light: no torch, the driver imports it.
 """
 
+from streams.lanes import Lanes
 from streams.memory.config import POLICIES, MemoryConfig, knobs, make_policy
 from streams.memory.policy import (
     TURN_TEXT,
@@ -17,6 +18,7 @@ from streams.memory.policy import (
 )
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
+from streams.memory.text_memory import TextMemory
 from streams.memory.visual_budget import VisualBudget
 from streams.memory.windows import Full, Rcsm, RecentFrames
 
@@ -24,6 +26,7 @@ __all__ = [
     "POLICIES",
     "TURN_TEXT",
     "Full",
+    "Lanes",
     "LiveTokens",
     "MemoryConfig",
     "MemoryPolicy",
@@ -31,6 +34,7 @@ __all__ = [
     "Rcsm",
     "RecentFrames",
     "SinkWindow",
+    "TextMemory",
     "TurnStart",
     "VisualBudget",
     "check_text_tells_time",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streams.lanes import Lanes
 from streams.log import Kind
 
 TURN_TEXT = (Kind.SCAFFOLD, Kind.QUERY, Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)
@@ -56,11 +57,13 @@ class TurnStart:
 class MemoryPolicy(ABC):
     """One per stream; its constructor takes the knobs. What it decides may only depend on them and on its arguments.
 
-    window: video turns whose video stays; text_window: turns whose scaffold stays; None = not bounded that way.
+    window: video turns whose video stays; text_window: turns whose scaffold stays; None = not bounded that way. lanes: how
+    its turns are spread over the two lanes.
     """
 
     window: int | None = None
     text_window: int | None = None
+    lanes: Lanes = Lanes.ONE
 
     @abstractmethod
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
@@ -69,10 +72,15 @@ class MemoryPolicy(ABC):
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         """Upper bound of a stream's tokens in the KV pool, from its largest turn: live, or evicted in the running step.
 
-        per_turn: with its video. fixed: system prompt and every query (all may be pinned at once). It sizes the pool's
-        reservation. Raises ValueError, with the config key, if turns of this size cannot be held. Here: nothing leaves.
+        per_turn: with its video. fixed: system prompt and every query (all may be pinned at once); with Lanes.MEMORY the
+        copies of all turns, too. It sizes the pool's reservation. Raises ValueError, with the config key, if turns of this
+        size cannot be held. Here: nothing leaves.
         """
         return fixed + turns * per_turn
+
+    def lane_one_begins(self, lane0: int, lane1: int) -> int:
+        """First position of a turn's part in lane 1; where both lanes' counters stand. Here: behind lane 0, every turn anew."""
+        return lane0
 
     @property
     def words(self) -> str:
