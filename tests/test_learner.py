@@ -335,6 +335,7 @@ def test_a_worker_that_swapped_samples_what_the_learner_scores(engine, service, 
     [
         MemoryConfig("rcsm", 1, text_window=2),
         MemoryConfig("sink_window", 1, 1, sink_tokens=3, tail_tokens=4),
+        MemoryConfig("text_memory"),
         MemoryConfig("visual_budget", video_tokens=8),
         MemoryConfig("random", seed=1, rate=0.2),
     ],

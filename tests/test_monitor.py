@@ -217,7 +217,9 @@ def test_a_mismatch_stops_a_real_run_and_the_same_command_goes_on_once_it_is_men
     def stopped(where, *overrides, **more):
         failed = launch(*settings, "algorithm.steps=4", *overrides, **more)
         assert failed.returncode == 1, f"{failed.stdout}\n{failed.stderr}"
-        said = re.search(r"^error: learner and engine disagree: .*", failed.stderr, re.MULTILINE).group(0)
+        found = re.search(r"^error: learner and engine disagree: .*", failed.stderr, re.MULTILINE)
+        assert found, f"{failed.stdout}\n{failed.stderr}"
+        said = found.group(0)
         assert re.search(rf"monitor\.max=\S+ \({where}", said), said
         assert re.search(
             r"First token that is off: stream \S+, index \d+ \(id \d+, \w+, turn \d+, memory rcsm, weights version 2\): "

@@ -24,7 +24,7 @@ from tests.test_run import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-CLIPS, BATCH, STEPS, GROUP_SIZE = 6, 2, 12, 2
+CLIPS, BATCH, STEPS, GROUP_SIZE = 6, 2, 6, 2
 EPOCHS = BATCH * STEPS // CLIPS
 SETTINGS = (
     "job.stages=[data,sft,rl]",
@@ -43,10 +43,10 @@ SETTINGS = (
     f"algorithm.groups_in_flight={2 * BATCH}",
     "reward=weighted",
     "+reward.terms.noise={target: 'tests.noisy_reward:noisy', weight: 5}",
-    "checkpoint.every=3",
+    "checkpoint.every=2",
     # What a stage went on from is deleted as soon as there is a newer one: nothing may be read there later.
     "checkpoint.keep=1",
-    "eval.every=6",
+    "eval.every=3",
     "eval.tasks=2",
 )
 DETERMINISTIC = ("algorithm.mode=sync", "deterministic=true")
@@ -182,7 +182,7 @@ def check_exactly_once(root: Path) -> None:
         "sft/loss": EVERY_STEP,
         "train/loss": EVERY_STEP,
         "reward/total": EVERY_STEP,
-        "eval/reward": [6, 12],
+        "eval/reward": [3, 6],
     }
 
 
@@ -197,7 +197,7 @@ def undisturbed(tmp_path_factory):
 def test_two_kills_leave_a_deterministic_run_bit_for_bit_what_it_would_have_been(undisturbed, tmp_path):
     root = tmp_path / "run"
     # The first where cold start is sure to go on from a checkpoint, which is gone when it ends (checkpoint.keep=1).
-    plan = [("sft", 6, 0.0), random_moments(2)[1]]
+    plan = [("sft", 4, 0.0), random_moments(2)[1]]
     killed_and_resumed(root, plan, *DETERMINISTIC)
     last = Driver(root, *DETERMINISTIC)
     assert last.wait() == 0, last.output
@@ -222,7 +222,7 @@ def test_an_asynchronous_run_that_is_killed_and_stopped_trains_every_group_exact
     root = tmp_path / "run"
     killed_and_resumed(root, random_moments(1))
     asked = Driver(root)
-    asked.wait_for_step("rl", 5)
+    asked.wait_for_step("rl", 2)
     began = time.monotonic()
     asked.signal(signal.SIGTERM)
     status = asked.wait()
@@ -243,7 +243,7 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(undistur
     before = (undisturbed / "checkpoints" / "rl" / "final" / "state.json").stat().st_mtime_ns
     # As if the driver had been killed between a stage's last checkpoint and the tracker's last write.
     with sqlite3.connect(undisturbed / "mlflow.db") as charted:
-        assert charted.execute("DELETE FROM metrics WHERE step > 9").rowcount
+        assert charted.execute("DELETE FROM metrics WHERE step > 4").rowcount
     again = Driver(undisturbed, *DETERMINISTIC)
     assert again.wait() == 0, again.output
     for stage in ("data", "sft", "rl"):

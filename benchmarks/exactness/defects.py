@@ -32,6 +32,7 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
         "turn_start_at_video": _NOTHING_LEAVES,
         "late_end": _NOTHING_LEAVES,
     },
+    "text_memory": {"late_end": "nobody looks at a turn's lane once it is over, END included"},
     "random": {"window_off_by_one": _NO_WINDOW, "turn_start_at_video": _NO_WINDOW, "late_end": _NO_WINDOW},
 }
 """Policy -> defect -> why it changes neither mask nor vocabulary there."""

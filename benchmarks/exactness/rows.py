@@ -35,6 +35,7 @@ POLICIES = (
     Policy("rcsm_text", MemoryConfig("rcsm", 3, text_window=5)),
     Policy("recent_frames", MemoryConfig("recent_frames", 3)),
     Policy("sink_window", MemoryConfig("sink_window", 3, text_window=5, sink_tokens=6, tail_tokens=8)),
+    Policy("text_memory", MemoryConfig("text_memory")),
     Policy("visual_budget", MemoryConfig("visual_budget", video_tokens=12)),
     Policy("random", MemoryConfig("random", seed=1, rate=0.2)),
 )
@@ -65,7 +66,7 @@ class Size:
     defect_streams: int
 
 
-FULL = Size(tokens=10_000, streams=28, low=24, high=33, defect_streams=6)
+FULL = Size(tokens=10_000, streams=28, low=24, high=33, defect_streams=3)
 QUICK = Size(tokens=300, streams=5, low=9, high=13, defect_streams=2)
 
 
