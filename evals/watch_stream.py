@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
 
 from conf.schema import RunConfig
@@ -21,7 +22,7 @@ from rollout.cache import KVPool
 from rollout.engine import Engine, StreamRequest, stream_bound
 from streams.backbone import Backbone
 from streams.inputs import turn_inputs
-from streams.log import Kind, LogHeader, StreamLog
+from streams.log import GENERATED, Kind, LogHeader
 from streams.memory import knobs, make_policy
 from streams.turns import ParsedTurn
 from streams.video import Clip, ClipReader
@@ -69,13 +70,13 @@ def _turns(engine: Engine, writer: StreamWriter, shown: WatchedFile, seconds: fl
     began, reported = time.monotonic(), 0
     asked = {shown.chunk_of(query.time, seconds): query.text for query in shown.queries}
     while engine.busy:
-        finished = engine.step()
+        engine.step()
         over = writer.state is not None and writer.state.over
         if not over or writer.turn < reported:
             continue
         now = time.monotonic()
-        parsed = _parse(engine, writer, writer.turn, finished)
-        kinds = writer.log.column("kind")[writer.live]
+        parsed = _parse(engine, writer)
+        kinds = writer.held.column("kind")
         yield WatchedTurn(
             start_s=writer.turn * seconds,
             end_s=min(shown.end, (writer.turn + 1) * seconds),
@@ -90,9 +91,14 @@ def _turns(engine: Engine, writer: StreamWriter, shown: WatchedFile, seconds: fl
         began, reported = time.monotonic(), writer.turn + 1
 
 
-def _parse(engine: Engine, writer: StreamWriter, turn: int, finished: list[StreamLog]) -> ParsedTurn:
-    log = finished[0] if finished else writer.finish()
-    return engine.backbone.layout.parse_turns(log)[turn]
+def _parse(engine: Engine, writer: StreamWriter) -> ParsedTurn:
+    """The turn that is over, from the end of the log: what came before is not read again."""
+    log = writer.log
+    start = int(np.searchsorted(log.column("turn"), writer.turn))
+    kinds = log.column("kind", start)
+    made = np.isin(kinds, GENERATED)
+    forced = made & ~log.column("sampled", start) & ~log.column("target", start)
+    return engine.backbone.layout.parse_turn(writer.turn, log.column("ids", start)[made], kinds[made], forced[made])
 
 
 def _request(config: RunConfig, backbone: Backbone, shown: WatchedFile, clip: Clip, seconds: float) -> StreamRequest:

@@ -18,6 +18,7 @@ import torch
 
 from rollout.attention import Segment, make_backend
 from rollout.cache import KVPool, SlotList
+from rollout.feed import KnownTurns, TurnFeed
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
 from streams.kernels import choose_rollout_attention
@@ -25,22 +26,35 @@ from streams.lanes import Lanes
 from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import MemoryPolicy
+from streams.pieces import PieceSink
 from streams.writer import StreamWriter, TurnInput
 
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """One stream to run. features: per chunk shown, [tokens, F] on the engine's device, in turn order.
+    """One stream to run. features: per chunk shown, [tokens, F] on the engine's device, in turn order; a feed brings its own.
 
-    F = Backbone.feature_width; one row per kept video token of the chunk, in the order of the tokens.
+    F = Backbone.feature_width; one row per kept video token of the chunk, in the order of the tokens. turns, features may
+    make their items when asked. pieces: where the log goes, in pieces of `piece_tokens` tokens or little more; None = it is
+    kept, and returned whole.
     """
 
     header: LogHeader
-    turns: tuple[TurnInput, ...]
+    turns: Sequence[TurnInput] | TurnFeed
     features: Sequence[torch.Tensor]
     policy: MemoryPolicy
     layout: Layout
     patch_seconds: float
+    pieces: PieceSink | None = None
+    piece_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class StreamFailure:
+    """A stream that ended before its time, and why. The others ran on."""
+
+    stream_id: str
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -57,10 +71,35 @@ class EngineStats:
 class _Stream:
     request: StreamRequest
     writer: StreamWriter
+    source: KnownTurns | TurnFeed
     reserved: int
     slots: SlotList = field(default_factory=SlotList)
     forwarded: int = 0
-    chunks_shown: int = 0
+    failure: str = ""
+
+    @property
+    def between_turns(self) -> bool:
+        return self.writer.state is None or self.writer.state.over
+
+    @property
+    def finished(self) -> bool:
+        return self.between_turns and self.source.ended
+
+    @property
+    def idle(self) -> bool:
+        """A live stream whose next turn has not come."""
+        return self.between_turns and not self.source.ready and not self.source.ended
+
+    def write_piece(self) -> None:
+        """Hand out the log as far as it is long enough, or all of it at the end. A sink that cannot take it ends the stream."""
+        sink, log = self.request.pieces, self.writer.log
+        if sink is None or not (self.finished or self.forwarded - log.first >= self.request.piece_tokens):
+            return
+        piece = log.cut(log.length, last=True) if self.finished else log.cut(self.forwarded)
+        try:
+            sink.write(piece)
+        except OSError as error:  # named boundary: one stream's log
+            self.failure = f"piece {piece.number} of its log could not be written: {type(error).__name__}: {error}"
 
 
 @dataclass
@@ -80,22 +119,17 @@ class _Step:
 
 def stream_bound(request: StreamRequest) -> int:
     """KV slots that a stream may hold at once."""
-    layout = request.layout
-    # Turns differ in scaffold, too: a later time has more digits.
-    scaffold = max(
-        sum(len(part.ids) for part in layout.prefill(t.chunk, None) if part.kind != Kind.VIDEO) for t in request.turns
-    )
-    video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
-    queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)
-    copies = 0
-    if request.policy.lanes is Lanes.MEMORY:  # the last turn has none: no turn comes that could read it
-        copies = sum(layout.max_memory(t.span) for t in request.turns[:-1])
+    sizes = _source(request).sizes(request.layout, request.policy.lanes)
     return request.policy.max_live_tokens(
-        per_turn=scaffold + video + layout.config.max_new_tokens,
-        fixed=len(layout.system_ids) + queries + copies,
-        video_per_turn=video,
-        turns=len(request.turns),
+        per_turn=sizes.scaffold + sizes.video + request.layout.config.max_new_tokens,
+        fixed=len(request.layout.system_ids) + sizes.queries + sizes.copies,
+        video_per_turn=sizes.video,
+        turns=sizes.turns,
     )
+
+
+def _source(request: StreamRequest) -> KnownTurns | TurnFeed:
+    return request.turns if isinstance(request.turns, TurnFeed) else KnownTurns(request.turns, request.features)
 
 
 def _seen(stream: _Stream, begin: int, end: int) -> np.ndarray:
@@ -105,7 +139,7 @@ def _seen(stream: _Stream, begin: int, end: int) -> np.ndarray:
     slots = stream.slots.held[seen]
     if stream.writer.policy.lanes is Lanes.ONE:
         return slots
-    return slots[held.column("lane")[seen] <= stream.writer.log.column("lane")[begin]]
+    return slots[held.column("lane")[seen] <= stream.writer.log.column("lane", begin)[0]]
 
 
 class Engine:
@@ -127,11 +161,13 @@ class Engine:
         self._backend = make_backend(self.attention.name, self.pool, groups)
         self._waiting: deque[_Stream] = deque()
         self._running: list[_Stream] = []
+        self._failed: list[StreamFailure] = []
         self._reserved = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._running)
+        """Whether a step would do anything; False while every stream waits for its feed."""
+        return self._can_admit() or any(not stream.idle for stream in self._running)
 
     def add(self, request: StreamRequest) -> StreamWriter:
         """Queue a stream; returns its writer, which grows as the stream runs (to be read between two steps only).
@@ -145,26 +181,40 @@ class Engine:
         if need > self.pool.capacity:
             raise ValueError(
                 f"stream {request.header.stream_id} may need {need} KV slots but the pool holds {self.pool.capacity}: "
-                "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window"
+                "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window (a feed has no end: its "
+                "memory must bound video and text)"
             )
-        self._waiting.append(_Stream(request, writer, need))
+        self._waiting.append(_Stream(request, writer, _source(request), need))
         return writer
 
     @torch.no_grad()
     def step(self) -> list[StreamLog]:
-        """Forward once; returns the streams that finished."""
+        """Forward once; returns the streams that finished, but for those whose log went out in pieces."""
         self._admit()
         step = _Step()
         for stream in self._running:
             self._gather(stream, step)
         if step.rows:
             self._forward(step)
-        finished = [s for s in self._running if self._is_finished(s)]
-        if finished:
-            self._running = [s for s in self._running if not self._is_finished(s)]
-        for stream in finished:
+        running, logs = [], []
+        for stream in self._running:
+            if not stream.failure:
+                stream.write_piece()
+            if stream.failure:
+                self._failed.append(StreamFailure(stream.request.header.stream_id, stream.failure))
+            elif not stream.finished:
+                running.append(stream)
+                continue
+            elif stream.request.pieces is None:
+                logs.append(stream.writer.finish())
             self._release(stream)
-        return [s.writer.finish() for s in finished]
+        self._running = running
+        return logs
+
+    def take_failed(self) -> list[StreamFailure]:
+        """The streams that have failed since this was asked last."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def cancel(self, stream_ids: set[str]) -> None:
         """Forget these streams, waiting or running, and take their slots back. Call between two steps."""
@@ -184,25 +234,28 @@ class Engine:
         self.pool.free(stream.slots.held)
         self._reserved -= stream.reserved
 
+    def _can_admit(self) -> bool:
+        room = self.pool.capacity - self._reserved
+        return bool(self._waiting) and len(self._running) < self.max_streams and self._waiting[0].reserved <= room
+
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.max_streams:
-            if self._reserved + self._waiting[0].reserved > self.pool.capacity:
-                return
+        while self._can_admit():
             stream = self._waiting.popleft()
             self._reserved += stream.reserved
             self._running.append(stream)
 
-    def _is_finished(self, stream: _Stream) -> bool:
-        writer = stream.writer
-        return writer.turn == len(stream.request.turns) - 1 and writer.state is not None and writer.state.over
-
     def _gather(self, stream: _Stream, step: _Step) -> None:
         """Append what `stream` forwards next: the unforwarded end of its turn, then a prefill; or its next tokens."""
         writer = stream.writer
-        if writer.state is None or writer.state.over:
+        if stream.between_turns:
+            if not stream.source.ready:
+                return
+            stream.failure = stream.source.refuses(int((writer.held.column("kind") == Kind.QUERY).sum()))
+            if stream.failure:
+                return
             if stream.forwarded < writer.log.length:
                 self._add_segment(stream, step)
-            turn_input = stream.request.turns[writer.turn + 1]
+            turn_input, features = stream.source.take()
             evicted, _ = writer.begin_turn(turn_input, self.version)
             held = len(writer.live) + len(evicted)
             if held > stream.reserved:  # slots that other streams were promised
@@ -211,14 +264,13 @@ class Engine:
                     f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
                 )
             step.freed.append(stream.slots.drop(evicted))
-            if turn_input.chunk is not None:
-                video = np.flatnonzero(writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO)
+            if features is not None:
+                video = np.flatnonzero(writer.log.column("kind", stream.forwarded) == Kind.VIDEO)
                 step.video.append(step.rows + video)
-                step.features.append(stream.request.features[stream.chunks_shown])
-                stream.chunks_shown += 1
+                step.features.append(features)
         while (token := writer.forced()) is not None and not writer.state.over:  # type: ignore[union-attr]
             writer.append_generated(token, self.version)
-        if self._is_finished(stream):
+        if stream.finished:
             return
         self._add_segment(stream, step)
         if not writer.state.over:  # type: ignore[union-attr]
@@ -230,10 +282,10 @@ class Engine:
         start, stop = stream.forwarded, log.length
         new = self.pool.allocate(stop - start)
         stream.slots.add(start, new)
-        step.ids.append(log.column("ids")[start:stop].astype(np.int64))
+        step.ids.append(log.column("ids", start).astype(np.int64))
         step.positions.append(log.positions_between(start, stop))
         step.new_slots.append(new)
-        cuts = np.flatnonzero(np.diff(log.column("lane")[start:stop])) + start + 1
+        cuts = np.flatnonzero(np.diff(log.column("lane", start))) + start + 1
         for begin, end in pairwise([start, *cuts.tolist(), stop]):
             step.segments.append(Segment(step.rows, end - begin, _seen(stream, begin, end)))
             step.rows += end - begin

@@ -28,6 +28,9 @@ from streams.turns import ParsedTurn
 STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
 """Added tokens in the published order; those that a tokenizer already has keep their ids."""
 
+MAX_STAMPS = 4096
+"""Times whose ids are kept: the streams of a group, and of an epoch, share them."""
+
 DEFAULT_SYSTEM_PROMPT = (
     "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags. "
     "Then write <response> and your answer if an answer is due now, otherwise write <silent>."
@@ -209,6 +212,8 @@ class Layout:
 
     def _short(self, text: str) -> list[int]:
         if text not in self._stamps:
+            if len(self._stamps) >= MAX_STAMPS:  # a stream without end has times without end
+                self._stamps.clear()
             self._stamps[text] = self._encode(text)
         return self._stamps[text]
 

@@ -156,25 +156,56 @@ BYTES_PER_TOKEN = sum(dtype.itemsize for dtype in _COLUMNS.values())
 """What one token costs in a StreamLog: its columns and three position ids."""
 
 
+@dataclass(frozen=True)
+class LogPiece:
+    """Consecutive tokens of a log, handed out before its stream has ended; `streams.pieces` joins them.
+
+    number: 0, 1, ...; first: log index of its first token. columns: as in StreamLog, by name. amended, amended_expiry [A]:
+    tokens of earlier pieces whose expiry was lowered since. header: in piece 0 only. last: the stream ended with it.
+    """
+
+    stream_id: str
+    number: int
+    first: int
+    last: bool
+    header: LogHeader | None
+    columns: dict[str, np.ndarray]
+    chunks: tuple[ChunkRecord, ...]
+    amended: np.ndarray
+    amended_expiry: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.columns["ids"])
+
+
 @dataclass
 class LogBuilder:
-    """Grows a StreamLog."""
+    """Grows a StreamLog; or hands it out in pieces and holds only what came since, from log index `first` on."""
 
     header: LogHeader
     length: int = 0
+    first: int = 0
     segment_start: int = 0
     _columns: Columns = field(default_factory=lambda: Columns(_COLUMNS))
     _chunks: list[ChunkRecord] = field(default_factory=list)
     _segment: int = -1
     _turn: int = 0
+    _pieces: int = 0
+    _amended: list[tuple[np.ndarray, int]] = field(default_factory=list)
 
-    def column(self, name: str) -> np.ndarray:
-        """One column, as a view to read."""
-        return self._columns.column(name)
+    @property
+    def nbytes(self) -> int:
+        """Allocated for tokens and amendments."""
+        return self._columns.nbytes + sum(indices.nbytes for indices, _ in self._amended)
+
+    def column(self, name: str, start: int = 0) -> np.ndarray:
+        """One column from log index `start` on, as a view to read; `start` must not have been handed out."""
+        assert start >= self.first, f"tokens before {self.first} were handed out"
+        return self._columns.column(name)[start - self.first :]
 
     def positions_between(self, start: int, stop: int) -> np.ndarray:
         """int32 [3, n]"""
-        return self.column("positions")[start:stop].T
+        return self.column("positions", start)[: stop - start].T
 
     def begin_segment(self) -> int:
         """The next append starts a new segment; returns its first index."""
@@ -226,10 +257,41 @@ class LogBuilder:
         if not len(indices):
             return
         assert indices.max() < self.length, "only logged tokens expire"
-        assert (self.column("expiry")[indices] >= self.length).all(), "expiry is never raised"
-        self._columns.write("expiry", indices, self.length)
+        early = indices < self.first
+        if early.any():
+            self._amended.append((indices[early], self.length))
+        held = indices[~early] - self.first
+        assert (self._columns.column("expiry")[held] >= self.length).all(), "expiry is never raised"
+        self._columns.write("expiry", held, self.length)
+
+    def cut(self, stop: int, *, last: bool = False) -> LogPiece:
+        """Hand out what is held before log index `stop`, and forget it. last: the stream has ended."""
+        assert self.first <= stop <= self.length, "only what is held is handed out"
+        assert stop == self.length or not last, "the last piece holds all there is"
+        amended, self._amended = self._amended, []
+        piece = LogPiece(
+            stream_id=self.header.stream_id,
+            number=self._pieces,
+            first=self.first,
+            last=last,
+            header=None if self._pieces else self.header,
+            columns=_as_logged(self._columns.cut(stop - self.first)),
+            chunks=tuple(self._chunks),
+            amended=np.concatenate([np.zeros(0, np.int64), *(indices for indices, _ in amended)]),
+            amended_expiry=np.repeat(
+                np.array([expiry for _, expiry in amended], np.int32), [len(indices) for indices, _ in amended]
+            ),
+        )
+        self._chunks.clear()
+        self._pieces += 1
+        self.first = stop
+        return piece
 
     def finish(self) -> StreamLog:
-        columns = {name: self.column(name).copy() for name in _COLUMNS}
-        columns["positions"] = np.ascontiguousarray(columns["positions"].T)
+        """All of it, if nothing was handed out."""
+        columns = _as_logged({name: self.column(name).copy() for name in _COLUMNS})
         return StreamLog(header=self.header, chunks=tuple(self._chunks), **columns)
+
+
+def _as_logged(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return columns | {"positions": np.ascontiguousarray(columns["positions"].T)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.backbone import Backbone, add_streaming_tokens
-from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig, TurnState
+from streams.layout import MAX_STAMPS, STREAMING_TOKENS, Layout, LayoutConfig, TurnState
 from streams.log import ChunkRecord, Kind
 from streams.tiny import build_tiny, build_tokenizer
 from streams.tiny_spec import TinySpec
@@ -238,3 +240,12 @@ def test_a_forced_end_is_not_well_formed_but_a_forced_think_budget_is(layout):
 def test_impossible_budgets_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"layout\.{field}={value}"):
         LayoutConfig(**{field: value})
+
+
+def test_the_times_of_an_endless_stream_do_not_pile_up(layout):
+    timed = dataclasses.replace(layout, timestamps=True)
+    for turn in range(MAX_STAMPS + 100):
+        timed.prefill(ChunkRecord(turn, "v", (0.0,), (1, 1, 1), patch_times=(turn + 0.5,)), None)
+    assert len(timed._stamps) <= MAX_STAMPS
+    (_, block, *_) = timed.prefill(ChunkRecord(0, "v", (0.0,), (1, 1, 1), patch_times=(7.5,)), None)
+    assert block.ids.tolist()[:-1] == timed.tokenizer.encode("<7.5 seconds>", add_special_tokens=False)
