@@ -229,7 +229,7 @@ def plan_run(
         found = [learner_of(stage, learner, device) for stage, learner in stages.items()]
         processes.append(Process(max(found, key=lambda footprint: footprint.total), device))
     need = PoolNeed(
-        slot=slot_bytes(geometry, config.model.dtype),
+        slot=slot_bytes(geometry, config.model.dtype, config.memory.positions),
         largest=stream.live(config),
         streams=config.rollout.max_streams,
         given=config.rollout.kv_memory_mb * 2**20,

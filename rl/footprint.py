@@ -15,7 +15,7 @@ from learner.config import LearnerConfig
 from streams.freezing import trained
 from streams.geometry import ModelGeometry
 from streams.kernels import FLASHINFER_WORKSPACE
-from streams.memory import make_policy
+from streams.memory import CONTIGUOUS, NATIVE, make_policy
 from streams.task import StreamTask
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -265,9 +265,10 @@ def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
     return sum(geometry.parameters[name] for name in names)
 
 
-def slot_bytes(geometry: ModelGeometry, dtype: str) -> int:
-    """Bytes of one token in the KV pool."""
-    return geometry.kv_values * BYTES[dtype]
+def slot_bytes(geometry: ModelGeometry, dtype: str, positions: str = NATIVE) -> int:
+    """Bytes of one token in the KV pool. positions: of the memory; contiguous ones need its un-rotated keys, too."""
+    values = geometry.kv_values + (geometry.kv_values // 2 if positions == CONTIGUOUS else 0)
+    return values * BYTES[dtype]
 
 
 def gib(count: int) -> str:

@@ -1,6 +1,7 @@
 """KV pool: token-granular slots (page size 1) shared by all streams of one engine.
 
-Owner: rollout. A stream is a list of slots; eviction gives slots back; no key or value ever moves.
+Owner: rollout. A stream is a list of slots; eviction gives slots back; no key or value ever moves. Streams with contiguous
+positions need their keys un-rotated, too: once a turn those that stand elsewhere are rotated anew, in place.
 Invariant: a slot has one owner at a time, and is given out again only after `free`.
 """
 
@@ -11,7 +12,9 @@ import torch
 
 
 class KVPool:
-    """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both."""
+    """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both. Its keys are
+    what attention reads. raw: [layers, slots, kv_heads, head_dim], un-rotated keys; None until they are needed.
+    """
 
     def __init__(
         self,
@@ -26,14 +29,22 @@ class KVPool:
         if slots < 1:
             raise ValueError(f"a KV pool of {slots} slots: at least one is needed (rollout.kv_memory_mb)")
         self.kv = torch.zeros((layers, slots, 2, kv_heads, head_dim), dtype=dtype, device=device)
+        self.raw: torch.Tensor | None = None
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
         self._available = slots
         self._taken = np.zeros(slots, bool)
 
     @staticmethod
-    def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes that one token occupies over all layers, keys and values."""
-        return 2 * layers * kv_heads * head_dim * dtype.itemsize
+    def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, raw: bool = False) -> int:
+        """Bytes that one token occupies over all layers: keys, values, and un-rotated keys where they are kept (raw)."""
+        return (3 if raw else 2) * layers * kv_heads * head_dim * dtype.itemsize
+
+    def keep_raw(self) -> torch.Tensor:
+        """Keep un-rotated keys from now on."""
+        if self.raw is None:
+            layers, slots, _, kv_heads, head_dim = self.kv.shape
+            self.raw = self.kv.new_zeros((layers, slots, kv_heads, head_dim))
+        return self.raw
 
     @property
     def capacity(self) -> int:

@@ -2,7 +2,8 @@
 
 Owner: rollout. One `step` forwards, in one packed row, whatever every running stream has next: a decode token, or the
 end of one turn and the prefill of the next. Invariants: END (and any token not yet forwarded) goes through under its
-own turn's slot list before the next turn's eviction takes effect; freed slots are reused only after the forward that
+own turn's slot list before the next turn's eviction takes effect (with contiguous positions in a step of its own, as it
+must also see that turn's keys where they stood); freed slots are reused only after the forward that
 could still see them; weights change only between two steps.
 """
 
@@ -17,6 +18,7 @@ import torch
 
 from rollout.attention import Segment, make_backend
 from rollout.cache import KVPool
+from rollout.contiguous import StepRotation
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
 from streams.kernels import choose_rollout_attention
@@ -60,6 +62,10 @@ class _Stream:
     forwarded: int = 0
     chunks_shown: int = 0
 
+    @property
+    def contiguous(self) -> bool:
+        return self.writer.regions is not None
+
     def slots_of(self, indices: np.ndarray) -> np.ndarray:
         return self.slots[indices]
 
@@ -76,6 +82,7 @@ class _Step:
     features: list[torch.Tensor] = field(default_factory=list)
     freed: list[np.ndarray] = field(default_factory=list)
     choosing: list[tuple[_Stream, int]] = field(default_factory=list)
+    rotation: StepRotation = field(default_factory=StepRotation)
     rows: int = 0
 
 
@@ -135,6 +142,8 @@ class Engine:
                 f"stream {request.header.stream_id} may need {need} KV slots but the pool holds {self.pool.capacity}: "
                 "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window"
             )
+        if writer.regions is not None:
+            self.pool.keep_raw()
         self._waiting.append(_Stream(request, writer, need))
         return writer
 
@@ -191,6 +200,8 @@ class Engine:
         if writer.state is None or writer.state.over:
             if stream.forwarded < writer.log.length:
                 self._add_segment(stream, step)
+                if stream.contiguous:
+                    return
             turn_input = stream.request.turns[writer.turn + 1]
             evicted, _ = writer.begin_turn(turn_input, self.version)
             held = len(writer.live) + len(evicted)
@@ -200,6 +211,9 @@ class Engine:
                     f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
                 )
             step.freed.append(stream.slots_of(evicted))
+            if writer.regions is not None:
+                turned, positions = writer.regions.turned
+                step.rotation.turn(stream.slots_of(turned), positions)
             if turn_input.chunk is not None:
                 video = np.flatnonzero(writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO)
                 step.video.append(step.rows + video)
@@ -224,7 +238,8 @@ class Engine:
             stream.slots = grown
         stream.slots[start:stop] = new
         step.ids.append(log.column("ids")[start:stop].astype(np.int64))
-        step.positions.append(log.positions_between(start, stop))
+        positions = log.positions_between(start, stop)
+        step.positions.append(step.rotation.segment(positions, contiguous=stream.contiguous))
         step.new_slots.append(new)
         step.segments.append(Segment(step.rows, stop - start, stream.slots_of(stream.writer.live)))
         step.rows += stop - start
@@ -237,7 +252,9 @@ class Engine:
         video = None
         if step.features:
             video = VideoTokens(torch.from_numpy(np.concatenate(step.video)).to(device), torch.cat(step.features))
-        plan = self._backend.plan(np.concatenate(step.new_slots), step.segments)
+        new_slots = np.concatenate(step.new_slots)
+        attention = self._backend.plan(new_slots, step.segments)
+        plan = step.rotation.plan(attention, self.pool, new_slots, self.backbone)
         hidden = self.backbone.hidden(ids[None], positions[:, None], plan, video)[0]
         for slots in step.freed:
             self.pool.free(slots)

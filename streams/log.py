@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
+
+from streams.regions import RegionLog
 
 NEVER = np.iinfo(np.int32).max
 """The expiry of a token that stays visible for ever."""
@@ -87,6 +90,7 @@ class StreamLog:
 
     ids int32 [L]; kind, lane int8 [L]; turn, segment int32 [L]; positions int32 [3, L] (temporal, height, width);
     expiry int32 [L]; sampled, target bool [L]; behaviour_logp float64 [L]; version int32 [L].
+    regions: of a stream with contiguous positions; `positions` are the native ones of every stream.
     """
 
     header: LogHeader
@@ -102,6 +106,7 @@ class StreamLog:
     behaviour_logp: np.ndarray
     version: np.ndarray
     chunks: tuple[ChunkRecord, ...]
+    regions: RegionLog | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,7 +137,8 @@ class StreamLog:
     @property
     def nbytes(self) -> int:
         arrays = (self.ids, self.kind, self.turn, self.segment, self.lane, self.positions, self.expiry)
-        return sum(a.nbytes for a in (*arrays, self.sampled, self.target, self.behaviour_logp, self.version))
+        own = sum(a.nbytes for a in (*arrays, self.sampled, self.target, self.behaviour_logp, self.version))
+        return own + (0 if self.regions is None else self.regions.nbytes)
 
 
 _COLUMNS: dict[str, type] = {
@@ -231,7 +237,7 @@ class LogBuilder:
         expiry[indices] = self.length
 
     def finish(self) -> StreamLog:
-        columns = {name: self.column(name).copy() for name in _COLUMNS}
+        columns: dict[str, Any] = {name: self.column(name).copy() for name in _COLUMNS}
         return StreamLog(
             header=self.header,
             positions=self.positions_between(0, self.length).copy(),

@@ -8,14 +8,15 @@ a turn that chose to respond, or by their `until` turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from streams.layout import Layout, Part, TurnState
 from streams.log import GENERATED_TEXT, NEVER, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
-from streams.memory import LiveTokens, MemoryPolicy, TurnStart, check_text_tells_time, evicted
+from streams.memory import CONTIGUOUS, LiveTokens, MemoryPolicy, TurnStart, check_text_tells_time, evicted, placed
 from streams.positions import PositionCursor
+from streams.regions import RegionBook
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
 
 @dataclass
 class StreamWriter:
-    """Writes the log of one stream. `live` holds the log indices that are still visible, in order."""
+    """Writes the log of one stream. `live` holds the log indices that are still visible, in order; `regions` keeps where they
+    stand if positions are contiguous.
+    """
 
     header: LogHeader
     layout: Layout
@@ -51,6 +54,7 @@ class StreamWriter:
     live: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     turn: int = -1
     state: TurnState | None = None
+    regions: RegionBook | None = field(init=False)
     _video_turns: list[int] = field(default_factory=lambda: [0])
     # Generated text before each turn, and where each turn's begins in the log: both grow when a turn begins.
     _generated: list[int] = field(default_factory=list)
@@ -62,6 +66,7 @@ class StreamWriter:
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
         self.log = LogBuilder(self.header)
+        self.regions = RegionBook() if self.policy.positions == CONTIGUOUS else None
 
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
         """Evict, then append the prefill. Returns (evicted log indices, where the prefill stands)."""
@@ -76,6 +81,9 @@ class StreamWriter:
             self._append(Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), version)
         for part in parts:
             self._append(part, version)
+        if self.regions is not None:
+            first = self.regions.first_retained(self.live)
+            self.regions.settle(self.live, int(self.log.positions_between(first, first + 1).min()))
         if chunk is not None:
             self.log.add_chunk(chunk)
         self._video_turns.append(self._video_turns[-1] + (chunk is not None))
@@ -124,7 +132,8 @@ class StreamWriter:
         return kind
 
     def finish(self) -> StreamLog:
-        return self.log.finish()
+        log = self.log.finish()
+        return log if self.regions is None else replace(log, regions=self.regions.log())
 
     def _append(self, part: Part, version: int) -> None:
         if part.grid is None:
@@ -164,6 +173,9 @@ class StreamWriter:
         left = self.live[leaving]
         self.log.expire(left)
         self.live = self.live[~leaving]
+        if self.regions is not None:
+            before = self.regions.leave(~leaving)
+            self.regions.move(self.live, placed(self.policy, live.only(~leaving), start, before), self.log.length)
         return left
 
     def _generated_so_far(self) -> int:

@@ -6,6 +6,8 @@ light: no torch, the driver imports it.
 
 from streams.memory.config import POLICIES, MemoryConfig, knobs, make_policy
 from streams.memory.policy import (
+    CONTIGUOUS,
+    NATIVE,
     TURN_TEXT,
     LiveTokens,
     MemoryPolicy,
@@ -14,6 +16,7 @@ from streams.memory.policy import (
     evicted,
     old_text,
     old_video,
+    placed,
 )
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
@@ -21,6 +24,8 @@ from streams.memory.visual_budget import VisualBudget
 from streams.memory.windows import Full, Rcsm, RecentFrames
 
 __all__ = [
+    "CONTIGUOUS",
+    "NATIVE",
     "POLICIES",
     "TURN_TEXT",
     "Full",
@@ -39,4 +44,5 @@ __all__ = [
     "make_policy",
     "old_text",
     "old_video",
+    "placed",
 ]

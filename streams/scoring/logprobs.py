@@ -17,6 +17,7 @@ from streams.backbone import AttentionPlan, Backbone, VideoTokens
 from streams.log import StreamLog
 from streams.scoring.mask import BLOCK, MIN_FLEX_TOKENS, DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack, plan_micro_batches
+from streams.scoring.regions import region_plan
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ class Scores:
     entropy: torch.Tensor
 
 
-def attention_plan(rows: Rows, kind: str, dtype: torch.dtype) -> AttentionPlan:
-    """`sdpa` (dense mask) or `flex` (block mask) for packed rows, for a model of that dtype."""
+def attention_plan(rows: Rows, kind: str, backbone: Backbone) -> AttentionPlan:
+    """`sdpa` (dense mask) or `flex` (block mask) for packed rows, for that model."""
+    dtype = backbone.dtype
+    if rows.regions is not None:
+        return region_plan(rows, rows.regions, backbone.rotary, kind, dtype)
     if kind == "flex":
         return FlexPlan(block_mask(rows.expiry, rows.lane, dtype))
     return DensePlan(dense_mask(rows.expiry, rows.lane))
@@ -57,7 +61,7 @@ def score_rows(
         if features is None:
             raise ValueError(f"{len(rows.video_index)} video tokens but 0 features: media and log do not match")
         video = VideoTokens(rows.video_index, features)
-    hidden = backbone.hidden(rows.ids, rows.positions, attention_plan(rows, attention, backbone.dtype), video)
+    hidden = backbone.hidden(rows.ids, rows.positions, attention_plan(rows, attention, backbone), video)
     at_predictors = hidden.flatten(0, 1)[rows.predictor]
 
     def head(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

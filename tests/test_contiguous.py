@@ -1,0 +1,322 @@
+"""Contiguous positions: where keys stand, and engine = learner = a slow engine that lays out every turn anew."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout.engine import Engine
+from streams.log import Kind
+from streams.memory import POLICIES, MemoryConfig, make_policy
+from streams.positions import PositionCursor
+from streams.regions import Region
+from streams.scoring.logprobs import score_rows
+from streams.scoring.packing import pack
+from streams.writer import StreamWriter
+from tests import test_exactness as exactness
+from tests.contiguous_lib import angles_in_float64, layout_of, slow_logps
+from tests.streams_lib import joined_features, random_turns, request, run
+from tests.test_policies import LAYOUTS, MEMORIES, generate, header, plans
+from tests.test_policies_exact import for_backbone
+
+FP64_BAR = exactness.FP64_BAR
+CAUGHT = exactness.TestPlantedDefects.CAUGHT
+fp64 = exactness.fp64
+SMALL = MemoryConfig("sink_window", 2, 3, sink_tokens=4, tail_tokens=5, positions="contiguous")
+
+
+@st.composite
+def memories(draw):
+    window = draw(st.integers(1, 5) | st.just(40))
+    return MemoryConfig(
+        "sink_window",
+        window,
+        window + draw(st.integers(0, 3)),
+        sink_tokens=draw(st.integers(0, 12)),
+        tail_tokens=draw(st.integers(0, 12)),
+        positions="contiguous",
+    )
+
+
+@given(memory=memories(), turns=plans(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=80)
+def test_keys_stand_where_the_regions_laid_out_by_hand_put_them(memory, turns, layout, seed):
+    writer = StreamWriter(header(memory), layout, make_policy(memory), PositionCursor(2, 1.0))
+    rng = np.random.default_rng(seed)
+    keys = []
+    stands: dict[int, int] = {}
+    for turn_input in turns:
+        writer.begin_turn(turn_input, version=0)
+        stands |= dict(zip(*(array.tolist() for array in writer.regions.turned), strict=True))
+        keys.append({i: stands.get(i) for i in writer.live.tolist()})
+        generate(writer, layout, rng)
+    log = writer.finish()
+    assert len(log.regions.offsets) == log.num_turns
+    moves = sorted(zip(log.regions.entry, log.regions.token, log.regions.region, log.regions.coordinate, strict=True))
+    for turn, expected in enumerate(layout_of(log, turns, memory)):
+        start = int(np.flatnonzero(log.turn == turn)[0])
+        latest = {int(token): (int(r), int(at)) for entry, token, r, at in moves if entry <= start}
+        # Shifted so that the turn's own first token stands at its native position: RETAINED's frame.
+        shift = log.positions[:, start] - expected[start]
+        for i, position in expected.items():
+            native = log.positions[:, i]
+            if i in latest:
+                r, at = latest[i]
+                native = np.full(3, at - log.regions.offsets[turn, r])
+                assert keys[turn][i] == native[0], "what the engine is told to rotate to"
+            elif i in keys[turn]:
+                assert keys[turn][i] is None
+            assert (native == position + shift).all()
+
+
+def test_regions_are_filled_and_positions_stay_within_the_window(fp64):
+    memory = for_backbone(dataclasses.replace(SMALL, window=2), fp64)
+    stream = request(fp64, memory, random_turns(fp64, np.random.default_rng(5), 40), "long")
+    log = run(fp64, [stream])[0]
+    assert set(log.regions.region.tolist()) == {r for r in Region if r != Region.RETAINED}
+    assert int(log.positions.max()) > 400
+    reach = [max(int(p.max()) for p in turn.values()) for turn in layout_of(log, stream.turns, memory)]
+    assert max(reach[20:]) < 200
+
+
+@st.composite
+def mixed(draw, backbone):
+    """Streams that share the engine's steps and the learner's rows: contiguous ones, and one of any native policy."""
+    made = []
+    native = draw(st.sampled_from(sorted(POLICIES)))
+    for i, memory in enumerate((draw(memories()), draw(MEMORIES[native]), draw(memories()))):
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        turns = random_turns(backbone, rng, draw(st.integers(1, 9)))
+        stream = request(backbone, for_backbone(memory, backbone), turns, f"{i}/{rng.integers(1000)}")
+        config = dataclasses.replace(
+            backbone.layout.config, force_empty_thoughts=draw(st.booleans()), think_budget=draw(st.integers(2, 5))
+        )
+        made.append((memory, dataclasses.replace(stream, layout=backbone.layout.with_config(config))))
+    return made
+
+
+@given(data=st.data())
+@settings(max_examples=12)
+def test_engine_learner_and_slow_engine_agree(fp64, data):
+    drawn = data.draw(mixed(fp64))
+    requests = [stream for _, stream in drawn]
+    logs = run(fp64, requests)
+    assert exactness.differences(fp64, logs, requests).max(initial=0.0) <= FP64_BAR
+    for (memory, stream), log in zip(drawn, logs, strict=True):
+        assert (log.regions is None) == (memory.positions == "native")
+        if log.regions is not None and log.sampled.any():
+            with torch.no_grad():
+                slow = slow_logps(fp64, log, stream, memory)
+            assert np.abs(slow.numpy() - log.behaviour_logp[log.sampled]).max() <= FP64_BAR
+
+
+def test_while_nothing_moves_contiguous_positions_are_the_native_ones(fp64):
+    turns = random_turns(fp64, np.random.default_rng(3), 8)
+    wide = {"window": 40, "text_window": 40}
+    with angles_in_float64():
+        both = [
+            run(fp64, [request(fp64, MemoryConfig("sink_window", **wide, positions=p), turns, "s")])[0]
+            for p in ("native", "contiguous")
+        ]
+    assert (both[0].ids == both[1].ids).all()
+    sampled = both[0].sampled
+    assert np.abs(both[0].behaviour_logp - both[1].behaviour_logp)[sampled].max() <= FP64_BAR
+
+
+@pytest.fixture(scope="module")
+def evicting(fp64):
+    memory = for_backbone(SMALL, fp64)
+    requests = exactness.streams(fp64, memory, 6, seed=4, low=9)
+    logs = run(fp64, requests)
+    evicted = sum((log.expiry[log.kind == Kind.VIDEO] < len(log)).sum() for log in logs)
+    assert evicted >= 0.3 * sum((log.kind == Kind.VIDEO).sum() for log in logs)
+    return memory, requests, logs
+
+
+class TestPlantedDefects:
+    def rescored(self, fp64, evicting, wrong):
+        memory, requests, logs = evicting
+        logs = [wrong(log, r, memory) for log, r in zip(logs, requests, strict=True)]
+        return exactness.differences(fp64, logs, requests).max()
+
+    def test_the_logs_as_they_are_pass(self, fp64, evicting):
+        assert self.rescored(fp64, evicting, lambda log, *_: log) <= FP64_BAR
+
+    def test_native_positions_under_a_plain_mask(self, fp64, evicting):
+        assert self.rescored(fp64, evicting, lambda log, *_: dataclasses.replace(log, regions=None)) > CAUGHT
+
+    def test_reindexed_positions_under_a_plain_mask(self, fp64, evicting):
+        """Each token where it stood when it was written: what a learner without regions would do."""
+
+        def reindexed(log, r, memory):
+            layout = layout_of(log, r.turns, memory)
+            at = [layout[int(turn)][i] for i, turn in enumerate(log.turn)]
+            return dataclasses.replace(log, regions=None, positions=np.stack(at, axis=1).astype(np.int32))
+
+        assert self.rescored(fp64, evicting, reindexed) > CAUGHT
+
+    def test_a_plain_causal_mask(self, fp64, evicting):
+        def causal(log, *_):
+            return dataclasses.replace(log, expiry=np.full_like(log.expiry, np.iinfo(np.int32).max))
+
+        assert self.rescored(fp64, evicting, causal) > CAUGHT
+
+    @pytest.mark.parametrize("region", [r for r in Region if r != Region.RETAINED], ids=lambda r: r.name)
+    def test_an_offset_of_one(self, fp64, evicting, region):
+        def shifted(log, *_):
+            offsets = log.regions.offsets.copy()
+            offsets[:, region] += 1
+            return dataclasses.replace(log, regions=dataclasses.replace(log.regions, offsets=offsets))
+
+        assert self.rescored(fp64, evicting, shifted) > CAUGHT
+
+    def test_moves_one_turn_late(self, fp64, evicting):
+        def late(log, *_):
+            starts = np.array([np.flatnonzero(log.turn == t)[0] for t in range(log.num_turns)])
+            entry = np.append(starts, len(log))[np.searchsorted(starts, log.regions.entry) + 1]
+            return dataclasses.replace(log, regions=dataclasses.replace(log.regions, entry=entry.astype(np.int32)))
+
+        assert self.rescored(fp64, evicting, late) > CAUGHT
+
+    def test_a_ban_list_missing_in_the_learner(self, fp64, evicting, monkeypatch):
+        monkeypatch.setattr(fp64, "_ban_index", torch.tensor([], dtype=torch.long))
+        assert self.rescored(fp64, evicting, lambda log, *_: log) > CAUGHT
+
+    def test_an_end_token_that_sees_keys_where_the_next_turn_has_them(self, fp64, evicting, monkeypatch):
+        _, requests, _ = evicting
+        right = Engine._gather
+
+        def together(self, stream, step):
+            turn = stream.writer.turn
+            over = stream.writer.state is not None and stream.writer.state.over
+            right(self, stream, step)
+            if over and stream.writer.turn == turn:
+                right(self, stream, step)
+
+        monkeypatch.setattr(Engine, "_gather", together)
+        assert exactness.differences(fp64, run(fp64, requests), requests).max() > CAUGHT
+
+    def test_keys_that_stay_as_they_were_rotated(self, fp64, evicting, monkeypatch):
+        _, requests, _ = evicting
+        monkeypatch.setattr("rollout.contiguous.StepRotation.turn", lambda *_: None)
+        assert exactness.differences(fp64, run(fp64, requests), requests).max() > CAUGHT
+
+
+def test_flex_attention_merges_regions_to_the_dense_softmax(fp64, evicting):
+    _, requests, logs = evicting
+    requests = [*requests[:3], *exactness.streams(fp64, MemoryConfig("rcsm", 3), 1, seed=9)]
+    logs = [*logs[:3], *run(fp64, requests[3:])]
+    rows = pack(logs, [[0, 3], [1, 2]], which="sampled")
+    features = torch.cat([joined_features(r) for r in requests])
+    with torch.no_grad():
+        dense, flex = (score_rows(fp64, rows, features, attention=kind).logp for kind in ("sdpa", "flex"))
+    assert torch.isfinite(flex).all()
+    assert (dense - flex).abs().max() <= FP64_BAR
+
+
+def test_a_row_is_scored_alike_alone_packed_and_padded(fp64, evicting):
+    _, requests, logs = evicting
+    rows = pack(logs, [[0, 1], [2]], which="sampled")
+    features = torch.cat([joined_features(r) for r in requests[:3]])
+    with torch.no_grad():
+        packed = score_rows(fp64, rows, features).logp
+        padded = score_rows(fp64, rows.padded(64, at_least=0), features).logp
+        alone = [
+            score_rows(fp64, pack([log], [[0]], which="sampled"), joined_features(r)).logp
+            for log, r in zip(logs[:3], requests[:3], strict=True)
+        ]
+    assert (packed - padded).abs().max() <= FP64_BAR
+    assert (packed - torch.cat(alone)).abs().max() <= FP64_BAR
+
+
+def test_gradients_are_those_of_the_slow_engine(fp64, evicting):
+    memory, requests, logs = evicting
+    log, stream = logs[0], requests[0]
+    weights = torch.randn(int(log.sampled.sum()), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fp64.model.requires_grad_(True)
+    parameters = [p for n, p in fp64.model.named_parameters() if "language_model" in n]
+    learner = score_rows(fp64, pack([log], [[0]], which="sampled"), joined_features(stream)).logp
+    slow = slow_logps(fp64, log, stream, memory)
+    both = [torch.autograd.grad((logp * weights).sum(), parameters) for logp in (learner, slow)]
+    fp64.model.requires_grad_(False)
+    largest = max(float(g.abs().max()) for g in both[1])
+    assert max(float((a - b).abs().max()) for a, b in zip(*both, strict=True)) <= 1e-10 * largest
+
+
+class TestEngine:
+    def streams(self, fp64):
+        memory = for_backbone(SMALL, fp64)
+        return exactness.streams(fp64, memory, 4, seed=6, low=8)
+
+    def ran(self, engine):
+        done = []
+        while engine.busy:
+            done += engine.step()
+            available = [s.reserved for s in engine._running]
+            assert engine.pool.capacity - engine.pool.available <= sum(available)
+        return {log.header.stream_id: log for log in done}
+
+    @pytest.mark.parametrize("how", ["cancel", "drop_all"])
+    def test_streams_that_were_given_up_leave_nothing_behind(self, fp64, how):
+        requests = self.streams(fp64)
+        fresh = run(fp64, requests)
+        engine = Engine(fp64, kv_slots=1200, max_streams=4)
+        for r in requests:
+            engine.add(r)
+        for _ in range(60):
+            engine.step()
+        if how == "cancel":
+            engine.cancel({r.header.stream_id for r in requests})
+        else:
+            engine.drop_all()
+        assert engine.pool.available == engine.pool.capacity
+        for r in requests:
+            engine.add(dataclasses.replace(r, policy=make_policy(for_backbone(SMALL, fp64))))
+        again = self.ran(engine)
+        assert engine.pool.available == engine.pool.capacity
+        for log in fresh:
+            other = again[log.header.stream_id]
+            assert (other.ids == log.ids).all()
+            assert np.nanmax(np.abs(other.behaviour_logp - log.behaviour_logp)) <= FP64_BAR
+
+    def test_native_streams_alone_need_no_second_buffer(self, fp64):
+        engine = Engine(fp64, kv_slots=2000, max_streams=4)
+        engine.add(exactness.streams(fp64, MemoryConfig("rcsm", 3), 1)[0])
+        self.ran(engine)
+        assert engine.pool.raw is None
+        engine.add(self.streams(fp64)[0])
+        bytes_each = engine.pool.bytes_per_slot(fp64.num_layers, *fp64.kv_shape, fp64.dtype, raw=True)
+        assert engine.pool.kv.nbytes + engine.pool.raw.nbytes == 2000 * bytes_each
+
+    def test_weights_may_change_in_the_middle_of_a_stream(self, fp64):
+        memory = for_backbone(SMALL, fp64)
+        stream = self.streams(fp64)[0]
+        projection = fp64.model.model.language_model.layers[1].self_attn.k_proj.weight
+        old = projection.detach().clone()
+        engine = Engine(fp64, kv_slots=2000, max_streams=4)
+        engine.add(stream)
+
+        def swap():
+            with torch.no_grad():
+                projection.mul_(1.1)
+
+        try:
+            while engine._running == [] or engine._running[0].writer.turn < 5:
+                engine.step()
+            cut = engine._running[0].forwarded
+            swap()
+            engine.version = 1
+            (log,) = self.ran(engine).values()
+            assert log.versions == (0, 1)
+            with torch.no_grad():
+                projection.copy_(old)
+                slow = slow_logps(fp64, log, stream, memory, cut, swap)
+        finally:
+            with torch.no_grad():
+                projection.copy_(old)
+        assert np.abs(slow.numpy() - log.behaviour_logp[log.sampled]).max() <= FP64_BAR
