@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rollout.attention import Segment, make_backend
-from rollout.cache import KVPool
+from rollout.cache import KVPool, SlotList
 from rollout.contiguous import StepRotation
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
@@ -58,16 +58,13 @@ class _Stream:
     request: StreamRequest
     writer: StreamWriter
     reserved: int
-    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    slots: SlotList = field(default_factory=SlotList)
     forwarded: int = 0
     chunks_shown: int = 0
 
     @property
     def contiguous(self) -> bool:
         return self.writer.regions is not None
-
-    def slots_of(self, indices: np.ndarray) -> np.ndarray:
-        return self.slots[indices]
 
 
 @dataclass
@@ -178,8 +175,7 @@ class Engine:
         self.pool.free(np.flatnonzero(self.pool._taken))
 
     def _release(self, stream: _Stream) -> None:
-        live = stream.writer.live
-        self.pool.free(stream.slots_of(live[live < stream.forwarded]))
+        self.pool.free(stream.slots.held)
         self._reserved -= stream.reserved
 
     def _admit(self) -> None:
@@ -210,10 +206,10 @@ class Engine:
                     f"stream {stream.request.header.stream_id}: memory {stream.request.header.policy} holds {held} tokens in "
                     f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
                 )
-            step.freed.append(stream.slots_of(evicted))
+            step.freed.append(stream.slots.drop(evicted))
             if writer.regions is not None:
                 turned, positions = writer.regions.turned
-                step.rotation.turn(stream.slots_of(turned), positions)
+                step.rotation.turn(stream.slots.of(turned), positions)
             if turn_input.chunk is not None:
                 video = np.flatnonzero(writer.log.column("kind")[stream.forwarded :] == Kind.VIDEO)
                 step.video.append(step.rows + video)
@@ -232,16 +228,12 @@ class Engine:
         log = stream.writer.log
         start, stop = stream.forwarded, log.length
         new = self.pool.allocate(stop - start)
-        if stop > len(stream.slots):
-            grown = np.zeros(max(stop, 2 * len(stream.slots)), np.int64)
-            grown[: len(stream.slots)] = stream.slots
-            stream.slots = grown
-        stream.slots[start:stop] = new
+        stream.slots.add(start, new)
         step.ids.append(log.column("ids")[start:stop].astype(np.int64))
         positions = log.positions_between(start, stop)
         step.positions.append(step.rotation.segment(positions, contiguous=stream.contiguous))
         step.new_slots.append(new)
-        step.segments.append(Segment(step.rows, stop - start, stream.slots_of(stream.writer.live)))
+        step.segments.append(Segment(step.rows, stop - start, stream.slots.held))
         step.rows += stop - start
         stream.forwarded = stop
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from streams.regions import RegionLog
+from streams.columns import Columns, Spec
+from streams.regions import RegionBook, RegionLog
 
 NEVER = np.iinfo(np.int32).max
 """The expiry of a token that stays visible for ever."""
@@ -141,45 +142,45 @@ class StreamLog:
         return own + (0 if self.regions is None else self.regions.nbytes)
 
 
-_COLUMNS: dict[str, type] = {
-    "ids": np.int32,
-    "kind": np.int8,
-    "turn": np.int32,
-    "segment": np.int32,
-    "lane": np.int8,
-    "expiry": np.int32,
-    "sampled": np.bool_,
-    "target": np.bool_,
-    "behaviour_logp": np.float64,
-    "version": np.int32,
+_COLUMNS: Spec = {
+    "ids": np.dtype(np.int32),
+    "kind": np.dtype(np.int8),
+    "turn": np.dtype(np.int32),
+    "segment": np.dtype(np.int32),
+    "lane": np.dtype(np.int8),
+    "expiry": np.dtype(np.int32),
+    "sampled": np.dtype(np.bool_),
+    "target": np.dtype(np.bool_),
+    "behaviour_logp": np.dtype(np.float64),
+    "version": np.dtype(np.int32),
+    "positions": np.dtype((np.int32, 3)),
 }
 
 
-BYTES_PER_TOKEN = sum(np.dtype(dtype).itemsize for dtype in _COLUMNS.values()) + 3 * np.dtype(np.int32).itemsize
+BYTES_PER_TOKEN = sum(dtype.itemsize for dtype in _COLUMNS.values())
 """What one token costs in a StreamLog: its columns and three position ids."""
 
 
 @dataclass
 class LogBuilder:
-    """Grows a StreamLog. Columns are over-allocated and doubled, so an append costs no copy of what is there."""
+    """Grows a StreamLog. regions: of a stream with contiguous positions, what it has to say of them."""
 
     header: LogHeader
+    regions: RegionBook | None = None
     length: int = 0
     segment_start: int = 0
-    _columns: dict[str, np.ndarray] = field(default_factory=dict)
-    _positions: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int32))
+    _columns: Columns = field(default_factory=lambda: Columns(_COLUMNS))
     _chunks: list[ChunkRecord] = field(default_factory=list)
     _segment: int = -1
-
-    def __post_init__(self) -> None:
-        self._columns = {name: np.zeros(0, dtype) for name, dtype in _COLUMNS.items()}
+    _turn: int = 0
 
     def column(self, name: str) -> np.ndarray:
-        """The live part of one column, as a view."""
-        return self._columns[name][: self.length]
+        """One column, as a view to read."""
+        return self._columns.column(name)
 
     def positions_between(self, start: int, stop: int) -> np.ndarray:
-        return self._positions[:, start:stop]
+        """int32 [3, n]"""
+        return self.column("positions")[start:stop].T
 
     def begin_segment(self) -> int:
         """The next append starts a new segment; returns its first index."""
@@ -205,25 +206,24 @@ class LogBuilder:
     ) -> slice:
         """Append tokens to the current segment; positions int [3, n]. Returns where they stand."""
         assert self._segment >= 0, "append before begin_segment"
-        assert not self.length or turn >= self._columns["turn"][self.length - 1], "turns never decrease"
+        assert turn >= self._turn, "turns never decrease"
         assert sampled == (logp == logp), "a sampled token has a log-prob, any other has none"
         at = slice(self.length, self.length + len(ids))
-        self._reserve(at.stop)
-        values = {
-            "ids": ids,
-            "kind": kind,
-            "turn": turn,
-            "segment": self._segment,
-            "lane": lane,
-            "expiry": NEVER,
-            "sampled": sampled,
-            "target": target,
-            "behaviour_logp": logp,
-            "version": version,
-        }
-        for name, value in values.items():
-            self._columns[name][at] = value
-        self._positions[:, at] = positions
+        self._turn = turn
+        self._columns.append(
+            len(ids),
+            ids=ids,
+            kind=kind,
+            turn=turn,
+            segment=self._segment,
+            lane=lane,
+            positions=positions.T,
+            expiry=NEVER,
+            sampled=sampled,
+            target=target,
+            behaviour_logp=logp,
+            version=version,
+        )
         self.length = at.stop
         return at
 
@@ -231,29 +231,12 @@ class LogBuilder:
         """Lower the expiry of `indices` to the start of the next segment, which has not begun."""
         if not len(indices):
             return
-        expiry = self._columns["expiry"]
         assert indices.max() < self.length, "only logged tokens expire"
-        assert (expiry[indices] >= self.length).all(), "expiry is never raised"
-        expiry[indices] = self.length
+        assert (self.column("expiry")[indices] >= self.length).all(), "expiry is never raised"
+        self._columns.write("expiry", indices, self.length)
 
     def finish(self) -> StreamLog:
         columns: dict[str, Any] = {name: self.column(name).copy() for name in _COLUMNS}
-        return StreamLog(
-            header=self.header,
-            positions=self.positions_between(0, self.length).copy(),
-            chunks=tuple(self._chunks),
-            **columns,
-        )
-
-    def _reserve(self, size: int) -> None:
-        capacity = self._positions.shape[1]
-        if size <= capacity:
-            return
-        capacity = max(size, 2 * capacity, 256)
-        for name, column in self._columns.items():
-            grown = np.zeros(capacity, column.dtype)
-            grown[: self.length] = column[: self.length]
-            self._columns[name] = grown
-        positions = np.zeros((3, capacity), np.int32)
-        positions[:, : self.length] = self._positions[:, : self.length]
-        self._positions = positions
+        columns["positions"] = np.ascontiguousarray(columns["positions"].T)
+        regions = None if self.regions is None else self.regions.log()
+        return StreamLog(header=self.header, chunks=tuple(self._chunks), regions=regions, **columns)

@@ -90,13 +90,12 @@ class RegionBook:
             moved = (live[moving], region[moving], self._coordinate[moving], np.full(moving.sum(), entry))
             self._moves.append(np.stack(moved).astype(np.int32))
 
-    def first_retained(self, live: np.ndarray) -> int:
-        """Log index of the first token of RETAINED; live: now with the prefill of the turn."""
-        retained = np.flatnonzero(self._region == Region.RETAINED)
-        return int(live[retained[0] if len(retained) else len(self._region)])
-
-    def settle(self, live: np.ndarray, first_native: int) -> None:
-        """Lay the regions out for the turn; first_native: native position of the first token of RETAINED."""
+    def settle(self, live: np.ndarray, native: np.ndarray) -> None:
+        """Lay the regions out for the turn, once its prefill is there: live, native int64 [n], log indices of the live tokens
+        and their native positions.
+        """
+        region = np.append(self._region, np.full(len(live) - len(self._region), Region.RETAINED, np.int8))
+        first_native = native[np.flatnonzero(region == Region.RETAINED)[0]]
         first, base, extent = np.zeros(5, np.int64), np.zeros(5, np.int64), 0
         for r in STATIC:
             here = self._coordinate[self._region == r]
@@ -106,7 +105,7 @@ class RegionBook:
                 extent += int(here.max()) + 1 - int(here.min())
         filled = np.isin(np.arange(5), self._region)
         offsets = np.where(filled, extent - first_native - base + first, 0)
-        self._offsets.append(offsets.astype(np.int32))
+        self._offsets.append(offsets.astype(np.int32)[None])
         static = np.flatnonzero(self._region != Region.RETAINED)
         position = self._coordinate[static] - offsets[self._region[static]]
         changed = position != self._position[static]
@@ -115,5 +114,5 @@ class RegionBook:
 
     def log(self) -> RegionLog:
         moves = np.concatenate([np.zeros((4, 0), np.int32), *self._moves], axis=1)
-        offsets = np.stack(self._offsets) if self._offsets else np.zeros((0, 5), np.int32)
+        offsets = np.concatenate([np.zeros((0, 5), np.int32), *self._offsets])
         return RegionLog(moves[0], moves[1].astype(np.int8), moves[2], moves[3], offsets)

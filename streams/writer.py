@@ -8,13 +8,14 @@ a turn that chose to respond, or by their `until` turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from streams.layout import Layout, Part, TurnState
-from streams.log import GENERATED_TEXT, NEVER, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
-from streams.memory import CONTIGUOUS, LiveTokens, MemoryPolicy, TurnStart, check_text_tells_time, evicted, placed
+from streams.live import LiveSet, TurnHistory
+from streams.log import GENERATED_TEXT, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
+from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, placed
 from streams.positions import PositionCursor
 from streams.regions import RegionBook
 
@@ -42,36 +43,39 @@ def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
 
 @dataclass
 class StreamWriter:
-    """Writes the log of one stream. `live` holds the log indices that are still visible, in order; `regions` keeps where they
-    stand if positions are contiguous.
-    """
+    """Writes the log of one stream. `held` are the tokens that are still visible; generated: text tokens so far."""
 
     header: LogHeader
     layout: Layout
     policy: MemoryPolicy
     positions: PositionCursor
     log: LogBuilder = field(init=False)
-    live: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    held: LiveSet = field(default_factory=LiveSet)
+    history: TurnHistory = field(default_factory=TurnHistory)
     turn: int = -1
+    generated: int = 0
     state: TurnState | None = None
-    regions: RegionBook | None = field(init=False)
-    _video_turns: list[int] = field(default_factory=lambda: [0])
-    # Generated text before each turn, and where each turn's begins in the log: both grow when a turn begins.
-    _generated: list[int] = field(default_factory=list)
-    _begins: list[int] = field(default_factory=list)
-    _closed_in: list[int] = field(default_factory=list)
-    _until: list[int | None] = field(default_factory=list)
     _generation_begun: bool = False
 
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
-        self.log = LogBuilder(self.header)
-        self.regions = RegionBook() if self.policy.positions == CONTIGUOUS else None
+        self.log = LogBuilder(self.header, RegionBook() if self.policy.positions == CONTIGUOUS else None)
+
+    @property
+    def regions(self) -> RegionBook | None:
+        """Where the live tokens stand; None if positions are native."""
+        return self.log.regions
+
+    @property
+    def live(self) -> np.ndarray:
+        """Log indices of the tokens that are still visible, in order."""
+        return self.held.column("index")
 
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
         """Evict, then append the prefill. Returns (evicted log indices, where the prefill stands)."""
         assert self.state is None or self.state.over, "the turn before has not ended"
-        self._close_queries()
+        if self.state is not None and self.state.spoke:
+            self.history.answered()
         self.turn += 1
         chunk, query = turn_input.chunk, turn_input.query
         left = self._evict(chunk)
@@ -82,18 +86,12 @@ class StreamWriter:
         for part in parts:
             self._append(part, version)
         if self.regions is not None:
-            first = self.regions.first_retained(self.live)
-            self.regions.settle(self.live, int(self.log.positions_between(first, first + 1).min()))
+            self.regions.settle(self.live, self.held.column("position"))
         if chunk is not None:
             self.log.add_chunk(chunk)
-        self._video_turns.append(self._video_turns[-1] + (chunk is not None))
-        self._closed_in.append(NEVER)
-        self._until.append(None)
-        if query is not None and query.until_turn is not None:
-            self._until[-1] = query.until_turn
-            self._closed_in[-1] = query.until_turn
+        if query is not None:
+            self.history.ask(query.until_turn)
         self.state = TurnState(self.layout.tokens, self.layout.config)
-        self._begins.append(self.log.length)
         self._generation_begun = False
         return left, slice(start, self.log.length)
 
@@ -118,22 +116,24 @@ class StreamWriter:
             self.log.begin_segment()
             self._generation_begun = True
         kind = self.state.advance(token)
+        positions = self.positions.text(1)
         at = self.log.append(
             [token],
             kind,
-            self.positions.text(1),
+            positions,
             turn=self.turn,
             version=version,
             sampled=sampled,
             target=target,
             logp=logp,
         )
-        self.live = np.append(self.live, at.start)
+        text = kind in GENERATED_TEXT
+        self.held.append(at, [token], positions, kind=kind, turn=self.turn, ordinal=self.generated if text else -1)
+        self.generated += text
         return kind
 
     def finish(self) -> StreamLog:
-        log = self.log.finish()
-        return log if self.regions is None else replace(log, regions=self.regions.log())
+        return self.log.finish()
 
     def _append(self, part: Part, version: int) -> None:
         if part.grid is None:
@@ -141,46 +141,19 @@ class StreamWriter:
         else:
             positions = self.positions.video(part.grid, part.keep)
         at = self.log.append(part.ids, part.kind, positions, turn=self.turn, version=version)
-        self.live = np.concatenate([self.live, np.arange(at.start, at.stop)])
-
-    def _close_queries(self) -> None:
-        """After a turn that responded, close every query that has arrived, unless it stays open until its time."""
-        if self.state is None or not self.state.spoke:
-            return
-        for turn in range(self.turn + 1):
-            if self._until[turn] is None and self._closed_in[turn] == NEVER:
-                self._closed_in[turn] = self.turn
+        self.held.append(at, part.ids, positions, kind=part.kind, turn=self.turn)
 
     def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
         """Let go what the policy names; returns its log indices."""
-        self._generated.append(self._generated_so_far())
-        turn, kind = self.log.column("turn")[self.live], self.log.column("kind")[self.live]
-        generated = np.asarray(self._generated, np.int64)
-        # A turn's generated text stands in one piece behind its prefill.
-        ordinal = np.full(len(self.live), -1, np.int64)
-        text = np.isin(kind, GENERATED_TEXT)
-        ordinal[text] = (generated[turn] + self.live - np.asarray(self._begins, np.int64)[turn])[text]
-        live = LiveTokens(kind, turn, self.log.column("ids")[self.live], self.live, ordinal)
-        start = TurnStart(
-            turn=self.turn,
+        start = self.history.begin(
             has_video=chunk is not None,
             video_tokens=0 if chunk is None else chunk.num_tokens,
-            video_turns=np.asarray(self._video_turns, np.int64),
-            generated=generated,
-            closed_in=np.asarray(self._closed_in, np.int64),
+            generated=self.generated,
         )
-        leaving = evicted(self.policy, live, start)
-        left = self.live[leaving]
+        leaving = evicted(self.policy, self.held.tokens(), start)
+        left = self.held.drop(leaving)
         self.log.expire(left)
-        self.live = self.live[~leaving]
         if self.regions is not None:
             before = self.regions.leave(~leaving)
-            self.regions.move(self.live, placed(self.policy, live.only(~leaving), start, before), self.log.length)
+            self.regions.move(self.live, placed(self.policy, self.held.tokens(), start, before), self.log.length)
         return left
-
-    def _generated_so_far(self) -> int:
-        """Generated text tokens of all turns that have ended."""
-        if not self._begins:
-            return 0
-        latest = self.log.column("kind")[self._begins[-1] :]
-        return self._generated[-1] + int(np.isin(latest, GENERATED_TEXT).sum())

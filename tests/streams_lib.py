@@ -1,159 +1,43 @@
-"""Shared by the engine tests: tiny backbones with loud weights, and random streams that exercise every edge.
-
-Loud weights (Xavier gain 2, embeddings of std 1) matter: with default initialisation real mask defects hide under 1e-4.
-"""
+"""Shared by the engine tests: loud backbones and random streams (benchmarks.exactness), and the policies by brute force."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
-import torch
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from rollout.engine import Engine, StreamRequest
-from rollout.sampler import stream_seed
-from streams.backbone import Backbone
-from streams.layout import Layout, LayoutConfig
-from streams.log import NEVER, ChunkRecord, Kind, LogHeader, StreamLog
-from streams.memory import MemoryConfig, knobs, make_policy
-from streams.tiny import build_tiny
-from streams.tiny_spec import QWEN3_SPEC, TinySpec
-from streams.writer import QueryInput, TurnInput
-
-QUERIES = (
-    "What colour is the shape now?",
-    "Say when it appears.",
-    "yes?",
-    "How many shapes are there? Which is first?",
+from benchmarks.exactness.backbones import MODEL_TYPES, SPECS, loud_backbone, norms_in_input_dtype
+from benchmarks.exactness.streams import (
+    GRIDS,
+    QUERIES,
+    chunk_record,
+    differences,
+    joined_features,
+    random_requests,
+    random_turns,
+    request,
+    run,
 )
-GRIDS = ((1, 1, 1), (1, 2, 2), (1, 1, 2), (1, 2, 1), (2, 2, 2))
+from streams.layout import Layout
+from streams.log import NEVER, Kind, StreamLog
+from streams.memory import MemoryConfig
+from streams.writer import TurnInput
 
-
-# Heads of Qwen3-VL are wider than hidden / heads, as in its real checkpoints.
-SPECS = {"qwen2_5_vl": TinySpec(), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}
-MODEL_TYPES = tuple(SPECS)
-
-WORDS = ("red", "green", "nothing", " answer", "\n", "\n\n", " red", ".")
-
-
-def loud_backbone(
-    folder: Path, dtype: torch.dtype, spec: TinySpec | str = "qwen2_5_vl", layout: LayoutConfig | None = None
-) -> Backbone:
-    """A loud tiny backbone that may only write a few words and the layout's tokens.
-
-    With the whole vocabulary open, random weights hardly ever end a turn or decide anything by themselves.
-    """
-    spec = SPECS[spec] if isinstance(spec, str) else spec
-    path = build_tiny(folder / "loud", spec, seed=7, gain=2.0, std=1.0)
-    config = layout or LayoutConfig(think_budget=5, max_new_tokens=10)
-    backbone = Backbone.load(path, config, dtype=dtype)
-    tokens = backbone.layout.tokens
-    allowed = {tokens.im_end, tokens.silent, tokens.response, tokens.think, tokens.think_end}
-    allowed |= {token for word in WORDS for token in backbone.tokenizer.encode(word)}
-    backbone.layout.banned = tuple(i for i in range(backbone.layout.vocab_rows) if i not in allowed)
-    return Backbone(backbone.model, backbone.tokenizer, backbone.layout, backbone.image, path, backbone.processors)
-
-
-@contextmanager
-def norms_in_input_dtype():
-    """Qwen's RMSNorm computes in fp32 whatever its input: for fp64 proofs it computes in the input's dtype.
-
-    Qwen3-VL's class also normalises queries and keys.
-    """
-    classes = (Qwen2_5_VLRMSNorm, Qwen3VLTextRMSNorm)
-    before = [norm.forward for norm in classes]
-
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    for norm in classes:
-        norm.forward = forward
-    try:
-        yield
-    finally:
-        for norm, original in zip(classes, before, strict=True):
-            norm.forward = original
-
-
-def chunk_record(turn: int, grid: tuple[int, int, int], keep: tuple[int, ...] | None = None) -> ChunkRecord:
-    """A chunk of one second whose temporal patches hold two frames each."""
-    frames = 2 * grid[0]
-    times = turn + (np.arange(frames) + 0.5) / frames
-    patches = times.reshape(grid[0], 2).mean(axis=1)
-    return ChunkRecord(
-        turn, "clip.mp4", tuple(times.tolist()), grid, "clip", keep=keep, patch_times=tuple(patches.tolist())
-    )
-
-
-def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tuple[TurnInput, ...]:
-    """Uneven turns: some text-only, grids of several shapes, late, doubled, staying and unanswered queries."""
-    turns = []
-    for turn in range(count):
-        chunk = None
-        if turn == 0 or rng.random() > 0.15:
-            grid = GRIDS[rng.integers(len(GRIDS))]
-            chunk = chunk_record(turn, grid)
-        query = None
-        if rng.random() < 0.25:
-            until = None if rng.random() < 0.6 else int(rng.choice([turn + 2, NEVER]))
-            ids = backbone.layout.query_ids(str(rng.choice(QUERIES)))
-            query = QueryInput(tuple(ids), until)
-        turns.append(TurnInput(chunk, query))
-    return tuple(turns)
-
-
-def request(
-    backbone: Backbone,
-    memory: MemoryConfig,
-    turns: tuple[TurnInput, ...],
-    name: str,
-    *,
-    temperature: float = 1.0,
-    feature_seed: int | None = None,
-) -> StreamRequest:
-    """A stream over `turns` with random features, the same ones for the same feature seed."""
-    generator = torch.Generator().manual_seed(stream_seed(0, name) % 2**31 if feature_seed is None else feature_seed)
-    features = tuple(
-        torch.randn(t.chunk.num_tokens, backbone.feature_width, generator=generator, dtype=torch.float64).to(
-            backbone.dtype
-        )
-        for t in turns
-        if t.chunk is not None
-    )
-    header = LogHeader(
-        stream_id=name,
-        task_id=name,
-        backbone=backbone.name,
-        policy=memory.name,
-        policy_knobs=knobs(memory),
-        position_convention=backbone.position_convention,
-        banned=backbone.layout.banned,
-        seed=stream_seed(0, name),
-        temperature=temperature,
-        score_temperature=temperature or 1.0,
-    )
-    return StreamRequest(header, turns, features, make_policy(memory), backbone.layout, patch_seconds=0.5)
-
-
-def run(backbone: Backbone, requests: list[StreamRequest], max_streams: int = 16) -> list[StreamLog]:
-    """Run to the end; logs in the order of the requests. Checks that every slot came back."""
-    engine = Engine(backbone, kv_slots=20000, max_streams=max_streams)
-    for r in requests:
-        engine.add(r)
-    done = {}
-    while engine.busy:
-        for log in engine.step():
-            done[log.header.stream_id] = log
-    assert engine.pool.available == engine.pool.capacity
-    return [done[r.header.stream_id] for r in requests]
-
-
-def joined_features(r: StreamRequest) -> torch.Tensor:
-    return torch.cat(r.features)
+__all__ = [
+    "GRIDS",
+    "MODEL_TYPES",
+    "QUERIES",
+    "SPECS",
+    "brute_force_expiry",
+    "budget_expiry",
+    "chunk_record",
+    "differences",
+    "joined_features",
+    "loud_backbone",
+    "norms_in_input_dtype",
+    "random_requests",
+    "random_turns",
+    "request",
+    "run",
+]
 
 
 def brute_force_expiry(

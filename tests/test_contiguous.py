@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 
 from rollout.engine import Engine
 from streams.log import Kind
-from streams.memory import POLICIES, MemoryConfig, make_policy
+from streams.memory import POLICIES, MemoryConfig, SinkWindow, knobs, make_policy
 from streams.positions import PositionCursor
 from streams.regions import Region
+from streams.rotary import Rotary
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
 from streams.writer import StreamWriter
 from tests import test_exactness as exactness
 from tests.contiguous_lib import angles_in_float64, layout_of, slow_logps
 from tests.streams_lib import joined_features, random_turns, request, run
+from tests.test_custom_memory import run_to_the_end
 from tests.test_policies import LAYOUTS, MEMORIES, generate, header, plans
 from tests.test_policies_exact import for_backbone
 
@@ -320,3 +322,104 @@ class TestEngine:
             with torch.no_grad():
                 projection.copy_(old)
         assert np.abs(slow.numpy() - log.behaviour_logp[log.sampled]).max() <= FP64_BAR
+
+
+class MovesVideo(SinkWindow):
+    """Lets video move, too: everything of an older turn stands in TEXT, one after the other."""
+
+    def __init__(self, window: int = 3) -> None:
+        super().__init__(window, window, 3, 4)
+
+    def regions(self, live, start):
+        region = super().regions(live, start)
+        region[(live.turn < start.turn - 1) & (region == Region.RETAINED)] = Region.TEXT
+        return region
+
+
+class Wrong(MovesVideo):
+    """Answers with what it was made with."""
+
+    def __init__(self, answer: str) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def regions(self, live, start):
+        region = super().regions(live, start)
+        if self.answer == "back" and start.turn == 2:
+            region[:] = Region.RETAINED
+        return {"ints": region.astype(int), "none": None, "back": region}[self.answer]
+
+
+def custom(name: str, **args) -> MemoryConfig:
+    return MemoryConfig("custom", target=f"{__name__}:{name}", args=args, positions="contiguous")
+
+
+def test_regions_of_ones_own_are_exact_in_any_case(fp64):
+    requests = exactness.streams(fp64, custom("MovesVideo"), 4, seed=8, low=8)
+    logs = run(fp64, requests)
+    assert any((log.kind[log.regions.token] == Kind.VIDEO).any() for log in logs)
+    assert exactness.differences(fp64, logs, requests).max() <= FP64_BAR
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            "ints",
+            r"Wrong\.regions returned int64 \[0\] in turn 0; .* array of int8, one Region for each of the 0 tokens",
+        ),
+        ("none", r"Wrong\.regions returned None in turn 0"),
+        (
+            "back",
+            r"Wrong\.regions puts token 0 into region 5 in turn 2, it was in 0 \(SYSTEM\): a token stays where it is",
+        ),
+    ],
+)
+def test_a_policy_whose_regions_are_wrong_is_told_what(fp64, answer, said):
+    engine = Engine(fp64, kv_slots=4000, max_streams=1)
+    engine.add(request(fp64, custom("Wrong", answer=answer), random_turns(fp64, np.random.default_rng(0), 6), "s"))
+    with pytest.raises(ValueError, match=said):
+        run_to_the_end(engine)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"positions": "near"}, r"memory\.positions='near' is not one of native, contiguous"),
+        (
+            {"positions": "contiguous"},
+            r"memory\.positions=contiguous with memory\.name=rcsm: this policy has no regions",
+        ),
+        (
+            {"name": "sink_window", "text_window": 2, "window": 3, "positions": "contiguous"},
+            r"memory\.positions=contiguous: text stays for memory\.text_window=2 .*memory\.window=3",
+        ),
+    ],
+)
+def test_positions_that_cannot_be_are_refused_by_key(values, said):
+    with pytest.raises(ValueError, match=said):
+        MemoryConfig(**values)
+
+
+def test_positions_are_part_of_the_log_header_and_of_what_is_said_at_start():
+    assert ("positions", "contiguous") in knobs(SMALL)
+    assert SMALL.words.endswith(", contiguous positions")
+    assert SMALL.notes() == []
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_are_refused(kind):
+    with pytest.raises(ValueError, match=rf"rope_type='{kind}'.*memory\.positions=native"):
+        Rotary(torch.ones(8), {"rope_type": kind, "mrope_section": [4, 2, 2]}, interleaved=False)
+
+
+def test_the_rotation_is_the_models_own(fp64):
+    text = fp64.model.model.language_model
+    positions = torch.randint(0, 5000, (3, 1, 50), generator=torch.Generator().manual_seed(1))
+    with angles_in_float64():
+        theirs = text.rotary_emb(torch.zeros(1, dtype=torch.float64), positions)
+    ours = fp64.rotary.tables(positions, torch.float64)
+    for a, b in zip(theirs, ours, strict=True):
+        assert (a - b).abs().max() <= 1e-12
+    unpatched = text.rotary_emb(torch.zeros(1, dtype=torch.float64), positions)
+    assert max(float((a - b).abs().max()) for a, b in zip(unpatched, ours, strict=True)) <= 1e-3

@@ -20,6 +20,7 @@ from streams.scoring.logprobs import behaviour_differences
 from tests.streams_lib import (
     MODEL_TYPES,
     brute_force_expiry,
+    differences,
     joined_features,
     loud_backbone,
     norms_in_input_dtype,
@@ -27,6 +28,7 @@ from tests.streams_lib import (
     request,
     run,
 )
+from tests.streams_lib import random_requests as streams
 
 FP64_BAR = 1e-10
 POLICIES = [MemoryConfig("full"), MemoryConfig("rcsm", 3), MemoryConfig("recent_frames", 3)]
@@ -42,18 +44,6 @@ def fp64(request, tmp_path_factory):
 @pytest.fixture(scope="module", params=MODEL_TYPES)
 def fp32(request, tmp_path_factory):
     return loud_backbone(tmp_path_factory.mktemp("fp32"), torch.float32, request.param)
-
-
-def streams(backbone, memory, count, seed=0, low=5, high=14):
-    rng = np.random.default_rng(seed)
-    return [
-        request(backbone, memory, random_turns(backbone, rng, int(rng.integers(low, high))), f"{memory.name}{seed}/{i}")
-        for i in range(count)
-    ]
-
-
-def differences(backbone, logs, requests):
-    return np.abs(np.concatenate(behaviour_differences(backbone, logs, [joined_features(r) for r in requests])))
 
 
 def rescored_with(backbone, logs, requests, expiry_of):

@@ -38,10 +38,6 @@ class LiveTokens:
     def __len__(self) -> int:
         return len(self.kind)
 
-    def only(self, mask: np.ndarray) -> LiveTokens:
-        """Those that a bool [n] names."""
-        return LiveTokens(*(column[mask] for column in vars(self).values()))
-
 
 @dataclass(frozen=True)
 class TurnStart:

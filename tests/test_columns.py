@@ -1,0 +1,87 @@
+"""Columns and what is built on them: growth, views that stay, the live tokens, the slots of a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rollout.cache import SlotList
+from streams.columns import Columns
+from streams.live import LiveSet, TurnHistory
+from streams.log import NEVER, Kind
+
+
+def columns() -> Columns:
+    return Columns({"a": np.dtype(np.int64), "b": np.dtype((np.int32, 3))})
+
+
+def test_growth_keeps_what_was_written_and_costs_amortised():
+    made, copies = columns(), set()
+    for i in range(1000):
+        made.append(1, a=i, b=np.full((1, 3), i))
+        copies.add(made.nbytes)
+    assert made.column("a").tolist() == list(range(1000))
+    assert (made.column("b") == np.arange(1000)[:, None]).all()
+    assert len(copies) <= 6, "capacity doubles"
+
+
+def test_every_column_grows():
+    with pytest.raises(AssertionError, match="every column grows"):
+        columns().append(1, a=1)
+
+
+def test_a_view_can_only_be_read_and_stays_as_it_was():
+    made = columns()
+    made.append(4, a=np.arange(4), b=0)
+    view = made.column("a")
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 9
+    made.append(2, a=7, b=0)
+    made.keep(made.column("a") % 2 == 1)
+    assert view.tolist() == [0, 1, 2, 3]
+    assert made.column("a").tolist() == [1, 3, 7, 7]
+    assert made.cut(3)["a"].tolist() == [1, 3, 7]
+    made.append(1, a=8, b=0)
+    assert made.column("a").tolist() == [7, 8]
+
+
+def test_live_tokens_leave_by_their_place_and_are_named_by_their_index():
+    live = LiveSet()
+    live.append(slice(0, 3), [5, 6, 7], kind=Kind.SYSTEM, turn=0)
+    live.append(slice(3, 4), [8], kind=Kind.THINK, turn=0, ordinal=0)
+    assert live.drop(np.array([False, True, False, True])).tolist() == [1, 3]
+    live.append(slice(4, 5), [9], kind=Kind.THINK, turn=1, ordinal=1, lane=1)
+    tokens = live.tokens()
+    assert tokens.index.tolist() == [0, 2, 4]
+    assert tokens.ids.tolist() == [5, 7, 9]
+    assert tokens.ordinal.tolist() == [-1, -1, 1]
+    assert live.column("lane").tolist() == [0, 0, 1]
+
+
+def test_the_history_of_turns_is_as_policies_are_told():
+    history = TurnHistory()
+    history.begin(has_video=True, video_tokens=4, generated=0)
+    history.ask(None)
+    history.begin(has_video=False, video_tokens=0, generated=6)
+    history.ask(5)
+    history.answered()
+    start = history.begin(has_video=True, video_tokens=2, generated=9)
+    assert (start.turn, start.has_video, start.video_tokens) == (2, True, 2)
+    assert start.video_turns.tolist() == [0, 1, 1]
+    assert start.generated.tolist() == [0, 6, 9]
+    assert start.closed_in.tolist() == [1, 5]
+    history.answered()
+    assert history.begin(has_video=True, video_tokens=2, generated=9).closed_in.tolist() == [1, 5, NEVER]
+
+
+def test_slots_stay_parallel_to_the_live_tokens():
+    slots = SlotList()
+    slots.add(0, np.array([30, 31, 32]))
+    before = slots.held
+    assert slots.drop(np.array([1])).tolist() == [31]
+    slots.add(3, np.array([40]))
+    assert slots.drop(np.array([2, 3])).tolist() == [32, 40]
+    assert slots.held.tolist() == [30]
+    assert before.tolist() == [30, 31, 32], "a segment keeps the list that it was planned with"
+    with pytest.raises(AssertionError, match="forwarded live tokens"):
+        slots.drop(np.array([-1]))
