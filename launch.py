@@ -91,7 +91,13 @@ def _innermost(error: BaseException) -> str:
 
 
 def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
-    from rl.checks import check_cold_start, check_nothing_needed_is_replaced, preflight, respect_checkpoint
+    from rl.checks import (
+        check_cold_start,
+        check_memory,
+        check_nothing_needed_is_replaced,
+        preflight,
+        respect_checkpoint,
+    )
     from rl.runlock import RunLock
     from rl.stages import StageStore
     from rl.tracking import Progress
@@ -102,6 +108,7 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
         try:
             preflight(config)
             config = respect_checkpoint(config, overrides, progress.say, warn)
+            check_memory(config)
             lock = held.enter_context(RunLock(config.root.resolve()))
             store = StageStore(config.root.resolve(), config, progress.say)
             check_nothing_needed_is_replaced(config, store.plan())

@@ -32,8 +32,9 @@ from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
 from streams.log import ChunkRecord, LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy
 from streams.positions import QWEN2_5_VL_CONVENTION, PositionCursor
+from streams.scoring.block_mask import BLOCK
 from streams.scoring.compiled import compile_count
-from streams.scoring.mask import BLOCK, DensePlan, FlexPlan, block_mask, dense_mask
+from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack
 from streams.tiny import build_tokenizer
 from streams.writer import StreamWriter, TurnInput
@@ -55,19 +56,19 @@ class Heads:
     dim: int = 128
 
 
-def written(layout: Layout, chunks: int, name: str) -> StreamLog:
+def written(layout: Layout, chunks: int, name: str, memory: MemoryConfig = MEMORY) -> StreamLog:
     """The log of a silent stream of `chunks` chunks, as the engine and the cold start write it."""
     header = LogHeader(
         stream_id=name,
         task_id=name,
         backbone="qwen2_5_vl",
-        policy=MEMORY.name,
-        policy_knobs=knobs(MEMORY),
+        policy=memory.name,
+        policy_knobs=knobs(memory),
         position_convention=QWEN2_5_VL_CONVENTION,
         banned=layout.banned,
         seed=0,
     )
-    writer = StreamWriter(header, layout, make_policy(MEMORY), PositionCursor(2.0, 1.0))
+    writer = StreamWriter(header, layout, make_policy(memory), PositionCursor(2.0, 1.0))
     for turn in range(chunks):
         writer.begin_turn(TurnInput(ChunkRecord(turn, "clip", (turn + 0.25, turn + 0.75), GRID, "clip")), 0)
         for token in layout.demonstration("nothing", None):
@@ -75,11 +76,16 @@ def written(layout: Layout, chunks: int, name: str) -> StreamLog:
     return writer.finish()
 
 
-def stream_rows(tokens: int, kind: str) -> Rows:
-    """One row of about `tokens` tokens. kind: `packed` streams of 20 chunks, or one `long` stream."""
+def plain_layout() -> Layout:
+    """Of a tokenizer that needs no checkpoint."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(list(STREAMING_TOKENS))
-    layout = Layout(tokenizer, LayoutConfig(system_prompt="Watch."), 640)
+    return Layout(tokenizer, LayoutConfig(system_prompt="Watch."), 640)
+
+
+def stream_rows(tokens: int, kind: str) -> Rows:
+    """One row of about `tokens` tokens. kind: `packed` streams of 20 chunks, or one `long` stream."""
+    layout = plain_layout()
     one = written(layout, CHUNKS, "one")
     if kind == "packed":
         logs = [one] * max(1, round(tokens / len(one)))
@@ -117,8 +123,8 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
     length = rows.ids.shape[1]
     never = torch.full_like(rows.expiry, length)
     plans: dict[str, AttentionPlan] = {
-        "flex": FlexPlan(block_mask(rows.expiry, rows.lane, dtype)),
-        "flex_causal": FlexPlan(block_mask(never, rows.lane, dtype)),
+        "flex": FlexPlan(block_mask(rows.expiry, rows.lane)),
+        "flex_causal": FlexPlan(block_mask(never, rows.lane)),
         "sdpa": DensePlan(dense_mask(rows.expiry, rows.lane)),
     }
     generator = torch.Generator(device).manual_seed(0)
@@ -133,7 +139,7 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
         "blocks_visited_causal": visited(never, rows.lane),
     }
     with torch.no_grad():
-        found |= milliseconds({"block_mask_ms": lambda: block_mask(rows.expiry, rows.lane, dtype)}, device, repeats)
+        found |= milliseconds({"block_mask_ms": lambda: block_mask(rows.expiry, rows.lane)}, device, repeats)
         outs = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
         found["max_difference"] = float((outs["flex"] - outs["sdpa"]).abs().max())
         found["relative_difference"] = relative([outs["flex"]], [outs["sdpa"]])

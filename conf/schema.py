@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.monitor import MonitorConfig
 from conf.platform import CheckpointConfig, ClusterConfig, TrackingConfig, WeightsConfig
 from learner.config import LearnerConfig
 from rewards.compose import RewardConfig
@@ -204,8 +205,8 @@ class AlgorithmConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     """checkpoint: `auto` = what the run has made (after SFT and after RL), or a folder. conditions: also evaluate the
-    recall questions with forced empty thoughts and under `recent_frames` with the same window. max_logp_diff: largest
-    difference allowed between engine and learner; 0 = 1e-3 in float32, and in bfloat16 a mean of 1e-2.
+    recall questions with forced empty thoughts and under `recent_frames` with the same window. score_logs: have the learner
+    score the evaluation's logs (`monitor` has the limits).
     every: RL steps between evaluations while training (0 = none), of the first `tasks` held-out tasks (0 = all);
     `checkpoints/rl/best` keeps the checkpoint with the largest `best` of them (reward, timing, accuracy_<category>).
     transcripts: streams written under run_root/transcripts (0 = none). transcript_mb: size of their page, at most.
@@ -217,7 +218,6 @@ class EvalConfig:
     best: str = "reward"
     conditions: bool = True
     score_logs: bool = True
-    max_logp_diff: float = 0.0
     transcripts: int = 24
     transcript_mb: float = 8.0
 
@@ -228,10 +228,6 @@ class EvalConfig:
             raise ValueError(f"eval.transcript_mb={self.transcript_mb} must lie in [0.25, 512]")
         if self.every < 0 or self.tasks < 0:
             raise ValueError(f"eval.every={self.every} and eval.tasks={self.tasks} must not be negative")
-        if not 0 <= self.max_logp_diff < math.inf:
-            raise ValueError(
-                f"eval.max_logp_diff={self.max_logp_diff} must be 0 (the default limit) or a positive number"
-            )
         if self.best not in ("reward", "timing") and not self.best.startswith("accuracy_"):
             raise ValueError(f"eval.best={self.best!r} is not one of reward, timing, accuracy_all, accuracy_<category>")
 
@@ -285,6 +281,7 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -346,6 +343,14 @@ class RunConfig:
     def notes(self) -> list[str]:
         """What a reader of this run's figures must know: printed at start."""
         notes = self.memory.notes()
+        if "window" in self.memory.takes and self.memory.window >= self.data.max_turns:
+            notes.append(
+                f"note: memory.window={self.memory.window} is not below data.max_turns={self.data.max_turns}: no stream is "
+                "long enough for its video to leave"
+            )
+        for key, learner in (("sft", self.sft_learner(100)), ("rl", self.rl_learner(100))):
+            if key in self.job.stages and learner.schedule == "constant" and learner.warmup_steps:
+                notes.append(f"note: {key} has no warm-up, learner.schedule=constant: constant_with_warmup has one")
         if self.data.video.max_chunks:
             notes.append(
                 f"warning: data.video.max_chunks={self.data.video.max_chunks} sets the chunk length by the length of "

@@ -17,6 +17,7 @@ from conf.schema import RunConfig
 from rewards.compose import RewardResult
 from rewards.scripted import oracle_turns, silent_turns
 from rl.cluster import Session
+from rl.monitor import Monitor
 from rl.tracking import Progress
 from streams.dataset import SkippedSample
 from streams.memory import MemoryConfig
@@ -82,6 +83,7 @@ def evaluate(
     def send(worker: Any, item: tuple[int, StreamTask]) -> Any:
         return worker.rollout.options(num_returns=2).remote(stream_request(config, item[1], condition, stage))
 
+    monitor = Monitor(config)
     done: dict[int, tuple[GroupSummary, Any]] = {}
     what = f"evaluation {condition.name}"
     for (index, task), (summary_ref, payload) in session.spread(
@@ -89,6 +91,7 @@ def evaluate(
     ):
         summary: GroupSummary = session.call(summary_ref, f"the stream of {task.id}")
         done[index] = (summary, payload)
+        monitor.observe(f"rollout worker {summary.worker}", summary.monitor, summary.off)
         if summary.failed is not None:
             progress.say(f"eval: failed {task.id}: {summary.failed}")
     watched = [(task, *done[index]) for index, task in enumerate(tasks)]

@@ -32,8 +32,8 @@ def run_evaluation(
     learner_setup: Callable[[Path], LearnerSetup],
     tracker: Tracker,
     progress: Progress,
-) -> dict[str, Any]:
-    """Evaluate `checkpoints` (name -> folder, in order); returns the summary's fields."""
+) -> tuple[dict[str, Any], ScoreReport | None]:
+    """Evaluate `checkpoints` (name -> folder, in order); returns the summary's fields, and the mismatch if it was measured."""
     if not tasks:
         raise ValueError("there is no usable held-out task (see the skipped lines above, and data.heldout)")
     results: dict[str, EvalResult] = {}
@@ -59,6 +59,7 @@ def run_evaluation(
             {
                 "mismatch/learner_max": report.diff.max,
                 "mismatch/learner_mean": report.diff.mean,
+                "mismatch/learner_k3": report.diff.k3,
                 "mismatch/learner_tokens": float(report.diff.tokens),
             },
             step=0,
@@ -66,7 +67,7 @@ def run_evaluation(
     write_transcripts(config, session, results, tuple(checkpoints), tracker, progress)
     oracle, silent = scripted_rewards(config, session, tasks)
     skipped = [asdict(sample) for result in results.values() for sample in result.skipped]
-    return {
+    summary = {
         **heldout_fields(results),
         "recall_chance": chance(tasks, "recall"),
         "reward_scripted_oracle": oracle,
@@ -74,6 +75,7 @@ def run_evaluation(
         **mismatch_fields(report),
         "skipped_heldout": skipped,
     }
+    return summary, report
 
 
 def _report(name: str, result: EvalResult, tracker: Tracker, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 Owner: evals. Pure. A token counts as live at a turn if the turn's last prefilled token may attend to it (lanes aside):
 `k <= q < expiry[k]` for that token q, so eviction has happened and generation has not begun. Invariant: eviction is
-counted in the turn before whose segment it happened, and every evicted token once.
+counted in the turn whose prefill comes next, and every evicted token once.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def turn_memory(log: StreamLog) -> tuple[TurnMemory, ...]:
     live = np.cumsum(steps, axis=0)
     tokens = np.bincount(log.turn, minlength=count)
     gone = log.expiry[log.expiry < len(log)]
-    evicted = np.bincount(log.turn[gone], minlength=count)
+    # A copied thought, which follows what left, stands before that prefill.
+    evicted = np.bincount(np.searchsorted(_last_prefilled(log), gone), minlength=count)
     return tuple(
         TurnMemory(
             turn=turn,
@@ -78,11 +79,17 @@ def lives(log: StreamLog, kinds: tuple[Kind, ...]) -> tuple[Life, ...]:
 
 def _span(log: StreamLog) -> tuple[np.ndarray, np.ndarray]:
     """Per token the first turn at which it is live and the first at which it no longer is, int64 [L]; turns if never."""
+    last = _last_prefilled(log)
+    return np.searchsorted(last, np.arange(len(log))), np.searchsorted(last, log.expiry)
+
+
+def _last_prefilled(log: StreamLog) -> np.ndarray:
+    """Per turn the index of its last prefilled token, int64 [turns]."""
     prefilled = ~np.isin(log.kind, _AFTER_PREFILL)
     last = np.full(log.num_turns, -1, np.int64)
     np.maximum.at(last, log.turn[prefilled], np.flatnonzero(prefilled))
     assert (last >= 0).all(), "every turn prefills its scaffold"
-    return np.searchsorted(last, np.arange(len(log))), np.searchsorted(last, log.expiry)
+    return last
 
 
 def _running(change: dict[int, int], count: int) -> Life:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
+from rl.checks import check_memory
 from streams.pretrained import resolve_checkpoint
 from streams.task import TimedQuery
 from streams.video import ClipReader
@@ -91,7 +92,9 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
     applied = apply_streaming(config, saved, overridden_keys(overrides))
     for conflict in applied.conflicts:
         print(f"warning: {conflict}; the override is used", file=sys.stderr)
-    return checkpoint, applied.config
+    config = replace(applied.config, model=replace(applied.config.model, path=str(checkpoint)))
+    check_memory(config)
+    return checkpoint, config
 
 
 def _shown(config: RunConfig) -> WatchedFile:

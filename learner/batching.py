@@ -18,6 +18,7 @@ from streams.layout import LayoutTokens
 from streams.log import Kind, StreamLog
 from streams.messages import GroupPayload
 from streams.scoring.packing import Rows, pack, plan_micro_batches
+from streams.scoring.stats import OffToken, most_telling
 
 IDLE_TOKENS = 128
 """Tokens of an idle row: one block of the attention mask."""
@@ -113,6 +114,18 @@ class RankWork:
             mine = stream == s
             values[mine] = getattr(self.logs[int(s)], column)[index[mine]]
         return values
+
+    def off_token(
+        self, rows: Rows, differences: np.ndarray, limit: float, chosen: np.ndarray | None = None
+    ) -> OffToken | None:
+        """The target to look at, by re-scored minus behaviour log-prob [N]; of those `chosen`, bool [N], or of all."""
+        stream, index = rows.stream.numpy(), rows.target_index.numpy()
+        chosen = np.ones(len(stream), bool) if chosen is None else chosen
+        tokens = []
+        for s in np.unique(stream[chosen]):
+            mine = chosen & (stream == s)
+            tokens.append(OffToken.of(self.logs[int(s)], index[mine], differences[mine], limit))
+        return most_telling(tokens)
 
     def _shape(self, batch: list[list[int]], head_chunk: int) -> Shape:
         members = self._members(batch)

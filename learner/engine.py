@@ -46,7 +46,7 @@ from streams.messages import GroupPayload, LearnerSetup, ScoreReport, TrainRepor
 from streams.meter import Meter
 from streams.scoring.compiled import compile_count
 from streams.scoring.packing import Rows
-from streams.scoring.stats import LogpDiff
+from streams.scoring.stats import LogpDiff, OffToken, most_telling
 
 log = logging.getLogger("sightline.learner")
 
@@ -68,6 +68,7 @@ class Outcome:
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     age0: LogpDiff = field(default_factory=LogpDiff)
+    off: OffToken | None = None
     worst: tuple[float, str] = (-1.0, "none")
 
 
@@ -137,6 +138,7 @@ class LearnerEngine:
             if setup.reference:
                 self.reference = Reference(setup.reference, setup.layout, self.config, device, self.backbone)
             self.version = setup.version
+            self.off_above = setup.off_above
             self.deepspeed = self._initialize(setup.total_steps)
 
     def _initialize(self, total_steps: int) -> Any:
@@ -206,7 +208,9 @@ class LearnerEngine:
                 logp, entropy, features = self.deepspeed(batch, shape, plan.temperature)
                 value, sums, off = self._loss(plan, work, batch, logp, features)
             if loss == "grpo":
-                on_policy.append(off[self._fresh(work, batch.rows)])
+                fresh = self._fresh(work, batch.rows)
+                on_policy.append(off[fresh])
+                mine.off = most_telling([mine.off, work.off_token(batch.rows, off, self.off_above, fresh)])
             mine.worst = max(mine.worst, _worst(off, batch.rows, work))
             mine.sums["loss"] += float(value.detach())
             # DeepSpeed averages over the ranks, and the normaliser is already that of all of them.
@@ -222,7 +226,9 @@ class LearnerEngine:
         with self.meter.phase("optimiser step"):
             grad_norm = self._apply(step, outcomes)
         self.version += 1
-        return TrainReport(step, self.version, self._metrics(plan, outcomes, grad_norm, began))
+        age0 = LogpDiff.merge([outcome.age0 for outcome in outcomes])
+        metrics = self._metrics(plan, outcomes, age0, grad_norm, began)
+        return TrainReport(step, self.version, metrics, age0, most_telling([outcome.off for outcome in outcomes]))
 
     def _work(self, items: list[TrainItem], which: str) -> RankWork:
         return RankWork(
@@ -347,13 +353,14 @@ class LearnerEngine:
             )
         return norm
 
-    def _metrics(self, plan: Step, outcomes: list[Outcome], grad_norm: float, began: float) -> dict[str, float]:
+    def _metrics(
+        self, plan: Step, outcomes: list[Outcome], age0: LogpDiff, grad_norm: float, began: float
+    ) -> dict[str, float]:
         """Sums over ranks, and the largest where a largest is meant; the same whatever the number of ranks."""
         totals = {name: sum(o.sums[name] for o in outcomes) for name in sorted(outcomes[0].sums)}
-        age0 = LogpDiff.merge([outcome.age0 for outcome in outcomes])
         totals["age0_tokens"] = float(age0.tokens)
-        if age0.mean is not None and age0.max is not None:
-            totals["age0_logp_diff_mean"], totals["age0_logp_diff_max"] = age0.mean, age0.max
+        measured = {"age0_logp_diff_mean": age0.mean, "age0_logp_diff_max": age0.max, "age0_logp_diff_k3": age0.k3}
+        totals |= {name: value for name, value in measured.items() if value is not None}
         if "ratio_square" in totals:
             square = totals.pop("ratio_square")
             totals["effective_sample_share"] = totals["ratio"] ** 2 / square if square else 0.0
@@ -376,6 +383,7 @@ class LearnerEngine:
         shapes = common_shapes([share.shapes for share in shares])
         temperature = next((t for share in shares for t in share.temperatures), 1.0)
         found: dict[str, list[np.ndarray]] = defaultdict(list)
+        named: OffToken | None = None
         self.deepspeed.eval()
         with torch.no_grad():
             for i, shape in enumerate(shapes):
@@ -385,15 +393,18 @@ class LearnerEngine:
                 behaviour = work.at_targets(batch.rows, "behaviour_logp")
                 off = logp.double().cpu().numpy() - behaviour
                 kinds = work.at_targets(batch.rows, "kind")
+                named = most_telling([named, work.off_token(batch.rows, off, self.off_above)])
                 for kind in np.unique(kinds):
                     found[Kind(int(kind)).name.lower()].append(off[kinds == kind])
         here = {kind: LogpDiff.of(np.concatenate(parts)) for kind, parts in found.items()}
-        everywhere = self.ranks.gather(here, "to finish scoring")
+        gathered = self.ranks.gather((here, named), "to finish scoring")
+        everywhere = [part for part, _ in gathered]
         by_kind = {
             kind: LogpDiff.merge([part[kind] for part in everywhere if kind in part])
             for kind in sorted({kind for part in everywhere for kind in part})
         }
-        return ScoreReport(self.version, LogpDiff.merge(list(by_kind.values())), by_kind)
+        off_token = most_telling([token for _, token in gathered])
+        return ScoreReport(self.version, LogpDiff.merge(list(by_kind.values())), by_kind, off_token)
 
     # --- weights and state ----------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
 from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
-from streams.pretrained import is_hub_id, token_side
+from streams.memory import check_text_tells_time, make_policy
+from streams.pretrained import FAMILIES, is_hub_id, model_type, token_side
 
 
 def describe(config: RunConfig) -> list[str]:
@@ -39,14 +40,43 @@ def describe(config: RunConfig) -> list[str]:
     ]
 
 
+def model_folder(config: RunConfig) -> Path | None:
+    """The folder of the model that the job starts from; None while there is none: a tiny one yet to be built, a hub id."""
+    base = base_checkpoint(config)
+    named = [base[1]] if base else []
+    named += [Path(config.model.path).expanduser()] if config.model.path else []
+    return next((path for path in named if (path / "config.json").is_file()), None)
+
+
 def pixels_per_token(config: RunConfig) -> int:
     """Pixels of a frame behind one merged video token. A hub id that is not at hand yet counts as its family's."""
-    path = config.model.path
-    if not path:
+    folder = model_folder(config)
+    if folder is not None:
+        return token_side(folder) ** 2
+    if not config.model.path:
         return config.model.tiny.token_side**2
-    if Path(path).expanduser().is_dir():
-        return token_side(path) ** 2
-    return 32**2 if "Qwen3" in path else 28**2
+    return 32**2 if "Qwen3" in config.model.path else 28**2
+
+
+def writes_time(config: RunConfig) -> bool:
+    """Whether the backbone writes the time of a chunk as text; what cannot be told yet counts as no."""
+    folder = model_folder(config)
+    if folder is not None:
+        family = FAMILIES.get(model_type(folder))
+        return family is not None and family.timestamps
+    return not config.model.path and FAMILIES[config.model.tiny.model_type].timestamps
+
+
+def check_memory(config: RunConfig) -> None:
+    """Raises ValueError, with the config key, for a memory that cannot work with this backbone or these frames.
+
+    What a hub id turns out to be is asked again before its weights are loaded (rl.fit).
+    """
+    policy, video = make_policy(config.memory), config.data.video
+    check_text_tells_time(policy, writes_time(config))
+    chunk = video.frames_per_chunk // 2 * max(1, video.max_pixels // pixels_per_token(config))
+    turn = chunk + config.layout.max_new_tokens
+    policy.max_live_tokens(per_turn=turn, fixed=0, video_per_turn=chunk, turns=config.data.max_turns)
 
 
 def own_checkpoints(root: Path) -> dict[str, Path]:

@@ -3,6 +3,8 @@
 Owner: rl. Nothing stops for it: the streams share the engines with the rollouts, a few at a time, and start on a worker
 once it runs the version under evaluation. A worker may swap while such a stream runs; each stream's versions are known,
 and the span of all of them is logged beside the result (with `algorithm.mode=sync` it is one version).
+While the learner still stands at a stream's one version, and does not train, it scores that stream's log: the mismatch of
+engine and learner on streams that nobody trained on. Where it has moved on there is no sample (`sync` waits for it).
 Invariants: one evaluation at a time; every one that was due is run or named as left out; its result goes into the
 journal under its version's step.
 """
@@ -19,8 +21,10 @@ from evals.heldout import Condition, ScoredStream, collect, failed_turns, stream
 from evals.job import metric_name
 from rl.cluster import Session
 from rl.events import Events
+from rl.monitor import Monitor
 from rl.weights import WeightLedger
-from streams.messages import GroupSummary, RewardJob
+from streams.messages import GroupSummary, RewardJob, ScoreReport
+from streams.scoring.stats import LogpDiff
 from streams.task import StreamTask
 
 SHARE = 4
@@ -35,6 +39,7 @@ class _Running:
     jobs: list[RewardJob] = field(default_factory=list)
     failed: list[str | None] = field(default_factory=list)
     versions: set[int] = field(default_factory=set)
+    diffs: list[LogpDiff] = field(default_factory=list)
     scoring: bool = False
 
 
@@ -51,11 +56,14 @@ class PeriodicEvaluation:
         total: int,
         say: Callable[[str], None],
         done: Callable[[int, dict[str, float | None]], None],
+        score: Callable[[GroupSummary, Any], Any | None],
+        monitor: Monitor,
     ) -> None:
+        """score: a reference to the learner's ScoreReport of a stream, None where it is at other weights."""
         self.config, self.session, self.events, self.ledger = config, session, events, ledger
         self.tasks = tasks[: config.eval.tasks] if config.eval.tasks else tasks
         self.total = total
-        self._say, self._done = say, done
+        self._say, self._done, self._score, self._monitor = say, done, score, monitor
         self._load = [0] * len(session.workers)
         self._per_worker = max(1, config.rollout.max_streams // SHARE)
         self._running: _Running | None = None
@@ -105,21 +113,37 @@ class PeriodicEvaluation:
         request = stream_request(self.config, task, Condition("trained"), f"step{running.version}")
         self._load[worker] += 1
         running.under_way += 1
-        summary, _ = self.session.workers[worker].rollout.options(num_returns=2).remote(request)
+        summary, payload = self.session.workers[worker].rollout.options(num_returns=2).remote(request)
         self.events.expect(
             summary,
             f"the evaluation of {task.id} on rollout worker {worker}",
-            lambda value: self._watched(running, value, task, worker),
+            lambda value: self._watched(running, value, payload, task, worker),
         )
 
-    def _watched(self, running: _Running, summary: GroupSummary, task: StreamTask, worker: int) -> None:
+    def _watched(self, running: _Running, summary: GroupSummary, payload: Any, task: StreamTask, worker: int) -> None:
         self._load[worker] -= 1
-        running.under_way -= 1
+        self._monitor.observe(f"rollout worker {worker}", summary.monitor, summary.off)
+        scores = None if summary.failed is not None else self._score(summary, payload)
+        if scores is None:
+            running.under_way -= 1
+        else:
+            self.events.expect(
+                scores,
+                f"the learner's scores of {summary.group}",
+                lambda report: self._compared(running, report, summary),
+            )
         turns = summary.turns if summary.failed is None else (failed_turns(self.config, task),)
         running.failed.append(summary.failed)
         running.versions.update(summary.versions)
         chunk = self.config.data.video.chunk_seconds_of(task)
         running.jobs.append(RewardJob(task.id, task, turns, chunk))
+        self.pump()
+
+    def _compared(self, running: _Running, report: ScoreReport, summary: GroupSummary) -> None:
+        assert summary.versions == (report.version,), "the learner scored before it trained on"
+        running.under_way -= 1
+        running.diffs.append(report.diff)
+        self._monitor.observe("learner, on held-out logs", report.diff, report.off)
         self.pump()
 
     def _finish(self, running: _Running, results: list[Any]) -> None:
@@ -137,8 +161,16 @@ class PeriodicEvaluation:
             "oldest_version": float(min(running.versions)) if running.versions else None,
             "newest_version": float(max(running.versions)) if running.versions else None,
         }
+        found = LogpDiff.merge(running.diffs)
+        mismatch = {
+            "mismatch/learner_max": found.max,
+            "mismatch/learner_mean": found.mean,
+            "mismatch/learner_k3": found.k3,
+            "mismatch/learner_tokens": float(found.tokens),
+        }
         self._running = None
-        self._done(running.version, {metric_name(f"eval/{key}"): value for key, value in values.items()})
+        metrics = {metric_name(f"eval/{key}"): value for key, value in values.items()}
+        self._done(running.version, metrics | mismatch)
         if self._next is not None:
             version, self._next = self._next, None
             self.begin(version)

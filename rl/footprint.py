@@ -15,13 +15,15 @@ from learner.config import LearnerConfig
 from streams.freezing import trained
 from streams.geometry import ModelGeometry
 from streams.kernels import FLASHINFER_WORKSPACE
-from streams.memory import CONTIGUOUS, NATIVE, make_policy
+from streams.memory import CONTIGUOUS, NATIVE, Lanes, make_policy
 from streams.task import StreamTask
 
 BYTES = {"float32": 4, "bfloat16": 2}
 SCAFFOLD = 13
 TIMESTAMP = 11
 """Tokens of a turn's scaffold, and of a timestamp with its own vision tags (one for every temporal patch), at most."""
+MEMORY_TEMPLATE = 24
+"""Tokens of a copied turn beside its words, at most (see streams.lanes)."""
 ZERO_BUCKET = 500_000_000
 """Numbers in DeepSpeed's gradient bucket at most (see learner.engine), in the learner's dtype."""
 GATHERED = 2 * 2**28
@@ -44,12 +46,16 @@ class StreamSize:
         patches = config.data.video.frames_per_chunk // geometry.temporal_patch_size
         stamps = TIMESTAMP * patches if geometry.deepstack_levels else 0
         queries = max((sum(len(q.text.encode()) for q in task.queries) for task in tasks), default=0)
+        turns = max((config.data.turns_of(task) for task in tasks), default=1)
+        copies = 0
+        if make_policy(config.memory).lanes is Lanes.MEMORY:
+            copies = (turns - 1) * (MEMORY_TEMPLATE + config.layout.max_new_tokens)
         return cls(
-            turns=max((config.data.turns_of(task) for task in tasks), default=1),
+            turns=turns,
             video=patches * (config.data.video.max_pixels // geometry.token_side**2),
             text=SCAFFOLD + stamps + config.layout.max_new_tokens,
             # Byte-level BPE: a text of n bytes has about n / 4 tokens.
-            fixed=8 + len(config.layout.system_prompt.encode()) // 4 + queries // 4,
+            fixed=8 + len(config.layout.system_prompt.encode()) // 4 + queries // 4 + copies,
             tasks=len(tasks),
         )
 

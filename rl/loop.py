@@ -23,6 +23,7 @@ from rl.checkpoint import CheckpointState, promote, read_best, step_name
 from rl.evaluating import PeriodicEvaluation
 from rl.events import Events
 from rl.journal import StepJournal, journal_path
+from rl.monitor import Monitor
 from rl.report import StepClock, mean_reward, step_metrics
 from rl.results import ReadyGroup, RLResult
 from rl.saving import FINAL, Checkpointer
@@ -43,7 +44,7 @@ from streams.messages import (
     TrainGroup,
     TrainReport,
 )
-from streams.scoring.stats import LogpDiff
+from streams.scoring.stats import LogpDiff, OffToken
 from streams.task import StreamTask
 
 
@@ -72,11 +73,22 @@ class RLLoop:
         self.consumed = list(state.consumed) if state else []
         self.dropped = list(state.dropped) if state else []
         self.checkpoints = Checkpointer(context)
+        self.monitor = Monitor(self.config)
+        self.published_off: OffToken | None = None
         self.result.best = read_best(self.checkpoints.folder / "best", self.version)
         self.journal = StepJournal.open(journal_path(self.config.root, "rl"), self.version)
         self.events = Events(self.config.cluster.call_timeout_s, context.stop, self.session.explain_death)
         self.evaluation = PeriodicEvaluation(
-            self.config, self.session, self.events, self.ledger, heldout, self.total, self.progress.say, self._evaluated
+            self.config,
+            self.session,
+            self.events,
+            self.ledger,
+            heldout,
+            self.total,
+            self.progress.say,
+            self._evaluated,
+            self._score_heldout,
+            self.monitor,
         )
         self._source = epochs(tasks, self.config.seed, [*self.consumed, *self.dropped])
         self._done_before = len(self.consumed) + len(self.dropped)
@@ -113,6 +125,7 @@ class RLLoop:
             self.events.wait()
         score = self._score_published()
         self.result.published, self.result.published_by_kind = score.diff, score.by_kind
+        self.published_off = score.off
         for worker in self.session.workers:
             stats = self.session.call(worker.stats.remote(), "a worker's counters")
             self.result.clips_encoded += stats.clips_encoded
@@ -196,6 +209,7 @@ class RLLoop:
 
     def _rolled_out(self, summary: GroupSummary, payload: Any, task: StreamTask, ticket: int, worker: int) -> None:
         self._load[worker] -= 1
+        self.monitor.observe(f"rollout worker {worker}", summary.monitor, summary.off)
         if summary.failed is not None:
             self._drop(summary, ticket, task)
             return
@@ -249,6 +263,8 @@ class RLLoop:
     def _train(self) -> None:
         if self._training or self.version >= self.total or not self.ledger.may_publish():
             return
+        if self.config.algorithm.mode == "sync" and self.evaluation.active:
+            return  # until the learner has scored its logs, at the version that they were sampled with
         groups = self.buffer.next_batch()
         if groups is None:
             return
@@ -282,6 +298,8 @@ class RLLoop:
 
     def _trained(self, report: TrainReport, weights: Any, groups: list[ReadyGroup], ages: list[int]) -> None:
         self._training = False
+        # Before the new weights reach anyone, or a checkpoint.
+        self.monitor.observe("learner, on training streams of its own version", report.age0, report.off)
         self.version = report.version
         self.buffer.trained()
         self.consumed += [g.summary.group for g in groups]
@@ -289,10 +307,7 @@ class RLLoop:
         for group in groups:
             self.result.versions_seen.update(group.summary.versions)
         self.result.monitor = LogpDiff.merge([self.result.monitor, *(g.summary.monitor for g in groups)])
-        metrics = report.metrics
-        if tokens := int(metrics.get("age0_tokens", 0)):
-            age0 = LogpDiff(tokens, metrics["age0_logp_diff_mean"], metrics["age0_logp_diff_max"])
-            self.result.age0 = LogpDiff.merge([self.result.age0, age0])
+        self.result.age0 = LogpDiff.merge([self.result.age0, report.age0])
         self.result.steps = self.version
         self.result.sampled_tokens += sum(g.summary.tokens for g in groups)
         self._publish(report.version, weights)
@@ -359,9 +374,17 @@ class RLLoop:
         self._saving.discard(step)
         self.checkpoints.save_failed(error, step, final=final)
 
+    def _score_heldout(self, summary: GroupSummary, payload: Any) -> Any | None:
+        """A reference to the learner's scores of a held-out stream; None if it stands, or is going to, at other weights."""
+        if self._training or summary.versions != (self.version,):
+            return None
+        return self.session.learners.score((payload,), (summary.log_tokens,))
+
     def _evaluated(self, version: int, values: dict[str, float | None]) -> None:
         shown = ", ".join(
-            f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if value is not None
+            f"{key.removeprefix('eval/')} {value:.3f}"
+            for key, value in values.items()
+            if value is not None and key.startswith("eval/")
         )
         self.progress.say(f"eval at step {version}: {shown}")
         self.journal.append(version, values, kind="eval")

@@ -55,6 +55,7 @@ def step_metrics(
         "swap/fetch_s": max((s.fetch_s for s in swaps), default=None),
         "mismatch/worker_max": monitor.max,
         "mismatch/worker_mean": monitor.mean,
+        "mismatch/worker_k3": monitor.k3,
         "mismatch/worker_tokens": float(monitor.tokens),
         "step/wall_s": clock.wall_s,
     }

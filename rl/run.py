@@ -24,6 +24,7 @@ from rl.features import check_features
 from rl.fit import MemoryPlan, plan_run
 from rl.journal import journal_path, read_lines
 from rl.loop import RLLoop
+from rl.monitor import Monitor
 from rl.runlock import RunLock
 from rl.stage import StageContext
 from rl.stages import TRAINING, StageStore, clear, flat, plain
@@ -39,9 +40,6 @@ from streams.scoring.stats import LogpDiff
 from streams.synthetic import generate
 from streams.task import StreamTask
 
-MAX_K3 = 1e-4
-"""Of the engine's distribution from the learner's, in bfloat16, estimated on streams of one version."""
-
 
 class Run:
     """The stages share the session, the tracker and the clock. `store` holds the plan of every stage."""
@@ -52,6 +50,7 @@ class Run:
         self.config, self.store, self.progress, self.lock, self.stop = config, store, progress, lock, stop
         self.root = config.root.resolve()
         self.began = time.monotonic()
+        self.monitor = Monitor(config)
         self.skipped: list[SkippedSample] = []
         self.bad_rows: dict[str, list[SkippedSample]] = {}
         self._introduced = False
@@ -151,20 +150,14 @@ class Run:
             f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {_shown(result.mean_reward_first)} -> "
             f"{_shown(result.mean_reward_last)}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
         )
-        published = {
-            "max_abs_logp_diff": result.published.max,
-            "mean_abs_logp_diff": result.published.mean,
-            "k3_logp_diff": result.published.k3,
-            "logp_diff_tokens": result.published.tokens,
-        }
-        check_mismatch(self.config, published)
+        self.monitor.judge("learner, on the published weights", result.published, loop.published_off)
         return asdict(result)
 
     def stage_eval(self) -> None:
         session = self._ready_session()
         checkpoints = self._eval_checkpoints()
         self._plan_memory(ModelGeometry.read(next(iter(checkpoints.values()))))
-        summary = run_evaluation(
+        summary, report = run_evaluation(
             self.config,
             session,
             self._tasks("heldout"),
@@ -179,8 +172,8 @@ class Run:
         self.progress.say(f"summary: {self.root / 'summary.json'}")
         if self.tracker.enabled:
             self.progress.say(f"metrics: .venv/bin/mlflow ui --backend-store-uri {self.tracker.uri}")
-        if self.config.eval.score_logs:
-            check_mismatch(self.config, summary)
+        if report is not None:
+            self.monitor.judge("learner, on held-out logs", report.diff, report.off)
 
     def _finish_summary(self, summary: dict[str, Any], stages: tuple[str, ...]) -> dict[str, Any]:
         """Add what the run's own `stages` behind the evaluated checkpoints measured, and every sample left out."""
@@ -340,7 +333,8 @@ class Run:
             max_streams=config.rollout.max_streams,
             kv_slots=self._memory.kv_slots,
             staging=config.weights.staging,
-            monitor_every=config.rollout.monitor_every,
+            monitor_every=config.monitor.every,
+            off_above=self.monitor.limits.token,
             run_seed=config.seed,
             version=version,
             attention=config.rollout.attention,
@@ -364,28 +358,8 @@ class Run:
             learner=asdict(learner),
             total_steps=steps,
             seed=self.config.seed,
+            off_above=self.monitor.limits.token,
             vision_attention=self.config.model.vision_attention,
-        )
-
-
-def check_mismatch(config: RunConfig, summary: dict[str, Any]) -> None:
-    """Raises RuntimeError if learner and engine disagree on the held-out logs, or if no token was compared."""
-    single = config.model.dtype == config.learner.dtype == "float32"
-    if config.eval.max_logp_diff:
-        key, limit = "max_abs_logp_diff", config.eval.max_logp_diff
-    else:
-        key, limit = ("max_abs_logp_diff", 1e-3) if single else ("mean_abs_logp_diff", 1e-2)
-    # Of whole tokens' distributions, beside single ones: a bias hides in the mean of |difference|.
-    k3 = summary.get("k3_logp_diff")
-    if not single and not config.eval.max_logp_diff and k3 is not None and not k3 <= MAX_K3:
-        raise RuntimeError(
-            f"learner and engine disagree: k3 divergence {k3:.2e} over {summary['logp_diff_tokens']} tokens is above {MAX_K3:g}"
-        )
-    # Written so that NaN fails, too.
-    if summary[key] is None or not summary[key] <= limit:
-        raise RuntimeError(
-            f"learner and engine disagree: {key}={summary[key]} over {summary['logp_diff_tokens']} tokens is above "
-            f"{limit} (eval.max_logp_diff={config.eval.max_logp_diff:g})"
         )
 
 

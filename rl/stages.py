@@ -53,7 +53,6 @@ _FREE = (
             "workers",
             "max_streams",
             "kv_memory_mb",
-            "monitor_every",
             "group_deadline_s",
             "threads",
             "attention",

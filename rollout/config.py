@@ -16,7 +16,6 @@ class RolloutConfig:
     """workers: actor processes. max_streams: streams that one engine runs at once. kv_memory_mb: its KV pool,
     0 = what max_streams of the longest streams can fill, or what the device has left.
 
-    monitor_every: re-score every N-th finished single-version stream with the worker's own weights (0 = never).
     group_deadline_s: a group not finished by then is dropped and counted. threads: torch threads of a worker.
     attention: the engine's backend; `auto` = FlashInfer where it runs (CUDA, half precision, installed), else torch.
     """
@@ -27,7 +26,6 @@ class RolloutConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    monitor_every: int = 16
     group_deadline_s: float = 120.0
     threads: int = 1
     attention: str = "auto"
@@ -49,8 +47,5 @@ class RolloutConfig:
                 f"rollout.top_k={self.top_k}, rollout.top_p={self.top_p}: truncated sampling needs the allowed ids of "
                 "every step in the log, which is not built yet; set top_k=0 and top_p=1.0"
             )
-        if self.monitor_every < 0 or not 0 < self.group_deadline_s < math.inf:
-            raise ValueError(
-                f"rollout.monitor_every={self.monitor_every} must be >= 0 and "
-                f"rollout.group_deadline_s={self.group_deadline_s} positive"
-            )
+        if not 0 < self.group_deadline_s < math.inf:
+            raise ValueError(f"rollout.group_deadline_s={self.group_deadline_s} must be a positive number of seconds")

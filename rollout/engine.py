@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from rollout.contiguous import StepRotation
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
 from streams.kernels import choose_rollout_attention
+from streams.lanes import Lanes
 from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
 from streams.memory import MemoryPolicy
@@ -92,12 +94,25 @@ def stream_bound(request: StreamRequest) -> int:
     )
     video = max((t.chunk.num_tokens for t in request.turns if t.chunk is not None), default=0)
     queries = sum(len(t.query.ids) + 1 for t in request.turns if t.query is not None)
+    copies = 0
+    if request.policy.lanes is Lanes.MEMORY:  # the last turn has none: no turn comes that could read it
+        copies = sum(layout.max_memory(t.span) for t in request.turns[:-1])
     return request.policy.max_live_tokens(
         per_turn=scaffold + video + layout.config.max_new_tokens,
-        fixed=len(layout.system_ids) + queries,
+        fixed=len(layout.system_ids) + queries + copies,
         video_per_turn=video,
         turns=len(request.turns),
     )
+
+
+def _seen(stream: _Stream, begin: int, end: int) -> np.ndarray:
+    """Slots that the segment [begin, end) of one lane attends to, its own included: live, of its lane or below."""
+    held = stream.writer.held
+    seen = slice(0, int(np.searchsorted(held.column("index"), end)))
+    slots = stream.slots.held[seen]
+    if stream.writer.policy.lanes is Lanes.ONE:
+        return slots
+    return slots[held.column("lane")[seen] <= stream.writer.log.column("lane")[begin]]
 
 
 class Engine:
@@ -196,7 +211,7 @@ class Engine:
         if writer.state is None or writer.state.over:
             if stream.forwarded < writer.log.length:
                 self._add_segment(stream, step)
-                if stream.contiguous:
+                if stream.contiguous and stream.forwarded == writer.log.length:
                     return
             turn_input = stream.request.turns[writer.turn + 1]
             evicted, _ = writer.begin_turn(turn_input, self.version)
@@ -224,7 +239,7 @@ class Engine:
             step.choosing.append((stream, step.rows - 1))
 
     def _add_segment(self, stream: _Stream, step: _Step) -> None:
-        """All logged tokens not yet forwarded become one segment over the live slots."""
+        """All logged tokens not yet forwarded become one segment over the live slots, or one for every run of a lane."""
         log = stream.writer.log
         start, stop = stream.forwarded, log.length
         new = self.pool.allocate(stop - start)
@@ -233,8 +248,10 @@ class Engine:
         positions = log.positions_between(start, stop)
         step.positions.append(step.rotation.segment(positions, contiguous=stream.contiguous))
         step.new_slots.append(new)
-        step.segments.append(Segment(step.rows, stop - start, stream.slots.held))
-        step.rows += stop - start
+        cuts = np.flatnonzero(np.diff(log.column("lane")[start:stop])) + start + 1
+        for begin, end in pairwise([start, *cuts.tolist(), stop]):
+            step.segments.append(Segment(step.rows, end - begin, _seen(stream, begin, end)))
+            step.rows += end - begin
         stream.forwarded = stop
 
     def _forward(self, step: _Step) -> None:

@@ -42,7 +42,7 @@ from streams.messages import (
 )
 from streams.meter import Meter
 from streams.scoring.logprobs import behaviour_differences
-from streams.scoring.stats import LogpDiff
+from streams.scoring.stats import LogpDiff, OffToken, most_telling
 from streams.task import StreamTask
 from streams.video import Clip, ClipReader
 from streams.writer import StreamWriter, check_timestamps_kept
@@ -69,6 +69,7 @@ class _Group:
     layout: Layout | None = None
     logs: dict[str, StreamLog] = field(default_factory=dict)
     monitor: list[LogpDiff] = field(default_factory=list)
+    off: list[OffToken | None] = field(default_factory=list)
 
     def stream_ids(self) -> list[str]:
         return [f"{self.task.group}/{i}" for i in range(self.task.streams)]
@@ -382,6 +383,8 @@ class RolloutService:
         with self.meter.phase("self-check"):
             differences = behaviour_differences(self.backbone, [stream], [features])[0]
         group.monitor.append(LogpDiff.of(differences))
+        sampled = np.flatnonzero(stream.sampled)
+        group.off.append(OffToken.of(stream, sampled, differences, self.setup.off_above))
 
     def _drop_late(self) -> None:
         now = time.monotonic()
@@ -409,6 +412,7 @@ class RolloutService:
             seconds=time.monotonic() - group.began,
             clip_seconds=self._clip_seconds(group.task.task, group.task.turns),
             monitor=LogpDiff.merge(group.monitor),
+            off=most_telling(group.off),
             features=group.encoded_ref,
             feature_bytes=0 if group.encoded is None else group.encoded.nbytes,
         )

@@ -72,6 +72,7 @@ def turn_inputs(
                 patch_times=tuple(float(x) for x in times[turn]),
             ),
             by_turn.get(turn),
+            (turn * chunk_seconds, (turn + 1) * chunk_seconds),
         )
         for turn in range(len(clip.frames))
     )

@@ -8,7 +8,8 @@ never re-tokenised. Layout of turn t (Qwen2.5-VL), equal to `apply_chat_template
 
 Qwen3-VL writes time as text: every temporal patch of a chunk is `<12.3 seconds> <|vision_start|> [video] <|vision_end|>`,
 its time counted from the start of the stream. Turn 0 is preceded by the system message, without its trailing newline:
-that newline opens turn 0, as any other.
+that newline opens turn 0, as any other. With two lanes (`streams.lanes`) the query stands before all of this, and a copy
+of what was thought and said behind it: `\n[12-13 s]\n thought \n[said]\n answer`.
 Source: ThinkStream (arXiv 2603.12938), Watch-Think-Speak paradigm.
 """
 
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from streams.log import ChunkRecord, Kind, StreamLog
+from streams.lanes import SAID, Lanes, Span, head
+from streams.log import GENERATED, ChunkRecord, Kind, StreamLog
 from streams.turns import ParsedTurn
 
 STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
@@ -81,6 +83,7 @@ class Part:
     kind: Kind
     grid: tuple[int, int, int] | None = None
     keep: tuple[int, ...] | None = None
+    lane: int = 0
 
 
 @dataclass
@@ -97,6 +100,7 @@ class Layout:
     timestamps: bool = False
     tokens: LayoutTokens = field(init=False)
     banned: tuple[int, ...] = field(init=False)
+    # Ids of short texts that come again: times.
     _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,7 +113,9 @@ class Layout:
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
         self.tokens = LayoutTokens(*[one(name) for name in (*names, *STREAMING_TOKENS)])
         self.banned = self._ban_list()
+        self._not_copied = np.union1d(self.banned, self._control_ids())
         encode = self._encode
+        self._said = encode(SAID)
         self._newline_user = [*encode("\n"), self.tokens.im_start, *encode("user\n")]
         self._header = [self.tokens.im_end, *encode("\n"), self.tokens.im_start, *encode("assistant\n")]
         self.system_ids = [
@@ -142,8 +148,11 @@ class Layout:
                 raise ValueError(f"{what} {text!r} contains {name!r}, which the model may not write there")
         return ids
 
-    def prefill(self, chunk: ChunkRecord | None, query: list[int] | None) -> tuple[Part, ...]:
-        """What a turn is shown, in order; `chunk` None means a text-only turn."""
+    def prefill(self, chunk: ChunkRecord | None, query: list[int] | None, lanes: Lanes = Lanes.ONE) -> tuple[Part, ...]:
+        """What a turn is shown, in order; `chunk` None means a text-only turn. Generation goes on in the last part's lane."""
+        if lanes is Lanes.MEMORY:
+            asked = (_part([*self._encode("\n"), *query], Kind.QUERY),) if query else ()
+            return (*asked, *(replace(part, lane=1) for part in self.prefill(chunk, None)))
         parts = [_part(self._newline_user, Kind.SCAFFOLD)]
         if chunk is not None:
             for stamp, grid, keep in self._vision_blocks(chunk):
@@ -178,8 +187,27 @@ class Layout:
                 keep = tuple(i - patch * cells for i in keep if patch * cells <= i < (patch + 1) * cells)
             yield self._timestamp(seconds), (1, height, width), keep
 
+    def memory(self, ids: np.ndarray, kinds: np.ndarray, span: Span | None) -> Part | None:
+        """The copy of a turn that stays, from the ids that it generated; None if it neither thought nor answered.
+
+        Tags and whatever else is a control token stay behind, also where a malformed turn has them inside its text.
+        """
+        free = ~np.isin(ids, self._not_copied)
+        thought = ids[free & (kinds == Kind.THINK)].tolist()
+        spoke = (ids[kinds == Kind.DECISION] == self.tokens.response).any()
+        answer = ids[free & (kinds == Kind.RESPONSE)].tolist() if spoke else []
+        if not thought and not answer:
+            return None
+        return _part([*self._short(head(span)), *thought, *(self._said if answer else ()), *answer], Kind.MEMORY)
+
+    def max_memory(self, span: Span | None) -> int:
+        """Most tokens of that copy: an answer costs a turn at least the end of its thought, its decision and its end."""
+        return len(self._short(head(span))) + len(self._said) + self.config.max_new_tokens - 3
+
     def _timestamp(self, seconds: float) -> list[int]:
-        text = f"<{seconds:.1f} seconds>"
+        return self._short(f"<{seconds:.1f} seconds>")
+
+    def _short(self, text: str) -> list[int]:
         if text not in self._stamps:
             self._stamps[text] = self._encode(text)
         return self._stamps[text]
@@ -193,7 +221,7 @@ class Layout:
 
     def parse_turns(self, log: StreamLog) -> tuple[ParsedTurn, ...]:
         """What each turn of a finished log thought and said."""
-        generated = np.isin(log.kind, (Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END))
+        generated = np.isin(log.kind, GENERATED)
         forced = generated & ~log.sampled & ~log.target
         turns = []
         for turn in range(log.num_turns):

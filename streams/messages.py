@@ -7,6 +7,7 @@ travel by object reference from the process that made them to the one that needs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy as np
 from streams.layout import LayoutConfig
 from streams.log import StreamLog
 from streams.memory import MemoryConfig
-from streams.scoring.stats import LogpDiff
+from streams.scoring.stats import LogpDiff, OffToken
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
 from streams.video import VideoConfig
 
-MESSAGES_VERSION = 3
+MESSAGES_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class ProcessUsage:
 class WorkerSetup:
     """What a rollout worker needs before its first group.
 
-    kv_slots: tokens of its KV pool. staging: where fetched weights wait, `device` or `host`.
+    kv_slots: tokens of its KV pool. staging: where fetched weights wait, `device` or `host`. monitor_every: re-score every
+    N-th stream of one version; off_above: the difference from which on a token of it is named.
     """
 
     checkpoint: str
@@ -73,6 +75,7 @@ class WorkerSetup:
     monitor_every: int
     run_seed: int
     version: int = 0
+    off_above: float = math.inf
     staging: str = "device"
     attention: str = "auto"
     vision_attention: str = "auto"
@@ -148,8 +151,8 @@ class GroupSummary:
     """The light half of a group, for driver and scorer. `failed` says why there is no payload; None if all went well.
 
     oldest_version: of any token in the group. versions: weight versions seen by its tokens. tokens: sampled tokens.
-    monitor: worker-side mismatch of the re-scored streams of this group. features: object reference to the clip at the
-    freeze boundary or None, and its size.
+    monitor: worker-side mismatch of the re-scored streams of this group; off: the token to look at. features: object
+    reference to the clip at the freeze boundary or None, and its size.
     """
 
     group: str
@@ -164,6 +167,7 @@ class GroupSummary:
     seconds: float = 0.0
     clip_seconds: float = 0.0
     monitor: LogpDiff = field(default_factory=LogpDiff)
+    off: OffToken | None = None
     features: Any = None
     feature_bytes: int = 0
     failed: str | None = None
@@ -222,6 +226,7 @@ class LearnerSetup:
     """What a learner rank needs before its first step. learner: its config, as plain values.
 
     reference: the checkpoint that RL started from, for the KL to it (empty = none is held); a resume names the same one.
+    off_above: the difference of log-probs from which on a token is named.
     """
 
     checkpoint: str
@@ -231,6 +236,7 @@ class LearnerSetup:
     seed: int
     version: int = 0
     reference: str = ""
+    off_above: float = math.inf
     vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION
 
@@ -261,20 +267,28 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one optimiser step did; `version` is the learner's version after it."""
+    """What one optimiser step did; `version` is the learner's version after it.
+
+    age0: mismatch on the streams sampled wholly at the version before it; off: the token of them to look at.
+    """
 
     step: int
     version: int
     metrics: dict[str, float]
+    age0: LogpDiff = field(default_factory=LogpDiff)
+    off: OffToken | None = None
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """Scores of groups under the learner's current weights: mismatch of behaviour log-probs, over all and by kind."""
+    """Scores of groups under the learner's current weights: mismatch of behaviour log-probs, over all and by kind; off: the
+    token to look at.
+    """
 
     version: int
     diff: LogpDiff
     by_kind: dict[str, LogpDiff]
+    off: OffToken | None = None
 
 
 @dataclass(frozen=True)

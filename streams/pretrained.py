@@ -104,6 +104,28 @@ def check_image_statistics(checkpoint: Path, image: ImageSpec) -> None:
             )
 
 
+def model_type(checkpoint: Path) -> str:
+    """What a folder's config.json names; empty if it names none. Raises ValueError if it is damaged."""
+    return str(_config(checkpoint).get("model_type", ""))
+
+
+def token_side(checkpoint: Path) -> int:
+    """Pixels along one side of a video token: patch size times merge size, from a folder's config.json."""
+    vision = _config(checkpoint).get("vision_config")
+    if not isinstance(vision, dict) or "patch_size" not in vision:
+        raise ValueError(
+            f"model.path={checkpoint}: config.json has no vision_config.patch_size: this is no vision model"
+        )
+    return int(vision["patch_size"]) * int(vision.get("spatial_merge_size", 2))
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((checkpoint / "config.json").read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.path={checkpoint}: config.json is damaged: {error}") from error
+
+
 def check_rope_theta(checkpoint: Path) -> None:
     """Refuses a Qwen3-VL checkpoint that leaves its rotary base to the reader: releases of transformers differ on it."""
     config = json.loads((checkpoint / "config.json").read_text())
@@ -133,14 +155,6 @@ def check_no_dropout(checkpoint: Path) -> None:
                     f"model.path={checkpoint}: config.json has {prefix}{key}={value}; set it to 0, training needs the very "
                     "log-probs that were sampled"
                 )
-
-
-def token_side(checkpoint: str | Path) -> int:
-    """Pixels along one side of a video token: patch size times merge size, from the config of a folder or hub id."""
-    from transformers import AutoConfig  # takes a second to import
-
-    vision = AutoConfig.from_pretrained(checkpoint).vision_config
-    return int(vision.patch_size) * int(vision.spatial_merge_size)
 
 
 def is_hub_id(path: str) -> bool:

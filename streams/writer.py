@@ -1,17 +1,20 @@
 """StreamWriter: writes one stream's log, turn by turn; the one place where layout, memory and positions meet.
 
 Owner: streams. The rollout engine drives it with sampled tokens, SFT with demonstrated ones: both write the same log.
-Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment.
+Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment. With two
+lanes the copy of a turn follows its own eviction, when the next turn begins. A lane change starts a new segment.
 Invariants: a turn starts at its first prefilled token; eviction happens only between segments; queries are closed by
 a turn that chose to respond, or by their `until` turn.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from streams.lanes import Lanes, Span
 from streams.layout import Layout, Part, TurnState
 from streams.live import LiveSet, TurnHistory
 from streams.log import GENERATED_TEXT, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
@@ -30,10 +33,11 @@ class QueryInput:
 
 @dataclass(frozen=True)
 class TurnInput:
-    """What one turn shows: a chunk of video, a query, both, or neither."""
+    """What one turn shows: a chunk of video, a query, both, or neither. span: told by the copy of a turn, if there is one."""
 
     chunk: ChunkRecord | None
     query: QueryInput | None = None
+    span: Span | None = None
 
 
 def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
@@ -43,22 +47,31 @@ def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
 
 @dataclass
 class StreamWriter:
-    """Writes the log of one stream. `held` are the tokens that are still visible; generated: text tokens so far."""
+    """Writes the log of one stream. `held` are the tokens that are still visible; generated: text tokens so far.
+
+    positions: the counter of lane 0; lane 1 has one of its own.
+    """
 
     header: LogHeader
     layout: Layout
     policy: MemoryPolicy
     positions: PositionCursor
     log: LogBuilder = field(init=False)
+    _cursors: tuple[PositionCursor, PositionCursor] = field(init=False)
     held: LiveSet = field(default_factory=LiveSet)
     history: TurnHistory = field(default_factory=TurnHistory)
     turn: int = -1
     generated: int = 0
     state: TurnState | None = None
     _generation_begun: bool = False
+    # Of the turn that runs: where generation goes on, of which time it is, ids and kinds that it generated.
+    _lane: int = 0
+    _span: Span | None = None
+    _wrote: list[tuple[int, Kind]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
+        self._cursors = (self.positions, replace(self.positions))
         self.log = LogBuilder(self.header, RegionBook() if self.policy.positions == CONTIGUOUS else None)
 
     @property
@@ -79,14 +92,15 @@ class StreamWriter:
         self.turn += 1
         chunk, query = turn_input.chunk, turn_input.query
         left = self._evict(chunk)
-        parts = self.layout.prefill(chunk, None if query is None else list(query.ids))
-        start = self.log.begin_segment()
+        self._remember(version)
+        start = self.log.length
+        parts = self.layout.prefill(chunk, None if query is None else list(query.ids), self.policy.lanes)
         if self.turn == 0:
-            self._append(Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), version)
-        for part in parts:
-            self._append(part, version)
+            parts = (Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), *parts)
+        self._append(parts, self.turn, version)
         if self.regions is not None:
             self.regions.settle(self.live, self.held.column("position"))
+        self._span, self._wrote = turn_input.span, []
         if chunk is not None:
             self.log.add_chunk(chunk)
         if query is not None:
@@ -116,32 +130,50 @@ class StreamWriter:
             self.log.begin_segment()
             self._generation_begun = True
         kind = self.state.advance(token)
-        positions = self.positions.text(1)
+        positions = self._cursors[self._lane].text(1)
         at = self.log.append(
             [token],
             kind,
             positions,
             turn=self.turn,
             version=version,
+            lane=self._lane,
             sampled=sampled,
             target=target,
             logp=logp,
         )
+        self._wrote.append((token, kind))
         text = kind in GENERATED_TEXT
-        self.held.append(at, [token], positions, kind=kind, turn=self.turn, ordinal=self.generated if text else -1)
+        ordinal = self.generated if text else -1
+        self.held.append(at, [token], positions, kind=kind, turn=self.turn, ordinal=ordinal, lane=self._lane)
         self.generated += text
         return kind
 
     def finish(self) -> StreamLog:
         return self.log.finish()
 
-    def _append(self, part: Part, version: int) -> None:
-        if part.grid is None:
-            positions = self.positions.text(len(part.ids))
-        else:
-            positions = self.positions.video(part.grid, part.keep)
-        at = self.log.append(part.ids, part.kind, positions, turn=self.turn, version=version)
-        self.held.append(at, part.ids, positions, kind=part.kind, turn=self.turn)
+    def _append(self, parts: Sequence[Part], turn: int, version: int) -> None:
+        """Append parts of one turn: a segment for every run of one lane."""
+        lane = None
+        for part in parts:
+            if part.lane != lane:
+                lane = self._lane = part.lane
+                self.log.begin_segment()
+                if lane == 1:
+                    self._cursors[1].offset = self.policy.lane_one_begins(*(c.offset for c in self._cursors))
+            cursor = self._cursors[part.lane]
+            positions = cursor.text(len(part.ids)) if part.grid is None else cursor.video(part.grid, part.keep)
+            at = self.log.append(part.ids, part.kind, positions, turn=turn, version=version, lane=part.lane)
+            self.held.append(at, part.ids, positions, kind=part.kind, turn=turn, lane=part.lane)
+
+    def _remember(self, version: int) -> None:
+        """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
+        if self.policy.lanes is not Lanes.MEMORY or not self._wrote:
+            return
+        ids, kinds = np.asarray(self._wrote, np.int32).T
+        copy = self.layout.memory(ids, kinds, self._span)
+        if copy is not None:
+            self._append([copy], self.turn - 1, version)
 
     def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
         """Let go what the policy names; returns its log indices."""

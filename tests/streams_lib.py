@@ -77,6 +77,10 @@ def brute_force_expiry(
                 return start[t]
         return NEVER
 
+    def end_of_lane_one(turn: int) -> int:
+        copied = np.flatnonzero((log.turn == turn) & (log.kind == Kind.MEMORY))
+        return int(copied[0]) if len(copied) else start_of(turn + 1)
+
     def unlucky(i: int, turn: int) -> int:
         for t in range(turn + 1, count):
             drawn = np.random.default_rng([memory.seed, t]).random(i + 1)[i] < memory.rate
@@ -95,6 +99,8 @@ def brute_force_expiry(
             expiry[i] = unlucky(i, turn)
         elif memory.name == "full" or kind == Kind.SYSTEM:
             continue
+        elif memory.name == "text_memory":
+            expiry[i] = NEVER if kind in (Kind.QUERY, Kind.MEMORY) else end_of_lane_one(turn)
         elif kind == Kind.VIDEO:
             last = start_of(budgeted.get(turn, NEVER))
             expiry[i] = last if memory.name == "visual_budget" else nth_video_turn_after(turn, memory.window)

@@ -14,7 +14,6 @@ from hydra.errors import HydraException
 import launch
 from conf.schema import RunConfig, load_config
 from rl.checks import check_nothing_needed_is_replaced, preflight
-from rl.run import check_mismatch
 from streams.tiny_spec import QWEN3_SPEC
 
 launch.register_schema()
@@ -51,7 +50,8 @@ def options() -> list[str]:
 
 @pytest.mark.parametrize("option", options())
 def test_every_option_of_every_group_validates(option):
-    own_data = ("data=jsonl", "data=thinkstream", "experiment=thinkstream_qwen2_5_vl_3b")
+    presets = [f"experiment={name}" for name in ("thinkstream_qwen2_5_vl_3b", "vst_7b", "streamingvlm_7b")]
+    own_data = ("data=jsonl", "data=thinkstream", *presets)
     extra = OWN_DATA[1:] if option in own_data else []
     assert isinstance(composed(option, "run_root=/shared/run", *extra), RunConfig)
 
@@ -164,8 +164,8 @@ NUMBERS = (
     *("model.tiny.rope_theta", "data.video.chunk_seconds", "rollout.temperature", "rollout.group_deadline_s"),
     *("learner.lr", "learner.weight_decay", "learner.grad_clip", "learner.collective_timeout_s", "sft.epochs"),
     *("sft.decision_weight_clamp", "sft.answer_weight", "algorithm.clip_low", "algorithm.clip_high"),
-    *("algorithm.kl_coef", "eval.max_logp_diff", "eval.transcript_mb", "checkpoint.grace_s", "cluster.actor_cpus"),
-    *("cluster.start_timeout_s", "cluster.call_timeout_s", "watch.at", "watch.seconds"),
+    *("algorithm.kl_coef", "monitor.max", "monitor.mean", "monitor.k3", "eval.transcript_mb", "checkpoint.grace_s"),
+    *("cluster.actor_cpus", "cluster.start_timeout_s", "cluster.call_timeout_s", "watch.at", "watch.seconds"),
 )
 
 
@@ -180,6 +180,11 @@ def test_no_number_may_be_nan_infinite_or_negative(key, value):
 def test_own_data_without_files_do_not_fall_back_to_generated_ones(data):
     with pytest.raises(FileNotFoundError, match=r"data\.train: TRAIN\.jsonl does not exist \(set data\.train"):
         preflight(composed(f"data={data}"))
+
+
+def test_a_model_that_is_nowhere_is_named():
+    with pytest.raises(FileNotFoundError, match=r"model\.path=/nonexistent/model: no such folder, and not a hub id"):
+        preflight(composed("model.path=/nonexistent/model"))
 
 
 def test_a_run_root_that_is_a_file_is_named(tmp_path):
@@ -215,23 +220,12 @@ def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
     assert start.is_dir()
 
 
-@pytest.mark.parametrize("worst", [None, float("nan"), 0.1])
-def test_a_mismatch_that_is_missing_nan_or_large_fails_the_run(worst):
-    summary = {"max_abs_logp_diff": worst, "mean_abs_logp_diff": worst, "logp_diff_tokens": 5}
-    with pytest.raises(RuntimeError, match="learner and engine disagree"):
-        check_mismatch(composed(), summary)
-    check_mismatch(composed(), summary | {"max_abs_logp_diff": 1e-5})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["foo=1"], "foo"),
         (["algorithm.group_size=1"], "algorithm.group_size=1"),
         (["job=eval"], "data.heldout"),
-        ([*OWN_DATA], "data.train"),
-        (["model=/nonexistent/model"], "model.path=/nonexistent/model"),
     ],
 )
 def test_the_command_line_stops_with_the_key_named_and_no_traceback(tmp_path, arguments, message):

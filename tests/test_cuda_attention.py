@@ -11,8 +11,9 @@ from rollout.cache import KVPool
 from streams.backbone import Backbone
 from streams.kernels import choose_vision_attention, has_module
 from streams.layout import LayoutConfig
+from streams.scoring.block_mask import BLOCK
 from streams.scoring.compiled import compile_count
-from streams.scoring.mask import BLOCK, DensePlan, FlexPlan, block_mask, dense_mask
+from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
 
@@ -67,7 +68,7 @@ def test_flex_compiles_no_more_often_than_it_must():
     for i, (rows, blocks) in enumerate([(1, 2), (3, 2), (1, 5), (2, 3), (4, 2), (1, 9)]):
         expiry, lane, q, k, v = random_rows(rows, blocks * BLOCK, i)
         q, k, v = (t.bfloat16() for t in (q, k, v))
-        with_gradients(FlexPlan(block_mask(expiry, lane, q.dtype)), q, k, v)
+        with_gradients(FlexPlan(block_mask(expiry, lane)), q, k, v)
     assert compile_count() - before <= 4
 
 

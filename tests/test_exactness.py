@@ -1,38 +1,31 @@
-"""Train-inference exactness on the real tiny modules: the engine's log-probs are the learner's, for every policy.
+"""What the proof of exactness stands on: extreme windows, DeepStack, no fp32 inside fp64, defects that are defects.
 
-fp64 is the proof (1e-10), fp32 the sanity row. Every planted defect must miss the fp64 bar a thousandfold: a bar that a
-wrong mask also passes would prove nothing.
+The proof itself is `benchmarks.consistency` (tests/test_consistency.py); its properties are in tests/test_policies_exact.py,
+tests/test_causality.py, tests/test_independence.py and tests/test_generate.py.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rollout.engine import Engine
-from streams.log import NEVER, Kind
+from benchmarks.exactness.defects import off_by_one, written_again
+from benchmarks.exactness.rows import POLICIES
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences
 from tests.streams_lib import (
     MODEL_TYPES,
-    brute_force_expiry,
     differences,
     joined_features,
     loud_backbone,
     norms_in_input_dtype,
-    random_turns,
-    request,
     run,
 )
 from tests.streams_lib import random_requests as streams
 
 FP64_BAR = 1e-10
-POLICIES = [MemoryConfig("full"), MemoryConfig("rcsm", 3), MemoryConfig("recent_frames", 3)]
-NAMES = [policy.name for policy in POLICIES]
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
@@ -46,38 +39,6 @@ def fp32(request, tmp_path_factory):
     return loud_backbone(tmp_path_factory.mktemp("fp32"), torch.float32, request.param)
 
 
-def rescored_with(backbone, logs, requests, expiry_of):
-    """Mismatch of logs whose expiry was replaced by a defective one."""
-    wrong = [
-        dataclasses.replace(log, expiry=expiry_of(log, r).astype(np.int32))
-        for log, r in zip(logs, requests, strict=True)
-    ]
-    return differences(backbone, wrong, requests)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", POLICIES, ids=NAMES)
-def test_fp64_engine_equals_one_masked_forward(fp64, memory):
-    requests = streams(fp64, memory, 60, seed=1, low=8)
-    logs = run(fp64, requests)
-    diff = differences(fp64, logs, requests)
-    assert len(diff) >= 3400, "the three policies together must reach 10,000 sampled tokens"
-    assert diff.max() <= FP64_BAR
-    assert sum((log.kind == Kind.QUERY).any() for log in logs) > 20
-    assert sum(int((log.sampled & (log.kind == Kind.END)).sum()) for log in logs) > 50, "ends that were sampled"
-    assert sum(int((~log.sampled & np.isin(log.kind, (Kind.THINK, Kind.END))).sum()) for log in logs) > 100, "forced"
-    if memory.name != "full":
-        assert all((log.expiry < len(log)).any() for log in logs), "every stream must have evicted"
-
-
-@pytest.mark.parametrize("memory", POLICIES, ids=NAMES)
-def test_fp32_engine_is_within_rounding_of_one_masked_forward(fp32, memory):
-    requests = streams(fp32, memory, 16, seed=2)
-    diff = differences(fp32, run(fp32, requests), requests)
-    assert diff.max() <= 3e-4
-    assert diff.mean() <= 1e-5
-
-
 @pytest.mark.parametrize("window", [1, 50])
 @pytest.mark.parametrize("name", ["rcsm", "recent_frames"])
 def test_windows_of_one_and_beyond_the_stream_are_exact(fp64, name, window):
@@ -85,81 +46,26 @@ def test_windows_of_one_and_beyond_the_stream_are_exact(fp64, name, window):
     assert differences(fp64, run(fp64, requests), requests).max() <= FP64_BAR
 
 
-@pytest.fixture(scope="module", params=POLICIES[1:], ids=NAMES[1:])
-def evicting(request, fp64):
-    requests = streams(fp64, request.param, 6, seed=4, low=8)
-    return request.param, requests, run(fp64, requests)
-
-
 class TestPlantedDefects:
-    """Each defect is planted where it would stand in a real system and must be caught a thousandfold."""
+    """What proves that the defects of benchmarks.exactness are defects: without one, the same machinery finds nothing."""
 
     CAUGHT = 1000 * FP64_BAR
 
-    def test_a_plain_causal_mask_is_caught(self, fp64, evicting):
-        _, requests, logs = evicting
-        diff = rescored_with(fp64, logs, requests, lambda log, r: np.full(len(log), NEVER))
-        assert diff.max() > self.CAUGHT
+    @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+    def test_a_log_written_again_under_its_own_policy_is_the_log(self, fp64, policy):
+        requests = streams(fp64, policy.memory, 2, seed=4, low=8)
+        for log, r in zip(run(fp64, requests), requests, strict=True):
+            again = written_again(fp64, log, r, policy.memory)
+            for column in ("ids", "kind", "turn", "segment", "lane", "positions", "expiry", "sampled", "target"):
+                assert (getattr(again, column) == getattr(log, column)).all(), column
+            assert again.chunks == log.chunks
 
-    @pytest.mark.parametrize("shift", [-1, 1])
-    def test_a_window_off_by_one_turn_is_caught(self, fp64, evicting, shift):
-        memory, requests, logs = evicting
-        wrong = MemoryConfig(memory.name, memory.window + shift)
-        diff = rescored_with(fp64, logs, requests, lambda log, r: brute_force_expiry(log, r.turns, wrong, fp64.layout))
-        assert diff.max() > self.CAUGHT
-
-    def test_a_turn_that_starts_at_its_video_is_caught(self, fp64, evicting):
-        _, requests, logs = evicting
-
-        def late(log, r):
-            expiry = log.expiry.astype(np.int64)
-            for turn in range(1, log.num_turns):
-                start = int(np.flatnonzero(log.turn == turn)[0])
-                video = np.flatnonzero((log.turn == turn) & (log.kind == Kind.VIDEO))
-                if len(video):
-                    expiry[log.expiry == start] = video[0]
-            return expiry
-
-        assert rescored_with(fp64, logs, requests, late).max() > self.CAUGHT
-
-    def test_an_end_token_forwarded_after_eviction_is_caught(self, fp64, evicting, monkeypatch):
-        _, requests, _ = evicting
-        right = Engine._gather
-
-        def late_end(self, stream, step):
-            """The published off-by-one: END rides in the next turn's prefill, after its eviction."""
-            add = Engine._add_segment
-            over = stream.writer.state is not None and stream.writer.state.over
-            skipped = [over and stream.forwarded < stream.writer.log.length]
-
-            def skip_first(self, stream, step):
-                if skipped[0]:
-                    skipped[0] = False
-                    return
-                add(self, stream, step)
-
-            monkeypatch.setattr(Engine, "_add_segment", skip_first)
-            try:
-                right(self, stream, step)
-            finally:
-                monkeypatch.setattr(Engine, "_add_segment", add)
-
-        monkeypatch.setattr(Engine, "_gather", late_end)
-        logs = run(fp64, requests)
-        assert differences(fp64, logs, requests).max() > self.CAUGHT
-
-    @pytest.mark.parametrize("memory", POLICIES, ids=NAMES)
-    def test_a_ban_list_missing_in_the_learner_is_caught(self, fp64, memory, monkeypatch):
-        requests = streams(fp64, memory, 4, seed=5)
-        logs = run(fp64, requests)
-        monkeypatch.setattr(fp64, "_ban_index", torch.tensor([], dtype=torch.long))
-        assert differences(fp64, logs, requests).max() > self.CAUGHT
-
-    def test_the_brute_force_rule_itself_is_what_the_engine_logged(self, fp64, evicting):
-        """The null of the defects above: the same machinery without a defect finds nothing."""
-        memory, requests, logs = evicting
-        diff = rescored_with(fp64, logs, requests, lambda log, r: brute_force_expiry(log, r.turns, memory, fp64.layout))
-        assert diff.max() <= FP64_BAR
+    def test_each_variant_of_a_wrong_window_is_another_policy(self):
+        for policy in POLICIES:
+            wrong = off_by_one(policy.memory)
+            assert len(set(map(repr, wrong))) == len(wrong)
+            assert policy.memory not in wrong
+            assert wrong or policy.name in ("full", "random")
 
 
 @pytest.fixture(scope="module")
@@ -244,27 +150,3 @@ def test_without_the_norm_patch_the_detector_does_find_fp32(tmp_path, model_type
     with mode:
         run(backbone, streams(backbone, MemoryConfig("full"), 1, seed=6))
     assert mode.found
-
-
-@pytest.mark.parametrize("memory", POLICIES, ids=NAMES)
-def test_streams_do_not_depend_on_what_else_runs(fp64, memory):
-    requests = streams(fp64, memory, 6, seed=7)
-    together = run(fp64, requests)
-    for alone, among in zip((run(fp64, [r])[0] for r in requests), together, strict=True):
-        assert (alone.ids == among.ids).all()
-        assert (alone.expiry == among.expiry).all()
-        np.testing.assert_allclose(alone.behaviour_logp, among.behaviour_logp, atol=FP64_BAR)
-
-
-@pytest.mark.parametrize("memory", POLICIES, ids=NAMES)
-def test_the_future_changes_nothing_before_it(fp64, memory):
-    rng = np.random.default_rng(8)
-    turns = random_turns(fp64, rng, 8)
-    first = run(fp64, [request(fp64, memory, turns, "s", feature_seed=1)])[0]
-    others = random_turns(fp64, np.random.default_rng(9), 8)
-    changed = request(fp64, memory, (*turns[:5], *others[5:]), "s", feature_seed=1)
-    second = run(fp64, [changed])[0]
-    cut = int(np.flatnonzero(first.turn == 5)[0])
-    assert (first.ids[:cut] == second.ids[:cut]).all()
-    np.testing.assert_allclose(first.behaviour_logp[:cut], second.behaviour_logp[:cut], atol=FP64_BAR)
-    assert not (len(first) == len(second) and (first.ids == second.ids).all()), "the future must really differ"

@@ -1,4 +1,6 @@
-"""With `full` memory and greedy decoding, the engine writes what the backbone's own `generate` writes, token for token."""
+"""Property: with `full` memory and greedy decoding, the engine writes what the backbone's own `generate` writes, token for
+token; and golden tables of the positions.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
 from rollout.engine import StreamRequest
@@ -51,24 +55,36 @@ def backbone(case, tmp_path_factory):
         yield loud_backbone(tmp_path_factory.mktemp("generate"), torch.float64, case.spec, layout)
 
 
-def stream(backbone, seed, turns=6, patches=1):
+@dataclass(frozen=True)
+class Shown:
+    """A stream to be watched: frames by seed, all of one size; some turns without video, some with a query."""
+
+    seed: int = 0
+    turns: int = 6
+    patches: int = 1
+    size: tuple[int, int] = SIZES[0]
+    text_only: frozenset[int] = frozenset()
+    asked: frozenset[int] = frozenset({1, 4})
+
+
+def stream(backbone, shown):
     """A greedy stream over real frames: (request, uint8 frames of each chunk)."""
-    rng = np.random.default_rng(seed)
-    height, width = SIZES[seed % len(SIZES)]
+    rng = np.random.default_rng(shown.seed)
+    height, width = shown.size
     side = token_side(backbone.source)
-    frames = rng.integers(0, 256, (turns, 2 * patches, height * side, width * side, 3), np.uint8)
+    chunks = [turn for turn in range(shown.turns) if turn not in shown.text_only]
+    frames = rng.integers(0, 256, (len(chunks), 2 * shown.patches, height * side, width * side, 3), np.uint8)
     with torch.no_grad():
         features = backbone.encode_video([frames])[0]
     inputs = []
-    for turn in range(turns):
-        chunk = chunk_record(turn, (patches, height, width))
-        query = (
-            QueryInput(tuple(backbone.layout.query_ids("What colour is the shape now?"))) if turn in (1, 4) else None
-        )
+    for turn in range(shown.turns):
+        chunk = chunk_record(turn, (shown.patches, height, width)) if turn in chunks else None
+        asked = turn in shown.asked
+        query = QueryInput(tuple(backbone.layout.query_ids("What colour is the shape now?"))) if asked else None
         inputs.append(TurnInput(chunk, query))
     memory = MemoryConfig("full")
     header = LogHeader(
-        stream_id=f"g/{seed}",
+        stream_id=f"g/{shown.seed}",
         task_id="g",
         backbone=backbone.name,
         policy="full",
@@ -88,45 +104,66 @@ def sampled_runs(log):
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def test_greedy_tokens_equal_the_backbones_own_generate(backbone, case, tmp_path):
-    # The reference runs with transformers' own attention, cache and positions, from the exported checkpoint.
-    backbone.save(tmp_path / "export", {})
-    reference = AutoModelForImageTextToText.from_pretrained(tmp_path / "export", dtype=torch.float64).eval()
-    assert reference.config.text_config._attn_implementation == "sdpa"
-    requests, clips = zip(*(stream(backbone, seed, patches=case.patches) for seed in range(5)), strict=True)
-    compared = 0
-    for log, frames in zip(run(backbone, list(requests)), clips, strict=True):
-        chunks, _, height, width, _ = frames.shape
-        patch = backbone.image.patch_size
-        grid = [case.patches, height // patch, width // patch]
-        pixels = torch.cat([torch.from_numpy(patchify(chunk, patch)) for chunk in frames])
-        pixels = normalize_patches(pixels, backbone.image.mean, backbone.image.std).double()
-        for start, stop in sampled_runs(log):
-            shown = int(log.turn[start]) + 1
-            ids = torch.from_numpy(log.ids[None, :start].astype(np.int64))
-            is_video = ids == backbone.layout.tokens.video_pad
-            # Only Qwen2.5-VL's positions know of seconds.
-            extra = {} if backbone.layout.timestamps else {"second_per_grid_ts": torch.ones(shown, dtype=torch.long)}
-            generated = reference.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=torch.where(is_video, 2, 0),
-                pixel_values_videos=pixels[: shown * int(np.prod(grid))],
-                video_grid_thw=torch.tensor([grid] * shown),
-                **extra,
-                suppress_tokens=list(log.header.banned),
-                do_sample=False,
-                max_new_tokens=int(stop - start),
-            )[0, start:]
-            assert generated.tolist() == log.ids[start:stop].tolist()
-            compared += stop - start
-        assert shown == chunks
-    assert compared > 150
+@pytest.fixture(scope="module")
+def reference(backbone, tmp_path_factory):
+    """The exported checkpoint with transformers' own attention, cache and positions."""
+    folder = tmp_path_factory.mktemp("export")
+    backbone.save(folder, {})
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+    assert model.config.text_config._attn_implementation == "sdpa"
+    return model
+
+
+def generated_again(backbone, reference, log, shown, frames):
+    """Ids that `generate` writes where the engine sampled, each run from what the engine had written before it."""
+    patch = backbone.image.patch_size
+    grid = [shown.patches, frames.shape[2] // patch, frames.shape[3] // patch]
+    pixels = torch.cat([torch.from_numpy(patchify(chunk, patch)) for chunk in frames])
+    pixels = normalize_patches(pixels, backbone.image.mean, backbone.image.std).double()
+    for start, stop in sampled_runs(log):
+        chunks = sum(turn not in shown.text_only for turn in range(int(log.turn[start]) + 1))
+        ids = torch.from_numpy(log.ids[None, :start].astype(np.int64))
+        is_video = ids == backbone.layout.tokens.video_pad
+        # Only Qwen2.5-VL's positions know of seconds.
+        extra = {} if backbone.layout.timestamps else {"second_per_grid_ts": torch.ones(chunks, dtype=torch.long)}
+        written = reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=torch.where(is_video, 2, 0),
+            pixel_values_videos=pixels[: chunks * int(np.prod(grid))],
+            video_grid_thw=torch.tensor([grid] * chunks),
+            **extra,
+            suppress_tokens=list(log.header.banned),
+            do_sample=False,
+            max_new_tokens=int(stop - start),
+        )
+        yield written[0, start:].tolist(), log.ids[start:stop].tolist()
+
+
+@given(data=st.data())
+@settings(max_examples=5)
+def test_greedy_tokens_equal_the_backbones_own_generate(backbone, reference, case, data):
+    turns = data.draw(st.integers(3, 6))
+    later = st.frozensets(st.integers(1, turns - 1))
+    shown = Shown(
+        seed=data.draw(st.integers(0, 2**32 - 1)),
+        turns=turns,
+        patches=case.patches,
+        size=data.draw(st.sampled_from(SIZES)),
+        text_only=data.draw(later),
+        asked=data.draw(later),
+    )
+    request, frames = stream(backbone, shown)
+    (log,) = run(backbone, [request])
+    pairs = list(generated_again(backbone, reference, log, shown, frames))
+    assert len(pairs) >= turns, "every turn has a choice"
+    for theirs, ours in pairs:
+        assert theirs == ours
 
 
 def test_our_positions_equal_transformers_where_the_conventions_coincide(backbone, case):
     """Chunks of one temporal patch; with timestamps any chunk, for transformers takes its patches apart as we do."""
-    request, frames = stream(backbone, 0, patches=case.patches)
+    request, frames = stream(backbone, Shown(patches=case.patches))
     log = run(backbone, [request])[0]
     ids = torch.from_numpy(log.ids[None].astype(np.int64))
     types = torch.where(ids == backbone.layout.tokens.video_pad, 2, 0)

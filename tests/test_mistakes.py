@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("job=foo", "job=foo: there is no such option; job is one of all, data, eval, gpu_smoke, rl, sft, watch"),
+        (
+            "job=foo",
+            "job=foo: there is no such option; job is one of all, data, eval, gpu_smoke, rl, sft, sft_eval, watch",
+        ),
         ("memory=rscm", "memory=rscm: there is no such option (did you mean rcsm?); memory is one of full, "),
         ("experiment=quickstrat", "(did you mean quickstart?)"),
         ("memory=4", "memory=4: a group takes the name of an option"),

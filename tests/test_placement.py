@@ -91,6 +91,23 @@ def test_every_actor_gets_a_gpu_or_a_share_of_one(placement, gpus, learner, work
     assert ("share" in placement_note(config(3, placement=placement), gpus)) == (0 < learner < 1)
 
 
+@pytest.mark.parametrize(
+    ("placement", "gpus", "said"),
+    [
+        (
+            "separated",
+            0,
+            r"needs 4 GPUs \(learner\.ranks=1 \+ rollout\.workers=3\), the cluster has 0: cluster\.placement=auto",
+        ),
+        ("separated", 3, r"needs 4 GPUs .*, the cluster has 3: cluster\.placement=colocated shares them, "),
+        ("colocated", 0, r"needs 1 GPUs \(learner\.ranks=1\), the cluster has 0: "),
+    ],
+)
+def test_a_placement_that_cannot_be_is_refused_with_the_arithmetic(placement, gpus, said):
+    with pytest.raises(ValueError, match=rf"cluster\.placement={placement} {said}"):
+        plan_bundles(config(3, placement=placement), cluster_gpus=gpus)
+
+
 def test_gpus_that_nobody_uses_are_said():
     ranks = replace(config(1, placement="auto"), learner=LearnerConfig(ranks=2))
     assert "1 GPUs are not used: learner.ranks=2" in placement_note(ranks, 1)

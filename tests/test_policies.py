@@ -14,6 +14,7 @@ from streams.memory import POLICIES, MemoryConfig, check_text_tells_time, knobs,
 from streams.positions import PositionCursor
 from streams.tiny import build_tokenizer
 from streams.writer import QueryInput, StreamWriter, TurnInput
+from tests.lanes_lib import brute_force_copy, brute_force_lanes, brute_force_positions
 from tests.streams_lib import brute_force_expiry
 
 THINK_BUDGET, MAX_NEW = 5, 9
@@ -41,6 +42,7 @@ MEMORIES = {
         sink_tokens=st.integers(0, 12),
         tail_tokens=st.integers(0, 12),
     ),
+    "text_memory": st.just(MemoryConfig("text_memory")),
     # The largest chunk below has 8 tokens.
     "visual_budget": st.builds(MemoryConfig, st.just("visual_budget"), video_tokens=st.integers(8, 24)),
     "random": st.builds(
@@ -61,7 +63,8 @@ def shown(draw, turn: int) -> TurnInput:
     query = draw(st.sampled_from(["none", "none", "closing", "until", "always"]))
     until = {"closing": None, "until": turn + draw(st.integers(1, 4)), "always": NEVER}.get(query)
     words = tuple(range(65, 65 + draw(st.integers(1, 4))))
-    return TurnInput(chunk, None if query == "none" else QueryInput(words, until))
+    span = draw(st.none() | st.just((turn / 2, turn / 2 + 0.5)))
+    return TurnInput(chunk, None if query == "none" else QueryInput(words, until), span)
 
 
 @st.composite
@@ -105,8 +108,15 @@ def test_what_is_logged_is_the_policys_definition_and_the_bound_holds(name, data
         assert (writer.log.column("expiry")[writer.live] == NEVER).all(), "what is live has not expired"
     log = writer.finish()
     assert (log.expiry == brute_force_expiry(log, turns, memory, layout)).all()
+    assert (log.lane == brute_force_lanes(log, memory)).all()
+    assert (log.positions == brute_force_positions(log, turns, log.lane, layout)).all()
+    for turn in range(log.num_turns):
+        copied = log.ids[(log.turn == turn) & (log.kind == Kind.MEMORY)].tolist()
+        assert copied == (brute_force_copy(log, turn, turns, layout) if name == "text_memory" else [])
     assert (np.diff(log.turn) >= 0).all()
     assert (np.diff(log.segment) >= 0).all()
+    changes = np.flatnonzero(np.diff(log.lane) | np.diff(log.turn)) + 1
+    assert (np.diff(log.segment)[changes - 1] > 0).all(), "a segment has one lane and one turn"
     starts = {int(np.flatnonzero(log.segment == s)[0]) for s in range(int(log.segment[-1]) + 1)}
     finite = log.expiry[log.expiry != NEVER]
     assert set(finite.tolist()) <= starts, "expiry is the start of a segment"
@@ -121,6 +131,7 @@ STEADY = {
     "rcsm_text": (MemoryConfig("rcsm", 3, text_window=4), True),
     "recent_frames": (MemoryConfig("recent_frames", 3), True),
     "sink_window": (MemoryConfig("sink_window", 3, 4, sink_tokens=6, tail_tokens=7), True),
+    "text_memory": (MemoryConfig("text_memory"), False),
     "visual_budget": (MemoryConfig("visual_budget", video_tokens=48), False),
 }
 
@@ -140,8 +151,9 @@ def test_the_bound_is_reached_but_for_one_turns_generation(name):
             left, _ = writer.begin_turn(turn_input, 0)
             held = max(held, len(writer.live) + len(left))
             while not writer.state.over:  # as long as a turn can be
-                forced = writer.forced()
-                writer.append_generated(layout.tokens.think if forced is None else forced, 0)
+                forced, place = writer.forced(), writer.state.count
+                said = {1: layout.tokens.think_end, 2: layout.tokens.response}.get(place, 65)
+                writer.append_generated(said if forced is None else forced, 0)
         assert bound - MAX_NEW <= held <= bound
         most[length] = (held, bound)
     assert (most[12] == most[40]) == bounded

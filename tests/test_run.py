@@ -57,9 +57,8 @@ SETTINGS = (
     f"algorithm.groups_in_flight={IN_FLIGHT}",
     f"weights.max_lag={MAX_LAG}",
     "rollout.workers=2",
-    "rollout.monitor_every=2",
+    "monitor.every=2",
     "checkpoint.every=2",
-    "eval.max_logp_diff=1e-3",
 )
 BAD_VIDEOS = {
     "missing": "No such file",
@@ -80,7 +79,7 @@ class Finished:
     pid: int
 
 
-def launch(*overrides: str, limit_s: float = LIMIT_S) -> Finished:
+def launch(*overrides: str, limit_s: float = LIMIT_S, env: dict[str, str] | None = None) -> Finished:
     """`python launch.py OVERRIDES`, ended with everything it started if it takes longer than `limit_s`."""
     process = subprocess.Popen(
         [sys.executable, "launch.py", *overrides],
@@ -90,6 +89,7 @@ def launch(*overrides: str, limit_s: float = LIMIT_S) -> Finished:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | (env or {}),
     )
     try:
         stdout, stderr = process.communicate(timeout=limit_s)

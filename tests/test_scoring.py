@@ -58,23 +58,6 @@ def test_dense_mask_is_the_predicate(tokens):
     assert (dense == brute_force(expiry, lane)).all()
 
 
-def test_packed_streams_score_as_each_alone_and_padding_changes_nothing(fp64, logged):
-    requests, logs = logged
-    features = torch.cat([joined_features(r) for r in requests])
-    alone = []
-    for r, log in zip(requests, logs, strict=True):
-        rows = pack([log], [[0]])
-        alone.append(score_rows(fp64, rows, joined_features(r)))
-    for layout in ([[0, 1, 2, 3, 4, 5]], [[5, 0], [3], [1, 2, 4]]):
-        rows = pack(logs, layout)
-        scores = score_rows(fp64, rows, features)
-        for i, single in enumerate(alone):
-            mine = rows.stream == i
-            order = torch.argsort(rows.target_index[mine])
-            torch.testing.assert_close(scores.logp[mine][order], single.logp, atol=1e-10, rtol=0)
-            torch.testing.assert_close(scores.entropy[mine][order], single.entropy, atol=1e-10, rtol=0)
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 def test_scores_and_gradients_do_not_depend_on_the_head_chunk(fp64, logged, chunk):
     requests, logs = logged

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from conf.streaming import streaming_settings
+from launch import plain_words
 from rollout.engine import Engine
 from streams.backbone import Backbone
 from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.tiny import build_tiny
 from tests.clips import write_clip
+from tests.test_config import composed
 from tests.test_run import launch
 from tests.test_streaming_settings import trained
 
@@ -101,14 +103,25 @@ def test_a_contradicting_override_is_used_and_warned_about_with_both_values(made
         (["model={model}"], "watch.video is empty"),
         (["video={video}"], "model.path is empty"),
         (["video={video}", "model={model}", "query=now?", "at=99"], "watch.at=99 lies after the end"),
-        (["video={model}/config.json", "model={model}"], "not a supported video"),
     ],
 )
-def test_what_cannot_be_watched_is_said_in_one_line(made, words, message):
+def test_what_cannot_be_watched_is_said_in_one_line(made, capsys, words, message):
+    from evals.watch import watch
+
     model, video = made
-    done = launch("job=watch", *(word.format(model=model, video=video) for word in words))
+    overrides = plain_words(["job=watch", *(word.format(model=model, video=video) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        watch(composed(*overrides), overrides)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("configuration error: ")
+
+
+def test_the_command_ends_with_status_2_and_without_a_traceback(made):
+    done = launch("job=watch", f"video={made[0]}/config.json", f"model={made[0]}")
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "not a supported video" in done.stderr
     assert "Traceback" not in done.stderr
 
 

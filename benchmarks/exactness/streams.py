@@ -48,7 +48,7 @@ def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tu
             until = None if rng.random() < 0.6 else int(rng.choice([turn + 2, NEVER]))
             ids = backbone.layout.query_ids(str(rng.choice(QUERIES)))
             query = QueryInput(tuple(ids), until)
-        turns.append(TurnInput(chunk, query))
+        turns.append(TurnInput(chunk, query, (turn / 2, turn / 2 + 0.5)))
     return tuple(turns)
 
 
@@ -97,10 +97,15 @@ def random_requests(
 
 
 def run(
-    backbone: Backbone, requests: list[StreamRequest], max_streams: int = 16, engine_type: type[Engine] = Engine
+    backbone: Backbone,
+    requests: list[StreamRequest],
+    max_streams: int = 16,
+    *,
+    kv_slots: int = 20000,
+    engine_type: type[Engine] = Engine,
 ) -> list[StreamLog]:
     """Run to the end; logs in the order of the requests. Checks that every slot came back."""
-    engine = engine_type(backbone, kv_slots=20000, max_streams=max_streams)
+    engine = engine_type(backbone, kv_slots=kv_slots, max_streams=max_streams)
     for r in requests:
         engine.add(r)
     done = {}

@@ -4,6 +4,7 @@ Owner: streams. `policy` says what a policy is; one module per family of policie
 light: no torch, the driver imports it.
 """
 
+from streams.lanes import Lanes
 from streams.memory.config import POLICIES, MemoryConfig, knobs, make_policy
 from streams.memory.policy import (
     CONTIGUOUS,
@@ -20,6 +21,7 @@ from streams.memory.policy import (
 )
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
+from streams.memory.text_memory import TextMemory
 from streams.memory.visual_budget import VisualBudget
 from streams.memory.windows import Full, Rcsm, RecentFrames
 
@@ -29,6 +31,7 @@ __all__ = [
     "POLICIES",
     "TURN_TEXT",
     "Full",
+    "Lanes",
     "LiveTokens",
     "MemoryConfig",
     "MemoryPolicy",
@@ -36,6 +39,7 @@ __all__ = [
     "Rcsm",
     "RecentFrames",
     "SinkWindow",
+    "TextMemory",
     "TurnStart",
     "VisualBudget",
     "check_text_tells_time",

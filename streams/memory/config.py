@@ -17,6 +17,7 @@ from streams import targets
 from streams.memory.policy import CONTIGUOUS, NATIVE, POSITIONS, MemoryPolicy, check_contiguous
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
+from streams.memory.text_memory import TextMemory
 from streams.memory.visual_budget import VisualBudget
 from streams.memory.windows import Full, Rcsm, RecentFrames
 
@@ -25,6 +26,7 @@ POLICIES: dict[str, type[MemoryPolicy]] = {
     "rcsm": Rcsm,
     "recent_frames": RecentFrames,
     "sink_window": SinkWindow,
+    "text_memory": TextMemory,
     "visual_budget": VisualBudget,
     "random": RandomTokens,
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streams.lanes import Lanes
 from streams.log import Kind
 from streams.regions import Region
 
@@ -59,12 +60,14 @@ class TurnStart:
 class MemoryPolicy(ABC):
     """One per stream; its constructor takes the knobs. What it decides may only depend on them and on its arguments.
 
-    window: video turns whose video stays; text_window: turns whose scaffold stays; None = not bounded that way.
-    positions: `native`, or `contiguous` for a policy with regions (set from memory.positions when the policy is made).
+    window: video turns whose video stays; text_window: turns whose scaffold stays; None = not bounded that way. lanes: how
+    its turns are spread over the two lanes. positions: `native`, or `contiguous` for a policy with regions (set from
+    memory.positions when the policy is made).
     """
 
     window: int | None = None
     text_window: int | None = None
+    lanes: Lanes = Lanes.ONE
     positions: str = NATIVE
 
     @abstractmethod
@@ -82,10 +85,15 @@ class MemoryPolicy(ABC):
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         """Upper bound of a stream's tokens in the KV pool, from its largest turn: live, or evicted in the running step.
 
-        per_turn: with its video. fixed: system prompt and every query (all may be pinned at once). It sizes the pool's
-        reservation. Raises ValueError, with the config key, if turns of this size cannot be held. Here: nothing leaves.
+        per_turn: with its video. fixed: system prompt and every query (all may be pinned at once); with Lanes.MEMORY the
+        copies of all turns, too. It sizes the pool's reservation. Raises ValueError, with the config key, if turns of this
+        size cannot be held. Here: nothing leaves.
         """
         return fixed + turns * per_turn
+
+    def lane_one_begins(self, lane0: int, lane1: int) -> int:
+        """First position of a turn's part in lane 1; where both lanes' counters stand. Here: behind lane 0, every turn anew."""
+        return lane0
 
     @property
     def words(self) -> str:
@@ -147,6 +155,11 @@ def check_contiguous(policy: MemoryPolicy, name: str) -> None:
         raise ValueError(
             f"memory.positions={CONTIGUOUS} with memory.name={name}: this policy has no regions to lay out one after the "
             f"other; choose memory=sink_window, or memory.positions={NATIVE}"
+        )
+    if policy.lanes is not Lanes.ONE:
+        raise ValueError(
+            f"memory.positions={CONTIGUOUS} with memory.name={name}: its turns stand in two lanes with position counters of "
+            f"their own; use memory.positions={NATIVE}"
         )
     text, video = policy.text_window, policy.window
     if text is not None and (video is None or text < video):

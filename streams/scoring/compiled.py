@@ -1,4 +1,4 @@
-"""FlexAttention and its block mask, compiled once for every shape that training meets.
+"""FlexAttention, compiled once for every shape that training meets.
 
 Owner: streams.scoring. Invariants: where the compiler can run, nothing runs uncompiled in silence (`fullgraph`: hitting
 Dynamo's limit of recompilations raises); lengths are dynamic, so that the number of compilations depends on dtype, heads

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from streams.backbone import AttentionPlan, Backbone, VideoTokens
 from streams.log import StreamLog
-from streams.scoring.mask import BLOCK, MIN_FLEX_TOKENS, DensePlan, FlexPlan, block_mask, dense_mask
+from streams.scoring.block_mask import BLOCK
+from streams.scoring.mask import MIN_FLEX_TOKENS, DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack, plan_micro_batches
 from streams.scoring.regions import region_plan
 
@@ -29,13 +30,13 @@ class Scores:
 
 
 def attention_plan(rows: Rows, kind: str, backbone: Backbone) -> AttentionPlan:
-    """`sdpa` (dense mask) or `flex` (block mask) for packed rows, for that model."""
-    dtype = backbone.dtype
+    """`sdpa` (dense mask) or `flex` (block mask) for packed rows, which may still be on the host, on the model's device."""
+    device = backbone.device
     if rows.regions is not None:
-        return region_plan(rows, rows.regions, backbone.rotary, kind, dtype)
+        return region_plan(rows, rows.regions, backbone, kind)
     if kind == "flex":
-        return FlexPlan(block_mask(rows.expiry, rows.lane, dtype))
-    return DensePlan(dense_mask(rows.expiry, rows.lane))
+        return FlexPlan(block_mask(rows.expiry, rows.lane, device))
+    return DensePlan(dense_mask(rows.expiry.to(device), rows.lane.to(device)))
 
 
 def score_rows(
@@ -53,15 +54,16 @@ def score_rows(
     Gradients flow into the backbone and into `features` where they require them. head_chunks: how often the head is
     called at least, on nothing if need be: ranks that share a model's parameters must call it equally often.
     """
-    rows = rows.to(backbone.device)
     if attention == "flex":
         rows = rows.padded(BLOCK, at_least=MIN_FLEX_TOKENS)
+    plan = attention_plan(rows, attention, backbone)
+    rows = rows.to(backbone.device)
     video = None
     if len(rows.video_index):
         if features is None:
             raise ValueError(f"{len(rows.video_index)} video tokens but 0 features: media and log do not match")
         video = VideoTokens(rows.video_index, features)
-    hidden = backbone.hidden(rows.ids, rows.positions, attention_plan(rows, attention, backbone), video)
+    hidden = backbone.hidden(rows.ids, rows.positions, plan, video)
     at_predictors = hidden.flatten(0, 1)[rows.predictor]
 
     def head(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

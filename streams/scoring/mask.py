@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from streams.scoring.block_mask import BLOCK, block_lists, interval_block_lists
 from streams.scoring.compiled import can_compile, compiled
 
-BLOCK = 128
-"""Side of a block of the mask; rows are padded to a multiple of it."""
 MIN_FLEX_TOKENS = 2 * BLOCK
 """Shortest row for FlexAttention: a single block is a shape of its own to the compiler."""
 
@@ -45,27 +45,53 @@ def mask_mod(
     return visible
 
 
-def _row_block_mask(expiry: torch.Tensor, lane: torch.Tensor) -> BlockMask:
-    length = expiry.shape[0]
-    return create_block_mask(
-        mask_mod(expiry, lane),
-        B=None,
-        H=None,
-        Q_LEN=length,
-        KV_LEN=length,
-        device=str(expiry.device),
-        BLOCK_SIZE=BLOCK,
+def block_mask(expiry: torch.Tensor, lane: torch.Tensor, device: torch.device | None = None) -> BlockMask:
+    """Of expiry and lane int [R, L], their rows end to end; for `device`, or where they are.
+
+    Built on the host: rows that are still there reach a GPU in one copy that nobody waits for.
+    """
+    rows, length = expiry.shape
+    starts = torch.arange(rows)[:, None] * length
+    row_expiry = (expiry.cpu().clamp(max=length) + starts).flatten().to(torch.int32).numpy()
+    row_lane = lane.cpu().flatten().to(torch.int32).numpy()
+    lists = vars(block_lists(row_expiry, row_lane))
+    found = _copied([row_expiry, row_lane, *lists.values()], device or expiry.device)
+    blocks: dict[str, Any] = dict(zip(lists, found[2:], strict=True))
+    return BlockMask(
+        seq_lengths=(rows * length, rows * length),
+        **blocks,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=mask_mod(found[0], found[1]),
     )
 
 
-def block_mask(expiry: torch.Tensor, lane: torch.Tensor, dtype: torch.dtype = torch.float32) -> BlockMask:
-    """Of expiry and lane int [R, L], their rows end to end. dtype: of the attention, which decides what is compiled."""
-    rows, length = expiry.shape
-    starts = torch.arange(rows, device=expiry.device)[:, None] * length
+def interval_block_mask(queries: np.ndarray, keys: np.ndarray, device: torch.device) -> BlockMask:
+    """Of queries that are stacked region by region, each against keys seen for an interval: a key is visible if the regions
+    are the same, entry <= place < exit, and its lane is admitted. queries int [3, N]: region, place, lane. keys int [4, K]:
+    region, entry, exit, lane.
+    """
+    lists = vars(interval_block_lists(queries, keys))
+    found = _copied([*queries.astype(np.int32), *keys.astype(np.int32), *lists.values()], device)
+    region, place, lane, key_region, entry, leaves, key_lane = found[:7]
+
+    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        alive = (entry[k] <= place[q]) & (place[q] < leaves[k])
+        return (region[q] == key_region[k]) & alive & (key_lane[k] <= lane[q])
+
+    blocks: dict[str, Any] = dict(zip(lists, found[7:], strict=True))
+    return BlockMask(
+        seq_lengths=(queries.shape[1], keys.shape[1]), **blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible
+    )
+
+
+def _copied(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The int32 arrays on the device, moved there together."""
+    whole = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    parts = whole.split([array.size for array in arrays])
     # Copies, never views: the compiler tells views apart by what they are views of.
-    row_expiry, row_lane = (t.flatten().to(torch.int32, copy=True) for t in (expiry + starts, lane))
-    build = compiled(_row_block_mask) if can_compile(expiry.device, dtype) else _row_block_mask
-    return build(row_expiry, row_lane)
+    return [part.view(array.shape).clone() for part, array in zip(parts, arrays, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -100,5 +126,5 @@ class FlexPlan:
 
 
 def _end_to_end(tensor: torch.Tensor) -> torch.Tensor:
-    """[R, H, L, D] -> [1, H, R * L, D], a copy: see `block_mask`."""
+    """[R, H, L, D] -> [1, H, R * L, D], a copy: see `_copied`."""
     return tensor.transpose(0, 1).flatten(1, 2)[None].clone(memory_format=torch.contiguous_format)

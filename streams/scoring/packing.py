@@ -117,6 +117,7 @@ def pack(logs: list[StreamLog], rows: list[list[int]], *, which: str = "target")
             expiry[r, span] = np.where(until == NEVER, end, np.minimum(until.astype(np.int64) + at, end))
             targets = np.flatnonzero(getattr(log, which))
             assert not len(targets) or targets[0] > 0, "the first token of a log has no predictor"
+            assert (log.lane[targets - 1] == log.lane[targets]).all(), "a target and its predictor share a lane"
             predictor.append(r * length + at + targets - 1)
             target_ids.append(log.ids[targets])
             stream.append(np.full(len(targets), i))

@@ -13,22 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from streams.backbone import AttentionPlan
+from streams.backbone import AttentionPlan, Backbone
 from streams.rotary import Rotary, Tables, rotated
 from streams.scoring.compiled import can_compile, compiled
-from streams.scoring.mask import BLOCK, dense_mask
+from streams.scoring.mask import dense_mask, interval_block_mask
 from streams.scoring.packing import Rows
 from streams.scoring.region_rows import RegionRows
 
 
-def region_plan(rows: Rows, regions: RegionRows, rotary: Rotary, kind: str, dtype: torch.dtype) -> AttentionPlan:
-    """`sdpa` (one dense softmax) or `flex` for packed rows of which some are of contiguous streams."""
-    angles = _Angles.of(regions, rotary, dtype)
+def region_plan(rows: Rows, regions: RegionRows, backbone: Backbone, kind: str) -> AttentionPlan:
+    """`sdpa` (one dense softmax) or `flex` for packed rows of which some are of contiguous streams, on the model's device."""
+    device = backbone.device
+    there = regions.to(device)
+    angles = _Angles.of(there, backbone.rotary, backbone.dtype)
     if kind == "flex":
-        return FlexRegionPlan(angles, regions, _block_mask(rows, regions, dtype))
-    return DenseRegionPlan(angles, regions, _dense_mask(rows, regions))
+        return FlexRegionPlan(angles, there, region_block_mask(rows, regions, device))
+    return DenseRegionPlan(angles, there, _dense_mask(rows.to(device), there))
 
 
 @dataclass(frozen=True)
@@ -90,50 +92,27 @@ class DenseRegionPlan:
         return out.view(rows, heads, length, dim).transpose(1, 2)
 
 
-def _region_block_mask(queries: torch.Tensor, keys: torch.Tensor) -> BlockMask:
-    """queries int32 [3, N]: region, place, lane. keys int32 [4, K]: region, entry, exit, lane."""
-    region, at, lane = queries
-    key_region, entry, leaves, key_lane = keys
-
-    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        alive = (entry[k] <= at[q]) & (at[q] < leaves[k])
-        return (region[q] == key_region[k]) & alive & (key_lane[k] <= lane[q])
-
-    return create_block_mask(
-        visible,
-        B=None,
-        H=None,
-        Q_LEN=queries.shape[1],
-        KV_LEN=keys.shape[1],
-        device=str(keys.device),
-        BLOCK_SIZE=BLOCK,
-    )
-
-
-def _block_mask(rows: Rows, regions: RegionRows, dtype: torch.dtype) -> BlockMask:
-    """Of the rows end to end: queries once per region (RETAINED first), keys and then copies."""
+def region_block_mask(rows: Rows, regions: RegionRows, device: torch.device) -> BlockMask:
+    """Of the rows end to end: queries once per region (RETAINED first), keys and then copies. Built on the host."""
     count, length = rows.ids.shape
-    device = rows.ids.device
-    starts = torch.arange(count, device=device)[:, None] * length
-    at, lane = torch.arange(count * length, device=device), rows.lane.flatten()
+    starts = torch.arange(count)[:, None] * length
+    at, lane = torch.arange(count * length), rows.lane.cpu().flatten()
     stacked = 1 + len(regions.filled)
-    queries = torch.stack(
-        (torch.arange(stacked, device=device).repeat_interleave(len(at)), at.repeat(stacked), lane.repeat(stacked))
-    )
-    place = torch.zeros(regions.token.shape[1], dtype=torch.long, device=device)
+    queries = torch.stack((torch.arange(stacked).repeat_interleave(len(at)), at.repeat(stacked), lane.repeat(stacked)))
+    place = torch.zeros(regions.token.shape[1], dtype=torch.long)
     for i, r in enumerate(regions.filled):
         place[regions.bounds[r] : regions.bounds[r + 1]] = i + 1
+    entry, leaves, token = (t.cpu() for t in (regions.entry, regions.exit, regions.token))
     copies = torch.stack(
         (
             place.repeat(count),
-            (regions.entry + starts).flatten(),
-            (regions.exit + starts).flatten(),
-            rows.lane.gather(1, regions.token).flatten(),
+            (entry + starts).flatten(),
+            (leaves + starts).flatten(),
+            rows.lane.cpu().gather(1, token).flatten(),
         )
     )
-    keys = torch.cat((torch.stack((torch.zeros_like(at), at, (rows.expiry + starts).flatten(), lane)), copies), dim=1)
-    build = compiled(_region_block_mask) if can_compile(device, dtype) else _region_block_mask
-    return build(queries.to(torch.int32), keys.to(torch.int32))
+    own = torch.stack((torch.zeros_like(at), at, (rows.expiry.cpu() + starts).flatten(), lane))
+    return interval_block_mask(queries.numpy(), torch.cat((own, copies), dim=1).numpy(), device)
 
 
 @dataclass(frozen=True)

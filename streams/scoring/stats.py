@@ -1,13 +1,16 @@
-"""Mismatch statistics: behaviour against re-scored log-probs, with their token counts.
+"""Mismatch statistics: behaviour against re-scored log-probs, with their token counts, and which token to look at.
 
 Owner: streams.scoring. Invariant: an empty sample is None, never 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from streams.log import Kind, StreamLog
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,52 @@ class LogpDiff:
         # numpy's maximum: Python's loses a NaN that comes second.
         largest = float(np.max([p.max or 0.0 for p in full]))
         return cls(tokens, mean([p.mean for p in full]), largest, mean([p.k3 for p in full]))
+
+
+@dataclass(frozen=True)
+class OffToken:
+    """A sampled token whose log-probs differ. above: it is the first of its stream beyond a limit; else the furthest off.
+
+    kind: in lower case. policy: the memory's name. index: in the stream's log.
+    """
+
+    stream: str
+    policy: str
+    kind: str
+    turn: int
+    index: int
+    id: int
+    version: int
+    behaviour: float
+    rescored: float
+    above: bool
+
+    @classmethod
+    def of(cls, log: StreamLog, index: np.ndarray, differences: np.ndarray, limit: float) -> OffToken | None:
+        """Of the tokens at `index` [N] of a log, ascending, with re-scored minus behaviour [N]; None if N is 0."""
+        if not len(index):
+            return None
+        # Written so that NaN is beyond every limit.
+        beyond = np.flatnonzero(~(np.abs(differences) <= limit))
+        at = int(beyond[0]) if len(beyond) else int(np.abs(differences).argmax())
+        token = int(index[at])
+        behaviour = float(log.behaviour_logp[token])
+        return cls(
+            stream=log.header.stream_id,
+            policy=log.header.policy,
+            kind=Kind(int(log.kind[token])).name.lower(),
+            turn=int(log.turn[token]),
+            index=token,
+            id=int(log.ids[token]),
+            version=int(log.version[token]),
+            behaviour=behaviour,
+            rescored=behaviour + float(differences[at]),
+            above=bool(len(beyond)),
+        )
+
+
+def most_telling(tokens: Sequence[OffToken | None]) -> OffToken | None:
+    """The first of the tokens beyond their limit, or else the one that is furthest off."""
+    found = [token for token in tokens if token is not None]
+    beyond = [token for token in found if token.above]
+    return beyond[0] if beyond else max(found, key=lambda t: abs(t.rescored - t.behaviour), default=None)

@@ -1,0 +1,163 @@
+"""The block mask of packed rows: built from the log's intervals, against evaluating the predicate at every pair of tokens.
+
+    python -m benchmarks.block_mask --json benchmarks/results/block_mask_cpu.json
+    python -m benchmarks.block_mask --tokens 4096 --json -
+
+Both are measured on the CPU, in turns in one run, median of several; `create_block_mask` runs eagerly, as torch ships it, on
+the whole row. Rows are streams of 20 chunks of 192 video tokens, written by a StreamWriter under each policy and packed end
+to end; `two lanes` are those of `rcsm` with all that was generated in lane 1, as a policy with two lanes has it. Exit 1: a mask
+differs from torch's in any block, or at 32,768 tokens it is built less than 50 times faster. Owner: benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from benchmarks.attention import CHUNKS, plain_layout, written
+from benchmarks.environment import hardware, versions, write_result
+from streams.log import GENERATED, StreamLog
+from streams.memory import MemoryConfig
+from streams.scoring.block_mask import BLOCK, BlockLists
+from streams.scoring.mask import block_mask, mask_mod
+from streams.scoring.packing import Rows, pack
+
+TOKENS = (4096, 16384, 32768)
+POLICIES = {
+    "rcsm": MemoryConfig("rcsm", 8),
+    "sink_window": MemoryConfig("sink_window", 8, text_window=12, sink_tokens=16, tail_tokens=64),
+    "random": MemoryConfig("random", rate=0.1),
+    "two lanes": MemoryConfig("rcsm", 8),
+}
+BAR, BAR_TOKENS = 50.0, 32768
+"""How many times faster it must be, from which length on."""
+CHEAP = 5
+"""How often ours is built for each time that torch's is: its own time is that of a few interruptions."""
+BYTES_PER_PAIR = 12
+"""What the eager reference holds at its peak: the mask's 64-bit sum over blocks beside a few masks of one byte."""
+
+
+def in_two_lanes(log: StreamLog) -> StreamLog:
+    return dataclasses.replace(log, lane=np.isin(log.kind, GENERATED).astype(np.int8))
+
+
+def packed(tokens: int, policy: str) -> Rows:
+    """One row of exactly `tokens` tokens: as many streams as fit, and padding."""
+    layout = plain_layout()
+    streams = [written(layout, CHUNKS, "one", POLICIES[policy])]
+    if policy == "two lanes":
+        streams = [in_two_lanes(log) for log in streams]
+    if len(streams[0]) > tokens:
+        streams = [written(layout, max(1, CHUNKS * tokens // len(streams[0]) - 1), "one", POLICIES[policy])]
+    logs = streams * (tokens // len(streams[0]))
+    return pack(logs, [list(range(len(logs)))]).padded(BLOCK, at_least=tokens)
+
+
+def eager(rows: Rows) -> BlockMask:
+    length = rows.ids.shape[1]
+    visible = mask_mod(rows.expiry[0].int(), rows.lane[0].int())
+    return create_block_mask(visible, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
+
+
+def equal(found: BlockMask, wanted: BlockMask) -> bool:
+    return all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in BlockLists.__annotations__)
+
+
+def taken(call: Callable[[], BlockMask]) -> tuple[BlockMask, float]:
+    """What `call` makes, and the milliseconds that it took."""
+    began = time.perf_counter()
+    mask = call()
+    return mask, (time.perf_counter() - began) * 1e3
+
+
+def measure_row(tokens: int, policy: str, repeats: int) -> dict[str, Any]:
+    """One length under one policy; both ways in turns, after one mask that is not timed."""
+    rows = packed(tokens, policy)
+    length = rows.ids.shape[1]
+    block_mask(rows.expiry, rows.lane)
+    mine, theirs = [], []
+    same = True
+    for _ in range(repeats):
+        for _ in range(CHEAP):
+            found, took = taken(lambda: block_mask(rows.expiry, rows.lane))
+            mine.append(took)
+        wanted, took = taken(lambda: eager(rows))
+        theirs.append(took)
+        same = same and equal(found, wanted)
+    blocks = (length // BLOCK) ** 2
+    analytic_ms, eager_ms = statistics.median(mine), statistics.median(theirs)
+    return {
+        "tokens": length,
+        "policy": policy,
+        "analytic_ms": round(analytic_ms, 3),
+        "eager_ms": round(eager_ms, 1),
+        "speedup": round(eager_ms / analytic_ms, 1),
+        "blocks": blocks,
+        "full_blocks": int(found.full_kv_num_blocks.sum()),
+        "partial_blocks": int(found.kv_num_blocks.sum()),
+        "equal": same,
+    }
+
+
+def missed(row: dict[str, Any]) -> str | None:
+    """Why this row fails, or None."""
+    if not row["equal"]:
+        return f"{row['tokens']} tokens, {row['policy']}: the block mask differs from create_block_mask's"
+    if row["tokens"] >= BAR_TOKENS and row["speedup"] < BAR:
+        return f"{row['tokens']} tokens, {row['policy']}: {row['speedup']} times faster, less than {BAR:g}"
+    return None
+
+
+def available_bytes() -> int:
+    """Memory that a process may still take, by Linux's own estimate."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.block_mask")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths of a row, multiples of 128")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--note", default="", help="anything that the reader must know, e.g. a shared machine")
+    parser.add_argument("--json", default="-", help="file to write, - for the terminal")
+    options = parser.parse_args(arguments)
+    lengths = [int(n) for n in options.tokens.split(",")]
+    if wrong := [n for n in lengths if n < 4 * BLOCK or n % BLOCK]:
+        print(
+            f"benchmarks.block_mask: --tokens {wrong[0]} is not a multiple of {BLOCK} from {4 * BLOCK} on",
+            file=sys.stderr,
+        )
+        return 2
+    if (needed := BYTES_PER_PAIR * max(lengths) ** 2) > available_bytes():
+        print(
+            f"benchmarks.block_mask: create_block_mask at {max(lengths)} tokens takes about {needed / 2**30:.0f} GiB, "
+            f"{available_bytes() / 2**30:.0f} GiB are available: choose shorter --tokens",
+            file=sys.stderr,
+        )
+        return 2
+    rows = [measure_row(tokens, policy, options.repeats) for tokens in lengths for policy in POLICIES]
+    failures = [text for row in rows if (text := missed(row))]
+    measured = {"note": options.note, "threads": torch.get_num_threads(), "repeats": options.repeats, "rows": rows}
+    measured["ok"] = not failures
+    if options.json == "-":
+        print(json.dumps({"hardware": hardware(), "versions": versions(), **measured}, indent=2))
+    else:
+        write_result(Path(options.json), measured)
+    for line in failures:
+        print(f"benchmarks.block_mask: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""text_memory: the current chunk, and in text what was asked, thought and said before it.
+
+Owner: streams. Source: VST (arXiv 2603.12262), which prompts anew at every clip with its memory of thoughts. Here that is
+one log in two lanes: lane 0 is the memory, lane 1 the turn that is being watched.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streams.lanes import Lanes
+from streams.log import Kind
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
+
+STAYS = (Kind.SYSTEM, Kind.QUERY, Kind.MEMORY)
+
+
+class TextMemory(MemoryPolicy):
+    """Of a turn only its query and the copy of its thought and answer outlive it."""
+
+    lanes = Lanes.MEMORY
+
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        return ~np.isin(live.kind, STAYS)
+
+    def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
+        # Slots of the turn that leaves are freed after the forward of the one that comes.
+        return fixed + min(turns, 2) * per_turn
+
+    @property
+    def words(self) -> str:
+        return "the chunk being watched, every query, of earlier turns a copy of thought and answer"
