@@ -12,6 +12,7 @@ SEED ?= 0
 RESUME ?= never
 ARGS ?=
 JOBS ?= 2
+SLOW_JOBS ?= 2
 
 .PHONY: setup setup-test quickstart gpu-smoke gpu-bench test test-oldest test-browser lint clean
 
@@ -46,10 +47,11 @@ lint: setup-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Quick tests first, in JOBS processes of one thread each, then those with real processes and long streams.
+# Quick tests first, in JOBS processes of one thread each, then those with real processes and long streams, which wait for
+# processes to start most of the time: SLOW_JOBS of them side by side, each with a Ray of its own (0 = one after the other).
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
-	$(BIN)/python -m pytest -m "slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow" -n $(SLOW_JOBS) --dist loadfile $(ARGS)
 
 # The quick tests with the oldest supported releases, in a virtual environment of their own.
 test-oldest:

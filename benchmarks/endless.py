@@ -41,6 +41,9 @@ from streams.writer import QueryInput, TurnInput
 MEMORIES = {
     "rcsm": MemoryConfig("rcsm", 8, text_window=16),
     "sink_window": MemoryConfig("sink_window", 8, text_window=16, sink_tokens=32, tail_tokens=32),
+    "sink_window_contiguous": MemoryConfig(
+        "sink_window", 8, text_window=16, sink_tokens=32, tail_tokens=32, positions="contiguous"
+    ),
 }
 SPEC = TinySpec(hidden=64, layers=1, heads=2, kv_heads=1, mlp=128)
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=2, max_new_tokens=4)

@@ -23,7 +23,7 @@ from rollout.engine import Engine, StreamRequest, stream_bound
 from streams.backbone import Backbone
 from streams.inputs import turn_inputs
 from streams.log import GENERATED, Kind, LogHeader
-from streams.memory import knobs, make_policy
+from streams.memory import CONTIGUOUS, knobs, make_policy
 from streams.turns import ParsedTurn
 from streams.video import Clip, ClipReader
 from streams.writer import StreamWriter
@@ -59,7 +59,8 @@ def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Itera
         chunks = max(1, math.ceil(shown.end / seconds - 1e-6))
         clip = reader.read(shown.video, 0.0, shown.end, chunks, chunk_seconds=seconds)
     request = _request(config, backbone, shown, clip, seconds)
-    slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype)
+    raw = config.memory.positions == CONTIGUOUS
+    slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype, raw=raw)
     given = config.rollout.kv_memory_mb * 2**20 // slot_bytes
     engine = Engine(backbone, given or stream_bound(request), 1, config.rollout.attention)
     writer = engine.add(request)

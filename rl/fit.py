@@ -192,14 +192,14 @@ def plan_run(
     """
     _check_kernels(config, stages, devices, geometry.head_dim)
     learner_devices, worker_devices = devices
-    stream = StreamSize.largest(config, tasks, geometry)
+    stream, positions = StreamSize.largest(config, tasks, geometry), config.memory.positions
     check_text_tells_time(make_policy(config.memory), geometry.model_type == "qwen3_vl")
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
         flex = learner.attention == "flex" or (learner.attention == "auto" and device.cuda)
         numbers = trained_numbers(geometry, learner)
         if stage == "eval":
-            return scorer_footprint(geometry, learner, numbers, stream, len(tasks), flex=flex)
+            return scorer_footprint(geometry, learner, numbers, stream, len(tasks), flex=flex, positions=positions)
         return learner_footprint(
             geometry,
             learner,
@@ -211,6 +211,7 @@ def plan_run(
             flex=flex,
             fused=device.cuda,
             per_clip=1 if stage == "sft" else config.algorithm.group_size,
+            positions=positions,
         )
 
     paged = all(
@@ -229,7 +230,7 @@ def plan_run(
         found = [learner_of(stage, learner, device) for stage, learner in stages.items()]
         processes.append(Process(max(found, key=lambda footprint: footprint.total), device))
     need = PoolNeed(
-        slot=slot_bytes(geometry, config.model.dtype),
+        slot=slot_bytes(geometry, config.model.dtype, positions),
         largest=stream.live(config),
         streams=config.rollout.max_streams,
         given=config.rollout.kv_memory_mb * 2**20,

@@ -15,7 +15,7 @@ from learner.config import LearnerConfig
 from streams.freezing import trained
 from streams.geometry import ModelGeometry
 from streams.kernels import FLASHINFER_WORKSPACE
-from streams.memory import Lanes, make_policy
+from streams.memory import CONTIGUOUS, NATIVE, Lanes, make_policy
 from streams.task import StreamTask
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -64,6 +64,10 @@ class StreamSize:
         """Of the whole log."""
         return self.fixed + self.turns * (self.video + self.text)
 
+    @property
+    def text_share(self) -> float:
+        return self.text / max(1, self.video + self.text)
+
     def live(self, config: RunConfig) -> int:
         """At most in memory at once."""
         return make_policy(config.memory).max_live_tokens(
@@ -104,6 +108,20 @@ def layer_bytes(geometry: ModelGeometry, width: int, *, dense: bool) -> tuple[in
     return norms + attention + mlp, 3 * width * geometry.mlp + 12 * geometry.hidden
 
 
+def region_bytes(geometry: ModelGeometry, width: int, row: int, text: float, *, dense: bool) -> tuple[int, int]:
+    """What contiguous positions add to `layer_bytes`: queries once per region, a text token's copies (two at most) and, dense,
+    the weights of every query head over a row's keys, which SDPA would not keep. row: its tokens; text: its share of them.
+    """
+    query, keys = geometry.heads * geometry.head_dim, 1 + 2 * text
+    kept = 2 * width * geometry.kv_heads * geometry.head_dim * keys
+    if not dense:
+        # Rotated, attended to, and weighed against one another.
+        return int(kept + 18 * width * query), 6 * width * query
+    # In half precision the softmax is taken in float32.
+    weights = geometry.heads * row * keys
+    return int(kept + 6 * width * query + weights * (width if width == 4 else width + 4)), int(12 * weights)
+
+
 def micro_batch_tokens(learner: LearnerConfig, stream: StreamSize, streams: int) -> int:
     """Padded tokens of the learner's largest forward, for `streams` streams a step."""
     share = math.ceil(streams / learner.ranks) * stream.tokens
@@ -122,14 +140,18 @@ def learner_footprint(
     flex: bool,
     fused: bool,
     per_clip: int = 1,
+    positions: str = NATIVE,
 ) -> Footprint:
     """Of one rank. trained: numbers that train; streams: of one step, `per_clip` of which show the same clip; flex:
-    FlexAttention, else SDPA with a dense mask; fused: AdamW without temporaries.
+    FlexAttention, else SDPA with a dense mask; fused: AdamW without temporaries; positions: of the memory.
     """
     width, ranks = BYTES[learner.dtype], learner.ranks
     total, stage = geometry.total, learner.zero_stage
     tokens = micro_batch_tokens(learner, stream, streams)
     kept, transient = layer_bytes(geometry, width, dense=not flex)
+    if positions == CONTIGUOUS:
+        regions = region_bytes(geometry, width, _row(learner, stream, tokens), stream.text_share, dense=not flex)
+        kept, transient = kept + regions[0], max(transient, regions[1])
     if learner.activation_checkpointing:
         held = geometry.layers * geometry.hidden * width * tokens
     else:
@@ -144,9 +166,9 @@ def learner_footprint(
         media += clips * _tower_bytes(geometry, stream, width, _kept_blocks(learner))
     if not flex:
         # The mask, and SDPA's additive copies of it: every layer keeps one.
-        row = max(stream.tokens, min(learner.row_tokens, tokens))
+        row = _row(learner, stream, tokens)
         media += tokens * row * (1 + width * (1 if learner.activation_checkpointing else geometry.layers))
-    chunk = min(learner.head_chunk, math.ceil(tokens * stream.text / max(1, stream.video + stream.text)))
+    chunk = min(learner.head_chunk, math.ceil(tokens * stream.text_share))
     head = chunk * geometry.vocab * 18
     gradients = trained * width
     bucket = min(ZERO_BUCKET, trained) * width if stage else 0
@@ -239,14 +261,25 @@ def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, kept: 
 
 
 def scorer_footprint(
-    geometry: ModelGeometry, learner: LearnerConfig, trained: int, stream: StreamSize, streams: int, *, flex: bool
+    geometry: ModelGeometry,
+    learner: LearnerConfig,
+    trained: int,
+    stream: StreamSize,
+    streams: int,
+    *,
+    flex: bool,
+    positions: str = NATIVE,
 ) -> Footprint:
     """Of a rank that only scores an evaluation's logs: no backward, no moments (the first step would make them)."""
     width, ranks = BYTES[learner.dtype], learner.ranks
     tokens = micro_batch_tokens(learner, stream, streams)
-    forward = tokens * (layer_bytes(geometry, width, dense=not flex)[1] + geometry.feature_width * width)
+    row = _row(learner, stream, tokens)
+    transient = layer_bytes(geometry, width, dense=not flex)[1]
+    if positions == CONTIGUOUS:
+        transient = max(transient, sum(region_bytes(geometry, width, row, stream.text_share, dense=not flex)))
+    forward = tokens * (transient + geometry.feature_width * width)
     if not flex:
-        forward += tokens * max(stream.tokens, min(learner.row_tokens, tokens)) * (1 + width)
+        forward += tokens * row * (1 + width)
     if learner.freeze == "none":
         # Every stream of an evaluation shows a clip of its own.
         forward += tokens // stream.tokens * _tower_bytes(geometry, stream, width, "one")
@@ -261,6 +294,11 @@ def scorer_footprint(
     )
 
 
+def _row(learner: LearnerConfig, stream: StreamSize, tokens: int) -> int:
+    """Tokens of one row of a forward of `tokens` tokens."""
+    return max(stream.tokens, min(learner.row_tokens, tokens))
+
+
 def _rank_name(learner: LearnerConfig) -> str:
     return "learner" if learner.ranks == 1 else "learner rank"
 
@@ -271,9 +309,10 @@ def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
     return sum(geometry.parameters[name] for name in names)
 
 
-def slot_bytes(geometry: ModelGeometry, dtype: str) -> int:
-    """Bytes of one token in the KV pool."""
-    return geometry.kv_values * BYTES[dtype]
+def slot_bytes(geometry: ModelGeometry, dtype: str, positions: str = NATIVE) -> int:
+    """Bytes of one token in the KV pool. positions: of the memory; contiguous ones need its un-rotated keys, too."""
+    values = geometry.kv_values + (geometry.kv_values // 2 if positions == CONTIGUOUS else 0)
+    return values * BYTES[dtype]
 
 
 def gib(count: int) -> str:

@@ -70,5 +70,6 @@ def _named(off: OffToken | None) -> str:
     which = "First token that is off" if off.above else "The token furthest off"
     return (
         f"{which}: stream {off.stream}, index {off.index} (id {off.id}, {off.kind}, turn {off.turn}, memory {off.policy}, "
-        f"weights version {off.version}): sampled at log-prob {off.behaviour:.6g}, re-scored {off.rescored:.6g}. "
+        f"weights version {off.version}): sampled at log-prob {off.behaviour:.6g}, re-scored {off.rescored:.6g} "
+        f"({off.rescored - off.behaviour:+.1e}). "
     )

@@ -1,6 +1,8 @@
 """KV pool: token-granular slots (page size 1) shared by all streams of one engine.
 
 Owner: rollout. A stream is a list of slots, parallel to its live tokens; eviction gives slots back; no key or value ever moves.
+Streams with contiguous positions need their keys un-rotated, too: once a turn those that stand elsewhere are rotated anew,
+in place.
 Invariant: a slot has one owner at a time, and is given out again only after `free`.
 """
 
@@ -13,7 +15,9 @@ from streams.columns import Columns
 
 
 class KVPool:
-    """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both."""
+    """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both. Its keys are
+    what attention reads. raw: [layers, slots, kv_heads, head_dim], un-rotated keys; None until they are needed.
+    """
 
     def __init__(
         self,
@@ -28,14 +32,22 @@ class KVPool:
         if slots < 1:
             raise ValueError(f"a KV pool of {slots} slots: at least one is needed (rollout.kv_memory_mb)")
         self.kv = torch.zeros((layers, slots, 2, kv_heads, head_dim), dtype=dtype, device=device)
+        self.raw: torch.Tensor | None = None
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
         self._available = slots
         self._taken = np.zeros(slots, bool)
 
     @staticmethod
-    def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes that one token occupies over all layers, keys and values."""
-        return 2 * layers * kv_heads * head_dim * dtype.itemsize
+    def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, raw: bool = False) -> int:
+        """Bytes that one token occupies over all layers: keys, values, and un-rotated keys where they are kept (raw)."""
+        return (3 if raw else 2) * layers * kv_heads * head_dim * dtype.itemsize
+
+    def keep_raw(self) -> torch.Tensor:
+        """Keep un-rotated keys from now on."""
+        if self.raw is None:
+            layers, slots, _, kv_heads, head_dim = self.kv.shape
+            self.raw = self.kv.new_zeros((layers, slots, kv_heads, head_dim))
+        return self.raw
 
     @property
     def capacity(self) -> int:
@@ -85,10 +97,18 @@ class SlotList:
         """Forget these tokens, by ascending log index; returns their slots."""
         if not len(indices):
             return np.zeros(0, np.int64)
-        index, slots = self._columns.column("index"), self._columns.column("slot")
-        at = np.searchsorted(index, indices)
-        assert (index[at] == indices).all(), "only forwarded live tokens leave"
-        keep = np.ones(len(index), bool)
+        at, slots = self._places(indices), self.held
+        keep = np.ones(len(slots), bool)
         keep[at] = False
         self._columns.keep(keep)
         return slots[at]
+
+    def of(self, indices: np.ndarray) -> np.ndarray:
+        """The slots of these tokens, by ascending log index."""
+        return self.held[self._places(indices)]
+
+    def _places(self, indices: np.ndarray) -> np.ndarray:
+        index = self._columns.column("index")
+        at = np.searchsorted(index, indices)
+        assert (index[at] == indices).all(), "only forwarded live tokens have slots"
+        return at

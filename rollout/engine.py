@@ -2,7 +2,8 @@
 
 Owner: rollout. One `step` forwards, in one packed row, whatever every running stream has next: a decode token, or the
 end of one turn and the prefill of the next. Invariants: END (and any token not yet forwarded) goes through under its
-own turn's slot list before the next turn's eviction takes effect; freed slots are reused only after the forward that
+own turn's slot list before the next turn's eviction takes effect (with contiguous positions in a step of its own, as it
+must also see that turn's keys where they stood); freed slots are reused only after the forward that
 could still see them; weights change only between two steps.
 """
 
@@ -18,6 +19,7 @@ import torch
 
 from rollout.attention import Segment, make_backend
 from rollout.cache import KVPool, SlotList
+from rollout.contiguous import StepRotation
 from rollout.feed import KnownTurns, TurnFeed
 from rollout.sampler import pick
 from streams.backbone import Backbone, VideoTokens
@@ -101,6 +103,10 @@ class _Stream:
         except OSError as error:  # named boundary: one stream's log
             self.failure = f"piece {piece.number} of its log could not be written: {type(error).__name__}: {error}"
 
+    @property
+    def contiguous(self) -> bool:
+        return self.writer.regions is not None
+
 
 @dataclass
 class _Step:
@@ -114,6 +120,7 @@ class _Step:
     features: list[torch.Tensor] = field(default_factory=list)
     freed: list[np.ndarray] = field(default_factory=list)
     choosing: list[tuple[_Stream, int]] = field(default_factory=list)
+    rotation: StepRotation = field(default_factory=StepRotation)
     rows: int = 0
 
 
@@ -184,6 +191,8 @@ class Engine:
                 "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window (a feed has no end: its "
                 "memory must bound video and text)"
             )
+        if writer.regions is not None:
+            self.pool.keep_raw()
         self._waiting.append(_Stream(request, writer, _source(request), need))
         return writer
 
@@ -255,6 +264,8 @@ class Engine:
                 return
             if stream.forwarded < writer.log.length:
                 self._add_segment(stream, step)
+                if stream.contiguous and stream.forwarded == writer.log.length:
+                    return
             turn_input, features = stream.source.take()
             evicted, _ = writer.begin_turn(turn_input, self.version)
             held = len(writer.live) + len(evicted)
@@ -264,6 +275,9 @@ class Engine:
                     f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
                 )
             step.freed.append(stream.slots.drop(evicted))
+            if writer.regions is not None:
+                turned, positions = writer.regions.turned
+                step.rotation.turn(stream.slots.of(turned), positions)
             if features is not None:
                 video = np.flatnonzero(writer.log.column("kind", stream.forwarded) == Kind.VIDEO)
                 step.video.append(step.rows + video)
@@ -283,7 +297,8 @@ class Engine:
         new = self.pool.allocate(stop - start)
         stream.slots.add(start, new)
         step.ids.append(log.column("ids", start).astype(np.int64))
-        step.positions.append(log.positions_between(start, stop))
+        positions = log.positions_between(start, stop)
+        step.positions.append(step.rotation.segment(positions, contiguous=stream.contiguous))
         step.new_slots.append(new)
         cuts = np.flatnonzero(np.diff(log.column("lane", start))) + start + 1
         for begin, end in pairwise([start, *cuts.tolist(), stop]):
@@ -298,7 +313,9 @@ class Engine:
         video = None
         if step.features:
             video = VideoTokens(torch.from_numpy(np.concatenate(step.video)).to(device), torch.cat(step.features))
-        plan = self._backend.plan(np.concatenate(step.new_slots), step.segments)
+        new_slots = np.concatenate(step.new_slots)
+        attention = self._backend.plan(new_slots, step.segments)
+        plan = step.rotation.plan(attention, self.pool, new_slots, self.backbone)
         hidden = self.backbone.hidden(ids[None], positions[:, None], plan, video)[0]
         for slots in step.freed:
             self.pool.free(slots)

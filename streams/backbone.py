@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ from streams.pretrained import (
     check_rope_theta,
     read_processors,
 )
+from streams.rotary import Rotary
 
 ATTENTION_NAME = "sightline"
 # transformers hands the spans of a packed row to implementations with "flash" in their name and loops over the spans
@@ -265,6 +267,12 @@ class Backbone:
         if self.layout.timestamps:
             return TimestampCursor()
         return PositionCursor(float(self.model.config.vision_config.tokens_per_second), patch_seconds)
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """The text model's rotation, for keys and queries that a plan rotates itself."""
+        text = self.model.model.language_model
+        return Rotary(text.rotary_emb.inv_freq, text.config.rope_parameters, interleaved=self.name == "qwen3_vl")
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings: int [...] -> [..., H]."""

@@ -19,11 +19,14 @@ _LIVE: Spec = {
     "ids": np.dtype(np.int32),
     "ordinal": np.dtype(np.int64),
     "lane": np.dtype(np.int8),
+    "position": np.dtype(np.int64),
 }
 
 
 class LiveSet:
-    """The tokens that a next one may attend to (its lane permitting). Columns as in LiveTokens, and `lane`."""
+    """The tokens that a next one may attend to (its lane permitting). Columns as in LiveTokens, `lane`, and
+    `position`: the first of a token's three native position ids, as they stand on a line.
+    """
 
     def __init__(self) -> None:
         self._columns = Columns(_LIVE)
@@ -39,11 +42,22 @@ class LiveSet:
         return self._columns.column(name)
 
     def append(
-        self, at: slice, ids: np.ndarray | list[int], *, kind: int, turn: int, ordinal: int = -1, lane: int = 0
+        self,
+        at: slice,
+        ids: np.ndarray | list[int],
+        positions: np.ndarray,
+        *,
+        kind: int,
+        turn: int,
+        ordinal: int = -1,
+        lane: int = 0,
     ) -> None:
-        """The tokens logged at `at`, of one kind; ordinal: of a single token of generated text."""
+        """The tokens logged at `at`, of one kind; positions int [3, n]; ordinal: of a single token of generated text."""
         index = np.arange(at.start, at.stop)
-        self._columns.append(len(index), index=index, kind=kind, turn=turn, ids=ids, ordinal=ordinal, lane=lane)
+        position = positions.min(axis=0)
+        self._columns.append(
+            len(index), index=index, kind=kind, turn=turn, ids=ids, ordinal=ordinal, lane=lane, position=position
+        )
 
     def tokens(self) -> LiveTokens:
         """As a policy sees them."""

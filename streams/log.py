@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
 from streams.columns import Columns, Spec
+from streams.regions import RegionBook, RegionLog
 
 NEVER = np.iinfo(np.int32).max
 """The expiry of a token that stays visible for ever."""
@@ -89,6 +91,7 @@ class StreamLog:
 
     ids int32 [L]; kind, lane int8 [L]; turn, segment int32 [L]; positions int32 [3, L] (temporal, height, width);
     expiry int32 [L]; sampled, target bool [L]; behaviour_logp float64 [L]; version int32 [L].
+    regions: of a stream with contiguous positions; `positions` are the native ones of every stream.
     """
 
     header: LogHeader
@@ -104,6 +107,7 @@ class StreamLog:
     behaviour_logp: np.ndarray
     version: np.ndarray
     chunks: tuple[ChunkRecord, ...]
+    regions: RegionLog | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -134,7 +138,8 @@ class StreamLog:
     @property
     def nbytes(self) -> int:
         arrays = (self.ids, self.kind, self.turn, self.segment, self.lane, self.positions, self.expiry)
-        return sum(a.nbytes for a in (*arrays, self.sampled, self.target, self.behaviour_logp, self.version))
+        own = sum(a.nbytes for a in (*arrays, self.sampled, self.target, self.behaviour_logp, self.version))
+        return own + (0 if self.regions is None else self.regions.nbytes)
 
 
 _COLUMNS: Spec = {
@@ -161,7 +166,8 @@ class LogPiece:
     """Consecutive tokens of a log, handed out before its stream has ended; `streams.pieces` joins them.
 
     number: 0, 1, ...; first: log index of its first token. columns: as in StreamLog, by name. amended, amended_expiry [A]:
-    tokens of earlier pieces whose expiry was lowered since. header: in piece 0 only. last: the stream ended with it.
+    tokens of earlier pieces whose expiry was lowered since. regions: of a contiguous stream, the moves and turns since the
+    piece before. header: in piece 0 only. last: the stream ended with it.
     """
 
     stream_id: str
@@ -173,6 +179,7 @@ class LogPiece:
     chunks: tuple[ChunkRecord, ...]
     amended: np.ndarray
     amended_expiry: np.ndarray
+    regions: RegionLog | None = None
 
     def __len__(self) -> int:
         return len(self.columns["ids"])
@@ -180,9 +187,13 @@ class LogPiece:
 
 @dataclass
 class LogBuilder:
-    """Grows a StreamLog; or hands it out in pieces and holds only what came since, from log index `first` on."""
+    """Grows a StreamLog; or hands it out in pieces and holds only what came since, from log index `first` on.
+
+    regions: of a stream with contiguous positions, what it has to say of them.
+    """
 
     header: LogHeader
+    regions: RegionBook | None = None
     length: int = 0
     first: int = 0
     segment_start: int = 0
@@ -281,6 +292,7 @@ class LogBuilder:
             amended_expiry=np.repeat(
                 np.array([expiry for _, expiry in amended], np.int32), [len(indices) for indices, _ in amended]
             ),
+            regions=None if self.regions is None else self.regions.cut(),
         )
         self._chunks.clear()
         self._pieces += 1
@@ -290,8 +302,9 @@ class LogBuilder:
     def finish(self) -> StreamLog:
         """All of it, if nothing was handed out."""
         columns = _as_logged({name: self.column(name).copy() for name in _COLUMNS})
-        return StreamLog(header=self.header, chunks=tuple(self._chunks), **columns)
+        regions = None if self.regions is None else self.regions.log()
+        return StreamLog(header=self.header, chunks=tuple(self._chunks), regions=regions, **columns)
 
 
-def _as_logged(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _as_logged(columns: dict[str, np.ndarray]) -> dict[str, Any]:
     return columns | {"positions": np.ascontiguousarray(columns["positions"].T)}

@@ -20,8 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from streams.log import ChunkRecord, LogHeader, LogPiece, StreamLog
+from streams.regions import RegionLog
 
 FORMAT = 1
+_REGIONS = "regions."
 
 
 class PieceSink(Protocol):
@@ -58,7 +60,15 @@ def join_pieces(pieces: Iterable[LogPiece], *, prefix: bool = False) -> StreamLo
     }
     for piece in read:
         _amend(columns["expiry"], piece)
-    return StreamLog(header=header, chunks=tuple(chunk for piece in read for chunk in piece.chunks), **columns)
+    regions = [piece.regions for piece in read if piece.regions is not None]
+    if len(regions) not in (0, len(read)):
+        raise ValueError(f"stream {header.stream_id}: some of its pieces say where its tokens stand, others do not")
+    return StreamLog(
+        header=header,
+        chunks=tuple(chunk for piece in read for chunk in piece.chunks),
+        regions=RegionLog.join(regions) if regions else None,
+        **columns,
+    )
 
 
 def _check_follows(piece: LogPiece, before: LogPiece | None, length: int) -> None:
@@ -143,6 +153,8 @@ def _pack(piece: LogPiece) -> bytes:
         "chunks": [asdict(chunk) for chunk in piece.chunks],
     }
     arrays = {**piece.columns, "amended": piece.amended, "amended_expiry": piece.amended_expiry}
+    if piece.regions is not None:
+        arrays |= {_REGIONS + name: array for name, array in vars(piece.regions).items()}
     file = io.BytesIO()
     np.savez(file, words=np.frombuffer(json.dumps(words).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
     return file.getvalue()
@@ -155,6 +167,7 @@ def _unpack(data: bytes) -> LogPiece:
     if words["format"] != FORMAT:
         raise ValueError(f"format {words['format']}, this version reads {FORMAT}")
     header = words["header"]
+    regions = {name.removeprefix(_REGIONS): arrays.pop(name) for name in list(arrays) if name.startswith(_REGIONS)}
     return LogPiece(
         stream_id=words["stream_id"],
         number=words["number"],
@@ -164,6 +177,7 @@ def _unpack(data: bytes) -> LogPiece:
         chunks=tuple(ChunkRecord(**_tuples(chunk)) for chunk in words["chunks"]),
         amended=arrays.pop("amended"),
         amended_expiry=arrays.pop("amended_expiry"),
+        regions=RegionLog(**regions) if regions else None,
         columns=arrays,
     )
 

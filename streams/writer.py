@@ -18,8 +18,9 @@ from streams.lanes import Lanes, Span
 from streams.layout import Layout, Part, TurnState
 from streams.live import LiveSet, TurnHistory
 from streams.log import GENERATED_TEXT, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
-from streams.memory import MemoryPolicy, check_text_tells_time, evicted
+from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, placed
 from streams.positions import PositionCursor
+from streams.regions import RegionBook
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ class StreamWriter:
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
         self._cursors = (self.positions, replace(self.positions))
-        self.log = LogBuilder(self.header)
+        self.log = LogBuilder(self.header, RegionBook() if self.policy.positions == CONTIGUOUS else None)
+
+    @property
+    def regions(self) -> RegionBook | None:
+        """Where the live tokens stand; None if positions are native."""
+        return self.log.regions
 
     @property
     def live(self) -> np.ndarray:
@@ -92,6 +98,8 @@ class StreamWriter:
         if self.turn == 0:
             parts = (Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), *parts)
         self._append(parts, self.turn, version)
+        if self.regions is not None:
+            self.regions.settle(self.live, self.held.column("position"))
         self._span, self._wrote = turn_input.span, []
         if chunk is not None:
             self.log.add_chunk(chunk)
@@ -122,10 +130,11 @@ class StreamWriter:
             self.log.begin_segment()
             self._generation_begun = True
         kind = self.state.advance(token)
+        positions = self._cursors[self._lane].text(1)
         at = self.log.append(
             [token],
             kind,
-            self._cursors[self._lane].text(1),
+            positions,
             turn=self.turn,
             version=version,
             lane=self._lane,
@@ -136,7 +145,7 @@ class StreamWriter:
         self._wrote.append((token, kind))
         text = kind in GENERATED_TEXT
         ordinal = self.generated if text else -1
-        self.held.append(at, [token], kind=kind, turn=self.turn, ordinal=ordinal, lane=self._lane)
+        self.held.append(at, [token], positions, kind=kind, turn=self.turn, ordinal=ordinal, lane=self._lane)
         self.generated += text
         return kind
 
@@ -155,7 +164,7 @@ class StreamWriter:
             cursor = self._cursors[part.lane]
             positions = cursor.text(len(part.ids)) if part.grid is None else cursor.video(part.grid, part.keep)
             at = self.log.append(part.ids, part.kind, positions, turn=turn, version=version, lane=part.lane)
-            self.held.append(at, part.ids, kind=part.kind, turn=turn, lane=part.lane)
+            self.held.append(at, part.ids, positions, kind=part.kind, turn=turn, lane=part.lane)
 
     def _remember(self, version: int) -> None:
         """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
@@ -173,6 +182,10 @@ class StreamWriter:
             video_tokens=0 if chunk is None else chunk.num_tokens,
             generated=self.generated,
         )
-        left = self.held.drop(evicted(self.policy, self.held.tokens(), start))
+        leaving = evicted(self.policy, self.held.tokens(), start)
+        left = self.held.drop(leaving)
         self.log.expire(left)
+        if self.regions is not None:
+            before = self.regions.leave(~leaving)
+            self.regions.move(self.live, placed(self.policy, self.held.tokens(), start, before), self.log.length)
         return left

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import block_mask
 from benchmarks.attention import Heads, disagreements, learner_row
 from benchmarks.smoke import main, result_of
 
@@ -97,3 +98,18 @@ def test_a_time_counts_only_if_the_kernels_agree():
     assert disagreements({"dtype": "bfloat16", "learner": [], "engine": [paged]}) == [
         "decode: relative_difference 5.0e-01 is above 0.02"
     ]
+
+
+def test_a_block_mask_counts_as_faster_only_if_it_is_torchs_own(tmp_path, capsys):
+    assert block_mask.main(["--tokens", "512,1024", "--repeats", "1", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["tokens"], row["policy"]) for row in found["rows"]] == [
+        (tokens, policy) for tokens in (512, 1024) for policy in block_mask.POLICIES
+    ]
+    assert found["ok"]
+    row = found["rows"][0] | {"tokens": block_mask.BAR_TOKENS, "speedup": block_mask.BAR}
+    assert block_mask.missed(row) is None
+    assert "49 times faster, less than 50" in block_mask.missed(row | {"speedup": 49})
+    assert "differs" in block_mask.missed(row | {"equal": False})
+    assert block_mask.main(["--tokens", "1000"]) == 2
+    assert "--tokens 1000 is not a multiple of 128" in capsys.readouterr().err

@@ -119,10 +119,12 @@ def test_logs_of_the_engine_give_the_block_mask_that_evaluating_every_point_give
         MemoryConfig("rcsm", 2),
         MemoryConfig("random", rate=0.3),
         MemoryConfig("sink_window", 2, text_window=3, sink_tokens=2, tail_tokens=4),
+        MemoryConfig("text_memory"),
     ]
     logs = run(
-        backbone, [request(backbone, memory[i % 3], random_turns(backbone, rng, 9 + i), f"s{i}") for i in range(6)]
+        backbone, [request(backbone, memory[i % 4], random_turns(backbone, rng, 9 + i), f"s{i}") for i in range(6)]
     )
-    for layout in ([[0, 1, 2, 3, 4, 5]], [[0, 4], [1, 2], [5]]):
+    assert set(logs[3].lane) == {0, 1}
+    for layout in ([[0, 1, 2, 3, 4, 5]], [[0, 4], [1, 2], [5]], [[3]]):
         rows = pack(logs, layout)
         assert_equal(block_mask(rows.expiry, rows.lane), evaluated(rows.expiry, rows.lane))

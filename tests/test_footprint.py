@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from learner.batching import idle_rows
 from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
@@ -21,6 +22,7 @@ from rl.footprint import (
     gib,
     layer_bytes,
     learner_footprint,
+    region_bytes,
     slot_bytes,
     trained_numbers,
     worker_footprint,
@@ -30,7 +32,9 @@ from streams.backbone import Backbone
 from streams.geometry import ModelGeometry
 from streams.layout import LayoutConfig
 from streams.messages import DeviceInfo, LearnerSetup
+from streams.scoring.logprobs import attention_plan
 from streams.scoring.mask import DensePlan, dense_mask
+from streams.scoring.region_rows import RegionRows
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from streams.tiny import build_tiny
 from streams.tiny_spec import QWEN3_SPEC, TinySpec
@@ -76,6 +80,10 @@ def kept_by_autograd(folder, spec, dtype, tokens=192):
     """Bytes of the distinct storages that one forward of the text model keeps, parameters aside."""
     backbone = Backbone.load(build_tiny(folder, spec), LayoutConfig(), dtype=dtype)
     mask = dense_mask(torch.full((1, tokens), tokens), torch.zeros(1, tokens, dtype=torch.long))
+    return kept_under(backbone, DensePlan(mask), tokens), mask.untyped_storage().nbytes()
+
+
+def kept_under(backbone, plan, tokens):
     own = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -89,8 +97,8 @@ def kept_by_autograd(folder, spec, dtype, tokens=192):
 
     positions = torch.arange(tokens).expand(3, 1, -1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        backbone.hidden(torch.arange(tokens)[None] % 100, positions, DensePlan(mask))
-    return sum(kept.values()), mask.untyped_storage().nbytes()
+        backbone.hidden(torch.arange(tokens)[None] % 100, positions, plan)
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,6 +113,34 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_keeps(tmp_path, fa
     # A boolean mask is kept by every layer as numbers to add; the learner's estimate counts it apart.
     additive = mask * getattr(torch, dtype).itemsize
     assert (more - less - additive) / 192 == pytest.approx(said, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_contiguous_positions_add_to_a_layer_is_what_autograd_keeps(tmp_path, dtype):
+    tokens, copies = 192, 128
+    bounds = (0, 16, 32, 48, 64, copies)
+    none = torch.zeros((1, copies), dtype=torch.long)
+    row = torch.arange(tokens)[None]
+    regions = RegionRows(row.expand(3, 1, -1), row.expand(5, 1, -1), none, none, none, none + tokens, bounds)
+    kept = {}
+    for layers in (3, 4):
+        backbone = Backbone.load(
+            build_tiny(tmp_path / str(layers), TinySpec(layers=layers)), LayoutConfig(), dtype=dtype
+        )
+        rows = replace(idle_rows(0), ids=row, expiry=row * 0 + tokens, lane=row * 0, regions=regions)
+        kept[layers] = kept_under(backbone, attention_plan(rows, "sdpa", backbone), tokens)
+    geometry = ModelGeometry.read(tmp_path / "3")
+    plain, _ = layer_bytes(geometry, dtype.itemsize, dense=True)
+    more, _ = region_bytes(geometry, dtype.itemsize, tokens, copies / tokens / 2, dense=True)
+    assert (kept[4] - kept[3]) / tokens == pytest.approx(plain + more, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bytes_of_a_pool_with_unrotated_keys_are_exact(checkpoint, dtype):
+    backbone = Backbone.load(checkpoint, LayoutConfig(), dtype=getattr(torch, dtype))
+    pool = Engine(backbone, kv_slots=77, max_streams=1).pool
+    held = pool.kv.untyped_storage().nbytes() + pool.keep_raw().untyped_storage().nbytes()
+    assert held == 77 * slot_bytes(ModelGeometry.read(checkpoint), dtype, "contiguous")
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from streams.log import ChunkRecord, LogPiece, StreamLog
 from streams.memory import POLICIES, MemoryConfig, make_policy
 from streams.pieces import PieceFolder, join_pieces, read_pieces
 from streams.positions import PositionCursor
+from streams.regions import RegionLog
 from streams.writer import StreamWriter, TurnInput
 from tests.test_policies import LAYOUTS, MEMORIES, generate, header, plans
 
 RCSM = MemoryConfig("rcsm", 2, text_window=2)
+CONTIGUOUS = MemoryConfig("sink_window", 1, text_window=2, sink_tokens=2, tail_tokens=3, positions="contiguous")
 PLAN = tuple(TurnInput(ChunkRecord(turn, "v", (turn + 0.1, turn + 0.6), (1, 2, 2))) for turn in range(12))
 
 
@@ -34,13 +36,15 @@ def file_size_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def assert_same_log(got: StreamLog, wanted: StreamLog) -> None:
+def assert_same_log(got: StreamLog | RegionLog, wanted: StreamLog | RegionLog) -> None:
     """Field for field, dtypes and shapes included."""
-    for field in dataclasses.fields(StreamLog):
+    for field in dataclasses.fields(wanted):
         a, b = getattr(got, field.name), getattr(wanted, field.name)
         if isinstance(b, np.ndarray):
             assert (a.dtype, a.shape) == (b.dtype, b.shape), field.name
             np.testing.assert_array_equal(a, b, err_msg=field.name)
+        elif isinstance(b, RegionLog):
+            assert_same_log(a, b)
         else:
             assert a == b, field.name
 
@@ -87,6 +91,15 @@ def test_pieces_cut_anywhere_join_to_the_log_that_was_never_cut(name, data, tmp_
 @pytest.fixture(scope="module")
 def made() -> tuple[StreamLog, list[LogPiece]]:
     return written(RCSM, LAYOUTS[0], PLAN, 1, [None, 1.0] * 11)
+
+
+def test_pieces_of_a_contiguous_stream_say_where_its_tokens_stand():
+    whole, pieces = written(CONTIGUOUS, LAYOUTS[0], PLAN, 1, [None, 1.0] * 11)
+    assert whole.regions is not None
+    assert sum(len(piece.regions.token) > 0 for piece in pieces) > 3, "tokens must move in several pieces"
+    assert_same_log(join_pieces(pieces), whole)
+    with pytest.raises(ValueError, match="others do not"):
+        join_pieces([*pieces[:-1], dataclasses.replace(pieces[-1], regions=None)])
 
 
 def test_a_prefix_is_exact_for_the_tokens_that_it_holds(made):

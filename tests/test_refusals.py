@@ -107,6 +107,7 @@ def test_what_is_set_and_has_no_effect_is_said():
     assert composed().notes() == []
     assert "memory.name=rcsm does not take memory.sink_tokens=3" in notes("memory.sink_tokens=3")
     assert "memory.name=full does not take memory.window=4" in notes("memory=full")
+    assert "memory.name=text_memory does not take memory.window=4" in notes("memory=text_memory")
     assert "memory.window=7 is not below data.max_turns=7: no stream" in notes("memory.window=7", "data.max_turns=7")
     assert notes("memory.window=7", "data.max_turns=8") == ""
     assert "note: rl has no warm-up, learner.schedule=constant" in notes("learner.schedule=constant")

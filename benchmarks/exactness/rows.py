@@ -36,6 +36,11 @@ POLICIES = (
     Policy("recent_frames", MemoryConfig("recent_frames", 3)),
     Policy("sink_window", MemoryConfig("sink_window", 3, text_window=5, sink_tokens=6, tail_tokens=8)),
     Policy("text_memory", MemoryConfig("text_memory")),
+    Policy(
+        "sink_window",
+        MemoryConfig("sink_window", 3, 5, sink_tokens=6, tail_tokens=8, positions="contiguous"),
+        positions="contiguous",
+    ),
     Policy("visual_budget", MemoryConfig("visual_budget", video_tokens=12)),
     Policy("random", MemoryConfig("random", seed=1, rate=0.2)),
 )

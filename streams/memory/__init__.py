@@ -7,6 +7,8 @@ light: no torch, the driver imports it.
 from streams.lanes import Lanes
 from streams.memory.config import POLICIES, MemoryConfig, knobs, make_policy
 from streams.memory.policy import (
+    CONTIGUOUS,
+    NATIVE,
     TURN_TEXT,
     LiveTokens,
     MemoryPolicy,
@@ -15,6 +17,7 @@ from streams.memory.policy import (
     evicted,
     old_text,
     old_video,
+    placed,
 )
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
@@ -23,6 +26,8 @@ from streams.memory.visual_budget import VisualBudget
 from streams.memory.windows import Full, Rcsm, RecentFrames
 
 __all__ = [
+    "CONTIGUOUS",
+    "NATIVE",
     "POLICIES",
     "TURN_TEXT",
     "Full",
@@ -43,4 +48,5 @@ __all__ = [
     "make_policy",
     "old_text",
     "old_video",
+    "placed",
 ]

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from streams import targets
-from streams.memory.policy import MemoryPolicy
+from streams.memory.policy import CONTIGUOUS, NATIVE, POSITIONS, MemoryPolicy, check_contiguous
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
 from streams.memory.text_memory import TextMemory
@@ -38,8 +38,9 @@ class MemoryConfig:
     """window: W, video turns whose video stays. text_window: turns whose text stays (rcsm: 0 = all of them).
 
     sink_tokens, tail_tokens (sink_window): first and last tokens kept of older generated text. video_tokens (visual_budget):
-    the budget. seed, rate (random): of the draws, and the probability to leave at a turn. target, args (name=custom):
-    "package.module:Class" of a MemoryPolicy, and what its constructor takes.
+    the budget. seed, rate (random): of the draws, and the probability to leave at a turn. positions: `native`, or
+    `contiguous` (sink_window, or your own with regions). target, args (name=custom): "package.module:Class" of a
+    MemoryPolicy, and what its constructor takes.
     """
 
     name: str = "rcsm"
@@ -50,12 +51,15 @@ class MemoryConfig:
     video_tokens: int = 0
     seed: int = 0
     rate: float = 0.1
+    positions: str = NATIVE
     target: str = ""
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in (*POLICIES, CUSTOM):
             raise ValueError(f"memory.name={self.name!r} is not one of {', '.join(sorted(POLICIES))}, {CUSTOM}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"memory.positions={self.positions!r} is not one of {', '.join(POSITIONS)}")
         if self.window < 1:
             raise ValueError(f"memory.window={self.window} must be at least 1 (the chunk being watched)")
         for key in ("text_window", "sink_tokens", "tail_tokens", "video_tokens", "seed"):
@@ -79,7 +83,7 @@ class MemoryConfig:
         idle = [
             f"memory.{f.name}={getattr(self, f.name)}"
             for f in fields(self)
-            if f.name not in ("name", *self.takes)
+            if f.name not in ("name", "positions", *self.takes)
             and getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
         ]
         return [f"note: memory.name={self.name} does not take {', '.join(idle)}"] if idle else []
@@ -88,11 +92,20 @@ class MemoryConfig:
     def words(self) -> str:
         """Name and what stays, for people."""
         name = self.name if self.name != CUSTOM else f"{self.target}({_listed(self.args)})"
-        return ", ".join(filter(None, (name, make_policy(self).words)))
+        positions = "" if self.positions == NATIVE else f"{self.positions} positions"
+        return ", ".join(filter(None, (name, make_policy(self).words, positions)))
 
 
 def make_policy(config: MemoryConfig) -> MemoryPolicy:
     """The policy of one stream. Raises ValueError, with the config key, for what cannot work."""
+    policy = _construct(config)
+    if config.positions == CONTIGUOUS:
+        check_contiguous(policy, config.name)
+        policy.positions = CONTIGUOUS
+    return policy
+
+
+def _construct(config: MemoryConfig) -> MemoryPolicy:
     if config.name != CUSTOM:
         knobs = {knob: getattr(config, knob) for knob in config.takes}
         policy: MemoryPolicy = targets.construct(POLICIES[config.name], knobs, "memory")
@@ -109,9 +122,10 @@ def make_policy(config: MemoryConfig) -> MemoryPolicy:
 
 def knobs(config: MemoryConfig) -> tuple[tuple[str, int | float | str], ...]:
     """The policy's settings as they are written into a log header."""
+    positions = () if config.positions == NATIVE else (("positions", config.positions),)
     if config.name == CUSTOM:
-        return (("target", config.target), ("args", json.dumps(config.args, sort_keys=True)))
-    return tuple((knob, getattr(config, knob)) for knob in config.takes)
+        return (("target", config.target), ("args", json.dumps(config.args, sort_keys=True)), *positions)
+    return (*((knob, getattr(config, knob)) for knob in config.takes), *positions)
 
 
 def _listed(args: dict[str, Any]) -> str:

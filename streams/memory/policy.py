@@ -14,9 +14,12 @@ import numpy as np
 
 from streams.lanes import Lanes
 from streams.log import Kind
+from streams.regions import Region
 
 TURN_TEXT = (Kind.SCAFFOLD, Kind.QUERY, Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)
 """All text of a turn. Listing QUERY is safe: while it is open it stays."""
+NATIVE, CONTIGUOUS = "native", "contiguous"
+POSITIONS = (NATIVE, CONTIGUOUS)
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,26 @@ class MemoryPolicy(ABC):
     """One per stream; its constructor takes the knobs. What it decides may only depend on them and on its arguments.
 
     window: video turns whose video stays; text_window: turns whose scaffold stays; None = not bounded that way. lanes: how
-    its turns are spread over the two lanes.
+    its turns are spread over the two lanes. positions: `native`, or `contiguous` for a policy with regions (set from
+    memory.positions when the policy is made).
     """
 
     window: int | None = None
     text_window: int | None = None
     lanes: Lanes = Lanes.ONE
+    positions: str = NATIVE
 
     @abstractmethod
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
         """bool [n] over the live tokens: True where the token expires at the start of this turn."""
+
+    def regions(self, live: LiveTokens, start: TurnStart) -> np.ndarray | None:
+        """int8 [n]: the Region of each token that stays (`live`) from this turn on; None: the policy has no regions.
+
+        Asked after `leaving`, only with contiguous positions. A token may stay where it is (at first Region.RETAINED) or move
+        to a region before; the policy's own choice of when, as long as what it lets go leaves a region from its old end.
+        """
+        return None
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         """Upper bound of a stream's tokens in the KV pool, from its largest turn: live, or evicted in the running step.
@@ -114,6 +127,47 @@ def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndar
     pinned = np.zeros(len(live), bool)
     pinned[query] = start.closed_in[live.turn[query]] >= start.turn
     return leaving & ~pinned
+
+
+def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:
+    """int8 [n]: the region of each live token that stays, as the policy says; before: as they are now. Raises ValueError."""
+    region = policy.regions(live, start)
+    name = f"memory: {type(policy).__name__}.regions"
+    if not isinstance(region, np.ndarray) or region.dtype != np.int8 or region.shape != (len(live),):
+        given = f"{region.dtype} {list(region.shape)}" if isinstance(region, np.ndarray) else repr(region)
+        raise ValueError(
+            f"{name} returned {given} in turn {start.turn}; with memory.positions={CONTIGUOUS} it must be an array of int8, "
+            f"one Region for each of the {len(live)} tokens that stay"
+        )
+    wrong = np.flatnonzero((region < 0) | (region > before))
+    if len(wrong):
+        at = wrong[0]
+        raise ValueError(
+            f"{name} puts token {live.index[at]} into region {region[at]} in turn {start.turn}, it was in {before[at]} "
+            f"({Region(int(before[at])).name}): a token stays where it is or moves to a region before"
+        )
+    return region
+
+
+def check_contiguous(policy: MemoryPolicy, name: str) -> None:
+    """Raises ValueError, with the key, if the policy called `name` cannot have contiguous positions."""
+    if type(policy).regions is MemoryPolicy.regions:
+        raise ValueError(
+            f"memory.positions={CONTIGUOUS} with memory.name={name}: this policy has no regions to lay out one after the "
+            f"other; choose memory=sink_window, or memory.positions={NATIVE}"
+        )
+    if policy.lanes is not Lanes.ONE:
+        raise ValueError(
+            f"memory.positions={CONTIGUOUS} with memory.name={name}: its turns stand in two lanes with position counters of "
+            f"their own; use memory.positions={NATIVE}"
+        )
+    text, video = policy.text_window, policy.window
+    if text is not None and (video is None or text < video):
+        kept = "all" if video is None else f"memory.window={video}"
+        raise ValueError(
+            f"memory.positions={CONTIGUOUS}: text stays for memory.text_window={text} turns but video for {kept}: a turn's "
+            "text would leave a hole in front of its video; give text at least the window of video"
+        )
 
 
 def check_text_tells_time(policy: MemoryPolicy, timestamps: bool) -> None:

@@ -1,8 +1,8 @@
 """sink_window: recent turns, and of older generated text its beginning and its end.
 
 Owner: streams. Sources: StreamingLLM (arXiv 2309.17453) and StreamingVLM (arXiv 2510.09608), whose inference keeps 16
-vision turns, 16 text turns, 512 sink and 512 tail tokens. Survivors keep the positions they were rotated with;
-StreamingVLM re-indexes them.
+vision turns, 16 text turns, 512 sink and 512 tail tokens. With native positions survivors keep those that they were
+rotated with; with contiguous ones, as in StreamingVLM, they are re-indexed once per turn, by the regions named here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 
 from streams.log import GENERATED_TEXT, Kind
 from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_text, old_video
+from streams.regions import Region
 
 
 class SinkWindow(MemoryPolicy):
@@ -32,6 +33,18 @@ class SinkWindow(MemoryPolicy):
         older = start.generated[max(0, start.turn - self.text_window + 1)]
         between = (live.ordinal >= self.sink_tokens) & (live.ordinal < older - self.tail_tokens)
         return leaving | old_text(live, start, self.text_window, GENERATED_TEXT) & between
+
+    def regions(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        region = np.full(len(live), Region.RETAINED, np.int8)
+        # Turns up to the latest one whose video has left; later ones without video wait for the video before them.
+        shown = start.video_turns[start.turn] + start.has_video
+        region[start.video_turns[live.turn] < shown - self.window] = Region.TEXT
+        old = live.turn <= start.turn - self.text_window
+        region[old & (live.ordinal >= 0)] = Region.TAIL
+        region[old & (live.ordinal >= 0) & (live.ordinal < self.sink_tokens)] = Region.SINK
+        region[old & (live.kind == Kind.QUERY)] = Region.PINNED
+        region[live.kind == Kind.SYSTEM] = Region.SYSTEM
+        return region
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         # A turn that leaves the text window pushes at most its own number of tokens out of the tail.

@@ -19,7 +19,7 @@ BLOCK = 128
 @dataclass(frozen=True)
 class BlockLists:
     """What FlexAttention's BlockMask holds, by the same names: int32, per query block (`kv_`) the key blocks that it visits,
-    per key block (`q_`) the query blocks that visit it; counts [1, 1, n], indices [1, 1, n, n] with the visited ones first.
+    per key block (`q_`) the query blocks that visit it; counts [1, 1, n], indices [1, 1, n, m] with the visited ones first.
     """
 
     kv_num_blocks: np.ndarray
@@ -66,6 +66,26 @@ def block_lists(expiry: np.ndarray, lane: np.ndarray) -> BlockLists:
     partial, full = visible_blocks(expiry, lane)
     found = [part for dense in (partial, full, partial.T, full.T) for part in _ordered(dense)]
     return BlockLists(*found)
+
+
+def interval_block_lists(queries: np.ndarray, keys: np.ndarray) -> BlockLists:
+    """Of queries int [3, N] (region, place, lane) against keys int [4, K] (region, entry, exit, lane), whole blocks of both.
+
+    A partial block may turn out to hold no visible pair: it is found by the extremes of its intervals only.
+    """
+    region, place, lane = queries.reshape(3, -1, 1, BLOCK)
+    key_region, entry, leaves, key_lane = keys.reshape(4, 1, -1, BLOCK)
+    low, high = (lambda t: t.min(axis=-1)), (lambda t: t.max(axis=-1))
+    some = (low(region) <= high(key_region)) & (low(key_region) <= high(region)) & (low(key_lane) <= high(lane))
+    # A copy that nobody sees stretches no interval.
+    never = entry >= leaves
+    some &= (low(np.where(never, place.max() + 1, entry)) <= high(place)) & (
+        low(place) < high(np.where(never, 0, leaves))
+    )
+    same = (low(region) == high(key_region)) & (high(region) == low(key_region))
+    full = same & (high(entry) <= low(place)) & (high(place) < low(leaves)) & (high(key_lane) <= low(lane))
+    partial = some & ~full
+    return BlockLists(*(part for dense in (partial, full, partial.T, full.T) for part in _ordered(dense)))
 
 
 def _ordered(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

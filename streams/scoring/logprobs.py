@@ -18,6 +18,7 @@ from streams.log import StreamLog
 from streams.scoring.block_mask import BLOCK
 from streams.scoring.mask import MIN_FLEX_TOKENS, DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack, plan_micro_batches
+from streams.scoring.regions import region_plan
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ class Scores:
     entropy: torch.Tensor
 
 
-def attention_plan(rows: Rows, kind: str, device: torch.device) -> AttentionPlan:
+def attention_plan(rows: Rows, kind: str, backbone: Backbone) -> AttentionPlan:
     """`sdpa` (dense mask) or `flex` (block mask) for packed rows, which may still be on the host, on the model's device."""
+    device = backbone.device
+    if rows.regions is not None:
+        return region_plan(rows, rows.regions, backbone, kind)
     if kind == "flex":
         return FlexPlan(block_mask(rows.expiry, rows.lane, device))
     return DensePlan(dense_mask(rows.expiry.to(device), rows.lane.to(device)))
@@ -52,7 +56,7 @@ def score_rows(
     """
     if attention == "flex":
         rows = rows.padded(BLOCK, at_least=MIN_FLEX_TOKENS)
-    plan = attention_plan(rows, attention, backbone.device)
+    plan = attention_plan(rows, attention, backbone)
     rows = rows.to(backbone.device)
     video = None
     if len(rows.video_index):

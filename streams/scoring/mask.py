@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from streams.scoring.block_mask import BLOCK, block_lists
+from streams.scoring.block_mask import BLOCK, block_lists, interval_block_lists
 from streams.scoring.compiled import can_compile, compiled
 
 MIN_FLEX_TOKENS = 2 * BLOCK
@@ -62,6 +62,25 @@ def block_mask(expiry: torch.Tensor, lane: torch.Tensor, device: torch.device | 
         **blocks,
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=mask_mod(found[0], found[1]),
+    )
+
+
+def interval_block_mask(queries: np.ndarray, keys: np.ndarray, device: torch.device) -> BlockMask:
+    """Of queries that are stacked region by region, each against keys seen for an interval: a key is visible if the regions
+    are the same, entry <= place < exit, and its lane is admitted. queries int [3, N]: region, place, lane. keys int [4, K]:
+    region, entry, exit, lane.
+    """
+    lists = vars(interval_block_lists(queries, keys))
+    found = _copied([*queries.astype(np.int32), *keys.astype(np.int32), *lists.values()], device)
+    region, place, lane, key_region, entry, leaves, key_lane = found[:7]
+
+    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        alive = (entry[k] <= place[q]) & (place[q] < leaves[k])
+        return (region[q] == key_region[k]) & alive & (key_lane[k] <= lane[q])
+
+    blocks: dict[str, Any] = dict(zip(lists, found[7:], strict=True))
+    return BlockMask(
+        seq_lengths=(queries.shape[1], keys.shape[1]), **blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible
     )
 
 

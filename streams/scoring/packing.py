@@ -7,12 +7,14 @@ row; expiry is capped at its stream's end; padding attends only to padding and n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from streams.log import NEVER, Kind, StreamLog
+from streams.scoring.region_rows import RegionRows, native_until, pack_regions
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Rows:
     predictor int64 [N]: flat row index of the token before each target; target_ids int64 [N];
     stream int64 [N]: which of the packed logs a target belongs to; target_index int64 [N]: its index in that log.
     video_index int64 [M]: flat row index of every video token, log by log, in append order.
+    regions: where any log has contiguous positions. Of such logs `positions` are 0 (the model shall rotate nothing), and
+    `expiry` is where a token's native position ends: at its own expiry, or its first move.
     """
 
     ids: torch.Tensor
@@ -34,6 +38,7 @@ class Rows:
     stream: torch.Tensor
     target_index: torch.Tensor
     video_index: torch.Tensor
+    regions: RegionRows | None = None
 
     @property
     def num_targets(self) -> int:
@@ -43,7 +48,7 @@ class Rows:
         """The same rows, with more padding at their ends: to a multiple of `multiple` tokens, `at_least` so many."""
         length = self.ids.shape[1]
         wide = -(-max(length, at_least) // multiple) * multiple
-        if wide == length:
+        if wide == length and self.regions is None:
             return self
 
         def moved(index: torch.Tensor) -> torch.Tensor:
@@ -57,10 +62,12 @@ class Rows:
             lane=pad(self.lane, (0, wide - length)),
             predictor=moved(self.predictor),
             video_index=moved(self.video_index),
+            regions=None if self.regions is None else self.regions.padded(wide - length, multiple),
         )
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {n: None if v is None else v.to(device) for n, v in vars(self).items()}
+        return Rows(**moved)
 
 
 def plan_rows(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -104,9 +111,10 @@ def pack(logs: list[StreamLog], rows: list[list[int]], *, which: str = "target")
             log, end = logs[i], at + len(logs[i])
             span = slice(at, end)
             ids[r, span] = log.ids
-            positions[:, r, span] = log.positions
+            positions[:, r, span] = log.positions if log.regions is None else 0
             lane[r, span] = log.lane
-            expiry[r, span] = np.where(log.expiry == NEVER, end, np.minimum(log.expiry.astype(np.int64) + at, end))
+            until = native_until(log)
+            expiry[r, span] = np.where(until == NEVER, end, np.minimum(until.astype(np.int64) + at, end))
             targets = np.flatnonzero(getattr(log, which))
             assert not len(targets) or targets[0] > 0, "the first token of a log has no predictor"
             assert (log.lane[targets - 1] == log.lane[targets]).all(), "a target and its predictor share a lane"
@@ -132,4 +140,5 @@ def pack(logs: list[StreamLog], rows: list[list[int]], *, which: str = "target")
         stream=joined(stream),
         target_index=joined(index),
         video_index=joined([where for _, where in video]),
+        regions=pack_regions(logs, rows, length),
     )
