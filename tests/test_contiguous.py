@@ -389,7 +389,7 @@ def test_a_policy_whose_regions_are_wrong_is_told_what(fp64, answer, said):
         ({"positions": "near"}, r"memory\.positions='near' is not one of native, contiguous"),
         (
             {"positions": "contiguous"},
-            r"memory\.positions=contiguous with memory\.name=rcsm: this policy has no regions",
+            r"memory\.positions=contiguous with memory\.name=rcsm: this policy has no regions .*own a method regions",
         ),
         (
             {"name": "sink_window", "text_window": 2, "window": 3, "positions": "contiguous"},

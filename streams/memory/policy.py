@@ -154,7 +154,7 @@ def check_contiguous(policy: MemoryPolicy, name: str) -> None:
     if type(policy).regions is MemoryPolicy.regions:
         raise ValueError(
             f"memory.positions={CONTIGUOUS} with memory.name={name}: this policy has no regions to lay out one after the "
-            f"other; choose memory=sink_window, or memory.positions={NATIVE}"
+            f"other; choose memory=sink_window or memory.positions={NATIVE}, or give a policy of your own a method regions"
         )
     if policy.lanes is not Lanes.ONE:
         raise ValueError(
