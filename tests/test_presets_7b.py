@@ -163,7 +163,10 @@ def test_streamingvlm_streams_as_published(streamingvlm):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vst_7b", ("top-p 0.98", "paper says 0.001", "four on 64", "512 tokens", "\\boxed{}", "our own format")),
+        (
+            "vst_7b",
+            ("top-p 0.98", "paper says 0.001", "four on 64", "Time=s-e", "512 tokens", "\\boxed{}", "our own format"),
+        ),
         (
             "streamingvlm_7b",
             ("none was published", "24 s", "12 s", "repetition penalty", "16 rounds", "our own format"),
