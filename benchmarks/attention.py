@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.environment import hardware, versions, write_result
+from benchmarks.environment import hardware, result_target, versions, write_result
 from rollout.attention import Segment, make_backend
 from rollout.cache import KVPool
 from streams.backbone import AttentionPlan
@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer heads and lengths: minutes on a laptop")
     parser.add_argument("--note", default="", help="anything that the reader must know, e.g. a shared machine")
-    parser.add_argument("--json", default="-", help="file to write, - for the terminal")
+    parser.add_argument("--json", type=result_target, default="-", help="file to write, - for the terminal")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.attention: --device cuda, but this machine has no CUDA device", file=sys.stderr)

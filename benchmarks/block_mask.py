@@ -26,7 +26,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from benchmarks.attention import CHUNKS, plain_layout, written
-from benchmarks.environment import hardware, versions, write_result
+from benchmarks.environment import hardware, result_target, versions, write_result
 from streams.log import GENERATED, StreamLog
 from streams.memory import MemoryConfig
 from streams.scoring.block_mask import BLOCK, BlockLists
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths of a row, multiples of 128")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--note", default="", help="anything that the reader must know, e.g. a shared machine")
-    parser.add_argument("--json", default="-", help="file to write, - for the terminal")
+    parser.add_argument("--json", type=result_target, default="-", help="file to write, - for the terminal")
     options = parser.parse_args(arguments)
     lengths = [int(n) for n in options.tokens.split(",")]
     if wrong := [n for n in lengths if n < 4 * BLOCK or n % BLOCK]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import in_words, write_result
+from benchmarks.environment import in_words, result_target, write_result
 from benchmarks.exactness.backbones import MODEL_TYPES, loud_backbone, norms_in_input_dtype
 from benchmarks.exactness.defects import DEFECTS, NOT_APPLICABLE
 from benchmarks.exactness.rows import (
@@ -141,7 +141,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--policies", default="", help="only these, comma-separated")
     parser.add_argument("--backbones", default="", help="only these, comma-separated")
-    parser.add_argument("--json", default="", help="file to write; - for one line at the end")
+    parser.add_argument("--json", type=result_target, default="", help="file to write; - for one line at the end")
     options = parser.parse_args(arguments)
     try:
         names = chosen(options.policies, list(dict.fromkeys(policy.name for policy in POLICIES)), "--policies")

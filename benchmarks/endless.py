@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.environment import hardware, versions, write_result
+from benchmarks.environment import hardware, result_target, versions, write_result
 from rollout.engine import Engine, StreamRequest
 from rollout.feed import TurnFeed
 from rollout.sampler import stream_seed
@@ -214,7 +214,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=10_000)
     parser.add_argument("--policies", nargs="+", choices=sorted(MEMORIES), default=sorted(MEMORIES))
-    parser.add_argument("--json", default="", help="a path, or - for standard output")
+    parser.add_argument("--json", type=result_target, default="", help="a path, or - for standard output")
     given = parser.parse_args()
     if given.turns < 1000:
         parser.error(f"--turns {given.turns}: at least 1000, or young and old are the same")

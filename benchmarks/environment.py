@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -58,6 +59,22 @@ def in_words() -> str:
     python = listed.pop("python")
     packages = ", ".join(f"{name} {number}" for name, number in listed.items())
     return f"{where['cpu_cores']} CPU cores ({where['machine']}), {gpu}; Python {python}; {packages}"
+
+
+def result_target(text: str) -> str:
+    """argparse type of --json: that the file can be written is known before anything is measured. "" and "-" are none."""
+    if text in ("", "-"):
+        return text
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}): name another file") from error
+    return text
 
 
 def write_result(path: Path, measured: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from benchmarks import block_mask
 from benchmarks.attention import Heads, disagreements, learner_row
+from benchmarks.environment import result_target
 from benchmarks.smoke import main, result_of
 
 GIB = 2**30
@@ -113,3 +115,23 @@ def test_a_block_mask_counts_as_faster_only_if_it_is_torchs_own(tmp_path, capsys
     assert "differs" in block_mask.missed(row | {"equal": False})
     assert block_mask.main(["--tokens", "1000"]) == 2
     assert "--tokens 1000 is not a multiple of 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["attention", "block_mask", "consistency", "endless"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(name, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    given = ["--json", str(tmp_path / "file" / "x.json")]
+    monkeypatch.setattr("sys.argv", [name, *given])
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main() if name == "endless" else benchmark.main(given)
+    assert stopped.value.code == 2
+    assert f"--json: {given[1]} cannot be written (" in capsys.readouterr().err
+
+
+def test_asking_whether_a_result_can_be_written_leaves_what_was_there(tmp_path):
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    assert [result_target(text) for text in (str(new), str(old), "-", "")] == [str(new), str(old), "-", ""]
+    assert not new.exists()
+    assert old.read_text() == "kept"
