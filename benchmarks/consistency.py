@@ -92,7 +92,7 @@ def table(rows: list[Measured]) -> str:
         share = "-" if row.video_evicted is None else f"{row.video_evicted:.0%}"
         figures = [_short(value) for value in (row.mean, row.p99, row.max)]
         head = [row.policy, row.backbone, row.positions, row.dtype, str(row.tokens), str(row.evicted), share]
-        cells.append([*head, *figures, *(_short(row.defects[name]) for name in DEFECTS)])
+        cells.append([*head, *figures, *(_short(row.defects.get(name)) for name in DEFECTS)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     halves = [row for row in rows if row.dtype == "bf16"]

@@ -192,9 +192,14 @@ class Engine:
                 "memory must bound video and text)"
             )
         if writer.regions is not None:
-            self.pool.keep_raw()
+            self.hold_unrotated_keys()
         self._waiting.append(_Stream(request, writer, _source(request), need))
         return writer
+
+    def hold_unrotated_keys(self) -> None:
+        """Make room for what streams with contiguous positions need. Raises ValueError if the checkpoint cannot have them."""
+        _ = self.backbone.rotary
+        self.pool.keep_raw()
 
     @torch.no_grad()
     def step(self) -> list[StreamLog]:

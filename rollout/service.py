@@ -29,7 +29,7 @@ from streams.inputs import clip_key, turn_inputs
 from streams.kernels import choose_vision_attention
 from streams.layout import Layout
 from streams.log import LogHeader, StreamLog
-from streams.memory import MemoryConfig, knobs, make_policy
+from streams.memory import CONTIGUOUS, MemoryConfig, knobs, make_policy
 from streams.messages import (
     GroupPayload,
     GroupSummary,
@@ -119,6 +119,8 @@ class RolloutService:
                 f"{error} (in rollout worker {worker}: a policy's module must be importable there, too)"
             ) from error
         check_timestamps_kept(self.backbone.layout, policy)
+        if policy.positions == CONTIGUOUS:  # refused, and its room taken, before any group
+            self.engine.hold_unrotated_keys()
         self._layouts = {
             empty: self.backbone.layout.with_config(
                 replace(setup.layout, force_empty_thoughts=empty or setup.layout.force_empty_thoughts)

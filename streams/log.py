@@ -206,8 +206,9 @@ class LogBuilder:
 
     @property
     def nbytes(self) -> int:
-        """Allocated for tokens and amendments."""
-        return self._columns.nbytes + sum(indices.nbytes for indices, _ in self._amended)
+        """Allocated for tokens, amendments, and what is to be said of regions."""
+        regions = 0 if self.regions is None else self.regions.nbytes
+        return self._columns.nbytes + sum(indices.nbytes for indices, _ in self._amended) + regions
 
     def column(self, name: str, start: int = 0) -> np.ndarray:
         """One column from log index `start` on, as a view to read; `start` must not have been handed out."""

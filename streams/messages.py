@@ -21,7 +21,7 @@ from streams.task import StreamTask
 from streams.turns import ParsedTurn
 from streams.video import VideoConfig
 
-MESSAGES_VERSION = 4
+MESSAGES_VERSION = 5
 
 
 @dataclass(frozen=True)

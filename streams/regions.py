@@ -75,6 +75,12 @@ class RegionBook:
     _moves: list[np.ndarray] = field(default_factory=list)
     _offsets: list[np.ndarray] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the live tokens' arrays, and of what `log` would say."""
+        arrays = (self._region, self._coordinate, self._position, *self.turned, *self._moves, *self._offsets)
+        return sum(array.nbytes for array in arrays)
+
     def leave(self, stays: np.ndarray) -> np.ndarray:
         """Forget what leaves; stays bool over the live tokens. Returns the regions of those that stay."""
         new = len(stays) - len(self._region)

@@ -10,13 +10,23 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import consistency
 from benchmarks.exactness import rows
-from benchmarks.exactness.backbones import MODEL_TYPES
+from benchmarks.exactness.backbones import MODEL_TYPES, loud_backbone
 from benchmarks.exactness.defects import DEFECTS, NOT_APPLICABLE, LateEnd
-from benchmarks.exactness.rows import DEFECT_BAR, FULL, POLICIES, QUICK, Measured, check_counted_once, figures
-from benchmarks.exactness.streams import run
+from benchmarks.exactness.rows import (
+    DEFECT_BAR,
+    FULL,
+    POLICIES,
+    QUICK,
+    Measured,
+    check_counted_once,
+    check_positions,
+    figures,
+)
+from benchmarks.exactness.streams import random_requests, run
 
 KEYS = ["policy", "backbone", "positions", "dtype", "tokens", "evicted", "mean", "p99", "max", "defects"]
 NAN = float("nan")
@@ -95,6 +105,8 @@ GOOD = Measured(
         ({"video_evicted": None}, "share of video tokens evicted None"),
         ({"defects": GOOD.defects | {"late_end": DEFECT_BAR}}, "the planted defect late_end shows as 1e-07"),
         ({"defects": GOOD.defects | {"causal_mask": NAN}}, "the planted defect causal_mask shows as nan"),
+        ({"defects": GOOD.defects | {"causal_mask": None}}, "the defect causal_mask was not planted"),
+        ({"defects": {}}, "the defect no_ban_list was not planted"),
     ],
 )
 def test_what_misses_a_bar_is_named(change, words):
@@ -117,6 +129,26 @@ def test_an_empty_sample_is_null_and_json_knows_no_nan():
     assert empty["tokens"] == 0
     assert {empty[key] for key in ("mean", "p99", "max", "k3", "video_evicted")} == {None}
     assert consistency.strict({"a": [NAN, float("inf"), 0.0], "b": None}) == {"a": [None, None, 0.0], "b": None}
+
+
+def test_an_engine_that_samples_nothing_misses_its_bars_by_name(monkeypatch):
+    monkeypatch.setattr(rows, "signed_differences", lambda *_: np.zeros(0))
+    status, report, text = command("--quick", "--policies", "rcsm", "--backbones", "qwen2_5_vl")
+    assert status == 1
+    assert {row["max"] for row in report["rows"]} == {None}
+    assert "MISSED rcsm qwen2_5_vl native fp64: 0 sampled tokens are fewer than 300" in text
+    assert "MISSED rcsm qwen2_5_vl native fp64: the defect causal_mask was not planted" in text
+
+
+@pytest.mark.parametrize("given", ["native", "contiguous"])
+def test_a_row_has_the_positions_that_it_is_named_after(given, tmp_path):
+    memories = {p.positions: p.memory for p in POLICIES if p.name == "sink_window"}
+    backbone = loud_backbone(tmp_path, torch.float32)
+    logs = run(backbone, random_requests(backbone, memories[given], 1, low=6))
+    check_positions(logs, given)
+    (other,) = memories.keys() - {given}
+    with pytest.raises(ValueError, match=f"moved (no|some) token in a row of {other} positions"):
+        check_positions(logs, other)
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.engine import Engine
 from streams.log import Kind
@@ -224,6 +225,46 @@ def test_flex_attention_merges_regions_to_the_dense_softmax(fp64, evicting):
     assert (dense - flex).abs().max() <= FP64_BAR
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that is made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_without_a_backward_not_all_scores_of_a_long_row_exist_at_once(fp64, evicting, monkeypatch):
+    _, requests, logs = evicting
+    longest = max(range(len(logs)), key=lambda i: len(logs[i]))
+    rows = pack([logs[longest]], [[0]], which="sampled")
+    features = joined_features(requests[longest])
+    with torch.no_grad():
+        whole = score_rows(fp64, rows, features, head_chunk=8).logp
+        monkeypatch.setattr("streams.scoring.regions.MAX_SCORES", 2**14)
+        with LargestTensor() as largest:
+            piecewise = score_rows(fp64, rows, features, head_chunk=8).logp
+    assert (whole - piecewise).abs().max() <= FP64_BAR
+    heads = fp64.model.config.text_config.num_attention_heads
+    assert largest.numbers < heads * len(logs[longest]) ** 2 / 2
+
+
+def test_padding_fills_no_region_that_was_empty(fp64):
+    """With text as long as video nothing stands in TEXT: no queries are turned for it."""
+    memory = dataclasses.replace(SMALL, window=3)
+    logs = run(fp64, exactness.streams(fp64, memory, 1, seed=3, low=9))
+    rows = pack(logs, [[0]])
+    assert Region.TEXT not in rows.regions.filled
+    padded = rows.padded(BLOCK, at_least=BLOCK).regions
+    assert padded.token.shape[1] % BLOCK == 0
+    assert padded.filled == rows.regions.filled
+
+
 def test_a_row_is_scored_alike_alone_packed_and_padded(fp64, evicting):
     _, requests, logs = evicting
     rows = pack(logs, [[0, 1], [2]], which="sampled")
@@ -408,6 +449,17 @@ def test_positions_are_part_of_the_log_header_and_of_what_is_said_at_start():
     assert ("positions", "contiguous") in knobs(SMALL)
     assert SMALL.words.endswith(", contiguous positions")
     assert SMALL.notes() == []
+
+
+def test_a_checkpoint_that_cannot_have_them_is_refused_before_a_stream_runs(fp64, monkeypatch):
+    parameters = fp64.model.model.language_model.config.rope_parameters
+    fp64.__dict__.pop("rotary", None)
+    monkeypatch.setitem(parameters, "rope_type", "dynamic")
+    engine = Engine(fp64, kv_slots=4000, max_streams=1)
+    with pytest.raises(ValueError, match=r"rope_type='dynamic'.*memory\.positions=native"):
+        engine.add(exactness.streams(fp64, SMALL, 1)[0])
+    assert not engine.busy
+    assert engine.pool.raw is None
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

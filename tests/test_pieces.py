@@ -172,6 +172,19 @@ def test_what_was_handed_out_is_gone_from_the_builder():
         writer.finish()
 
 
+def test_what_a_builder_holds_of_regions_is_counted_and_handed_out():
+    writer = StreamWriter(header(CONTIGUOUS), LAYOUTS[0], make_policy(CONTIGUOUS), PositionCursor(2.0, 0.5))
+    rng = np.random.default_rng(0)
+    for turn in PLAN[:6]:
+        writer.begin_turn(turn, 0)
+        generate(writer, LAYOUTS[0], rng)
+    tokens = dataclasses.replace(writer.log, regions=None).nbytes
+    assert writer.log.nbytes - tokens >= writer.regions.log().nbytes > 0
+    held = writer.regions.nbytes
+    said = writer.log.cut(writer.log.length).regions
+    assert held - writer.regions.nbytes >= said.token.nbytes
+
+
 class TestFolder:
     def store(self, made, folder: Path) -> list[Path]:
         for piece in made[1]:

@@ -71,6 +71,16 @@ def fresh(setup):
     service.close()
 
 
+def test_room_for_unrotated_keys_is_taken_before_any_group(setup, shared):
+    assert shared.engine.pool.raw is None
+    memory = MemoryConfig("sink_window", 3, text_window=3, positions="contiguous")
+    service = open_service(replace(setup, memory=memory))
+    try:
+        assert service.engine.pool.raw is not None
+    finally:
+        service.close()
+
+
 def group(task, name, streams=3, turns=TURNS, temperature=1.0, **more):
     return RolloutTask(name, 0, task, streams, turns, temperature, **more)
 

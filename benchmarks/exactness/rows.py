@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.exactness.defects import planted
+from benchmarks.exactness.defects import DEFECTS, NOT_APPLICABLE, planted
 from benchmarks.exactness.streams import random_requests, run, signed_differences
 from rollout.engine import StreamRequest, stream_bound
 from streams.backbone import Backbone
 from streams.log import Kind, StreamLog
-from streams.memory import MemoryConfig
+from streams.memory import CONTIGUOUS, MemoryConfig
 from streams.scoring.stats import LogpDiff
 
 
@@ -26,7 +26,10 @@ class Policy:
 
     name: str
     memory: MemoryConfig
-    positions: str = "native"
+
+    @property
+    def positions(self) -> str:
+        return self.memory.positions
 
 
 POLICIES = (
@@ -38,8 +41,7 @@ POLICIES = (
     Policy("text_memory", MemoryConfig("text_memory")),
     Policy(
         "sink_window",
-        MemoryConfig("sink_window", 3, 5, sink_tokens=6, tail_tokens=8, positions="contiguous"),
-        positions="contiguous",
+        MemoryConfig("sink_window", 3, text_window=5, sink_tokens=6, tail_tokens=8, positions="contiguous"),
     ),
     Policy("visual_budget", MemoryConfig("visual_budget", video_tokens=12)),
     Policy("random", MemoryConfig("random", seed=1, rate=0.2)),
@@ -115,8 +117,12 @@ class Measured:
         if evicts != (self.evicted > 0):
             wrong.append(f"{self.evicted} tokens evicted")
         if self.dtype == "fp64":
-            for name, value in self.defects.items():
-                if value is not None and not value > DEFECT_BAR:
+            skipped = NOT_APPLICABLE.get(self.policy, {})
+            for name in DEFECTS:
+                value = self.defects.get(name)
+                if value is None and name not in skipped:
+                    wrong.append(f"the defect {name} was not planted")
+                elif value is not None and not value > DEFECT_BAR:
                     wrong.append(f"the planted defect {name} shows as {value}, not above {DEFECT_BAR:g}")
         return wrong
 
@@ -137,13 +143,14 @@ def measure(backbone: Backbone, policy: Policy, dtype: str, size: Size, attentio
         logs, requests = logs + done, requests + batch
     found = np.concatenate(signed) if signed else np.zeros(0)
     check_counted_once(logs, found)
+    check_positions(logs, policy.positions)
     some = slice(0, size.defect_streams)
     return Measured(
         policy=policy.name,
         backbone=backbone.name,
         positions=policy.positions,
         dtype=dtype,
-        defects=planted(backbone, policy.memory, requests[some], logs[some]),
+        defects=planted(backbone, policy.memory, requests[some], logs[some]) if logs else {},
         **figures(logs, found),
     )
 
@@ -156,6 +163,16 @@ def check_counted_once(logs: list[StreamLog], found: np.ndarray) -> None:
     distinct = {(log.ids.tobytes(), log.behaviour_logp.tobytes()) for log in logs}
     if len(distinct) != len(logs):
         raise ValueError(f"{len(logs)} streams, of which only {len(distinct)} differ: a stream was counted twice")
+
+
+def check_positions(logs: list[StreamLog], positions: str) -> None:
+    """Raises ValueError if the streams did not have the positions that their row is named after."""
+    for log in logs:
+        moved = log.regions is not None and len(log.regions.token) > 0
+        if moved != (positions == CONTIGUOUS):
+            raise ValueError(
+                f"stream {log.header.stream_id} moved {'some' if moved else 'no'} token in a row of {positions} positions"
+            )
 
 
 def figures(logs: list[StreamLog], found: np.ndarray) -> dict[str, Any]:

@@ -51,7 +51,9 @@ class RegionRows:
         more = -copies % multiple
         wide: dict[str, Any] = {n: pad(getattr(self, n), (0, more)) for n in ("token", "coordinate", "entry", "exit")}
         own, offsets = (pad(t, (0, tokens)) for t in (self.own, self.offsets))
-        return replace(self, own=own, offsets=offsets, **wide, bounds=(*self.bounds[:-1], copies + more))
+        # To the last region that holds any: every filled one costs a set of queries.
+        bounds = tuple(bound + more if bound == copies else bound for bound in self.bounds)
+        return replace(self, own=own, offsets=offsets, **wide, bounds=bounds)
 
 
 def native_until(log: StreamLog) -> np.ndarray:

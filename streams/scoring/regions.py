@@ -22,6 +22,11 @@ from streams.scoring.mask import dense_mask, interval_block_mask
 from streams.scoring.packing import Rows
 from streams.scoring.region_rows import RegionRows
 
+MAX_SCORES = 2**26
+"""Attention scores of a dense plan that exist at once where no backward needs them all: of a stream of tens of thousands of
+tokens, which a rollout worker scores on its GPU to check itself, all of them would take more room than there is.
+"""
+
 
 def region_plan(rows: Rows, regions: RegionRows, backbone: Backbone, kind: str) -> AttentionPlan:
     """`sdpa` (one dense softmax) or `flex` for packed rows of which some are of contiguous streams, on the model's device."""
@@ -76,20 +81,33 @@ class DenseRegionPlan:
     mask: torch.Tensor
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        rows, heads, length, dim = q.shape
-        kv_heads, bounds = k.shape[1], self.regions.bounds
+        rows, heads, length, _ = q.shape
+        bounds = self.regions.bounds
         keys, copies, values, copied = self.angles.keys(self.regions, k, v)
         parts = [keys, *(copies[:, :, bounds[r] : bounds[r + 1]] for r in self.regions.filled)]
+        both = torch.cat((values, copied), dim=2)
+        most = length if torch.is_grad_enabled() else max(1, MAX_SCORES // (rows * heads * both.shape[2]))
+        some = [slice(start, start + most) for start in range(0, length, most)]
+        out = torch.cat([self._attended(q, parts, both, scaling, queries) for queries in some], dim=2)
+        return out.transpose(1, 2)
+
+    def _attended(
+        self, q: torch.Tensor, parts: list[torch.Tensor], values: torch.Tensor, scaling: float, some: slice
+    ) -> torch.Tensor:
+        """Of `some` queries, against all keys, region by region; values [R, H_kv, L + M, D]."""
+        q, mask = q[:, :, some], self.mask[:, :, some]
+        rows, heads, length, dim = q.shape
         scores = [
             # Query heads of one KV head become extra queries.
-            (rotated(q, tables) * scaling).reshape(rows, kv_heads, -1, dim) @ part.transpose(2, 3)
-            for tables, part in zip(self.angles.queries, parts, strict=True)
+            (rotated(q, (cos[:, :, some], sin[:, :, some])) * scaling).reshape(rows, values.shape[1], -1, dim)
+            @ part.transpose(2, 3)
+            for (cos, sin), part in zip(self.angles.queries, parts, strict=True)
         ]
-        by_head = torch.cat(scores, dim=-1).view(rows, heads, length, -1).masked_fill(~self.mask, float("-inf"))
+        by_head = torch.cat(scores, dim=-1).view(rows, heads, length, -1).masked_fill(~mask, float("-inf"))
         half = q.dtype in (torch.bfloat16, torch.float16)
         weight = by_head.softmax(dim=-1, dtype=torch.float32 if half else None).to(q.dtype)
-        out = weight.view(rows, kv_heads, -1, weight.shape[-1]) @ torch.cat((values, copied), dim=2)
-        return out.view(rows, heads, length, dim).transpose(1, 2)
+        out = weight.view(rows, values.shape[1], -1, weight.shape[-1]) @ values
+        return out.view(rows, heads, length, dim)
 
 
 def region_block_mask(rows: Rows, regions: RegionRows, device: torch.device) -> BlockMask:
