@@ -2,7 +2,7 @@
 
 Owner: evals. Pure. A token counts as live at a turn if the turn's last prefilled token may attend to it (lanes aside):
 `k <= q < expiry[k]` for that token q, so eviction has happened and generation has not begun. Invariant: eviction is
-counted in the turn whose prefill comes next, and every evicted token once.
+counted in the turn whose prefill comes next (at the latest in the last), and every evicted token once.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def turn_memory(log: StreamLog) -> tuple[TurnMemory, ...]:
     live = np.cumsum(steps, axis=0)
     tokens = np.bincount(log.turn, minlength=count)
     gone = log.expiry[log.expiry < len(log)]
-    # A copied thought, which follows what left, stands before that prefill.
-    evicted = np.bincount(np.searchsorted(_last_prefilled(log), gone), minlength=count)
+    # A copied thought, which follows what left, stands before that prefill. Behind the last one nothing comes any more.
+    evicted = np.bincount(np.minimum(np.searchsorted(_last_prefilled(log), gone), count - 1), minlength=count)
     return tuple(
         TurnMemory(
             turn=turn,

@@ -47,15 +47,17 @@ def test_a_view_can_only_be_read_and_stays_as_it_was():
 
 def test_live_tokens_leave_by_their_place_and_are_named_by_their_index():
     live = LiveSet()
-    live.append(slice(0, 3), [5, 6, 7], kind=Kind.SYSTEM, turn=0)
-    live.append(slice(3, 4), [8], kind=Kind.THINK, turn=0, ordinal=0)
+    positions = np.array([[10, 11, 12, 13, 14], [20, 11, 12, 13, 13], [30, 11, 12, 13, 15]])
+    live.append(slice(0, 3), [5, 6, 7], positions[:, :3], kind=Kind.SYSTEM, turn=0)
+    live.append(slice(3, 4), [8], positions[:, 3:4], kind=Kind.THINK, turn=0, ordinal=0)
     assert live.drop(np.array([False, True, False, True])).tolist() == [1, 3]
-    live.append(slice(4, 5), [9], kind=Kind.THINK, turn=1, ordinal=1, lane=1)
+    live.append(slice(4, 5), [9], positions[:, 4:], kind=Kind.THINK, turn=1, ordinal=1, lane=1)
     tokens = live.tokens()
     assert tokens.index.tolist() == [0, 2, 4]
     assert tokens.ids.tolist() == [5, 7, 9]
     assert tokens.ordinal.tolist() == [-1, -1, 1]
     assert live.column("lane").tolist() == [0, 0, 1]
+    assert live.column("position").tolist() == [10, 12, 13], "the first of three, as they stand on a line"
 
 
 def test_the_history_of_turns_is_as_policies_are_told():

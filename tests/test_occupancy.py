@@ -46,23 +46,21 @@ def logs(draw) -> StreamLog:
 
 
 def walked(log: StreamLog) -> list[tuple[set[int], int]]:
-    """Per turn (indices live at its last prefilled token, tokens evicted in it), one token at a time."""
+    """Per turn (indices live at its last prefilled token, tokens evicted for its prefill), one token at a time."""
     found: list[tuple[set[int], int]] = []
     live: set[int] = set()
-    evicted = 0
+    waiting = 0
     for q in range(len(log)):
         gone = {k for k in live if log.expiry[k] <= q}
-        if q and log.turn[q] != log.turn[q - 1]:
-            found[-1] = (found[-1][0], evicted)
-            evicted = 0
-        evicted += len(gone)
+        waiting += len(gone)
         live = (live - gone) | {q}
         if Kind(int(log.kind[q])) in (*GENERATED, Kind.MEMORY):
             continue
         if len(found) == log.turn[q]:
             found.append((set(), 0))
-        found[-1] = (set(live), 0)
-    found[-1] = (found[-1][0], evicted)
+        found[-1] = (set(live), found[-1][1] + waiting)
+        waiting = 0
+    found[-1] = (found[-1][0], found[-1][1] + waiting)
     return found
 
 
