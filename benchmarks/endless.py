@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
+from benchmarks.exactness.streams import stream_header
 from rollout.engine import Engine, StreamRequest
 from rollout.feed import TurnFeed
-from rollout.sampler import stream_seed
 from streams.backbone import Backbone
 from streams.layout import LayoutConfig
-from streams.log import ChunkRecord, Kind, LogHeader
+from streams.log import ChunkRecord, Kind
 from streams.memory import MemoryConfig, knobs, make_policy
 from streams.pieces import PieceFolder, join_pieces, read_pieces
 from streams.tiny import build_tiny
@@ -113,16 +113,7 @@ def backbone(folder: Path) -> Backbone:
 
 def live_stream(engine: Engine, memory: MemoryConfig, name: str, folder: Path, piece_tokens: int) -> Live:
     made = engine.backbone
-    header = LogHeader(
-        stream_id=name,
-        task_id=name,
-        backbone=made.name,
-        policy=memory.name,
-        policy_knobs=knobs(memory),
-        position_convention=made.position_convention,
-        banned=made.layout.banned,
-        seed=stream_seed(0, name),
-    )
+    header = stream_header(made, memory, name)
     largest = turn_input(0).chunk
     assert largest is not None
     features = torch.randn(

@@ -6,13 +6,12 @@ and keys rotated anew, all of them, by absolute positions.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
+from benchmarks.exactness.backbones import forward_as
 from rollout.engine import StreamRequest
 from streams.backbone import Backbone, VideoTokens
 from streams.log import GENERATED_TEXT, Kind, StreamLog
@@ -21,24 +20,15 @@ from streams.regions import Region
 from streams.writer import TurnInput
 
 
-@contextmanager
 def angles_in_float64():
     """The model's own rotary module computes float32 angles: for fp64 proofs it computes them in fp64."""
-    classes = (Qwen2_5_VLRotaryEmbedding, Qwen3VLTextRotaryEmbedding)
-    before = [rotary.forward for rotary in classes]
 
     def forward(self, x, position_ids):
         angles = position_ids.expand(3, -1, -1)[..., None].double() * self.inv_freq.double()
         cos, sin = (self.recomposition_frequencies(f(angles).clone()) for f in (torch.cos, torch.sin))
         return cos.to(x.dtype), sin.to(x.dtype)
 
-    for rotary in classes:
-        rotary.forward = forward
-    try:
-        yield
-    finally:
-        for rotary, original in zip(classes, before, strict=True):
-            rotary.forward = original
+    return forward_as((Qwen2_5_VLRotaryEmbedding, Qwen3VLTextRotaryEmbedding), forward)
 
 
 def region_of(log: StreamLog, turns: tuple[TurnInput, ...], memory: MemoryConfig, turn: int) -> dict[int, Region]:

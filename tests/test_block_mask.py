@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from streams.log import NEVER
 from streams.memory import MemoryConfig
-from streams.scoring.block_mask import BLOCK, BlockLists, visible_blocks
+from streams.scoring.block_mask import BLOCK, BlockLists, interval_block_lists, visible_blocks
 from streams.scoring.mask import block_mask, dense_mask, mask_mod
 from streams.scoring.packing import pack
 from tests.streams_lib import loud_backbone, random_turns, request, run
@@ -128,3 +128,34 @@ def test_logs_of_the_engine_give_the_block_mask_that_evaluating_every_point_give
     for layout in ([[0, 1, 2, 3, 4, 5]], [[0, 4], [1, 2], [5]], [[3]]):
         rows = pack(logs, layout)
         assert_equal(block_mask(rows.expiry, rows.lane), evaluated(rows.expiry, rows.lane))
+
+
+@given(seed=st.integers(0, 2**32 - 1), stacked=st.integers(1, 4), lanes=st.booleans())
+@settings(max_examples=30)
+def test_blocks_of_intervals_skip_nothing_visible_and_leave_unmasked_only_what_is_all_visible(seed, stacked, lanes):
+    rng = np.random.default_rng(seed)
+    length, count = 3 * BLOCK, 4 * BLOCK
+    place = np.tile(np.arange(length), stacked)
+    lane = np.sort(rng.integers(0, 1 + lanes, length))
+    queries = np.stack([np.repeat(np.arange(stacked), length), place, np.tile(lane, stacked)])
+    entry = np.sort(rng.integers(0, length, count)) if rng.random() < 0.5 else rng.integers(0, 40, count)
+    keys = np.stack([np.sort(rng.integers(0, stacked, count)), entry, rng.integers(0, 2 * length, count), entry * 0])
+    keys[2, rng.random(count) < 0.2] = 0
+    visible = (queries[0][:, None] == keys[0]) & (keys[1] <= place[:, None]) & (place[:, None] < keys[2])
+    visible &= keys[3] <= queries[2][:, None]
+    blocks = visible.reshape(3 * stacked, BLOCK, 4, BLOCK).transpose(0, 2, 1, 3)
+    lists = interval_block_lists(queries, keys)
+    full = listed(lists.full_kv_num_blocks, lists.full_kv_indices)
+    partial = listed(lists.kv_num_blocks, lists.kv_indices)
+    assert (full == blocks.all(axis=(2, 3))).all()
+    assert (partial | full)[blocks.any(axis=(2, 3))].all()
+    assert (listed(lists.q_num_blocks, lists.q_indices) == partial.T).all()
+    assert (listed(lists.full_q_num_blocks, lists.full_q_indices) == full.T).all()
+
+
+def listed(counts: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """bool [rows, columns] of FlexAttention's lists."""
+    found = np.zeros(indices.shape[2:], bool)
+    for row, (count, columns) in enumerate(zip(counts[0, 0], indices[0, 0], strict=True)):
+        found[row, columns[:count]] = True
+    return found

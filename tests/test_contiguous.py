@@ -17,7 +17,7 @@ from streams.memory import POLICIES, MemoryConfig, SinkWindow, knobs, make_polic
 from streams.positions import PositionCursor
 from streams.regions import Region
 from streams.rotary import Rotary
-from streams.scoring.block_mask import BLOCK, interval_block_lists
+from streams.scoring.block_mask import BLOCK
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
 from streams.writer import StreamWriter
@@ -478,34 +478,3 @@ def test_the_rotation_is_the_models_own(fp64):
         assert (a - b).abs().max() <= 1e-12
     unpatched = text.rotary_emb(torch.zeros(1, dtype=torch.float64), positions)
     assert max(float((a - b).abs().max()) for a, b in zip(unpatched, ours, strict=True)) <= 1e-3
-
-
-@given(seed=st.integers(0, 2**32 - 1), stacked=st.integers(1, 4), lanes=st.booleans())
-@settings(max_examples=30)
-def test_blocks_of_intervals_skip_nothing_visible_and_leave_unmasked_only_what_is_all_visible(seed, stacked, lanes):
-    rng = np.random.default_rng(seed)
-    length, count = 3 * BLOCK, 4 * BLOCK
-    place = np.tile(np.arange(length), stacked)
-    lane = np.sort(rng.integers(0, 1 + lanes, length))
-    queries = np.stack([np.repeat(np.arange(stacked), length), place, np.tile(lane, stacked)])
-    entry = np.sort(rng.integers(0, length, count)) if rng.random() < 0.5 else rng.integers(0, 40, count)
-    keys = np.stack([np.sort(rng.integers(0, stacked, count)), entry, rng.integers(0, 2 * length, count), entry * 0])
-    keys[2, rng.random(count) < 0.2] = 0
-    visible = (queries[0][:, None] == keys[0]) & (keys[1] <= place[:, None]) & (place[:, None] < keys[2])
-    visible &= keys[3] <= queries[2][:, None]
-    blocks = visible.reshape(3 * stacked, BLOCK, 4, BLOCK).transpose(0, 2, 1, 3)
-    lists = interval_block_lists(queries, keys)
-    full = listed(lists.full_kv_num_blocks, lists.full_kv_indices)
-    partial = listed(lists.kv_num_blocks, lists.kv_indices)
-    assert (full == blocks.all(axis=(2, 3))).all()
-    assert (partial | full)[blocks.any(axis=(2, 3))].all()
-    assert (listed(lists.q_num_blocks, lists.q_indices) == partial.T).all()
-    assert (listed(lists.full_q_num_blocks, lists.full_q_indices) == full.T).all()
-
-
-def listed(counts: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """bool [rows, columns] of FlexAttention's lists."""
-    found = np.zeros(indices.shape[2:], bool)
-    for row, (count, columns) in enumerate(zip(counts[0, 0], indices[0, 0], strict=True)):
-        found[row, columns[:count]] = True
-    return found

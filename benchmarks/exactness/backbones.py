@@ -6,8 +6,8 @@ hide under 1e-4. Invariant: the patch of the norms ends with its context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,21 +58,25 @@ def with_ban_list(backbone: Backbone, banned: tuple[int, ...]) -> Backbone:
 
 
 @contextmanager
-def norms_in_input_dtype() -> Iterator[None]:
+def forward_as(classes: Sequence[Any], forward: Callable[..., Any]) -> Iterator[None]:
+    """These modules compute `forward` instead of their own, until the context ends."""
+    before = [module.forward for module in classes]
+    for module in classes:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, original in zip(classes, before, strict=True):
+            module.forward = original
+
+
+def norms_in_input_dtype() -> AbstractContextManager[None]:
     """Qwen's RMSNorm computes in fp32 whatever its input: for fp64 proofs it computes in the input's dtype.
 
     Qwen3-VL's class also normalises queries and keys.
     """
-    classes: tuple[Any, ...] = (Qwen2_5_VLRMSNorm, Qwen3VLTextRMSNorm)
-    before = [norm.forward for norm in classes]
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
-    for norm in classes:
-        norm.forward = forward
-    try:
-        yield
-    finally:
-        for norm, original in zip(classes, before, strict=True):
-            norm.forward = original
+    return forward_as((Qwen2_5_VLRMSNorm, Qwen3VLTextRMSNorm), forward)

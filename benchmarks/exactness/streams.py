@@ -52,6 +52,22 @@ def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tu
     return tuple(turns)
 
 
+def stream_header(backbone: Backbone, memory: MemoryConfig, name: str, temperature: float = 1.0) -> LogHeader:
+    """Of a stream whose task, seed and id come from its name."""
+    return LogHeader(
+        stream_id=name,
+        task_id=name,
+        backbone=backbone.name,
+        policy=memory.name,
+        policy_knobs=knobs(memory),
+        position_convention=backbone.position_convention,
+        banned=backbone.layout.banned,
+        seed=stream_seed(0, name),
+        temperature=temperature,
+        score_temperature=temperature or 1.0,
+    )
+
+
 def request(
     backbone: Backbone,
     memory: MemoryConfig,
@@ -70,18 +86,7 @@ def request(
         for t in turns
         if t.chunk is not None
     )
-    header = LogHeader(
-        stream_id=name,
-        task_id=name,
-        backbone=backbone.name,
-        policy=memory.name,
-        policy_knobs=knobs(memory),
-        position_convention=backbone.position_convention,
-        banned=backbone.layout.banned,
-        seed=stream_seed(0, name),
-        temperature=temperature,
-        score_temperature=temperature or 1.0,
-    )
+    header = stream_header(backbone, memory, name, temperature)
     return StreamRequest(header, turns, features, make_policy(memory), backbone.layout, patch_seconds=0.5)
 
 
