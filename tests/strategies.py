@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rollout.engine import StreamRequest
 from streams.backbone import Backbone
-from streams.memory import POLICIES, MemoryConfig
+from streams.memory import MemoryConfig
 from tests.streams_lib import random_turns, request
 from tests.test_policies import MEMORIES
 
@@ -23,6 +23,26 @@ def for_backbone(memory: MemoryConfig, backbone: Backbone) -> MemoryConfig:
 
 
 @st.composite
+def contiguous(draw) -> MemoryConfig:
+    """A `sink_window` with positions that follow what is live."""
+    window = draw(st.integers(1, 5) | st.just(40))
+    return MemoryConfig(
+        "sink_window",
+        window,
+        window + draw(st.integers(0, 3)),
+        sink_tokens=draw(st.integers(0, 12)),
+        tail_tokens=draw(st.integers(0, 12)),
+        positions="contiguous",
+    )
+
+
+EVERY_MEMORY = {**MEMORIES, "sink_window, contiguous": contiguous()}
+"""What a stream may run under: every policy, and the positions that are not native."""
+
+ANY_MEMORY = st.sampled_from(sorted(EVERY_MEMORY)).flatmap(EVERY_MEMORY.get)
+
+
+@st.composite
 def layouts(draw, backbone: Backbone):
     """Budgets that force ends of thoughts early or late; or thoughts that are forced empty."""
     config = dataclasses.replace(
@@ -32,13 +52,12 @@ def layouts(draw, backbone: Backbone):
 
 
 @st.composite
-def watched(draw, backbone: Backbone, policy: str, name: str, turns: int = 8) -> tuple[MemoryConfig, StreamRequest]:
-    """One stream of up to `turns` turns under a policy of that name: (its knobs, the stream)."""
-    memory = for_backbone(draw(MEMORIES[policy]), backbone)
+def watched(
+    draw, backbone: Backbone, memories: st.SearchStrategy[MemoryConfig], name: str, turns: int = 8
+) -> tuple[MemoryConfig, StreamRequest]:
+    """One stream of up to `turns` turns under one of these memories: (its knobs, the stream)."""
+    memory = for_backbone(draw(memories), backbone)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shown = random_turns(backbone, rng, draw(st.integers(1, turns)))
     stream = request(backbone, memory, shown, f"{name}/{rng.integers(1000)}")
     return memory, dataclasses.replace(stream, layout=draw(layouts(backbone)))
-
-
-ANY_POLICY = st.sampled_from(sorted(POLICIES))

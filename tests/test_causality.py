@@ -10,12 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.memory import POLICIES
 from streams.writer import QueryInput
 from tests import test_exactness as exactness
-from tests.strategies import for_backbone, layouts
+from tests.strategies import EVERY_MEMORY, for_backbone, layouts
 from tests.streams_lib import differences, random_turns, request, run
-from tests.test_policies import MEMORIES
 
 fp64 = exactness.fp64
 
@@ -35,11 +33,11 @@ def other_queries(stream, turn, backbone):
     return dataclasses.replace(stream, turns=(*stream.turns[:turn], *later))
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", sorted(EVERY_MEMORY))
 @given(data=st.data())
 @settings(max_examples=4)
 def test_the_future_changes_nothing_before_it(fp64, name, data):
-    memory = for_backbone(data.draw(MEMORIES[name]), fp64)
+    memory = for_backbone(data.draw(EVERY_MEMORY[name]), fp64)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     count = data.draw(st.integers(2, 6))
     cut = data.draw(st.integers(1, count - 1))

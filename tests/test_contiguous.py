@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.engine import Engine
 from streams.log import Kind
-from streams.memory import POLICIES, MemoryConfig, SinkWindow, knobs, make_policy
+from streams.memory import MemoryConfig, SinkWindow, knobs, make_policy
 from streams.positions import PositionCursor
 from streams.regions import Region
 from streams.rotary import Rotary
@@ -23,10 +23,10 @@ from streams.scoring.packing import pack
 from streams.writer import StreamWriter
 from tests import test_exactness as exactness
 from tests.contiguous_lib import angles_in_float64, layout_of, slow_logps
+from tests.strategies import ANY_MEMORY, contiguous, for_backbone, watched
 from tests.streams_lib import joined_features, random_turns, request, run
 from tests.test_custom_memory import run_to_the_end
-from tests.test_policies import LAYOUTS, MEMORIES, generate, header, plans
-from tests.test_policies_exact import for_backbone
+from tests.test_policies import LAYOUTS, generate, header, plans
 
 FP64_BAR = exactness.FP64_BAR
 CAUGHT = exactness.TestPlantedDefects.CAUGHT
@@ -34,20 +34,7 @@ fp64 = exactness.fp64
 SMALL = MemoryConfig("sink_window", 2, 3, sink_tokens=4, tail_tokens=5, positions="contiguous")
 
 
-@st.composite
-def memories(draw):
-    window = draw(st.integers(1, 5) | st.just(40))
-    return MemoryConfig(
-        "sink_window",
-        window,
-        window + draw(st.integers(0, 3)),
-        sink_tokens=draw(st.integers(0, 12)),
-        tail_tokens=draw(st.integers(0, 12)),
-        positions="contiguous",
-    )
-
-
-@given(memory=memories(), turns=plans(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**32 - 1))
+@given(memory=contiguous(), turns=plans(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=80)
 def test_keys_stand_where_the_regions_laid_out_by_hand_put_them(memory, turns, layout, seed):
     writer = StreamWriter(header(memory), layout, make_policy(memory), PositionCursor(2, 1.0))
@@ -90,18 +77,9 @@ def test_regions_are_filled_and_positions_stay_within_the_window(fp64):
 
 @st.composite
 def mixed(draw, backbone):
-    """Streams that share the engine's steps and the learner's rows: contiguous ones, and one of any native policy."""
-    made = []
-    native = draw(st.sampled_from(sorted(POLICIES)))
-    for i, memory in enumerate((draw(memories()), draw(MEMORIES[native]), draw(memories()))):
-        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-        turns = random_turns(backbone, rng, draw(st.integers(1, 9)))
-        stream = request(backbone, for_backbone(memory, backbone), turns, f"{i}/{rng.integers(1000)}")
-        config = dataclasses.replace(
-            backbone.layout.config, force_empty_thoughts=draw(st.booleans()), think_budget=draw(st.integers(2, 5))
-        )
-        made.append((memory, dataclasses.replace(stream, layout=backbone.layout.with_config(config))))
-    return made
+    """Streams that share the engine's steps and the learner's rows: contiguous ones, and one of any memory."""
+    memories = (contiguous(), ANY_MEMORY, contiguous())
+    return [draw(watched(backbone, memory, str(i), turns=9)) for i, memory in enumerate(memories)]
 
 
 @given(data=st.data())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
 from tests import test_exactness as exactness
-from tests.strategies import ANY_POLICY, watched
+from tests.strategies import ANY_MEMORY, watched
 from tests.streams_lib import joined_features, run
 
 fp64 = exactness.fp64
@@ -18,8 +18,8 @@ fp64 = exactness.fp64
 
 @st.composite
 def groups(draw, backbone):
-    """Two or three streams, each under a policy of its own."""
-    return [draw(watched(backbone, draw(ANY_POLICY), str(i), turns=5))[1] for i in range(draw(st.integers(2, 3)))]
+    """Two or three streams, each under a memory of its own."""
+    return [draw(watched(backbone, ANY_MEMORY, str(i), turns=5))[1] for i in range(draw(st.integers(2, 3)))]
 
 
 @st.composite

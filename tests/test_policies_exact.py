@@ -12,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.log import Kind
-from streams.memory import POLICIES, MemoryConfig
+from streams.memory import MemoryConfig
 from tests import test_exactness as exactness
-from tests.strategies import ANY_POLICY, for_backbone, watched
+from tests.strategies import ANY_MEMORY, EVERY_MEMORY, watched
 from tests.streams_lib import brute_force_expiry, differences, run
-
-__all__ = ["for_backbone"]
 
 FP64_BAR = exactness.FP64_BAR
 fp64 = exactness.fp64
@@ -27,11 +25,11 @@ RANDOM = MemoryConfig("random", seed=3, rate=0.1)
 
 @st.composite
 def streams(draw, backbone, name):
-    """Two streams that run and are packed together: one of policy `name`, one of any."""
-    return [draw(watched(backbone, policy, str(i))) for i, policy in enumerate((name, draw(ANY_POLICY)))]
+    """Two streams that run and are packed together: one under the memory `name`, one under any."""
+    return [draw(watched(backbone, memory, str(i))) for i, memory in enumerate((EVERY_MEMORY[name], ANY_MEMORY))]
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", sorted(EVERY_MEMORY))
 @given(data=st.data())
 @settings(max_examples=8)
 def test_engine_equals_one_masked_forward(fp64, name, data):
