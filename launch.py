@@ -20,7 +20,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -122,18 +122,24 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
         ) as error:  # a missing file, a full disk, a wait for Ray (TimeoutError is an OSError)
             print(f"configuration error: {error}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as error:  # Ray, or an actor's process, did not start
+            _fail(config, error, stop)
         try:
             run.run()
         except Requeue as stopped:
             print(f"{stopped}; the same command with resume=auto goes on from there", file=sys.stderr)
             sys.exit(config.checkpoint.requeue_status)
         except (ValueError, OSError, RuntimeError) as error:
-            if stop.requested:
-                raise
-            # These say by themselves what to do; the traceback is for whoever mends the program.
-            note = _keep_traceback(config.root / "logs" / "driver-error.txt")
-            print(f"error: {error}\n{note}", file=sys.stderr)
-            sys.exit(1)
+            _fail(config, error, stop)
+
+
+def _fail(config: RunConfig, error: Exception, stop: StopSignal) -> NoReturn:
+    """The error says by itself what to do; the traceback is for whoever mends the program. To be called where it is caught."""
+    if stop.requested:
+        raise error
+    note = _keep_traceback(config.root / "logs" / "driver-error.txt")
+    print(f"error: {error}\n{note}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _keep_traceback(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rl.connect import bootstrap_address, check_answers, cluster_environment
+from tests.test_run import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,3 +54,15 @@ def test_outside_of_a_job_the_project_is_uploaded_without_what_runs_write(monkey
 def test_inside_a_job_its_own_working_directory_holds(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert set(cluster_environment(Path("/run"))) == {"env_vars"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_local_ray_that_does_not_start_is_an_error_in_words(tmp_path):
+    too_long = tmp_path / ("x" * 120)  # for the name of a socket
+    too_long.mkdir()
+    done = launch(f"run_root={tmp_path / 'run'}", limit_s=120, env={"RAY_TMPDIR": str(too_long)})
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Ray did not start on this machine: ")
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "run" / "logs" / "driver-error.txt").read_text()
