@@ -14,7 +14,7 @@ from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
 from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
-from streams.memory import check_text_tells_time, make_policy
+from streams.memory import check_text_tells_time, live_bound, make_policy
 from streams.pretrained import FAMILIES, is_hub_id, model_type, token_side
 
 
@@ -76,7 +76,7 @@ def check_memory(config: RunConfig) -> None:
     check_text_tells_time(policy, writes_time(config))
     chunk = video.frames_per_chunk // 2 * max(1, video.max_pixels // pixels_per_token(config))
     turn = chunk + config.layout.max_new_tokens
-    policy.max_live_tokens(per_turn=turn, fixed=0, video_per_turn=chunk, turns=config.data.max_turns)
+    live_bound(policy, per_turn=turn, fixed=0, video_per_turn=chunk, turns=config.data.max_turns)
 
 
 def own_checkpoints(root: Path) -> dict[str, Path]:
