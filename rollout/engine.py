@@ -277,7 +277,7 @@ class Engine:
             held = len(writer.live) + len(evicted)
             if held > stream.reserved:  # slots that other streams were promised
                 raise ValueError(
-                    f"stream {stream.request.header.stream_id}: memory {stream.request.header.policy} holds {held} tokens in "
+                    f"stream {stream.request.header.stream_id}: memory {stream.request.header.memory} holds {held} tokens in "
                     f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
                 )
             step.freed.append(stream.slots.drop(evicted))
