@@ -168,8 +168,11 @@ def preflight(config: RunConfig) -> None:
     age_bound(config)
     _check_data(config)
     for key, value in _named_checkpoints(config):
-        if not Path(value).expanduser().is_dir() and not is_hub_id(value):
+        folder = Path(value).expanduser()
+        if not folder.is_dir() and not is_hub_id(value):
             raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
+        if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
+            raise ValueError(f"{key}={value} is a whole checkpoint: name its export, {key}={Path(value) / 'hf'}")
     unset = config.eval.checkpoint == "auto" and not config.model.path
     if config.job.stages == ["eval"] and unset and not own_checkpoints(config.root):
         raise FileNotFoundError(

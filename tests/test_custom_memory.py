@@ -81,6 +81,13 @@ def test_the_guides_command_line_composes_and_says_what_it_is(my_memory):
     assert streaming_settings(config)["memory"]["args"] == {"window": 4, "turns": 8}
 
 
+def test_its_baseline_of_recent_turns_has_its_own_window(my_memory):
+    memory = MemoryConfig(**written() | {"window": 20, "args": {"window": 3}})
+    assert memory.recent() == MemoryConfig("recent_frames", 3)
+    assert own(Nothing).recent() == MemoryConfig("recent_frames", MemoryConfig().window)
+    assert MemoryConfig("text_memory", 5).recent() == MemoryConfig("recent_frames", 5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -241,7 +248,9 @@ def run_to_the_end(engine):
 
 def test_a_stream_that_holds_more_than_its_policy_said_stops_with_the_numbers(fp64):
     engine = engine_with(fp64, "TooLittle")
-    with pytest.raises(ValueError, match=r"stream s: memory custom holds \d+ tokens in turn \d+, .*\(\d+\): correct"):
+    with pytest.raises(
+        ValueError, match=r"stream s: memory \S+:TooLittle holds \d+ tokens in turn \d+, .*\(\d+\): correct"
+    ):
         run_to_the_end(engine)
 
 

@@ -90,6 +90,11 @@ class MemoryConfig:
         ]
         return [f"note: memory.name={self.name} does not take {', '.join(idle)}"] if idle else []
 
+    def recent(self) -> MemoryConfig:
+        """The baseline beside this memory: only the latest turns, as many as its video stays for."""
+        own = make_policy(self).window
+        return MemoryConfig("recent_frames", self.window if own is None else max(1, int(own)))
+
     @property
     def words(self) -> str:
         """Name and what stays, for people."""
