@@ -12,19 +12,13 @@ import numpy as np
 from streams.layout import Layout
 from streams.log import NEVER, ChunkRecord
 from streams.task import TimedQuery
-from streams.video import Clip, frame_times
+from streams.video import Clip, Spanned, frame_times
 from streams.writer import QueryInput, TurnInput
 
 
-class Watchable(Protocol):
+class Watchable(Spanned, Protocol):
     """What is shown to a stream: a StreamTask, or a file that somebody watches without expecting answers."""
 
-    @property
-    def video(self) -> str: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def end(self) -> float: ...
     @property
     def queries(self) -> tuple[TimedQuery, ...]: ...
 

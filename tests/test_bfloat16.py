@@ -15,21 +15,17 @@ from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.linear import linear
-from rollout.service import RolloutService, ServiceLimits
 from streams.dataset import load_tasks
-from streams.layout import LayoutConfig
-from streams.memory import MemoryConfig
-from streams.messages import LearnerSetup, RolloutTask, WorkerSetup
+from streams.messages import LearnerSetup, RolloutTask
 from streams.synthetic import SyntheticConfig, generate
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
-from streams.video import VideoConfig
+from tests.service_lib import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 60.0
 STREAMS, TURNS = 3, 8
-LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 MEAN_BAR = 1e-2
 """Mean |difference| of a log-prob in bfloat16, as in the design; measured here: 2e-3."""
@@ -51,19 +47,7 @@ class Worker:
     """A rollout worker whose groups can be learned from."""
 
     def __init__(self, checkpoint, tasks):
-        setup = WorkerSetup(
-            checkpoint=str(checkpoint),
-            dtype="bfloat16",
-            layout=LAYOUT,
-            memory=MemoryConfig("rcsm", 2),
-            video=VideoConfig(),
-            freeze="tower+merger",
-            max_streams=16,
-            kv_slots=8192,
-            monitor_every=1,
-            run_seed=0,
-        )
-        self.service = RolloutService(0, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
+        self.service = open_service(worker_setup(checkpoint, dtype="bfloat16", kv_slots=8192))
         self.tasks = tasks
 
     def groups(self, epoch):

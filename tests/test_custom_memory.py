@@ -14,14 +14,11 @@ import yaml
 from conf.streaming import streaming_settings
 from rl.checks import check_memory, describe
 from rollout.engine import Engine
-from rollout.service import RolloutService, ServiceLimits
-from streams.layout import LayoutConfig
 from streams.log import Kind
 from streams.memory import POLICIES, Lanes, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
-from streams.messages import WorkerSetup
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
-from streams.video import VideoConfig
+from tests.service_lib import open_service, worker_setup
 from tests.streams_lib import loud_backbone, norms_in_input_dtype, random_turns, request
 from tests.test_config import composed
 from tests.test_exactness import FP64_BAR, differences, run, streams
@@ -199,19 +196,13 @@ def test_a_policy_that_fails_in_a_stream_is_named_with_its_line(fp64, policy, me
 def test_a_worker_that_cannot_import_it_says_so(my_memory, tmp_path, monkeypatch):
     memory = MemoryConfig(**written())
     checkpoint = build_tiny(tmp_path / "model", TinySpec(hidden=64, layers=1, mlp=64))
-    setup = WorkerSetup(
-        *(str(checkpoint), "float32", LayoutConfig(), memory, VideoConfig(), "tower+merger"),
-        max_streams=1,
-        kv_slots=64,
-        monitor_every=0,
-        run_seed=0,
-    )
+    setup = worker_setup(checkpoint, memory=memory)
     sys.modules.pop("my_memory", None)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
     with pytest.raises(
         ValueError, match=r"memory\.target='my_memory:.* \(in rollout worker 3: .* importable there, too"
     ):
-        RolloutService(3, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
+        open_service(setup, worker=3)
 
 
 class TooLittle(MemoryPolicy):

@@ -24,6 +24,7 @@ from streams.scoring.packing import pack
 from streams.tiny import build_tiny
 from streams.video import VideoConfig
 from streams.writer import TurnInput
+from tests.geometries import qwen2_5_vl
 from tests.streams_lib import MODEL_TYPES, SPECS, chunk_record, loud_backbone, norms_in_input_dtype, request, run
 
 NAMES = (
@@ -224,8 +225,7 @@ def test_the_estimate_is_the_real_size_where_frames_fill_the_pixel_budget(tmp_pa
         assert chunk_size(geometry, kind, dtype, video).nbytes * turns == nbytes, kind
 
 
-THREE_B = ModelGeometry(
-    model_type="qwen2_5_vl",
+THREE_B = qwen2_5_vl(
     layers=36,
     hidden=2048,
     mlp=11008,
@@ -234,13 +234,6 @@ THREE_B = ModelGeometry(
     head_dim=128,
     vocab=151936,
     tied=True,
-    vision_layers=32,
-    vision_hidden=1280,
-    vision_mlp=3420,
-    patch_size=14,
-    merge_size=2,
-    temporal_patch_size=2,
-    deepstack_levels=0,
     parameters={},
 )
 """Qwen2.5-VL-3B."""

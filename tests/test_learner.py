@@ -17,26 +17,23 @@ from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.publish import chunks, full_bytes
-from rollout.service import RolloutService, ServiceLimits
 from rollout.weights import StagedWeights
 from streams.backbone import Backbone
 from streams.dataset import load_tasks
-from streams.layout import LayoutConfig
 from streams.log import NEVER
 from streams.memory import MemoryConfig
-from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
+from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
 from streams.synthetic import SyntheticConfig, generate
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
-from streams.video import VideoConfig
+from tests.service_lib import LAYOUT, open_service, worker_setup
 from tests.streams_lib import random_turns, request
 from tests.streams_lib import run as run_streams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 60.0
-LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
 GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 TURNS = 6
@@ -50,19 +47,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, checkpoint):
-    setup = WorkerSetup(
-        checkpoint=str(checkpoint),
-        dtype="float32",
-        layout=LAYOUT,
-        memory=MemoryConfig("rcsm", 2),
-        video=VideoConfig(),
-        freeze="tower+merger",
-        max_streams=16,
-        kv_slots=4096,
-        monitor_every=0,
-        run_seed=0,
-    )
-    service = RolloutService(0, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
+    service = open_service(worker_setup(checkpoint, monitor_every=0))
     yield service
     service.close()
 
@@ -315,7 +300,7 @@ def assert_logs_equal(first, second):
 
 def test_a_worker_that_swapped_samples_what_the_learner_scores(engine, service, checkpoint, tasks, groups):
     learner = engine(freeze="tower+merger")
-    worker = RolloutService(1, service.setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
+    worker = open_service(service.setup, worker=1)
     try:
         learner.train(0, "grpo", groups, GRPO)
         assert worker.stage(learner.export_weights(), 0.0).result(timeout=WAIT_S).version == 1

@@ -1,7 +1,4 @@
-"""`learner.freeze=tower` through the real worker and learner, in float64: a clip is encoded once, its mergers train.
-
-`put` and `get` are the identity here: what an actor ships by reference comes back as the array itself.
-"""
+"""`learner.freeze=tower` through the real worker and learner, in float64: a clip is encoded once, its mergers train."""
 
 from __future__ import annotations
 
@@ -16,25 +13,21 @@ import torch
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from rollout.service import RolloutService, ServiceLimits
 from streams.backbone import to_array, to_tensor
 from streams.dataset import load_tasks
-from streams.layout import LayoutConfig
-from streams.memory import MemoryConfig
-from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
+from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
 from streams.synthetic import SyntheticConfig, generate
 from streams.tiny import build_tiny
 from streams.tiny_spec import QWEN3_SPEC, TinySpec
-from streams.video import VideoConfig
 from tests.ranks_lib import float64
+from tests.service_lib import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 60.0
 TURNS = 6
 BAR = 1e-10
-LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
 GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 ADVANTAGES = (1.5, -0.5, -1.0)
@@ -64,19 +57,7 @@ def double(ranks):
 
 @pytest.fixture
 def service(checkpoint):
-    setup = WorkerSetup(
-        checkpoint=str(checkpoint),
-        dtype="float32",
-        layout=LAYOUT,
-        memory=MemoryConfig("rcsm", 2),
-        video=VideoConfig(),
-        freeze="tower",
-        max_streams=16,
-        kv_slots=8192,
-        monitor_every=1,
-        run_seed=0,
-    )
-    service = RolloutService(0, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
+    service = open_service(worker_setup(checkpoint, freeze="tower", kv_slots=8192))
     yield service
     service.close()
 

@@ -17,12 +17,12 @@ from rl.checks import check_memory, describe
 from rl.features import check_features
 from rl.fit import plan_run
 from rl.footprint import StreamSize, slot_bytes
-from streams.geometry import ModelGeometry
 from streams.messages import DeviceInfo
 from streams.synthetic import SyntheticConfig, generate
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from streams.tiny import build_config, build_tokenizer
 from streams.tiny_spec import TinySpec
+from tests.geometries import qwen2_5_vl
 from tests.test_config import composed
 from tests.test_run import launch
 
@@ -67,8 +67,7 @@ def seven_b():
         model = AutoModelForImageTextToText.from_config(build_config(SEVEN_B, build_tokenizer()))
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     assert sum(parameters.values()) == 8_292_166_656
-    return ModelGeometry(
-        model_type="qwen2_5_vl",
+    return qwen2_5_vl(
         layers=28,
         hidden=3584,
         mlp=18944,
@@ -77,13 +76,6 @@ def seven_b():
         head_dim=128,
         vocab=152064,
         tied=False,
-        vision_layers=32,
-        vision_hidden=1280,
-        vision_mlp=3420,
-        patch_size=14,
-        merge_size=2,
-        temporal_patch_size=2,
-        deepstack_levels=0,
         parameters=parameters,
     )
 

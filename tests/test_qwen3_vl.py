@@ -14,23 +14,20 @@ import torch
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from rollout.service import RolloutService, ServiceLimits
 from streams.backbone import Backbone, to_tensor
 from streams.dataset import load_tasks
-from streams.layout import LayoutConfig
 from streams.log import Kind
-from streams.memory import MemoryConfig
-from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
+from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask
 from streams.synthetic import SyntheticConfig, generate
 from streams.tiny import build_tiny
 from streams.tiny_spec import QWEN3_SPEC
 from streams.video import VideoConfig
+from tests.service_lib import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 60.0
 TURNS = 6
-LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
 GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 
@@ -47,20 +44,9 @@ def tasks(tmp_path_factory):
     return load_tasks(made.train_jsonl, on_bad="raise").tasks
 
 
-def open_service(checkpoint, freeze):
-    setup = WorkerSetup(
-        checkpoint=str(checkpoint),
-        dtype="float32",
-        layout=LAYOUT,
-        memory=MemoryConfig("rcsm", 2),
-        video=VideoConfig(frames_per_chunk=4, max_pixels=64 * 64),
-        freeze=freeze,
-        max_streams=16,
-        kv_slots=4096,
-        monitor_every=1,
-        run_seed=0,
-    )
-    return RolloutService(0, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
+def opened(checkpoint, freeze):
+    video = VideoConfig(frames_per_chunk=4, max_pixels=64 * 64)
+    return open_service(worker_setup(checkpoint, video=video, freeze=freeze))
 
 
 def learner_of(checkpoint, freeze, ranks):
@@ -79,7 +65,7 @@ def sample(service, task, name):
 
 
 def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint, tasks, ranks):
-    service, learner = open_service(checkpoint, "none"), learner_of(checkpoint, "none", ranks)
+    service, learner = opened(checkpoint, "none"), learner_of(checkpoint, "none", ranks)
     try:
         script = [ScriptedTurn("nothing", None)] * TURNS
         script[3] = ScriptedTurn("red", "red")
@@ -108,7 +94,7 @@ def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint
 
 
 def test_features_of_a_frozen_tower_carry_every_level_and_lose_none_on_the_way(checkpoint, tasks, ranks):
-    service = open_service(checkpoint, "tower+merger")
+    service = opened(checkpoint, "tower+merger")
     try:
         summary, payload = sample(service, tasks[1], "0/frozen")
         again, shipped = payload_of(
@@ -135,7 +121,7 @@ def test_features_of_a_frozen_tower_carry_every_level_and_lose_none_on_the_way(c
 
 
 def test_the_written_stream_reads_as_timestamps_and_vision_blocks(checkpoint, tasks):
-    service = open_service(checkpoint, "tower+merger")
+    service = opened(checkpoint, "tower+merger")
     try:
         log = sample(service, tasks[0], "0/text")[1].logs[0]
     finally:

@@ -1,7 +1,4 @@
-"""The rollout service in this process, without Ray: real clips, a tiny model, real threads.
-
-`put` and `get` are the identity here: what an actor ships by reference comes back as the array itself.
-"""
+"""The rollout service in this process, without Ray: real clips, a tiny model, real threads."""
 
 from __future__ import annotations
 
@@ -12,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.service import RolloutService, ServiceLimits
 from streams.dataset import load_tasks
 from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WeightsUpdate, WorkerSetup
+from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WeightsUpdate
 from streams.scoring.logprobs import behaviour_differences
 from streams.synthetic import SyntheticConfig, generate
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
-from streams.video import VideoConfig
+from tests.service_lib import open_service, worker_setup
 
 pytestmark = pytest.mark.slow
 
@@ -38,35 +34,21 @@ def tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     checkpoint = build_tiny(tmp_path_factory.mktemp("model"), TinySpec(hidden=64, layers=2, mlp=128), seed=1, gain=2.0)
-    return WorkerSetup(
-        checkpoint=str(checkpoint),
-        dtype="float32",
-        layout=LayoutConfig(system_prompt="Watch.", think_budget=4, max_new_tokens=7),
-        memory=MemoryConfig("rcsm", 3),
-        video=VideoConfig(),
-        freeze="tower+merger",
-        max_streams=16,
-        kv_slots=4096,
-        monitor_every=1,
-        run_seed=5,
-    )
-
-
-def open_service(setup, **limits):
-    return RolloutService(7, setup, ServiceLimits(**limits), put=lambda array: array, get=lambda array: array)
+    layout = LayoutConfig(system_prompt="Watch.", think_budget=4, max_new_tokens=7)
+    return worker_setup(checkpoint, layout=layout, memory=MemoryConfig("rcsm", 3), run_seed=5)
 
 
 @pytest.fixture(scope="module")
 def shared(setup):
     """For tests that leave the weights as they are."""
-    service = open_service(setup)
+    service = open_service(setup, worker=7)
     yield service
     service.close()
 
 
 @pytest.fixture
 def fresh(setup):
-    service = open_service(setup)
+    service = open_service(setup, worker=7)
     yield service
     service.close()
 

@@ -13,7 +13,8 @@ from sft.demonstrations import script_for
 from streams.dataset import load_tasks
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from tests.clips import write_grey_ramp
-from tests.test_service import WAIT_S, open_service, roll, setup  # noqa: F401 - a fixture
+from tests.service_lib import open_service
+from tests.test_service import WAIT_S, roll, setup  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.slow
 TAIL = 3

@@ -17,16 +17,16 @@ from evals.transcripts import record
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
 from rewards.scripted import silent_turns
-from rollout.service import RolloutService, ServiceLimits
 from streams.layout import LayoutConfig
 from streams.log import StreamLog
 from streams.memory import MemoryConfig
-from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WorkerSetup
+from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
 from streams.video import VideoConfig
 from tests.clips import solid, write_clip
+from tests.service_lib import open_service, worker_setup
 
 CHUNK = 1.0
 WINDOW = 3
@@ -95,20 +95,17 @@ def make(folder: Path) -> dict[str, Made]:
     now, early = one_question(folder, "now-0", "now"), one_question(folder, "now-1", "now")
     hostile, gone = one_question(folder, "hostile-0", HOSTILE, HOSTILE), one_question(folder, "gone-0", "recall")
     failed, endless = one_question(folder, "failed-0", ""), long_stream(folder)
-    setup = WorkerSetup(
-        checkpoint=str(build_tiny(folder / "model", TinySpec(hidden=64, layers=2, mlp=128), seed=1, gain=2.0)),
-        dtype="float32",
+    setup = worker_setup(
+        build_tiny(folder / "model", TinySpec(hidden=64, layers=2, mlp=128), seed=1, gain=2.0),
         layout=LayoutConfig(system_prompt="Watch.", think_budget=150, max_new_tokens=180),
         memory=MemoryConfig("rcsm", WINDOW),
         video=VIDEO,
-        freeze="tower+merger",
         max_streams=4,
         kv_slots=16384,
         monitor_every=0,
         run_seed=5,
     )
-    service = RolloutService(0, setup, ServiceLimits(), put=lambda array: array, get=lambda array: array)
-    with closing(service):
+    with closing(open_service(setup)) as service:
 
         def scripted(task: StreamTask, says: dict[int, str], thought: str = "nothing new"):
             turns = LONG if task is endless else 12
