@@ -12,6 +12,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
@@ -43,11 +44,16 @@ def explain(error: Exception, words: Sequence[str]) -> str:
 
 def _no_such_key(key: str, words: Sequence[str]) -> str:
     typed = next((word for word in words if word.lstrip("+~").partition("=")[0] == key), key)
-    every = tuple(_keys(RunConfig))
+    kinds = dict(_keys(RunConfig))
+    every = tuple(kinds)
     if _section(key, every):  # a mapping given for a whole section: the wrong name is inside it
         return f"{typed}: names a key that {key} does not have; it has {_section(key, every)}"
     if key in ("video", "query", "at", "seconds"):
         return f"{typed}: there is no such key; {key}= goes with job=watch"
+    open_ = [known for known, kind in kinds.items() if typing.get_origin(kind) is dict]
+    own = next((known for known in open_ if f"{key}.".startswith(f"{known}.")), "")
+    if own:  # a mapping whose names are the user's: Hydra adds to it only when told so
+        return f"{typed}: {own} has no such name yet; with a plus in front it is added: +{typed}"
     section, _, name = key.rpartition(".")
     namesakes = [known for known in every if known.rpartition(".")[2] == name]
     hint = f" (did you mean {' or '.join(namesakes)}?)" if namesakes else _close(key, every)
@@ -61,12 +67,13 @@ def _section(section: str, every: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(key.partition(".")[0] for key in below))
 
 
-def _keys(section: type, prefix: str = "") -> Iterator[str]:
+def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every setting."""
     for name, kind in typing.get_type_hints(section).items():
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             yield from _keys(kind, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, kind
 
 
 def _close(word: str, known: Sequence[str]) -> str:

@@ -67,21 +67,39 @@ def read_streaming(checkpoint: Path) -> dict[str, Any]:
 
 
 def apply_streaming(config: RunConfig, saved: dict[str, Any], overridden: Collection[str]) -> Applied:
-    """Take a checkpoint's settings over. overridden: keys (or groups, as `memory`) set on the command line."""
-    taken, conflicts, changes = [], [], {}
+    """Take a checkpoint's settings over. overridden: keys (or groups, as `memory`) set on the command line.
+
+    Of a mapping (`memory.args`) single names may be overridden, too; the others stay the checkpoint's. Raises ValueError if
+    what the checkpoint says cannot be used, or not with the overrides.
+    """
+    taken: list[str] = []
+    conflicts: list[str] = []
+    changes: dict[str, Any] = {}
     for key, value in sorted(saved.items()):
         try:
             now = _get(config, key)
         except AttributeError:
             continue  # a setting of another version of this program
-        if now == value:
-            continue
-        if any(f"{key}.".startswith(f"{word}.") or word.startswith(f"{key}.") for word in overridden):
-            conflicts.append(f"{key}={now!r} (the checkpoint was made with {value!r})")
-        else:
+        whole = any(f"{key}.".startswith(f"{word}.") for word in overridden)
+        names = {word.removeprefix(f"{key}.").partition(".")[0] for word in overridden if word.startswith(f"{key}.")}
+        parts = {key: (now, value, whole)}
+        if names and not whole:
+            parts = {
+                f"{key}.{name}": (now.get(name), value.get(name), name in names) for name in sorted({*now, *value})
+            }
+            value = value | {name: now[name] for name in names & now.keys()}
+        for part, (mine, its, overrides) in parts.items():
+            if mine != its:
+                if overrides:
+                    conflicts.append(f"{part}={mine!r} (the checkpoint was made with {its!r})")
+                else:
+                    taken.append(f"{part}={its!r}")
+        if not whole and now != value:
             changes[key] = value
-            taken.append(f"{key}={value!r}")
-    return Applied(_replaced(config, changes), tuple(taken), tuple(conflicts))
+    try:
+        return Applied(_replaced(config, changes), tuple(taken), tuple(conflicts))
+    except ValueError as error:
+        raise ValueError(f"{error} (what the checkpoint's {STREAMING_FILE} says: {', '.join(taken)})") from error
 
 
 def overridden_keys(overrides: Collection[str]) -> frozenset[str]:

@@ -18,7 +18,6 @@ from evals.summary import heldout_fields, mismatch_fields
 from evals.transcripts import write_transcripts
 from rl.cluster import Session
 from rl.tracking import Progress, Tracker
-from streams.memory import MemoryConfig
 from streams.messages import LearnerSetup, ScoreReport, WorkerSetup
 from streams.task import StreamTask
 
@@ -46,7 +45,7 @@ def run_evaluation(
         recall = tuple(task for task in tasks if task.category == "recall")
         for condition in (
             Condition("empty_thoughts", empty_thoughts=True),
-            Condition("recent_frames", memory=MemoryConfig("recent_frames", config.memory.window)),
+            Condition("recent_frames", memory=config.memory.recent()),
         ):
             if recall:
                 results[condition.name] = evaluate(config, session, recall, condition, progress, last)

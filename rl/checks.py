@@ -14,7 +14,7 @@ from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
 from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
-from streams.memory import check_text_tells_time, make_policy
+from streams.memory import check_text_tells_time, live_bound, make_policy
 from streams.pretrained import FAMILIES, is_hub_id, model_type, token_side
 
 
@@ -76,7 +76,7 @@ def check_memory(config: RunConfig) -> None:
     check_text_tells_time(policy, writes_time(config))
     chunk = video.frames_per_chunk // 2 * max(1, video.max_pixels // pixels_per_token(config))
     turn = chunk + config.layout.max_new_tokens
-    policy.max_live_tokens(per_turn=turn, fixed=0, video_per_turn=chunk, turns=config.data.max_turns)
+    live_bound(policy, per_turn=turn, fixed=0, video_per_turn=chunk, turns=config.data.max_turns)
 
 
 def own_checkpoints(root: Path) -> dict[str, Path]:
@@ -168,8 +168,11 @@ def preflight(config: RunConfig) -> None:
     age_bound(config)
     _check_data(config)
     for key, value in _named_checkpoints(config):
-        if not Path(value).expanduser().is_dir() and not is_hub_id(value):
+        folder = Path(value).expanduser()
+        if not folder.is_dir() and not is_hub_id(value):
             raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
+        if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
+            raise ValueError(f"{key}={value} is a whole checkpoint: name its export, {key}={Path(value) / 'hf'}")
     unset = config.eval.checkpoint == "auto" and not config.model.path
     if config.job.stages == ["eval"] and unset and not own_checkpoints(config.root):
         raise FileNotFoundError(

@@ -15,7 +15,7 @@ from learner.config import LearnerConfig
 from streams.freezing import trained
 from streams.geometry import ModelGeometry
 from streams.kernels import FLASHINFER_WORKSPACE
-from streams.memory import CONTIGUOUS, NATIVE, Lanes, make_policy
+from streams.memory import CONTIGUOUS, NATIVE, Lanes, live_bound, make_policy
 from streams.task import StreamTask
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -70,8 +70,12 @@ class StreamSize:
 
     def live(self, config: RunConfig) -> int:
         """At most in memory at once."""
-        return make_policy(config.memory).max_live_tokens(
-            per_turn=self.video + self.text, fixed=self.fixed, video_per_turn=self.video, turns=self.turns
+        return live_bound(
+            make_policy(config.memory),
+            per_turn=self.video + self.text,
+            fixed=self.fixed,
+            video_per_turn=self.video,
+            turns=self.turns,
         )
 
 

@@ -27,7 +27,7 @@ from streams.kernels import choose_rollout_attention
 from streams.lanes import Lanes
 from streams.layout import Layout
 from streams.log import Kind, LogHeader, StreamLog
-from streams.memory import MemoryPolicy
+from streams.memory import MemoryPolicy, live_bound
 from streams.pieces import PieceSink
 from streams.writer import StreamWriter, TurnInput
 
@@ -127,7 +127,8 @@ class _Step:
 def stream_bound(request: StreamRequest) -> int:
     """KV slots that a stream may hold at once."""
     sizes = _source(request).sizes(request.layout, request.policy.lanes)
-    return request.policy.max_live_tokens(
+    return live_bound(
+        request.policy,
         per_turn=sizes.scaffold + sizes.video + request.layout.config.max_new_tokens,
         fixed=len(request.layout.system_ids) + sizes.queries + sizes.copies,
         video_per_turn=sizes.video,
@@ -276,7 +277,7 @@ class Engine:
             held = len(writer.live) + len(evicted)
             if held > stream.reserved:  # slots that other streams were promised
                 raise ValueError(
-                    f"stream {stream.request.header.stream_id}: memory {stream.request.header.policy} holds {held} tokens in "
+                    f"stream {stream.request.header.stream_id}: memory {stream.request.header.memory} holds {held} tokens in "
                     f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
                 )
             step.freed.append(stream.slots.drop(evicted))

@@ -84,6 +84,13 @@ class LogHeader:
         """Greedy streams are scored at temperature 1 but never trained: nothing was sampled at that temperature."""
         return self.temperature == self.score_temperature
 
+    @property
+    def memory(self) -> str:
+        """The policy's name for people: one of the user's own by its class; with the positions, unless they are native."""
+        knobs = dict(self.policy_knobs)
+        name = str(knobs.get("target", self.policy))
+        return f"{name} ({knobs['positions']})" if "positions" in knobs else name
+
 
 @dataclass(frozen=True)
 class StreamLog:

@@ -18,7 +18,7 @@ from streams.lanes import Lanes, Span
 from streams.layout import Layout, Part, TurnState
 from streams.live import LiveSet, TurnHistory
 from streams.log import GENERATED_TEXT, ChunkRecord, Kind, LogBuilder, LogHeader, StreamLog
-from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, placed
+from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, lane_one_start, placed
 from streams.positions import PositionCursor
 from streams.regions import RegionBook
 
@@ -160,7 +160,7 @@ class StreamWriter:
                 lane = self._lane = part.lane
                 self.log.begin_segment()
                 if lane == 1:
-                    self._cursors[1].offset = self.policy.lane_one_begins(*(c.offset for c in self._cursors))
+                    self._cursors[1].offset = lane_one_start(self.policy, *(c.offset for c in self._cursors))
             cursor = self._cursors[part.lane]
             positions = cursor.text(len(part.ids)) if part.grid is None else cursor.video(part.grid, part.keep)
             at = self.log.append(part.ids, part.kind, positions, turn=turn, version=version, lane=part.lane)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,15 @@ def test_own_data_without_files_do_not_fall_back_to_generated_ones(data):
 def test_a_model_that_is_nowhere_is_named():
     with pytest.raises(FileNotFoundError, match=r"model\.path=/nonexistent/model: no such folder, and not a hub id"):
         preflight(composed("model.path=/nonexistent/model"))
+
+
+@pytest.mark.parametrize("key", ["eval.checkpoint", "algorithm.init", "model.path"])
+def test_a_checkpoint_is_named_by_its_export_which_knows_how_it_is_run(tmp_path, key):
+    """The folder above has no streaming.json: it would be run under the configuration's memory, and fail minutes later."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{re.escape(key)}=\S+ is a whole checkpoint: name its export, \S+/hf$"):
+        preflight(composed(f"{key}={tmp_path}"))
 
 
 def test_a_run_root_that_is_a_file_is_named(tmp_path):

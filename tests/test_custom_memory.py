@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ import torch
 import yaml
 
 from conf.streaming import streaming_settings
-from rl.checks import describe
+from rl.checks import check_memory, describe
 from rollout.engine import Engine
 from streams.log import Kind
-from streams.memory import POLICIES, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
+from streams.memory import POLICIES, Lanes, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
 from tests.service_lib import open_service, worker_setup
@@ -77,6 +78,13 @@ def test_the_guides_command_line_composes_and_says_what_it_is(my_memory):
     assert streaming_settings(config)["memory"]["args"] == {"window": 4, "turns": 8}
 
 
+def test_its_baseline_of_recent_turns_has_its_own_window(my_memory):
+    memory = MemoryConfig(**written() | {"window": 20, "args": {"window": 3}})
+    assert memory.recent() == MemoryConfig("recent_frames", 3)
+    assert own(Nothing).recent() == MemoryConfig("recent_frames", MemoryConfig().window)
+    assert MemoryConfig("text_memory", 5).recent() == MemoryConfig("recent_frames", 5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -93,6 +101,96 @@ def test_the_guides_command_line_composes_and_says_what_it_is(my_memory):
 def test_what_is_wrong_with_ones_own_policy_is_said_by_key(my_memory, change, message):
     with pytest.raises(ValueError, match=message):
         MemoryConfig(**written() | change)
+
+
+class Nothing(MemoryPolicy):
+    """Nothing leaves: the ground of the policies below that are wrong in one thing."""
+
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        return np.zeros(len(live), bool)
+
+
+class FractionBound(Nothing):
+    def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
+        return fixed + turns * per_turn / 2
+
+
+class OtherBound(Nothing):
+    def max_live_tokens(self, tokens: int) -> int:
+        return tokens
+
+
+class NoWords(Nothing):
+    @property
+    def words(self) -> str:
+        return self.text
+
+
+class WordsMethod(Nothing):
+    def words(self) -> str:
+        return "a method"
+
+
+class LanesByNumber(Nothing):
+    lanes = 2
+
+
+class WindowInWords(Nothing):
+    window = "four"
+
+
+class Raises(Nothing):
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
+        return {}[start.turn]
+
+
+class Begins(Nothing):
+    lanes = Lanes.MEMORY
+
+    def lane_one_begins(self, lane0: int, lane1: int) -> int:
+        return lane0 / 2
+
+
+def own(policy: type[MemoryPolicy]) -> MemoryConfig:
+    return MemoryConfig("custom", target=f"{__name__}:{policy.__name__}")
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (NoWords, r"target='\S+:NoWords': its words raised AttributeError: .* no attribute 'text'"),
+        (WordsMethod, r"target='\S+:WordsMethod': its words is <bound method .*a property"),
+        (LanesByNumber, r"target='\S+:LanesByNumber': its lanes is 2; it must be a streams\.memory\.Lanes"),
+        (WindowInWords, r"target='\S+:WindowInWords': its window is 'four'; it must be a number of turns"),
+    ],
+)
+def test_what_is_read_of_ones_own_policy_must_be_of_its_type(policy, message):
+    with pytest.raises(ValueError, match=r"memory\." + message):
+        own(policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (FractionBound, r"FractionBound\.max_live_tokens returned \d+\.\d+ for .*whole number of tokens"),
+        (OtherBound, r"OtherBound\.max_live_tokens raised TypeError: .*unexpected keyword argument.* \(\S+:\d+\)"),
+    ],
+)
+def test_a_bound_that_is_none_is_refused_before_anything_starts(policy, message):
+    with pytest.raises(ValueError, match="memory: " + message):
+        check_memory(replace(composed(), memory=own(policy)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Raises, r"Raises\.leaving raised KeyError in turn 0: 0 \(.*test_custom_memory\.py:\d+\)"),
+        (Begins, r"Begins\.lane_one_begins returned \d+\.\d+ for \(\d+, \d+\); it must be a position"),
+    ],
+)
+def test_a_policy_that_fails_in_a_stream_is_named_with_its_line(fp64, policy, message):
+    with pytest.raises(ValueError, match="memory: " + message):
+        run(fp64, streams(fp64, own(policy), 1, seed=3, low=3))
 
 
 def test_a_worker_that_cannot_import_it_says_so(my_memory, tmp_path, monkeypatch):
@@ -141,7 +239,9 @@ def run_to_the_end(engine):
 
 def test_a_stream_that_holds_more_than_its_policy_said_stops_with_the_numbers(fp64):
     engine = engine_with(fp64, "TooLittle")
-    with pytest.raises(ValueError, match=r"stream s: memory custom holds \d+ tokens in turn \d+, .*\(\d+\): correct"):
+    with pytest.raises(
+        ValueError, match=r"stream s: memory \S+:TooLittle holds \d+ tokens in turn \d+, .*\(\d+\): correct"
+    ):
         run_to_the_end(engine)
 
 

@@ -29,6 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
         ("algorithm.clip=2", "; algorithm has name, mode, steps, "),
         ("algorithm={speed: 1}", "names a key that algorithm does not have; it has name, mode, steps, "),
         ("window=3", "(did you mean memory.window or data.synthetic.window?)"),
+        (
+            "memory.args={window: 3}",
+            "memory.args has no such name yet; with a plus in front it is added: +memory.args={wi",
+        ),
+        (
+            "memory.args.turns=3",
+            "memory.args has no such name yet; with a plus in front it is added: +memory.args.turns=3",
+        ),
         ("query=hi", "query=hi: there is no such key; query= goes with job=watch"),
         ("data.train=a b(c", "data.train=a b(c: cannot be read"),
         ("seed=1=2", "seed=1=2: cannot be read"),

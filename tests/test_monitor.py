@@ -128,6 +128,24 @@ def test_the_first_token_after_an_eviction_that_the_scorer_forgot_is_named(engin
     assert "rollout worker 1" in said
 
 
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (
+            MemoryConfig("custom", target="streams.memory:RecentFrames", args={"window": 2}),
+            "streams.memory:RecentFrames",
+        ),
+        (MemoryConfig("sink_window", 2, 3, positions="contiguous"), "sink_window (contiguous)"),
+    ],
+)
+def test_ones_own_policy_and_moving_positions_are_named(engine_logs, memory, said):
+    backbone, _, _ = engine_logs
+    rng = np.random.default_rng(1)
+    (log,) = run(backbone, [request(backbone, memory, random_turns(backbone, rng, 3), "s")])
+    index = np.flatnonzero(log.sampled)
+    assert OffToken.of(log, index, np.zeros(len(index)), 3e-4).policy == said
+
+
 def test_of_several_tokens_the_first_beyond_the_limit_tells_most(engine_logs):
     _, logs, _ = engine_logs
     index = np.flatnonzero(logs[0].sampled)

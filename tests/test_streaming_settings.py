@@ -15,6 +15,8 @@ from streams.video import VideoConfig
 
 VIDEO = VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)
 
+ARGS = {"window": 2, "text_window": 3, "sink_tokens": 5, "tail_tokens": 6}
+
 
 def trained():
     base = RunConfig(memory=MemoryConfig("rcsm", 4), layout=LayoutConfig("Watch.", 6, 10))
@@ -135,4 +137,29 @@ def test_one_argument_of_ones_own_policy_can_be_overridden(tmp_path):
     other = dataclasses.replace(trained(), memory=dataclasses.replace(memory, args={"answer": "list"}))
     applied = apply_streaming(other, saved, overridden_keys(["+memory.args.answer=list"]))
     assert applied.config == other
-    assert applied.conflicts == ("memory.args={'answer': 'list'} (the checkpoint was made with {'answer': 'int'})",)
+    assert applied.conflicts == ("memory.args.answer='list' (the checkpoint was made with 'int')",)
+
+
+def test_the_other_arguments_stay_the_checkpoints(tmp_path):
+    memory = MemoryConfig("custom", target="streams.memory:SinkWindow", args=dict(ARGS))
+    saved = read_streaming(written(tmp_path, dataclasses.replace(trained(), memory=memory)))
+    typed = dataclasses.replace(trained(), memory=MemoryConfig("rcsm", 4, args={"window": 3}))
+    applied = apply_streaming(typed, saved, overridden_keys(["+memory.args.window=3"]))
+    assert applied.config.memory == dataclasses.replace(memory, args=ARGS | {"window": 3})
+    assert applied.conflicts == ("memory.args.window=3 (the checkpoint was made with 2)",)
+    assert "memory.args.tail_tokens=6" in applied.taken
+    given = dataclasses.replace(memory, args=ARGS | {"text_window": 4})
+    whole = apply_streaming(
+        dataclasses.replace(trained(), memory=given), saved, overridden_keys([f"+memory.args={given.args}"])
+    )
+    assert whole.config.memory == given
+
+
+def test_what_a_checkpoint_brings_and_cannot_be_used_is_told_from_what_was_typed(tmp_path):
+    missing = streaming_settings(trained())
+    missing["memory"] |= {"name": "custom", "target": "a_module_that_is_elsewhere:Mine"}
+    (tmp_path / STREAMING_FILE).write_text(json.dumps(missing))
+    with pytest.raises(
+        ValueError, match=r"a_module_that_is_elsewhere.* \(what the checkpoint's streaming\.json says: .*"
+    ):
+        apply_streaming(trained(), read_streaming(tmp_path), ())

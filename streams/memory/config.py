@@ -11,9 +11,11 @@ import inspect
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from streams import targets
+from streams.lanes import Lanes
 from streams.memory.policy import CONTIGUOUS, NATIVE, POSITIONS, MemoryPolicy, check_contiguous
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
@@ -88,6 +90,11 @@ class MemoryConfig:
         ]
         return [f"note: memory.name={self.name} does not take {', '.join(idle)}"] if idle else []
 
+    def recent(self) -> MemoryConfig:
+        """The baseline beside this memory: only the latest turns, as many as its video stays for."""
+        own = make_policy(self).window
+        return MemoryConfig("recent_frames", self.window if own is None else max(1, int(own)))
+
     @property
     def words(self) -> str:
         """Name and what stays, for people."""
@@ -117,7 +124,24 @@ def _construct(config: MemoryConfig) -> MemoryPolicy:
         )
     targets.check_params(factory, config.args, "memory.args")
     made: MemoryPolicy = targets.construct(factory, config.args, "memory.args")
+    _check_own(made, config.target)
     return made
+
+
+def _check_own(policy: MemoryPolicy, target: str) -> None:
+    """Raises ValueError if what is read of a user's policy is not of its type."""
+    for name, kinds, what in (
+        ("window", Real | None, "a number of turns or None"),
+        ("text_window", Real | None, "a number of turns or None"),
+        ("lanes", Lanes, "a streams.memory.Lanes"),
+        ("words", str, "a text: a property that returns one"),
+    ):
+        try:
+            value = getattr(policy, name)
+        except Exception as error:  # named boundary: a user's code
+            raise ValueError(f"memory.target={target!r}: its {name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(value, kinds):
+            raise ValueError(f"memory.target={target!r}: its {name} is {value!r}; it must be {what}")
 
 
 def knobs(config: MemoryConfig) -> tuple[tuple[str, int | float | str], ...]:

@@ -7,8 +7,11 @@ query is pinned, whatever the policy says.
 
 from __future__ import annotations
 
+import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +119,7 @@ def old_text(live: LiveTokens, start: TurnStart, window: int, kinds: tuple[Kind,
 
 def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
     """bool [n]: what the policy lets go, open queries excepted. Raises ValueError for an answer that is no such array."""
-    leaving = policy.leaving(live, start)
+    leaving = _asked(policy.leaving, f" in turn {start.turn}", live, start)
     if not isinstance(leaving, np.ndarray) or leaving.dtype != np.bool_ or leaving.shape != (len(live),):
         given = f"{leaving.dtype} {list(leaving.shape)}" if isinstance(leaving, np.ndarray) else repr(leaving)
         raise ValueError(
@@ -131,7 +134,7 @@ def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndar
 
 def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:
     """int8 [n]: the region of each live token that stays, as the policy says; before: as they are now. Raises ValueError."""
-    region = policy.regions(live, start)
+    region = _asked(policy.regions, f" in turn {start.turn}", live, start)
     name = f"memory: {type(policy).__name__}.regions"
     if not isinstance(region, np.ndarray) or region.dtype != np.int8 or region.shape != (len(live),):
         given = f"{region.dtype} {list(region.shape)}" if isinstance(region, np.ndarray) else repr(region)
@@ -147,6 +150,44 @@ def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.
             f"({Region(int(before[at])).name}): a token stays where it is or moves to a region before"
         )
     return region
+
+
+def live_bound(policy: MemoryPolicy, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
+    """What the policy's max_live_tokens says. Raises ValueError: the policy's own, and for an answer that is no number."""
+    sizes = {"per_turn": per_turn, "fixed": fixed, "video_per_turn": video_per_turn, "turns": turns}
+    bound = _asked(policy.max_live_tokens, "", refuses=True, **sizes)
+    if not isinstance(bound, int | np.integer) or bound < 1:
+        raise ValueError(
+            f"memory: {type(policy).__name__}.max_live_tokens returned {bound!r} for {sizes}; it must be a whole number of "
+            "tokens, at least 1"
+        )
+    return int(bound)
+
+
+def lane_one_start(policy: MemoryPolicy, lane0: int, lane1: int) -> int:
+    """What the policy's lane_one_begins says. Raises ValueError for an answer that is no position."""
+    first = _asked(policy.lane_one_begins, "", lane0, lane1)
+    if not isinstance(first, int | np.integer) or first < 0:
+        raise ValueError(
+            f"memory: {type(policy).__name__}.lane_one_begins returned {first!r} for ({lane0}, {lane1}); it must be a "
+            "position, a whole number of at least 0"
+        )
+    return int(first)
+
+
+def _asked(method: Callable[..., Any], when: str, *args: Any, refuses: bool = False, **named: Any) -> Any:
+    """What a policy's method answers. It may be a user's: whatever it raises is a ValueError that says where; with
+    `refuses`, a ValueError is an answer, too.
+    """
+    try:
+        return method(*args, **named)
+    except Exception as error:  # named boundary: a user's code
+        if refuses and isinstance(error, ValueError):
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"memory: {method.__qualname__} raised {type(error).__name__}{when}: {error} ({where.filename}:{where.lineno})"
+        ) from error
 
 
 def check_contiguous(policy: MemoryPolicy, name: str) -> None:

@@ -59,7 +59,7 @@ class LogpDiff:
 class OffToken:
     """A sampled token whose log-probs differ. above: it is the first of its stream beyond a limit; else the furthest off.
 
-    kind: in lower case. policy: the memory's name. index: in the stream's log.
+    kind: in lower case. policy: as LogHeader.memory. index: in the stream's log.
     """
 
     stream: str
@@ -85,7 +85,7 @@ class OffToken:
         behaviour = float(log.behaviour_logp[token])
         return cls(
             stream=log.header.stream_id,
-            policy=log.header.policy,
+            policy=log.header.memory,
             kind=Kind(int(log.kind[token])).name.lower(),
             turn=int(log.turn[token]),
             index=token,
