@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from rl.footprint import (
+    SELF_CHECK,
     Footprint,
     StreamSize,
     gib,
@@ -139,6 +140,8 @@ def _ways_out(here: list[Process], taken: frozenset[str]) -> str:
     if pools:
         ways += ["weights.staging=host"] if cuda else []
         ways.append("a smaller rollout.max_streams or data.cache_mb")
+    if any(SELF_CHECK in dict(process.footprint.parts) for process in here):
+        ways.append("monitor.every=0 (workers re-score no streams)")
     if cuda and pools and ranks:
         ways.append("rollout workers on GPUs of their own (cluster.placement=separated)")
     return f"Ways out: {', '.join(way for way in ways if way not in taken)}"
@@ -221,9 +224,11 @@ def plan_run(
         for device in worker_devices
     )
 
+    flex = config.learner.attention != "sdpa" and all(device.cuda for device in worker_devices)
+
     def worker(kv_bytes: int) -> Footprint:
         trained = trained_numbers(geometry, config.learner)
-        return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes, paged=paged)
+        return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes, paged=paged, flex=flex)
 
     processes = [Process(worker(0), device, kv=True) for device in worker_devices]
     for device in learner_devices if stages else []:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
+from rollout.config import SELF_CHECK_HEAD
 from streams.freezing import trained
 from streams.geometry import ModelGeometry
-from streams.kernels import FLASHINFER_WORKSPACE
+from streams.kernels import FLASHINFER_WORKSPACE, REGION_SCORES
 from streams.memory import CONTIGUOUS, NATIVE, Lanes, live_bound, make_policy
 from streams.task import StreamTask
 
@@ -28,6 +29,9 @@ ZERO_BUCKET = 500_000_000
 """Numbers in DeepSpeed's gradient bucket at most (see learner.engine), in the learner's dtype."""
 GATHERED = 2 * 2**28
 """Bytes of parameters that stage 3 holds beyond its own slice."""
+
+SELF_CHECK = "self-check"
+"""The part of a rollout worker's footprint where re-scoring a stream takes more than a step of the engine."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +221,11 @@ def worker_footprint(
     kv_bytes: int,
     *,
     paged: bool = False,
+    flex: bool = False,
 ) -> Footprint:
-    """Of one rollout worker. trained: numbers that an update replaces; paged: FlashInfer, which gathers no keys."""
+    """Of one rollout worker. trained: numbers that an update replaces; paged: FlashInfer, which gathers no keys; flex:
+    streams are re-scored with FlexAttention.
+    """
     width = BYTES[dtype]
     features = geometry.pre_merger_width if config.learner.freeze == "tower" else geometry.feature_width
     clips = stream.tasks * stream.turns * stream.video * features * width
@@ -231,6 +238,9 @@ def worker_footprint(
     keys = streams * stream.live(config) * geometry.kv_values // geometry.layers * width
     forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else 2 * keys)
     choosing = streams * geometry.vocab * 24
+    step = max(forward, choosing, _tower_bytes(geometry, stream, width, "one"))
+    # Between two steps: the one's temporaries are gone when the other's come.
+    check = self_check_bytes(geometry, width, stream, flex=flex, positions=config.memory.positions)
     return Footprint(
         "rollout worker",
         (
@@ -238,7 +248,7 @@ def worker_footprint(
             ("staged weights", staged),
             ("KV pool", kv_bytes),
             ("cached features", min(config.data.cache_mb * 2**20, clips)),
-            ("a step", max(forward, choosing, _tower_bytes(geometry, stream, width, "one"))),
+            (SELF_CHECK, check) if config.monitor.every and check > step else ("a step", step),
         ),
         host=updates - staged,
     )
@@ -277,13 +287,8 @@ def scorer_footprint(
     """Of a rank that only scores an evaluation's logs: no backward, no moments (the first step would make them)."""
     width, ranks = BYTES[learner.dtype], learner.ranks
     tokens = micro_batch_tokens(learner, stream, streams)
-    row = _row(learner, stream, tokens)
-    transient = layer_bytes(geometry, width, dense=not flex)[1]
-    if positions == CONTIGUOUS:
-        transient = max(transient, sum(region_bytes(geometry, width, row, stream.text_share, dense=not flex)))
-    forward = tokens * (transient + geometry.feature_width * width)
-    if not flex:
-        forward += tokens * row * (1 + width)
+    row, head = _row(learner, stream, tokens), learner.head_chunk
+    forward = _scoring_bytes(geometry, width, tokens, row, head, stream.text_share, flex=flex, positions=positions)
     if learner.freeze == "none":
         # Every stream of an evaluation shows a clip of its own.
         forward += tokens // stream.tokens * _tower_bytes(geometry, stream, width, "one")
@@ -293,9 +298,39 @@ def scorer_footprint(
         (
             ("weights", weights // ranks + GATHERED if learner.zero_stage == 3 and ranks > 1 else weights),
             ("optimiser", 4 * trained // ranks if learner.zero_stage and learner.offload == "none" else 0),
-            ("scoring", forward + min(learner.head_chunk, tokens) * geometry.vocab * 18),
+            ("scoring", forward),
         ),
     )
+
+
+def self_check_bytes(geometry: ModelGeometry, width: int, stream: StreamSize, *, flex: bool, positions: str) -> int:
+    """What a rollout worker takes to re-score the largest stream."""
+    tokens, share = stream.tokens, stream.text_share
+    return _scoring_bytes(geometry, width, tokens, tokens, SELF_CHECK_HEAD, share, flex=flex, positions=positions)
+
+
+def _scoring_bytes(
+    geometry: ModelGeometry, width: int, tokens: int, row: int, head: int, text: float, *, flex: bool, positions: str
+) -> int:
+    """Of a forward of `tokens` tokens in rows of `row` without a backward, and of the logits of `head` tokens at a time."""
+    query, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    keys = 1 + 2 * text if positions == CONTIGUOUS else 1
+    # Queries, as they come and rotated, and the output; keys and values, repeated for every query head under a mask.
+    attention = tokens * width * (3 * query + 2 * (kv if flex else query))
+    if positions == CONTIGUOUS and flex:
+        attention += tokens * sum(region_bytes(geometry, width, row, text, dense=False))
+    elif positions == CONTIGUOUS:
+        # Some queries at a time: region by region, joined, masked in float32; or the softmax of half precision in float32.
+        attention += int(12 * min(geometry.heads * tokens * row * keys, REGION_SCORES))
+    elif not flex:
+        attention += tokens * row * width  # the mask as numbers to add
+    mlp = tokens * width * 3 * geometry.mlp
+    layer = max(attention, mlp) + tokens * width * 2 * geometry.hidden
+    # In float32: the log-softmax, and three of its kind for the entropy.
+    logits = min(head, math.ceil(tokens * text)) * geometry.vocab * 16
+    mask = 0 if flex else int(tokens * row * keys)
+    lasting = int(tokens * width * (2 * geometry.hidden + (1 - text) * geometry.feature_width)) + mask
+    return lasting + max(layer, logits)
 
 
 def _row(learner: LearnerConfig, stream: StreamSize, tokens: int) -> int:

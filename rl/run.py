@@ -338,6 +338,7 @@ class Run:
             run_seed=config.seed,
             version=version,
             attention=config.rollout.attention,
+            scoring_attention=config.learner.attention,
             vision_attention=config.model.vision_attention,
         )
 

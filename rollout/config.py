@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from streams.kernels import ROLLOUT_ATTENTION
 
+SELF_CHECK_HEAD = 256
+"""Tokens whose logits exist at once when a worker re-scores a stream: the memory is missing in its KV pool."""
+
 
 @dataclass(frozen=True)
 class RolloutConfig:

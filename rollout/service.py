@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from rollout.config import SELF_CHECK_HEAD
 from rollout.engine import Engine, StreamRequest
 from rollout.sampler import stream_seed
 from rollout.vision import ByteBudgetCache
 from rollout.weights import StagedWeights
 from streams.backbone import Backbone, to_array, to_tensor
 from streams.inputs import clip_key, turn_inputs
-from streams.kernels import choose_vision_attention
+from streams.kernels import choose_learner_attention, choose_vision_attention
 from streams.layout import Layout
 from streams.log import LogHeader, StreamLog
 from streams.memory import CONTIGUOUS, MemoryConfig, knobs, make_policy
@@ -112,6 +113,9 @@ class RolloutService:
         self.engine = Engine(self.backbone, setup.kv_slots, setup.max_streams, setup.attention)
         log.info("worker %d: attention %s, vision attention %s", worker, self.engine.attention, vision)
         self.engine.version = setup.version
+        # The learner may be asked for a kernel that its device has and this one lacks.
+        asked = setup.scoring_attention if device == "cuda" else "auto"
+        self._scoring = choose_learner_attention(asked, device).name
         try:
             policy = make_policy(setup.memory)
         except ValueError as error:  # the driver has made the same: what differs is what Python finds here
@@ -383,7 +387,9 @@ class RolloutService:
         assert group.features is not None
         features = group.features.flatten(0, 1)
         with self.meter.phase("self-check"):
-            differences = behaviour_differences(self.backbone, [stream], [features])[0]
+            differences = behaviour_differences(
+                self.backbone, [stream], [features], head_chunk=SELF_CHECK_HEAD, attention=self._scoring
+            )[0]
         group.monitor.append(LogpDiff.of(differences))
         sampled = np.flatnonzero(stream.sampled)
         group.off.append(OffToken.of(stream, sampled, differences, self.setup.off_above))

@@ -20,6 +20,9 @@ FLASHINFER_WORKSPACE = 384 * 2**20
 """Bytes for partial results where keys are split over thread blocks: query heads x (2 x multiprocessors / KV heads) x 128 x
 head dimension x 4 bytes, 138 MB with 16 query and 2 KV heads of 128 on 132 multiprocessors."""
 
+REGION_SCORES = 2**26
+"""Attention scores of contiguous streams that exist at once where no backward needs them and FlexAttention does not run."""
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -21,7 +21,7 @@ from streams.task import StreamTask
 from streams.turns import ParsedTurn
 from streams.video import VideoConfig
 
-MESSAGES_VERSION = 5
+MESSAGES_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class WorkerSetup:
     """What a rollout worker needs before its first group.
 
     kv_slots: tokens of its KV pool. staging: where fetched weights wait, `device` or `host`. monitor_every: re-score every
-    N-th stream of one version; off_above: the difference from which on a token of it is named.
+    N-th stream of one version; off_above: the difference from which on a token of it is named; scoring_attention: what the
+    learner is asked to score with.
     """
 
     checkpoint: str
@@ -76,6 +77,7 @@ class WorkerSetup:
     run_seed: int
     version: int = 0
     off_above: float = math.inf
+    scoring_attention: str = "auto"
     staging: str = "device"
     attention: str = "auto"
     vision_attention: str = "auto"

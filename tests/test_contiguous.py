@@ -224,7 +224,7 @@ def test_without_a_backward_not_all_scores_of_a_long_row_exist_at_once(fp64, evi
     features = joined_features(requests[longest])
     with torch.no_grad():
         whole = score_rows(fp64, rows, features, head_chunk=8).logp
-        monkeypatch.setattr("streams.scoring.regions.MAX_SCORES", 2**14)
+        monkeypatch.setattr("streams.scoring.regions.REGION_SCORES", 2**14)
         with LargestTensor() as largest:
             piecewise = score_rows(fp64, rows, features, head_chunk=8).logp
     assert (whole - piecewise).abs().max() <= FP64_BAR

@@ -302,6 +302,25 @@ def test_a_worker_counts_its_weights_twice_while_an_update_waits():
     assert parts["weights"] == parts["staged weights"] == 2 * geometry.total
 
 
+def test_the_largest_stream_that_a_worker_re_scores_has_room():
+    """By FlexAttention on a GPU; a dense mask, where that is asked for, grows with the square of the stream."""
+    long = ("data.max_turns=300", "data.tail_chunks=300", "rollout.max_streams=1")
+    tasks = (replace(TASKS[0], end=300.0),)
+
+    def parts(*overrides, device=H200):
+        plan = plan_run(smoke(*long, *overrides), {}, three_b(), tasks, ([device], [device]))
+        return dict(plan.footprints[0].parts)
+
+    tokens = StreamSize.largest(smoke(*long), tasks, three_b()).tokens
+    assert tokens > 60_000
+    # Encoding the clip takes more.
+    assert "self-check" not in parts()
+    assert parts("learner.attention=sdpa")["self-check"] > 3 * tokens**2
+    assert "self-check" not in parts("learner.attention=sdpa", "monitor.every=0")
+    with pytest.raises(ValueError, match=r"self-check [\d.]+ GiB\).*Ways out: .*monitor\.every=0"):
+        parts("learner.attention=sdpa", device=replace(H200, free=16 * GIB))
+
+
 @pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)])
 def test_the_optimiser_holds_what_was_said(checkpoint, ranks, dtype, stage):
     """DeepSpeed's float32 copies and AdamW's moments, after a step of a real learner."""

@@ -1,4 +1,4 @@
-"""The learner's estimated peak beside what a real learner really held, tensor by tensor, over two optimiser steps."""
+"""Estimated peaks beside what was really held, tensor by tensor: a learner over two optimiser steps, a worker's self-check."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from torch.utils._pytree import tree_leaves
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from rl.footprint import StreamSize, learner_footprint, trained_numbers
+from rl.footprint import StreamSize, learner_footprint, self_check_bytes, trained_numbers
+from rollout.config import SELF_CHECK_HEAD
 from streams.backbone import Backbone, to_array
 from streams.geometry import ModelGeometry
 from streams.layout import LayoutConfig
 from streams.log import Kind
 from streams.memory import MemoryConfig
 from streams.messages import GroupPayload, LearnerSetup
+from streams.scoring.logprobs import behaviour_differences
 from streams.tiny import build_tiny
 from streams.tiny_spec import TinySpec
 from tests.streams_lib import joined_features, random_turns, request, run
@@ -46,6 +48,11 @@ class HeldBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
         return out
+
+    def ignore(self, tensors):
+        """Tensors that were there before."""
+        for tensor in tensors:
+            self._sizes[tensor.untyped_storage()._cdata] = 0
 
     def _see(self, storage):
         key = storage._cdata
@@ -117,3 +124,37 @@ def test_the_peak_of_a_real_learner_is_within_15_percent_of_the_estimate(tmp_pat
         fused=False,
     )
     assert held.peak == pytest.approx(said.total, rel=0.15), said.line()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turns", [9, 40])
+def test_the_peak_of_a_self_check_is_within_15_percent_of_the_estimate(tmp_path, dtype, turns):
+    """Short streams are bounded by the logits, long ones by a layer."""
+    held, said = checked(tmp_path, dtype, turns, MemoryConfig("rcsm", 2))
+    assert held == pytest.approx(said, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_of_a_self_check_with_contiguous_positions_is_bounded_by_the_estimate(tmp_path, dtype):
+    """Which counts two copies for every token of text."""
+    memory = MemoryConfig("sink_window", 2, 3, sink_tokens=4, tail_tokens=5, positions="contiguous")
+    held, said = checked(tmp_path, dtype, 40, memory)
+    assert held <= said <= 2 * held
+
+
+def checked(folder, dtype, turns, memory):
+    """(bytes that re-scoring one stream held at most, the estimate)."""
+    backbone = Backbone.load(build_tiny(folder / "model", SPEC, dtype=dtype), LAYOUT, dtype=dtype)
+    made = request(backbone, memory, random_turns(backbone, np.random.default_rng(0), turns), "s")
+    (log,) = run(backbone, [made])
+    features = joined_features(made)
+    gc.collect()
+    held = HeldBytes()
+    held.ignore(backbone.model.parameters())
+    with held:
+        behaviour_differences(backbone, [log], [features], head_chunk=SELF_CHECK_HEAD)
+    sampled = int(log.sampled.sum())
+    # What can be sampled counts as text: the rest of it is small beside the video of a real chunk.
+    stream = StreamSize(1, len(log) - sampled, sampled, 0)
+    geometry = ModelGeometry.read(folder / "model")
+    return held.peak, self_check_bytes(geometry, dtype.itemsize, stream, flex=False, positions=memory.positions)

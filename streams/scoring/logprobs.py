@@ -99,6 +99,7 @@ def behaviour_differences(
     *,
     row_tokens: int = 2048,
     max_tokens: int = 16384,
+    head_chunk: int = 1024,
     attention: str = "sdpa",
 ) -> list[np.ndarray]:
     """Re-scored minus behaviour log-prob of every sampled token, one float64 array per log.
@@ -117,6 +118,7 @@ def behaviour_differences(
             rows,
             torch.cat([features[i] for i in members]) if members else None,
             temperature=logs[members[0]].header.score_temperature,
+            head_chunk=head_chunk,
             attention=attention,
         )
         logp = scores.logp.double().cpu().numpy()

@@ -16,16 +16,12 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from streams.backbone import AttentionPlan, Backbone
+from streams.kernels import REGION_SCORES
 from streams.rotary import Rotary, Tables, rotated
 from streams.scoring.compiled import can_compile, compiled
 from streams.scoring.mask import dense_mask, interval_block_mask
 from streams.scoring.packing import Rows
 from streams.scoring.region_rows import RegionRows
-
-MAX_SCORES = 2**26
-"""Attention scores of a dense plan that exist at once where no backward needs them all: of a stream of tens of thousands of
-tokens, which a rollout worker scores on its GPU to check itself, all of them would take more room than there is.
-"""
 
 
 def region_plan(rows: Rows, regions: RegionRows, backbone: Backbone, kind: str) -> AttentionPlan:
@@ -86,7 +82,7 @@ class DenseRegionPlan:
         keys, copies, values, copied = self.angles.keys(self.regions, k, v)
         parts = [keys, *(copies[:, :, bounds[r] : bounds[r + 1]] for r in self.regions.filled)]
         both = torch.cat((values, copied), dim=2)
-        most = length if torch.is_grad_enabled() else max(1, MAX_SCORES // (rows * heads * both.shape[2]))
+        most = length if torch.is_grad_enabled() else max(1, REGION_SCORES // (rows * heads * both.shape[2]))
         some = [slice(start, start + most) for start in range(0, length, most)]
         out = torch.cat([self._attended(q, parts, both, scaling, queries) for queries in some], dim=2)
         return out.transpose(1, 2)
