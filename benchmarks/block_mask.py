@@ -5,14 +5,13 @@
 
 Both are measured on the CPU, in turns in one run, median of several; `create_block_mask` runs eagerly, as torch ships it, on
 the whole row. Rows are streams of 20 chunks of 192 video tokens, written by a StreamWriter under each policy and packed end
-to end; `two lanes` are those of `rcsm` with all that was generated in lane 1, as a policy with two lanes has it. Exit 1: a mask
-differs from torch's in any block, or at 32,768 tokens it is built less than 50 times faster. Owner: benchmarks.
+to end; those of `text_memory` have two lanes. Exit 1: a mask differs from torch's in any block, or at 32,768 tokens it is
+built less than 50 times faster. Owner: benchmarks.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -21,13 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from benchmarks.attention import CHUNKS, plain_layout, written
 from benchmarks.environment import hardware, result_target, versions, write_result
-from streams.log import GENERATED, StreamLog
 from streams.memory import MemoryConfig
 from streams.scoring.block_mask import BLOCK, BlockLists
 from streams.scoring.mask import block_mask, mask_mod
@@ -38,7 +35,7 @@ POLICIES = {
     "rcsm": MemoryConfig("rcsm", 8),
     "sink_window": MemoryConfig("sink_window", 8, text_window=12, sink_tokens=16, tail_tokens=64),
     "random": MemoryConfig("random", rate=0.1),
-    "two lanes": MemoryConfig("rcsm", 8),
+    "text_memory": MemoryConfig("text_memory"),
 }
 BAR, BAR_TOKENS = 50.0, 32768
 """How many times faster it must be, from which length on."""
@@ -48,19 +45,13 @@ BYTES_PER_PAIR = 12
 """What the eager reference holds at its peak: the mask's 64-bit sum over blocks beside a few masks of one byte."""
 
 
-def in_two_lanes(log: StreamLog) -> StreamLog:
-    return dataclasses.replace(log, lane=np.isin(log.kind, GENERATED).astype(np.int8))
-
-
 def packed(tokens: int, policy: str) -> Rows:
     """One row of exactly `tokens` tokens: as many streams as fit, and padding."""
     layout = plain_layout()
-    streams = [written(layout, CHUNKS, "one", POLICIES[policy])]
-    if policy == "two lanes":
-        streams = [in_two_lanes(log) for log in streams]
-    if len(streams[0]) > tokens:
-        streams = [written(layout, max(1, CHUNKS * tokens // len(streams[0]) - 1), "one", POLICIES[policy])]
-    logs = streams * (tokens // len(streams[0]))
+    stream = written(layout, CHUNKS, "one", POLICIES[policy])
+    if len(stream) > tokens:
+        stream = written(layout, max(1, CHUNKS * tokens // len(stream) - 1), "one", POLICIES[policy])
+    logs = [stream] * (tokens // len(stream))
     return pack(logs, [list(range(len(logs)))]).padded(BLOCK, at_least=tokens)
 
 
