@@ -48,11 +48,10 @@ lint: setup-test
 	$(BIN)/lint-imports
 
 # Quick tests first, in JOBS processes of one thread each, then those with real processes and long streams, which wait for
-# processes to start most of the time: SLOW_JOBS of them side by side, each with a Ray of its own (0 = one after the other),
-# the longest files first (tests/conftest.py).
+# processes to start most of the time: SLOW_JOBS of them side by side, each with a Ray of its own (0 = one after the other).
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow" -n $(SLOW_JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow" -n $(SLOW_JOBS) --dist loadfile $(ARGS)
 
 # The quick tests with the oldest supported releases, in a virtual environment of their own.
 test-oldest:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,21 +45,10 @@ def ranks(learner_process, one_rank):
     return one_rank
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow files come in the order of their longest time limits; tests marked `cuda` skip where there is no device."""
-    if config.getoption("markexpr") == "slow":
-        _longest_first(items)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` skip by themselves where there is no device."""
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def _longest_first(items: list[pytest.Item]) -> None:
-    """So that of files which run side by side none of the longest is left to run alone in the end."""
-    longest: dict[Path, float] = {}
-    for item in items:
-        marker = item.get_closest_marker("timeout")
-        longest[item.path] = max(longest.get(item.path, 0.0), float(marker.args[0]) if marker else 0.0)
-    items.sort(key=lambda item: -longest[item.path])
