@@ -77,7 +77,7 @@ def start(config: RunConfig, overrides: list[str]) -> None:
     except Requeue as stopped:
         print(f"{stopped}; no stage was under way, the same command starts again", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
-    except Exception as error:
+    except Exception as error:  # named boundary: a stop
         if not stop.requested:
             raise
         # Raised inside a library's native code (Ray's, most often), a stop comes out as an error of that library.

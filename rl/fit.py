@@ -182,6 +182,11 @@ def _check_kernels(
             choose_vision_attention(config.model.vision_attention, device, config.model.dtype)
 
 
+def _scores_by_flex(learner: LearnerConfig, device: DeviceInfo) -> bool:
+    """Whether logs are scored with FlexAttention there: by the learner, or by a worker that checks itself."""
+    return device.cuda and learner.attention != "sdpa"
+
+
 def plan_run(
     config: RunConfig,
     stages: dict[str, LearnerConfig],
@@ -199,7 +204,7 @@ def plan_run(
     check_text_tells_time(make_policy(config.memory), geometry.model_type == "qwen3_vl")
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
-        flex = learner.attention == "flex" or (learner.attention == "auto" and device.cuda)
+        flex = _scores_by_flex(learner, device)
         numbers = trained_numbers(geometry, learner)
         if stage == "eval":
             return scorer_footprint(geometry, learner, numbers, stream, len(tasks), flex=flex, positions=positions)
@@ -224,7 +229,7 @@ def plan_run(
         for device in worker_devices
     )
 
-    flex = config.learner.attention != "sdpa" and all(device.cuda for device in worker_devices)
+    flex = all(_scores_by_flex(config.learner, device) for device in worker_devices)
 
     def worker(kv_bytes: int) -> Footprint:
         trained = trained_numbers(geometry, config.learner)

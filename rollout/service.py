@@ -111,11 +111,11 @@ class RolloutService:
                 vision_attention=vision.name,
             )
         self.engine = Engine(self.backbone, setup.kv_slots, setup.max_streams, setup.attention)
-        log.info("worker %d: attention %s, vision attention %s", worker, self.engine.attention, vision)
-        self.engine.version = setup.version
         # The learner may be asked for a kernel that its device has and this one lacks.
-        asked = setup.scoring_attention if device == "cuda" else "auto"
-        self._scoring = choose_learner_attention(asked, device).name
+        self._scoring = choose_learner_attention(setup.scoring_attention if device == "cuda" else "auto", device)
+        kernels = (self.engine.attention, vision, self._scoring)
+        log.info("worker %d: attention %s, vision attention %s, self-check %s", worker, *kernels)
+        self.engine.version = setup.version
         try:
             policy = make_policy(setup.memory)
         except ValueError as error:  # the driver has made the same: what differs is what Python finds here
@@ -388,7 +388,7 @@ class RolloutService:
         features = group.features.flatten(0, 1)
         with self.meter.phase("self-check"):
             differences = behaviour_differences(
-                self.backbone, [stream], [features], head_chunk=SELF_CHECK_HEAD, attention=self._scoring
+                self.backbone, [stream], [features], head_chunk=SELF_CHECK_HEAD, attention=self._scoring.name
             )[0]
         group.monitor.append(LogpDiff.of(differences))
         sampled = np.flatnonzero(stream.sampled)
