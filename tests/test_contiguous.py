@@ -24,7 +24,7 @@ from streams.writer import StreamWriter
 from tests import test_exactness as exactness
 from tests.contiguous_lib import angles_in_float64, layout_of, slow_logps
 from tests.strategies import ANY_MEMORY, contiguous, for_backbone, watched
-from tests.streams_lib import joined_features, random_turns, request, run
+from tests.streams_lib import joined_features, loud_backbone, random_turns, request, run
 from tests.test_custom_memory import run_to_the_end
 from tests.test_policies import LAYOUTS, generate, header, plans
 
@@ -201,6 +201,19 @@ def test_flex_attention_merges_regions_to_the_dense_softmax(fp64, evicting):
         dense, flex = (score_rows(fp64, rows, features, attention=kind).logp for kind in ("sdpa", "flex"))
     assert torch.isfinite(flex).all()
     assert (dense - flex).abs().max() <= FP64_BAR
+
+
+def test_the_merge_runs_in_float32_too(tmp_path):
+    """Where FlexAttention would be compiled, had the CPU's kernel a log-sum-exp."""
+    backbone = loud_backbone(tmp_path, torch.float32)
+    (made,) = exactness.streams(backbone, SMALL, 1, seed=4, low=9)
+    rows = pack(run(backbone, [made]), [[0]], which="sampled")
+    assert rows.regions.filled
+    with torch.no_grad():
+        dense, flex = (
+            score_rows(backbone, rows, joined_features(made), attention=kind).logp for kind in ("sdpa", "flex")
+        )
+    assert (dense - flex).abs().max() <= 3e-4
 
 
 class LargestTensor(TorchDispatchMode):

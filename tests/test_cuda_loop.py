@@ -50,10 +50,17 @@ def load(checkpoint, dtype):
     return Backbone.load(checkpoint, LAYOUT, dtype=DTYPES[dtype], device="cuda")
 
 
-def sampled(backbone, attention, count=6):
+MEMORIES = {
+    "rcsm": MemoryConfig("rcsm", 2),
+    "contiguous": MemoryConfig("sink_window", 2, 2, sink_tokens=4, tail_tokens=8, positions="contiguous"),
+    "text_memory": MemoryConfig("text_memory"),
+}
+
+
+def sampled(backbone, attention, count=6, memory=MEMORIES["rcsm"]):
     """(requests, logs) of streams that evict."""
     rng = np.random.default_rng(0)
-    made = [request(backbone, MemoryConfig("rcsm", 2), random_turns(backbone, rng, 8), f"s{i}") for i in range(count)]
+    made = [request(backbone, memory, random_turns(backbone, rng, 8), f"s{i}") for i in range(count)]
     made = [replace(r, features=tuple(f.to(backbone.device) for f in r.features)) for r in made]
     engine = Engine(backbone, 20000, 16, attention)
     for r in made:
@@ -77,9 +84,10 @@ BACKENDS = [
 
 @pytest.mark.parametrize(("dtype", "attention"), BACKENDS)
 @pytest.mark.parametrize("learner", ["sdpa", "flex"])
-def test_engine_equals_learner(checkpoint, dtype, attention, learner):
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_engine_equals_learner(checkpoint, dtype, attention, learner, memory):
     backbone = load(checkpoint, dtype)
-    requests, logs = sampled(backbone, attention)
+    requests, logs = sampled(backbone, attention, memory=MEMORIES[memory])
     assert all((log.expiry < len(log)).any() for log in logs)
     features = [joined_features(r) for r in requests]
     found = LogpDiff.of(np.concatenate(behaviour_differences(backbone, logs, features, attention=learner)))

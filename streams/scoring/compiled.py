@@ -24,16 +24,16 @@ def compile_count() -> int:
     return _counted["graphs"]
 
 
-def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlexAttention compiles for tensors like these, now.
+def can_compile(device: torch.device, dtype: torch.dtype, *, lse: bool = False) -> bool:
+    """Whether FlexAttention compiles for tensors like these, now; lse: it is to return the log-sum-exp, too.
 
-    On CPU it is a forward without gradients, and needs a C++ compiler and AVX2.
+    On CPU it is a forward without gradients and without log-sum-exp, and needs a C++ compiler and AVX2.
     """
     if dtype not in COMPILED_DTYPES:
         return False
     if device.type != "cpu":
         return device.type == "cuda"
-    if torch.is_grad_enabled():
+    if lse or torch.is_grad_enabled():
         return False
     return shutil.which(os.environ.get("CXX", "g++")) is not None and _has_avx2()
 

@@ -141,7 +141,7 @@ class FlexRegionPlan:
         rows, heads, length, _ = q.shape
         keys, copies, values, copied = self.angles.keys(self.regions, k, v)
         queries = torch.cat([_end_to_end(rotated(q, tables)) for tables in self.angles.queries], dim=2)
-        attention: Any = compiled(flex_attention) if can_compile(q.device, q.dtype) else flex_attention
+        attention: Any = compiled(flex_attention) if can_compile(q.device, q.dtype, lse=True) else flex_attention
         out, aux = attention(
             queries,
             torch.cat((_end_to_end(keys), _end_to_end(copies)), dim=2),
