@@ -22,6 +22,7 @@ from rl.checks import check_memory
 from streams.pretrained import resolve_checkpoint
 from streams.task import TimedQuery
 from streams.video import ClipReader
+from streams.weights import check_weights
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
     checkpoint = resolve_checkpoint(config.model.path)
     if not (checkpoint / "config.json").is_file() and (checkpoint / "hf" / "config.json").is_file():
         checkpoint = checkpoint / "hf"  # one of our checkpoints: its export
+    for warning in check_weights(checkpoint).warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     saved = read_streaming(checkpoint)
     if not saved:
         print(

@@ -16,6 +16,7 @@ from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
 from streams.memory import check_text_tells_time, live_bound, make_policy
 from streams.pretrained import FAMILIES, is_hub_id, model_type, token_side
+from streams.weights import check_weights
 
 
 def describe(config: RunConfig) -> list[str]:
@@ -173,6 +174,8 @@ def preflight(config: RunConfig) -> None:
             raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
         if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
             raise ValueError(f"{key}={value} is a whole checkpoint: name its export, {key}={Path(value) / 'hf'}")
+        if folder.is_dir():
+            _check_folder(key, folder)
     unset = config.eval.checkpoint == "auto" and not config.model.path
     if config.job.stages == ["eval"] and unset and not own_checkpoints(config.root):
         raise FileNotFoundError(
@@ -181,6 +184,14 @@ def preflight(config: RunConfig) -> None:
     best = config.root / "checkpoints" / "rl" / "best" / "hf"
     if config.eval.checkpoint == "best" and "rl" not in config.job.stages and not best.is_dir():
         raise FileNotFoundError(f"eval.checkpoint=best: there is no {best}; train with eval.every=N first")
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """A hub id is checked when it has been resolved, before an actor loads it (rl.run)."""
+    try:
+        check_weights(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _check_data(config: RunConfig) -> None:

@@ -39,6 +39,7 @@ from streams.pretrained import resolve_checkpoint
 from streams.scoring.stats import LogpDiff
 from streams.synthetic import generate
 from streams.task import StreamTask
+from streams.weights import check_weights
 
 
 class Run:
@@ -57,6 +58,7 @@ class Run:
         self._memory: MemoryPlan | None = None
         self._devices: list[DeviceInfo] = []
         self._splits: dict[str, TaskFile] = {}
+        self._checked: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True)
         for line in [*describe(config), *config.notes()]:
             progress.say(line)
@@ -156,7 +158,8 @@ class Run:
     def stage_eval(self) -> None:
         session = self._ready_session()
         checkpoints = self._eval_checkpoints()
-        self._plan_memory(ModelGeometry.read(next(iter(checkpoints.values()))))
+        geometries = [self._geometry(checkpoint) for checkpoint in checkpoints.values()]
+        self._plan_memory(geometries[0])
         summary, report = run_evaluation(
             self.config,
             session,
@@ -202,7 +205,10 @@ class Run:
         """Actors loaded with where the stage stands: its starting checkpoint, or the one it goes on from."""
         found = self.store.plans[stage].resume
         checkpoint = found.path / "hf" if found else start()
-        geometry = ModelGeometry.read(checkpoint)
+        geometry = self._geometry(checkpoint)
+        reference = str(self._reference()) if stage == "rl" and self.config.algorithm.kl_coef else ""
+        if reference:
+            self._geometry(Path(reference))
         size = checkpoint_size(geometry, learner)
         self.progress.say(
             check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
@@ -213,7 +219,6 @@ class Run:
         self._plan_memory(geometry)
         version = found.state.version if found else 0
         infos = session.setup_workers(self._worker_setup(checkpoint, learner.freeze, version))
-        reference = str(self._reference()) if stage == "rl" and self.config.algorithm.kl_coef else ""
         setup = self._learner_setup(checkpoint, learner, steps)
         trained = session.setup_learner(replace(setup, version=version, reference=reference))
         if found and found.resumable:
@@ -237,6 +242,18 @@ class Run:
             resume=found.state if found else None,
             still_ours=self.lock.check,
         )
+
+    def _geometry(self, checkpoint: Path) -> ModelGeometry:
+        """The shape of a model that actors are about to load, from here on known to have all its weights.
+
+        Raises ValueError; what the folder holds besides is said once.
+        """
+        geometry = ModelGeometry.read(checkpoint)
+        if checkpoint not in self._checked:
+            self._checked.add(checkpoint)
+            for warning in check_weights(checkpoint).warnings:
+                self.progress.say(f"warning: {warning}")
+        return geometry
 
     def _plan_memory(self, geometry: ModelGeometry) -> None:
         """Before anything is loaded, once: sizes the KV pools for all stages to come. Raises ValueError if they cannot fit."""

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from streams import tower
@@ -31,7 +31,6 @@ from streams.positions import PositionCursor, TimestampCursor
 from streams.pretrained import (
     FAMILIES,
     STREAMING_FILE,
-    SUPPORTED_MODEL_TYPES,
     ImageSpec,
     check_image_statistics,
     check_no_dropout,
@@ -39,6 +38,7 @@ from streams.pretrained import (
     read_processors,
 )
 from streams.rotary import Rotary
+from streams.weights import ModelConfigFile, check_weights, summary
 
 ATTENTION_NAME = "sightline"
 # transformers hands the spans of a packed row to implementations with "flash" in their name and loops over the spans
@@ -157,6 +157,25 @@ def add_streaming_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return new
 
 
+def _check_loaded(source: Path, model: Any, report: dict[str, Any]) -> None:
+    """The last word on what was loaded is transformers' own: `check_weights` knows the modules of some releases.
+
+    Raises ValueError for a parameter that transformers filled with random numbers, or a tied head that it did not tie.
+    """
+    if random := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+        raise ValueError(
+            f"{source}: transformers found no weights for {summary(random, model.state_dict())}, and would train them from "
+            "random numbers: download the checkpoint again, or install a transformers release that knows it"
+        )
+    if model.config.tie_word_embeddings:
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        if head is not embedding:
+            raise ValueError(
+                f"{source}: config.json says tie_word_embeddings=true, but the files hold a head that is not the embedding: "
+                "set it to false if the head was trained, or delete lm_head.weight from the files"
+            )
+
+
 class Backbone:
     """A loaded checkpoint with its tokenizer, layout and image settings.
 
@@ -199,23 +218,20 @@ class Backbone:
     ) -> Backbone:
         """Load a checkpoint from a local folder (hub ids are resolved by the caller with `resolve_checkpoint`).
 
+        Raises FileNotFoundError or ValueError for a folder that lacks weights or anything else it needs.
+
         vision_attention: `sdpa` or `flash_attn`, as `streams.kernels` chose it.
         """
         source = Path(path)
-        if not (source / "config.json").is_file():
-            raise FileNotFoundError(f"model.path={path}: no config.json there; give a checkpoint folder or a hub id")
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(
-                f"model.path={path}: model type {config.model_type!r} is not supported "
-                f"(supported: {', '.join(SUPPORTED_MODEL_TYPES)})"
-            )
-        family = FAMILIES[config.model_type]
+        family = FAMILIES[ModelConfigFile.read(source).model_type]
+        check_weights(source)
         check_rope_theta(source)
         check_no_dropout(source)
         # transformers draws a progress bar per load; five processes at once would fill the terminal with them.
         transformers_logging.disable_progress_bar()
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = loaded
+        _check_loaded(source, model, report)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(source)
         add_streaming_tokens(model, tokenizer)

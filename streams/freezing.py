@@ -6,7 +6,8 @@ are those of `model.named_parameters()`. Invariant: one function decides, for th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Container, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -24,13 +25,19 @@ def check_freeze_mode(mode: str) -> None:
         raise ValueError(f"learner.freeze={mode!r} is not one of {', '.join(FREEZE_MODES)}")
 
 
-def parameter_name(stored: str) -> str:
-    """The parameter that a tensor in a safetensors file is: Qwen2.5-VL's files keep the names of its first release."""
-    if stored.startswith("visual."):
-        return f"model.{stored}"
-    if stored.startswith("model.") and not stored.startswith((VISION, "model.language_model.")):
-        return f"model.language_model.{stored.removeprefix('model.')}"
-    return stored
+def parameter_name(stored: str, model_type: str = "qwen2_5_vl", expected: Container[str] = ()) -> str:
+    """Return the parameter that transformers makes of a tensor in a safetensors file.
+
+    Qwen2.5-VL's files keep the names of its first release. expected: the model's names, for those of a bare model, which
+    lack `model.` at the front or have one too many.
+    """
+    name = stored
+    if model_type == "qwen2_5_vl":
+        name = re.sub(r"^visual", "model.visual", name)
+        name = re.sub(r"^model(?!\.(language_model|visual))", "model.language_model", name)
+    if (bare := name.removeprefix("model.")) != name and bare in expected:
+        return bare
+    return f"model.{name}" if f"model.{name}" in expected else name
 
 
 def below_boundary(name: str, mode: str) -> bool:

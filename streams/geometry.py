@@ -6,15 +6,10 @@ neither torch nor transformers; sizes are those that the loaded modules have.
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
-from streams.freezing import parameter_name
+from streams.weights import ModelConfigFile, check_weights
 
 
 @dataclass(frozen=True)
@@ -43,34 +38,33 @@ class ModelGeometry:
 
     @classmethod
     def read(cls, checkpoint: Path) -> ModelGeometry:
-        """From a checkpoint folder. Raises ValueError that names the folder and what is missing in it."""
+        """Read a checkpoint folder. Raises ValueError that names what is missing in it (see `check_weights`)."""
         try:
-            raw = json.loads((checkpoint / "config.json").read_text())
-            # Checkpoints written before transformers 5 have the text model's keys at the top.
-            text, vision = raw.get("text_config") or raw, raw["vision_config"]
-            heads = int(text["num_attention_heads"])
-            tied = bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-            return cls(
-                model_type=str(raw["model_type"]),
-                layers=int(text["num_hidden_layers"]),
-                hidden=int(text["hidden_size"]),
-                mlp=int(text["intermediate_size"]),
-                heads=heads,
-                kv_heads=int(text["num_key_value_heads"]),
-                head_dim=int(text.get("head_dim") or text["hidden_size"] // heads),
-                vocab=int(text["vocab_size"]),
-                tied=tied,
-                vision_layers=int(vision["depth"]),
-                vision_hidden=int(vision["hidden_size"]),
-                vision_mlp=int(vision["intermediate_size"]),
-                patch_size=int(vision["patch_size"]),
-                merge_size=int(vision.get("spatial_merge_size", 2)),
-                temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
-                deepstack_levels=len(vision.get("deepstack_visual_indexes") or ()),
-                parameters=_distinct(dict(_parameters(checkpoint)), tied),
-            )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{checkpoint}: config.json or the weights' headers cannot be read: {error!r}") from error
+            config = ModelConfigFile.read(checkpoint)
+            parameters = check_weights(checkpoint).parameters
+        except FileNotFoundError as error:
+            raise ValueError(f"{checkpoint}: config.json or the weights' headers cannot be read: {error}") from error
+        text, vision = config.text, config.vision
+        heads = int(text["num_attention_heads"])
+        return cls(
+            model_type=config.model_type,
+            layers=int(text["num_hidden_layers"]),
+            hidden=int(text["hidden_size"]),
+            mlp=int(text["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(text["num_key_value_heads"] or heads),
+            head_dim=int(text.get("head_dim") or text["hidden_size"] // heads),
+            vocab=int(text["vocab_size"]),
+            tied=config.tied,
+            vision_layers=int(vision["depth"]),
+            vision_hidden=int(vision["hidden_size"]),
+            vision_mlp=int(vision["intermediate_size"]),
+            patch_size=int(vision["patch_size"]),
+            merge_size=int(vision["spatial_merge_size"]),
+            temporal_patch_size=int(vision["temporal_patch_size"]),
+            deepstack_levels=len(vision.get("deepstack_visual_indexes") or ()),
+            parameters=parameters,
+        )
 
     @property
     def total(self) -> int:
@@ -95,24 +89,3 @@ class ModelGeometry:
     def token_side(self) -> int:
         """Pixels along one side of a video token."""
         return self.patch_size * self.merge_size
-
-
-def _distinct(stored: dict[str, int], tied: bool) -> dict[str, int]:
-    """Some files of a model with a tied head hold the embedding twice; it is loaded once."""
-    return {name: size for name, size in stored.items() if not (tied and name == "lm_head.weight")}
-
-
-def _parameters(checkpoint: Path) -> Iterator[tuple[str, int]]:
-    """(name, size) of every tensor, from the headers of the safetensors files (8 bytes of length, then JSON)."""
-    files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            "no *.safetensors; weights in *.bin files must be saved anew: load them with transformers, then save_pretrained"
-        )
-    for path in files:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                yield parameter_name(name), prod(tensor["shape"])
