@@ -69,7 +69,8 @@ class Run:
             config.tracking,
             self.root,
             f"{config.job.name}-seed{config.seed}",
-            resume=training and config.resume != "never",
+            # MLflow keeps a run's parameters for ever: those of a start that failed must not stand beside corrected ones.
+            resume=training and config.resume != "never" and not store.corrected,
             remember=training,
             known=next((found.state.tracking_run for found in resumed if self.root in found.path.parents), ""),
         )

@@ -3,7 +3,8 @@
 Owner: rl. One JSON file per stage: `status` begun or finished, `settings` (every key that the stage's outcome depends
 on), `attempts`, `result`; `origin` if it went on from a checkpoint of another run_root. Invariants: `resume=auto` runs a
 finished stage again only if its last checkpoint is lost and still needed; a stage is only continued under the settings
-that it began with; keys that change how fast, not what, are free; planning deletes nothing.
+that it began with; a start that left no checkpoint binds nothing; keys that change how fast, not what, are free; planning
+deletes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import JobConfig, RunConfig
-from rl.checkpoint import Found, by_age, newest_usable, set_aside_after, verify
+from rl.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
 
 TRAINING = ("sft", "rl")
 MANIFESTS = ("data", *TRAINING)
@@ -68,6 +69,9 @@ _FREE = (
 
 _MAY_GROW = ("sft.steps", "algorithm.steps")
 
+_SHOWN = 8
+"""Changed keys that a message lists."""
+
 REPLACES = {
     "data": ["stages/data.json"],
     "sft": ["checkpoints/sft", "stages/sft.json", "stages/sft.steps.jsonl", "transcripts"],
@@ -100,12 +104,16 @@ class StagePlan:
 
 @dataclass
 class StageStore:
-    """Reads and writes the manifests of one run_root."""
+    """Reads and writes the manifests of one run_root.
+
+    corrected: whether a stage starts over under other settings than those of an attempt that left no checkpoint.
+    """
 
     root: Path
     config: RunConfig
     say: Callable[[str], None]
     plans: dict[str, StagePlan] = field(default_factory=dict)
+    corrected: bool = False
 
     def path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
@@ -130,7 +138,14 @@ class StageStore:
         return manifest.get("result", {}) if manifest.get("status") == "finished" else {}
 
     def begin(self, stage: str) -> None:
-        """Note that a stage runs, with its settings."""
+        """Note that a stage runs, with its settings.
+
+        A finished stage that goes on stays finished until `settle`: if it cannot start, nothing has changed.
+        """
+        if self.plans[stage].resume is None or self._readable(stage).get("status") != "finished":
+            self._note_begun(stage)
+
+    def _note_begun(self, stage: str) -> None:
         plan = self.plans[stage]
         manifest = {
             "stage": stage,
@@ -159,6 +174,7 @@ class StageStore:
         own = self._own(stage)
         for name in set_aside_after(own, found.state.step if own in found.path.parents else -1):
             self.say(f"{stage}: set aside {own / name}: the stage goes on from {found.path}")
+        self._note_begun(stage)
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         self._write(stage, self.read(stage) | {"status": "finished", "result": result})
@@ -180,10 +196,17 @@ class StageStore:
             self._check_nothing_later(stage)
             self._check_no_orphans(stage)
             return StagePlan(stage)
-        self._check_settings(stage, manifest.get("settings", {}))
-        if stage == "data" and not self._data_there():
-            return StagePlan(stage, attempt=int(manifest.get("attempts", 1)) + 1)
         attempts = int(manifest.get("attempts", 1))
+        if stage == "data" and (manifest.get("status") != "finished" or not self._data_there()):
+            return StagePlan(stage, attempt=attempts + 1)
+        before = self._binding(stage, manifest)
+        if before:
+            self._check_settings(stage, before)
+        elif changed := self._changed(stage, manifest.get("settings", {})):
+            self.corrected = True
+            self.say(
+                f"{stage}: an attempt before left no checkpoint, nothing of it is kept; now with {_listed(changed)}"
+            )
         grown = stage in TRAINING and self._total(stage) > int(manifest.get("result", {}).get("steps") or 1 << 60)
         if manifest.get("status") == "finished":
             if grown:
@@ -194,6 +217,30 @@ class StageStore:
         if found is None:
             return StagePlan(stage, attempt=attempts + 1)
         return self._continued(stage, found, attempts + 1)
+
+    def _binding(self, stage: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        """The settings under which alone the stage may go on; {} if it has nothing to go on from.
+
+        Data that were made, and a finished stage, are bound by their manifest. A stage that only began is bound by the
+        checkpoint that it would go on from: what a start that failed has noted means nothing.
+        """
+        noted = dict(manifest.get("settings", {}))
+        if stage == "data":
+            return {} if self.config.data.train else noted
+        if _adopted(manifest):
+            return {}
+        if manifest.get("status") == "finished":
+            return noted
+        # One that was set aside for its successor counts, too: `newest_usable` puts it back.
+        own = self._own(stage)
+        held = [*by_age(own), *sorted(own.glob("*.replaced"))]
+        for path in held or ([Path(manifest["origin"])] if "origin" in manifest else []):
+            try:
+                state = read_state(path)
+            except (OSError, ValueError):
+                continue
+            return state.settings or (noted if held else {})
+        return noted if held else {}
 
     def _newest(self, stage: str, manifest: dict[str, Any]) -> Found | None:
         """The newest usable checkpoint; None if the stage has none yet. Raises ValueError if all are damaged."""
@@ -217,8 +264,7 @@ class StageStore:
 
     def _stands(self, stage: str, manifest: dict[str, Any]) -> bool:
         """Whether a finished stage can be left alone: what it made is whole, or nothing will start from it."""
-        adopted = "origin" in manifest and not manifest.get("attempts")
-        if stage not in TRAINING or adopted:
+        if stage not in TRAINING or _adopted(manifest):
             return True
         try:
             verify(self._own(stage) / "final")
@@ -260,38 +306,49 @@ class StageStore:
 
     def _check_settings(self, stage: str, before: dict[str, Any]) -> None:
         now = settings(self.config, stage)
+        for key in _MAY_GROW:
+            if key in before and key in now and now[key] > before[key]:
+                self.say(f"{stage}: {key} grows from {before[key]} to {now[key]}")
+                before = before | {key: now[key]}
+        if changed := self._changed(stage, before):
+            raise ValueError(
+                f"resume={self.config.resume}: stage {stage} for {self.root} began with other settings: {_listed(changed)}. "
+                "Restore them, or start anew: in another run_root (algorithm.init=FOLDER starts RL from a checkpoint's "
+                "weights), or with resume=never (which replaces what is there)"
+            )
+
+    def _changed(self, stage: str, before: dict[str, Any]) -> list[str]:
+        """Keys whose values are not those of `before`, each with both values."""
+        now = settings(self.config, stage)
         # A key that did not exist when the stage began had no other effect than its default has.
         default = flat(asdict(RunConfig(job=JobConfig("rl", ["rl"]))))
         before = {key: plain(default[key]) for key in now.keys() - before.keys() if key in default} | before
         # One that has become free since then is free for stages that noted it, too.
         before = {key: value for key, value in before.items() if key not in _FREE}
-        for key in _MAY_GROW:
-            if key in before and key in now and now[key] > before[key]:
-                self.say(f"{stage}: {key} grows from {before[key]} to {now[key]}")
-                before = before | {key: now[key]}
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        if changed:
-            listed = "; ".join(f"{key}={now.get(key)!r}, began with {before.get(key)!r}" for key in changed[:8])
-            raise ValueError(
-                f"resume={self.config.resume}: stage {stage} for {self.root} began with other settings: {listed}. Restore "
-                "them, or start anew: in another run_root (algorithm.init=FOLDER starts RL from a checkpoint's weights), or "
-                "with resume=never (which replaces what is there)"
-            )
+        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        return [f"{key}={now.get(key)!r}, began with {before.get(key)!r}" for key in keys]
 
     def _check_nothing_later(self, stage: str) -> None:
         """A stage that starts replaces what was made from it: not without being told."""
-        if later := [s for s in _later(stage) if self.read(s)]:
+        if later := [s for s in _later(stage) if self._made(s)]:
             raise ValueError(
                 f"resume=auto: {self.root} holds stage {later[0]} but not {stage}, and running {stage} would replace it: "
                 "choose another run_root, or start over with resume=never"
             )
 
     def _check_nothing_made_from(self, stage: str) -> None:
-        if later := [s for s in _later(stage) if self.read(s)]:
+        if later := [s for s in _later(stage) if self._made(s)]:
             raise ValueError(
                 f"resume=auto: stage {stage} cannot grow: stage {later[0]} in {self.root} was made from it as it is. Choose "
                 "another run_root, or start over with resume=never"
             )
+
+    def _made(self, stage: str) -> bool:
+        """Whether there is anything of a stage to lose: more than a note that it began."""
+        manifest = self.read(stage)
+        return (
+            manifest.get("status") == "finished" or "origin" in manifest or bool(manifest and by_age(self._own(stage)))
+        )
 
     def _check_no_orphans(self, stage: str) -> None:
         if stage in TRAINING and (orphans := by_age(self._own(stage))):
@@ -333,6 +390,16 @@ class StageStore:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+
+
+def _adopted(manifest: dict[str, Any]) -> bool:
+    """Whether the stage never ran here: a later one went on from a checkpoint of another run_root that has it."""
+    return "origin" in manifest and not manifest.get("attempts")
+
+
+def _listed(changed: list[str]) -> str:
+    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return "; ".join(changed[:_SHOWN]) + more
 
 
 def _later(stage: str) -> list[str]:

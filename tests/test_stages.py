@@ -114,6 +114,7 @@ def test_when_all_checkpoints_are_damaged_it_is_said_and_nothing_is_started(tmp_
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused_with_both_values(tmp_path, changes, key, finished):
     begun(config(tmp_path, stages=("sft",)), "sft", **({"steps": 60} if finished else {}))
+    checkpoint(tmp_path, "sft", 60 if finished else 20)
     if "memory" in changes:
         run = dataclasses.replace(config(tmp_path, stages=("sft",)), **changes)
     else:
@@ -154,6 +155,7 @@ def test_data_that_changed_under_a_run_are_refused(tmp_path):
     base = config(tmp_path / "run", stages=("sft",))
     run = dataclasses.replace(base, data=dataclasses.replace(base.data, train=str(train), heldout=str(train)))
     begun(run, "sft")
+    checkpoint(run.root, "sft", 3)
     assert store(run).plan()["sft"].attempt == 2
     train.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"data\.train \(content\)"):
@@ -403,6 +405,7 @@ def test_settings_are_json_and_cover_what_the_stage_computes(tmp_path):
 def test_a_stage_that_began_before_a_setting_existed_goes_on_with_its_default_only(tmp_path):
     run = config(tmp_path)
     begun(run, "sft")
+    checkpoint(tmp_path, "sft", 3)
     path = tmp_path / "stages" / "sft.json"
     manifest = json.loads(path.read_text())
     assert manifest["settings"].pop("learner.grad_clip") == run.learner.grad_clip
@@ -418,6 +421,7 @@ def test_kernels_may_change_between_attempts_also_where_an_older_manifest_notes_
     run = config(tmp_path)
     begun(run, "sft")
     begun(run, "rl")
+    checkpoint(tmp_path, "rl", 3)
     path = tmp_path / "stages" / "rl.json"
     manifest = json.loads(path.read_text())
     if noted:
