@@ -16,7 +16,7 @@ from typing import Any
 
 from conf.schema import RunConfig
 from streams.layout import LayoutConfig
-from streams.memory import MemoryConfig
+from streams.memory import CUSTOM, MemoryConfig
 from streams.pretrained import STREAMING_FILE
 
 FORMAT = 1
@@ -75,12 +75,16 @@ def apply_streaming(config: RunConfig, saved: dict[str, Any], overridden: Collec
     taken: list[str] = []
     conflicts: list[str] = []
     changes: dict[str, Any] = {}
+    named = config.memory.name if _overrides(overridden, "memory.name") else saved.get("memory.name")
+    if named != CUSTOM:
+        # The checkpoint's own policy goes with its name. (One that was named and not chosen was never used.)
+        saved = {key: value for key, value in saved.items() if key not in ("memory.target", "memory.args")}
     for key, value in sorted(saved.items()):
         try:
             now = _get(config, key)
         except AttributeError:
             continue  # a setting of another version of this program
-        whole = any(f"{key}.".startswith(f"{word}.") for word in overridden)
+        whole = _overrides(overridden, key)
         names = {word.removeprefix(f"{key}.").partition(".")[0] for word in overridden if word.startswith(f"{key}.")}
         parts = {key: (now, value, whole)}
         if names and not whole:
@@ -100,6 +104,11 @@ def apply_streaming(config: RunConfig, saved: dict[str, Any], overridden: Collec
         return Applied(_replaced(config, changes), tuple(taken), tuple(conflicts))
     except ValueError as error:
         raise ValueError(f"{error} (what the checkpoint's {STREAMING_FILE} says: {', '.join(taken)})") from error
+
+
+def _overrides(overridden: Collection[str], key: str) -> bool:
+    """Whether a key is set on the command line, by itself or with the group around it."""
+    return any(f"{key}.".startswith(f"{word}.") for word in overridden)
 
 
 def overridden_keys(overrides: Collection[str]) -> frozenset[str]:

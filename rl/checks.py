@@ -14,7 +14,7 @@ from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
 from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
-from streams.memory import check_text_tells_time, live_bound, make_policy
+from streams.memory import check_args_taken, check_text_tells_time, live_bound, make_policy
 from streams.pretrained import FAMILIES, is_hub_id, model_type, token_side
 from streams.weights import check_weights
 
@@ -73,6 +73,7 @@ def check_memory(config: RunConfig) -> None:
 
     What a hub id turns out to be is asked again before its weights are loaded (rl.fit).
     """
+    check_args_taken(config.memory)
     policy, video = make_policy(config.memory), config.data.video
     check_text_tells_time(policy, writes_time(config))
     chunk = video.frames_per_chunk // 2 * max(1, video.max_pixels // pixels_per_token(config))

@@ -20,6 +20,7 @@ from typing import Any
 
 from conf.schema import JobConfig, RunConfig
 from rl.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
+from streams.memory import CUSTOM
 
 TRAINING = ("sft", "rl")
 MANIFESTS = ("data", *TRAINING)
@@ -320,6 +321,9 @@ class StageStore:
     def _changed(self, stage: str, before: dict[str, Any]) -> list[str]:
         """Keys whose values are not those of `before`, each with both values."""
         now = settings(self.config, stage)
+        if before.get("memory.name") != CUSTOM:
+            # Noted by versions that accepted a policy which was named and not chosen: it was never used.
+            before = {key: v for key, v in before.items() if not key.startswith(("memory.target", "memory.args"))}
         # A key that did not exist when the stage began had no other effect than its default has.
         default = flat(asdict(RunConfig(job=JobConfig("rl", ["rl"]))))
         before = {key: plain(default[key]) for key in now.keys() - before.keys() if key in default} | before

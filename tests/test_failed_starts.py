@@ -217,3 +217,16 @@ def test_a_manifest_of_an_earlier_version_is_read_the_same_way(tmp_path):
     again = StageStore(run.root, run, print)
     assert again.plan()["sft"].attempt == 4
     assert again.corrected
+
+
+def test_a_policy_that_an_earlier_version_noted_and_did_not_use_keeps_no_checkpoint_from_going_on(tmp_path):
+    run = config(tmp_path, stages=("sft",))
+    noted = settings(run, "sft") | {"memory.target": "my_memory:Mine", "memory.args.window": 3}
+    begun(run, "sft")
+    path = checkpoint(tmp_path, "sft", 3, settings=noted)
+    assert store(run).plan()["sft"].resume.path == path
+    own = changed(run, {"memory": MemoryConfig("custom", target="streams.memory:Full")})
+    with pytest.raises(
+        ValueError, match=r"memory\.name='custom', began with 'full'; memory\.target='streams\.memory:Full'"
+    ):
+        store(own).plan()

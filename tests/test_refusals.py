@@ -33,6 +33,11 @@ def folder(path, **values):
         (["memory=random", "memory.rate=1.5"], r"memory\.rate=1\.5 must lie in \[0, 1\]"),
         (["memory=random", "memory.seed=-1"], r"memory\.seed=-1 must not be negative"),
         (["memory.name=custom"], r"memory\.target='' with memory\.name=custom"),
+        (
+            ["memory.target=my_memory:KeepAnswers"],
+            r"memory\.target='my_memory:KeepAnswers' with memory\.name=rcsm: .*set memory\.name=custom",
+        ),
+        (["memory=full", "memory.target=a:B"], r"memory\.target='a:B' with memory\.name=full"),
         (["memory.name=forgetful"], r"memory\.name='forgetful' is not one of"),
         (["layout.think_budget=1"], r"layout\.think_budget=1 must hold at least both think tags"),
         (

@@ -9,7 +9,7 @@ import pytest
 
 from conf.schema import JobConfig, MemoryConfig, RunConfig
 from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
-from rl.checks import respect_checkpoint
+from rl.checks import check_memory, respect_checkpoint
 from streams.layout import LayoutConfig
 from streams.video import VideoConfig
 
@@ -153,6 +153,44 @@ def test_the_other_arguments_stay_the_checkpoints(tmp_path):
         dataclasses.replace(trained(), memory=given), saved, overridden_keys([f"+memory.args={given.args}"])
     )
     assert whole.config.memory == given
+
+
+def test_another_policy_by_name_takes_neither_target_nor_arguments_from_the_checkpoint(tmp_path):
+    memory = MemoryConfig("custom", target="streams.memory:SinkWindow", args=dict(ARGS))
+    saved = read_streaming(written(tmp_path, dataclasses.replace(trained(), memory=memory)))
+    typed = dataclasses.replace(trained(), memory=MemoryConfig("full"))
+    for override in ("memory.name=full", "memory=full"):
+        applied = apply_streaming(typed, saved, overridden_keys([override]))
+        assert (applied.config.memory.name, applied.config.memory.target, applied.config.memory.args) == (
+            "full",
+            "",
+            {},
+        )
+        check_memory(applied.config)
+
+
+def test_a_target_that_an_earlier_version_noted_and_did_not_use_is_left_where_it_is(tmp_path):
+    settings = streaming_settings(trained())
+    settings["memory"] |= {"target": "a_module_that_is_elsewhere:Mine", "args": {"window": 3}}
+    (tmp_path / STREAMING_FILE).write_text(json.dumps(settings))
+    assert apply_streaming(RunConfig(memory=MemoryConfig("full")), read_streaming(tmp_path), ()).config.memory == (
+        trained().memory
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "takes"),
+    [
+        (MemoryConfig("rcsm", 4, args={"window": 3}), "window, text_window"),
+        (MemoryConfig("full", args={"a": 1}), "it has none"),
+    ],
+)
+def test_arguments_without_a_policy_of_ones_own_are_refused_before_anything_starts(tmp_path, memory, takes):
+    config = dataclasses.replace(trained(), memory=memory)
+    with pytest.raises(
+        ValueError, match=rf"memory\.args=\{{.*\}} with memory\.name={memory.name}, .*\({takes}\): set memory"
+    ):
+        check_memory(config)
 
 
 def test_what_a_checkpoint_brings_and_cannot_be_used_is_told_from_what_was_typed(tmp_path):

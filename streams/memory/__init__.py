@@ -5,7 +5,7 @@ light: no torch, the driver imports it.
 """
 
 from streams.lanes import Lanes
-from streams.memory.config import POLICIES, MemoryConfig, knobs, make_policy
+from streams.memory.config import CUSTOM, POLICIES, MemoryConfig, check_args_taken, knobs, make_policy
 from streams.memory.policy import (
     CONTIGUOUS,
     NATIVE,
@@ -29,6 +29,7 @@ from streams.memory.windows import Full, Rcsm, RecentFrames
 
 __all__ = [
     "CONTIGUOUS",
+    "CUSTOM",
     "NATIVE",
     "POLICIES",
     "TURN_TEXT",
@@ -44,6 +45,7 @@ __all__ = [
     "TextMemory",
     "TurnStart",
     "VisualBudget",
+    "check_args_taken",
     "check_text_tells_time",
     "evicted",
     "knobs",

@@ -1,8 +1,9 @@
 """`memory=NAME` of the Hydra config: which policy, with which knobs; or a user's own.
 
 Owner: streams. A policy's knobs are the parameters of its constructor, named as the fields of MemoryConfig. Invariants: what
-cannot work is refused when the config is made, by its key; a knob that the policy does not take is ignored, and `notes`
-says so (a preset's knob may outlive a change of policy on the command line).
+cannot work is refused when the config is made, by its key, and so is a policy of the user's that is named but not chosen; a
+knob that the policy does not take is ignored, and `notes` says so (a preset's knob may outlive a change of policy on the
+command line).
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ class MemoryConfig:
             raise ValueError(
                 f"memory.target={self.target!r} with memory.name={CUSTOM}: name your policy as package.module:Class"
             )
+        if self.name != CUSTOM and self.target:
+            raise ValueError(
+                f"memory.target={self.target!r} with memory.name={self.name}: your policy would not be used; set "
+                f"memory.name={CUSTOM} as well, or leave memory.target out"
+            )
         make_policy(self)
 
     @property
@@ -101,6 +107,19 @@ class MemoryConfig:
         name = self.name if self.name != CUSTOM else f"{self.target}({_listed(self.args)})"
         positions = "" if self.positions == NATIVE else f"{self.positions} positions"
         return ", ".join(filter(None, (name, make_policy(self).words, positions)))
+
+
+def check_args_taken(config: MemoryConfig) -> None:
+    """Refuse arguments for a policy that takes none.
+
+    Asked once a checkpoint's settings are in: a single argument may be overridden where the checkpoint brings the policy.
+    Raises ValueError.
+    """
+    if config.name != CUSTOM and config.args:
+        raise ValueError(
+            f"memory.args={{{_listed(config.args)}}} with memory.name={config.name}, which takes its knobs as memory.KNOB "
+            f"({', '.join(config.takes) or 'it has none'}): set memory.name={CUSTOM} and memory.target, or leave them out"
+        )
 
 
 def make_policy(config: MemoryConfig) -> MemoryPolicy:
