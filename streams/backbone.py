@@ -176,6 +176,15 @@ def _check_loaded(source: Path, model: Any, report: dict[str, Any]) -> None:
             )
 
 
+def _check_vocabulary(source: Path, tokens: int, rows: int) -> None:
+    """Only the layout's own tokens may be new. Raises ValueError for a tokenizer of another, larger model."""
+    if tokens > rows:
+        raise ValueError(
+            f"{source}: its tokenizer has {tokens:,} tokens, but the weights have rows for {rows:,}: the others would start "
+            "from random numbers; copy the tokenizer's files from the model that the weights are from"
+        )
+
+
 class Backbone:
     """A loaded checkpoint with its tokenizer, layout and image settings.
 
@@ -234,6 +243,7 @@ class Backbone:
         _check_loaded(source, model, report)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(source)
+        _check_vocabulary(source, len(tokenizer), model.get_input_embeddings().weight.shape[0])
         add_streaming_tokens(model, tokenizer)
         model.config.use_cache = False
         model.eval()

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from streams.backbone import Backbone
 from streams.geometry import ModelGeometry
@@ -168,6 +169,19 @@ def test_a_folder_without_a_tokenizer_is_refused_and_other_forms_of_one_load(fol
     (folder / "tokenizer_config.json").unlink()
     assert Backbone.load(folder, LayoutConfig()).layout.banned == loaded.layout.banned
     assert model["vocab"]
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(folder_of):
+    folder = folder_of()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(640 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    full = Backbone.load(folder, LayoutConfig())
+    assert full.model.lm_head.weight.shape[0] == 768, "room for the layout's own tokens is made"
+    tokenizer.add_tokens(["<one_more>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"its tokenizer has 641 tokens, but the weights have rows for 640"):
+        Backbone.load(folder, LayoutConfig())
 
 
 def test_a_folder_without_processor_files_says_which_statistics_are_used(folder_of):
