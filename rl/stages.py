@@ -107,7 +107,7 @@ class StagePlan:
 class StageStore:
     """Reads and writes the manifests of one run_root.
 
-    corrected: whether a stage starts over under other settings than those of an attempt that left no checkpoint.
+    corrected: whether a stage starts over under other settings than those of an attempt that left nothing.
     """
 
     root: Path
@@ -199,15 +199,9 @@ class StageStore:
             return StagePlan(stage)
         attempts = int(manifest.get("attempts", 1))
         if stage == "data" and (manifest.get("status") != "finished" or not self._data_there()):
-            return StagePlan(stage, attempt=attempts + 1)
-        before = self._binding(stage, manifest)
-        if before:
+            return self._restarted(stage, manifest, attempts + 1)
+        if before := self._binding(stage, manifest):
             self._check_settings(stage, before)
-        elif changed := self._changed(stage, manifest.get("settings", {})):
-            self.corrected = True
-            self.say(
-                f"{stage}: an attempt before left no checkpoint, nothing of it is kept; now with {_listed(changed)}"
-            )
         grown = stage in TRAINING and self._total(stage) > int(manifest.get("result", {}).get("steps") or 1 << 60)
         if manifest.get("status") == "finished":
             if grown:
@@ -216,8 +210,16 @@ class StageStore:
                 return StagePlan(stage, skip=True, attempt=attempts, fresh=False)
         found = self._newest(stage, manifest) if stage in TRAINING else None
         if found is None:
-            return StagePlan(stage, attempt=attempts + 1)
+            return self._restarted(stage, manifest, attempts + 1)
         return self._continued(stage, found, attempts + 1)
+
+    def _restarted(self, stage: str, manifest: dict[str, Any], attempt: int) -> StagePlan:
+        if changed := self._changed(stage, manifest.get("settings", {})):
+            self.corrected = True
+            self.say(
+                f"{stage}: starts over, the attempt before left nothing to go on from; now with {_listed(changed)}"
+            )
+        return StagePlan(stage, attempt=attempt)
 
     def _binding(self, stage: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """The settings under which alone the stage may go on; {} if it has nothing to go on from.

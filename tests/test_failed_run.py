@@ -56,7 +56,7 @@ def test_the_advice_of_a_memory_refusal_works_in_the_same_run_root(tmp_path):
     done = launch(*corrected)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "data: finished before, skipped" in done.stdout
-    assert "sft: an attempt before left no checkpoint, nothing of it is kept; now with data.max_turns=3" in done.stdout
+    assert "sft: starts over, the attempt before left nothing to go on from; now with data.max_turns=3" in done.stdout
     for stage in ("sft", "rl"):
         manifest = json.loads((root / "stages" / f"{stage}.json").read_text())
         assert (manifest["status"], manifest["settings"]["data.max_turns"]) == ("finished", 3)

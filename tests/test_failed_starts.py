@@ -46,7 +46,7 @@ def test_a_stage_that_only_began_starts_over_under_corrected_settings(tmp_path, 
     assert (plan.fresh, plan.skip, plan.resume, plan.attempt) == (True, False, None, 2)
     differs = settings(again.config, stage) != settings(run, stage)
     assert again.corrected == differs
-    assert any("an attempt before left no checkpoint" in line for line in said) == differs
+    assert any("the attempt before left nothing to go on from" in line for line in said) == differs
     clear(tmp_path, [stage])
     again.begin(stage)
     assert again.read(stage)["settings"] == settings(again.config, stage)
@@ -129,7 +129,9 @@ def synthetic(run: RunConfig, seed: int) -> RunConfig:
 def test_data_that_were_not_made_bind_nothing_and_those_that_were_do(tmp_path):
     run = config(tmp_path, stages=("data",))
     begun(run, "data")
-    assert store(synthetic(run, 7)).plan()["data"].fresh
+    again = store(synthetic(run, 7))
+    assert again.plan()["data"].fresh
+    assert again.corrected
     begun(run, "data", train="x")
     assert store(synthetic(run, 7)).plan()["data"].fresh, "they are not there"
     with_data(tmp_path)
@@ -137,7 +139,9 @@ def test_data_that_were_not_made_bind_nothing_and_those_that_were_do(tmp_path):
         store(synthetic(run, 7)).plan()
     assert store(run).plan()["data"].skip
     own = changed(synthetic(run, 7), {"data": dataclasses.replace(synthetic(run, 7).data, train="t", heldout="h")})
-    assert store(own).plan()["data"].skip, "the user's own data do not depend on the generator"
+    kept = store(own)
+    assert kept.plan()["data"].skip, "the user's own data do not depend on the generator"
+    assert not kept.corrected
 
 
 def test_a_branch_that_failed_to_start_is_bound_by_the_checkpoint_it_goes_on_from_alone(tmp_path):
@@ -154,7 +158,9 @@ def test_a_branch_that_failed_to_start_is_bound_by_the_checkpoint_it_goes_on_fro
             with pytest.raises(ValueError, match=r"stage rl .*data\.max_turns=7, began with"):
                 store(fewer).plan()
         else:
-            plans = store(fewer).plan()
+            branch = store(fewer)
+            plans = branch.plan()
+            assert not branch.corrected
             assert plans["sft"].skip
             assert plans["rl"].resume.path == path
 
