@@ -69,8 +69,7 @@ class Run:
             config.tracking,
             self.root,
             f"{config.job.name}-seed{config.seed}",
-            # MLflow keeps a run's parameters for ever: those of a start that failed must not stand beside corrected ones.
-            resume=training and config.resume != "never" and not store.corrected,
+            resume=training and config.resume != "never" and store.charts_go_on,
             remember=training,
             known=next((found.state.tracking_run for found in resumed if self.root in found.path.parents), ""),
         )

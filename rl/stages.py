@@ -221,6 +221,17 @@ class StageStore:
             )
         return StagePlan(stage, attempt=attempt)
 
+    @property
+    def charts_go_on(self) -> bool:
+        """Whether the tracker goes on with the run of an earlier attempt: that one trained something, or the same starts
+        again. The parameters of a start that failed must not stand beside what corrected ones train.
+        """
+        resumed = any(plan.resume for plan in self.plans.values())
+        # Of a stage that this job runs, the journal brings the steps into a new run.
+        elsewhere = any(by_age(self._own(stage)) for stage in TRAINING if stage not in self.plans)
+        noted = any(self._readable(stage) for stage in TRAINING)
+        return resumed or elsewhere or (noted and not self.corrected)
+
     def _binding(self, stage: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """The settings under which alone the stage may go on; {} if it has nothing to go on from.
 

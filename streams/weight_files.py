@@ -65,7 +65,7 @@ def read_weight_files(folder: Path) -> StoredWeights:
     for name in files:
         for key, tensor in _read_header(folder / name).items():
             if key in tensors:
-                raise ValueError(f"{folder}: both {tensors[key].file} and {name} hold {key}: which one counts?")
+                raise ValueError(f"{folder}: both {tensors[key].file} and {name} hold {key}: keep it in one of them")
             tensors[key] = tensor
     wrong = {key: name for key, name in indexed.items() if key not in tensors or tensors[key].file != name}
     if wrong:
@@ -123,13 +123,21 @@ def _read_header(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} {what} ({size:,} bytes; {error}): download it again") from error
 
 
+def only_an_adapter(folder: Path) -> str:
+    """Say what to do with a folder that holds an adapter instead of a model; empty for any other."""
+    names = [path.name for path in folder.glob("adapter_model.*")]
+    if not names and not (folder / ADAPTER_CONFIG).is_file():
+        return ""
+    return (
+        f"{folder} holds an adapter ({ADAPTER_CONFIG}), not a model: merge it into its base model (peft: merge_and_unload, "
+        "then save_pretrained) and name that folder"
+    )
+
+
 def _without_weights(folder: Path) -> str:
+    if words := only_an_adapter(folder):
+        return words
     names = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
-    if (folder / ADAPTER_CONFIG).is_file() or any(name.startswith("adapter_model.") for name in names):
-        return (
-            f"{folder} holds an adapter ({ADAPTER_CONFIG}), not a model: merge it into its base model "
-            "(peft: merge_and_unload, then save_pretrained) and name that folder"
-        )
     if any(name.endswith(".safetensors") for name in names):
         return f"{folder} holds {listed(names)}, but neither {WHOLE} nor {INDEX}: download the checkpoint again"
     if names:

@@ -20,7 +20,7 @@ from typing import Any
 
 from streams.freezing import parameter_name
 from streams.pretrained import FAMILIES, PROCESSOR_FILES, SUPPORTED_MODEL_TYPES
-from streams.weight_files import ADAPTER_CONFIG, StoredWeights, Tensor, check_no_pointer, listed, read_weight_files
+from streams.weight_files import StoredWeights, Tensor, check_no_pointer, listed, only_an_adapter, read_weight_files
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -93,9 +93,8 @@ class ModelConfigFile:
         """Raises FileNotFoundError without a config.json, ValueError for one that is damaged or of another model type."""
         file = folder / "config.json"
         if not file.is_file():
-            if (folder / ADAPTER_CONFIG).is_file():
-                read_weight_files(folder)
-            raise FileNotFoundError(f"{folder}: no config.json there; give a checkpoint folder or a hub id")
+            words = f"{folder}: no config.json there; give a checkpoint folder or a hub id"
+            raise FileNotFoundError(only_an_adapter(folder) or words)
         check_no_pointer(file)
         try:
             raw = json.loads(file.read_text())

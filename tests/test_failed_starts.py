@@ -165,6 +165,31 @@ def test_a_branch_that_failed_to_start_is_bound_by_the_checkpoint_it_goes_on_fro
             assert plans["rl"].resume.path == path
 
 
+def test_charts_go_on_unless_nothing_but_the_settings_of_a_failed_start_is_in_them(tmp_path):
+    def goes_on(run: RunConfig) -> bool:
+        planned = store(run)
+        planned.plan()
+        return planned.charts_go_on
+
+    run = config(tmp_path)
+    assert not goes_on(run), "the actors did not even start"
+    begun(run, "sft")
+    assert goes_on(run)
+    assert not goes_on(changed(run, CHANGES["seed"]))
+    checkpoint(tmp_path, "sft", 60, "final")
+    assert goes_on(run)
+    begun(run, "sft", steps=60)
+    begun(run, "rl")
+    fewer = changed(run, CHANGES["algorithm"])
+    assert not goes_on(fewer), "the journal brings the cold start's steps into the new run"
+    alone = dataclasses.replace(fewer, job=dataclasses.replace(fewer.job, stages=["rl"]))
+    assert goes_on(alone), "the cold start's are in the one before"
+    rl = checkpoint(tmp_path, "rl", 2)
+    (tmp_path / "stages" / "sft.json").unlink()
+    (tmp_path / "stages" / "rl.json").unlink()
+    assert goes_on(config(tmp_path, resume=str(rl)))
+
+
 # ---- the whole table ----
 
 
