@@ -123,6 +123,14 @@ def test_an_index_that_names_what_its_files_lack_is_refused(folder_of):
         check_weights(folder)
 
 
+def test_a_tensor_in_two_shards_is_refused(folder_of):
+    folder, (first, second) = sharded(folder_of())
+    more = load_file(folder / second) | {"lm_head.weight": torch.zeros(640, 64)}
+    save_file(more, folder / second, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"both {first} and {second} hold lm_head\.weight: keep it in one of them"):
+        Backbone.load(folder, LayoutConfig())
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', LFS]
 )
@@ -151,6 +159,28 @@ def test_shards_without_their_index_and_adapters_without_their_base_are_named(fo
 
 
 # ---- the files beside the weights ----
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LFS, r"config\.json is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+        ("", r"config\.json is damaged .*download it again"),
+        ("[]", r"config\.json is damaged .*download it again"),
+        ('{"model_type": "llama"}', r"model type 'llama' is not supported \(supported: qwen2_5_vl, qwen3_vl\)"),
+        ('{"model_type": "qwen3_vl", "vision_config": {}}', r"config\.json has no text_config or no vision_config"),
+        (
+            '{"model_type": "qwen2_5_vl", "vision_config": {"patch_size": "big"}}',
+            r"config\.json: its sizes cannot be used",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(folder_of, text, said):
+    folder = folder_of()
+    (folder / "config.json").write_text(text)
+    for load in (ModelGeometry.read, lambda path: Backbone.load(path, LayoutConfig())):
+        with pytest.raises(ValueError, match=said):
+            load(folder)
 
 
 def test_a_folder_without_a_tokenizer_is_refused_and_other_forms_of_one_load(folder_of):
