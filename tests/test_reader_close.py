@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from streams.tiny_spec import TinySpec
 from streams.video import ClipReader, ReaderClosedError, VideoConfig
 from tests.clips import write_clip, write_grey_ramp
 from tests.service_lib import open_service, worker_setup
+from tests.test_run import launch
 
 CLIP_SECONDS = 30
 PROMPT_S = 2.0
@@ -245,3 +247,56 @@ def test_a_promise_is_settled_once():
     with pytest.raises(ServiceClosedError, match="before four was asked for"):
         promises.make("four")
     assert isinstance(cut, Future)
+
+
+# ---- a whole run ----
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_goes_from_its_cold_start_to_rl_while_clips_are_read(tmp_path, long_clip):
+    """One SFT step of two clips: at its end the workers still read those laid out ahead, two batches of them."""
+    rows = []
+    for i in range(8):
+        video = tmp_path / f"{i}.mp4"  # a file of its own each: nothing comes from the cache
+        os.link(long_clip, video)
+        query, answer = {"time": 0.0, "text": "which?"}, {"time": 2.5, "text": "A", "kind": "choice"}
+        rows.append(
+            {"id": f"r{i}", "video": str(video), "start": 0, "end": 30, "queries": [query], "answers": [answer]}
+        )
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = launch(
+        "job=all",
+        "job.stages=[sft,rl]",
+        "experiment=none",
+        f"run_root={tmp_path / 'run'}",
+        "resume=never",
+        "data=jsonl",
+        f"data.train={data}",
+        f"data.heldout={data}",
+        "data.video.min_pixels=784",
+        "data.video.max_pixels=784",
+        "memory.window=4",
+        "layout.system_prompt='Watch.'",
+        "layout.think_budget=6",
+        "layout.max_new_tokens=10",
+        "model.tiny.hidden=64",
+        "model.tiny.layers=2",
+        "model.tiny.mlp=128",
+        "sft.steps=1",
+        "sft.batch=2",
+        "algorithm.steps=1",
+        "algorithm.groups_per_step=1",
+        "algorithm.group_size=2",
+        "algorithm.groups_in_flight=2",
+        "weights.max_lag=1",
+        "rollout.workers=2",
+        "tracking.enabled=false",
+    )
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 0, said
+    assert "Traceback" not in said
+    assert "Unhandled error" not in said
+    assert "skipped" not in said
+    assert "dropped" not in said
