@@ -46,7 +46,8 @@ _ORDINARY = re.compile(
     r"|[上下前后後]一(?=[个個次位年天])"
     r"|(?:两|兩)(?:边|邊|侧|側|旁|者|样|樣)"
     r"|三(?:明治|角|轮车|輪車|脚架|文鱼)|四(?:周|川|处|處|季)|五(?:官|星|金)|七夕|八(?:卦|爪)|九州|十(?:字|足)|百(?:合|货|貨)"
-    r"|一番"
+    # Not even one: 一个也没有, 一つもない.
+    rf"|一(?:{_MEASURE})?(?:[也都](?=[没沒不无無])|も)|ひとつも"
     r")"
     # Ordinals and days of the week name a place in a row, and count nothing.
     rf"|第\s*[{_ONE}]+|(?:周|週|星期|礼拜|禮拜)[一二三四五六](?!(?:{_MEASURE}))"
@@ -160,8 +161,8 @@ def value_of(run: str) -> int | None:
     if len(run) > _LONGEST:
         return None
     if len(run) > 1 and all(character in _DIGIT_VALUES for character in run):
-        # Digit by digit, as years are; but 三四 is "three or four".
-        plain = "〇" in run or "零" in run
+        # Digit by digit, as years are (一九九八, 二〇二四); but 三四 is "three or four".
+        plain = len(run) >= 4 or "〇" in run or "零" in run
         return int("".join(str(_DIGIT_VALUES[character]) for character in run)) if plain else None
     total = section = 0
     digit: int | None = None
