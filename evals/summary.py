@@ -18,6 +18,7 @@ from rich.text import Text
 
 from evals.heldout import ALL, EvalResult
 from streams.messages import ScoreReport
+from streams.strict_json import dumps
 from streams.synthetic import MODES
 
 CONDITIONS = ("empty_thoughts", "recent_frames")
@@ -44,7 +45,8 @@ def encoded(text: str) -> bytes:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(values, indent=2) + "\n")
+    """Strict JSON: a number that is not finite is null, there as everywhere "not measured"."""
+    write_atomic(path, dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,9 @@ def read_strips(streams: Mapping[str, Mapping[str, Any]], video: VideoConfig, bu
 
 def _read(reader: ClipReader, stream: Mapping[str, Any], share: int) -> Strip:
     try:
-        clip = reader.read(stream["video"], stream["start"], stream["end"], len(stream["turns"]))
+        end = math.inf if stream["end"] is None else stream["end"]
+        seconds = stream.get("chunk_seconds")
+        clip = reader.read(stream["video"], stream["start"], end, len(stream["turns"]), chunk_seconds=seconds)
     except (VideoError, ValueError, RuntimeError) as error:
         return Strip({}, f"no frames: {error.reason if isinstance(error, VideoError) else error}")
     strip = Strip({}, "no frames: they do not fit into eval.transcript_mb")

@@ -20,6 +20,7 @@ from typing import Any
 
 from evals.summary import encoded, write_atomic
 from evals.transcript_frames import read_strips
+from streams.strict_json import dumps
 from streams.video import VideoConfig
 
 FORMAT = 1
@@ -157,7 +158,7 @@ def _escaped(text: str) -> str:
 
 def _json(data: Any) -> str:
     """JSON that cannot end its script block, whatever its strings hold."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = dumps(data, ensure_ascii=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

@@ -8,7 +8,7 @@ videos; a transcript that cannot be made costs itself, never the evaluation.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +26,7 @@ from rewards.timing import Timing, timing_score
 from rl.cluster import Session
 from rl.tracking import Progress, Tracker
 from streams.log import ChunkRecord, Kind, StreamLog
+from streams.strict_json import dumps
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
 
@@ -68,33 +69,46 @@ def _write(
     timing = Reward.from_config(config.reward).timing
     folder = config.root.resolve() / "transcripts"
     records: dict[str, list[dict[str, Any]]] = {}
+    left_out: list[str] = []
     # The last checkpoint first: it is the one that the page opens with.
     for name in sorted(results, key=lambda name: (name != last, list(results).index(name))):
         by_id = {stream.task.id: stream for stream in results[name].streams}
-        lines = []
-        for task in chosen:
-            if (stream := by_id.get(task)) is None:
+        lines, texts = [], []
+        for task in (task for task in chosen if task in by_id):
+            stream = by_id[task]
+            try:
+                log = None
+                if stream.payload is not None:
+                    log = session.call(stream.payload, f"the log of {task}").logs[0]
+                # The clock that the stream was run and scored by.
+                line = record(name, stream, log, config.data.video.chunk_seconds_of(stream.task), timing)
+                texts.append(dumps(line, ensure_ascii=False) + "\n")
+            except Exception as error:  # noqa: BLE001 - named boundary: one stream's transcript
+                left_out.append(f"{name}: no transcript of {task}: {type(error).__name__}: {error}")
                 continue
-            log = None
-            if stream.payload is not None:
-                log = session.call(stream.payload, f"the log of {task}").logs[0]
-            lines.append(record(name, stream, log, config.data.video.chunk_seconds, timing))
+            lines.append(line)
         if lines:
             records[name] = lines
             path = folder / f"{name}.jsonl"
-            write_atomic(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+            write_atomic(path, "".join(texts))
             tracker.artifact(path)
+    if left_out and not records:
+        raise ValueError("; ".join(left_out))
     page = folder / f"{last}.html"
     shown = {name: (result.n, len(result.streams), result.reward) for name, result in results.items()}
     notes = write_page(page, records, config.data.video, config.eval.transcript_mb, shown)
     tracker.artifact(page)
-    return page, notes
+    return page, (*left_out, *notes)
 
 
 def record(
     result: str, stream: ScoredStream, log: StreamLog | None, chunk_seconds: float, timing: Timing
 ) -> dict[str, Any]:
-    """One stream in format 1. log: None if it could not be run; what only the log knows is null then."""
+    """One stream in format 1.
+
+    log: None if it could not be run; what only the log knows is null then.
+    chunk_seconds: of this task (`VideoConfig.chunk_seconds_of`), the clock that it was scored by.
+    """
     task = stream.task
     memory = turn_memory(log) if log is not None else ()
     chunks = {chunk.turn: chunk for chunk in log.chunks} if log is not None else {}
@@ -103,6 +117,7 @@ def record(
     turns = []
     for turn in stream.turns:
         begin = task.start + turn.turn * chunk_seconds
+        # A row without an end: the turn lasts as long as its chunk, and the stream as far as its turns go.
         line = _said(turn) | {"start": round(begin, 6), "end": round(min(begin + chunk_seconds, task.end), 6)}
         line["queries"] = [i for i, q in enumerate(task.queries) if task.chunk_of(q.time, chunk_seconds) == turn.turn]
         line |= _held(memory[turn.turn] if memory else None)
@@ -117,7 +132,7 @@ def record(
         "category": category_name(task.category),
         "video": task.video,
         "start": task.start,
-        "end": task.end,
+        "end": task.end if math.isfinite(task.end) else None,
         "chunk_seconds": chunk_seconds,
         "policy": {"name": log.header.policy, **dict(log.header.policy_knobs)} if log is not None else None,
         "versions": list(log.versions) if log is not None else [],

@@ -8,7 +8,6 @@ be refused is refused here, before `evals.watch_stream` loads torch and the mode
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from rl.checks import check_memory
 from streams.pretrained import resolve_checkpoint
+from streams.strict_json import dumps
 from streams.task import TimedQuery
 from streams.video import ClipReader
 from streams.weights import check_weights
@@ -65,10 +65,10 @@ def watch(config: RunConfig, overrides: list[str]) -> None:
         from evals.watch_stream import watch_file
 
         turns = watch_file(config, checkpoint, shown)
-        _introduce(config, checkpoint, console)
+        _introduce(config, checkpoint, shown, console)
         for turn in turns:
             if config.watch.json:
-                print(json.dumps(asdict(turn), ensure_ascii=False), flush=True)
+                print(dumps(asdict(turn), ensure_ascii=False), flush=True)
             else:
                 _print_turn(turn, console)
     except (ValueError, OSError) as error:
@@ -113,12 +113,13 @@ def _shown(config: RunConfig) -> WatchedFile:
     return WatchedFile(video, end, query, length=length)
 
 
-def _introduce(config: RunConfig, checkpoint: Path, console: Console) -> None:
+def _introduce(config: RunConfig, checkpoint: Path, shown: WatchedFile, console: Console) -> None:
     if config.watch.json:
         return
     video = config.data.video
+    seconds = video.chunk_seconds_of(replace(shown, end=shown.length))
     console.print(
-        f"{config.watch.video} with {checkpoint}\n{video.chunk_seconds:g} s a chunk, {video.frames_per_chunk} frames each; "
+        f"{config.watch.video} with {checkpoint}\n{seconds:g} s a chunk, {video.frames_per_chunk} frames each; "
         f"memory {config.memory.words}",
         markup=False,
     )

@@ -7,34 +7,46 @@ Owner: rewards. Pure, and blind to case. The rules for a lone letter, in order:
 - A and I count where they cannot be the article or the pronoun: directly before punctuation or the end of a
   line ("A.", "A)", "**A**"), before a spaced dash ("A - red"), before "or", "nor", "and", "but", "not",
   "is", "because", "since", or directly after "option", "choice" or "letter". "A red car" mentions no letter.
-  "I," is a pronoun.
+  "I," is a pronoun;
+- in scripts without spaces a letter beside another character stands alone ("选B", "Bです", "B번"), and A and I count before
+  such a character ("选A吧") and after 选项 and the like; a few words that begin or end with a letter are words (T恤, 维生素C).
 """
 
 from __future__ import annotations
 
 import re
 
+from rewards.cjk_polarity import said_by
 from rewards.phrases import fold
+from rewards.scripts import EDGE, apart
 
 YES = frozenset(("yes", "y", "yeah", "yep", "yup"))
 NO = frozenset(("no", "n", "nope", "nah"))
 
 _ABBREVIATION = re.compile(r"(?<![^\W_])(?:[a-z]\.){2,}(?![^\W_])")
 _LONE_LETTER = re.compile(r"(?<![^\W_])(?<![^\W_][-'])([a-z])(?![^\W_]|[-'][^\W_])")
-_NOT_A_WORD = re.compile(r"[^\S\n]*(?:$|\n|-\s|—|(?:or|nor|and|but|not|is|because|since)(?![^\W_]))|[^\w\s]|_")
+_NOT_A_WORD = re.compile(rf"[^\S\n]*(?:$|\n|{EDGE}|-\s|—|(?:or|nor|and|but|not|is|because|since)(?![^\W_]))|[^\w\s]|_")
 _NAMED = re.compile(r"(?<![^\W_])(?:option|choice|letter)\s*[:=]?\s*$")
+_NAMED_CJK = re.compile(r"(?:选项|選項|选择|選擇|選択肢|선택지|보기)\s*[:=]?\s*$")
+_VITAMIN = "|".join(f"(?<={word})" for word in ("维生素", "維生素", "维他命", "維他命", "ビタミン", "비타민"))
+_CJK_WORDS = re.compile(rf"[ty](?=恤|シャツ)|e(?=メール)|x(?=光|射?[线線])|u(?=[盘盤])|(?:{_VITAMIN})[a-k]")
 _WORD = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*")
-_EXPECTED = re.compile(r"[\W_]*([a-z])(?![^\W_]|[-'][^\W_])")
+_EXPECTED = re.compile(rf"(?:[^\w{EDGE}]|_)*([a-z])(?![^\W_]|[-'][^\W_])")
+_EXPECTED_LEAD = re.compile(
+    r"[\W_]*(?:(?:正确|正確)?答案(?:是|为|為)?|选项|選項|选|選|選択肢|答えは?|정답은?)(?=[\W_]*[a-z])"
+)
+_EXPECTED_TAIL = re.compile(r"[项項]|选项|選項|번")
 
 
 def letters(text: str) -> frozenset[str]:
     """The option letters that `text` mentions, as lower-case letters."""
-    folded = _ABBREVIATION.sub(" ", fold(text))
-    return frozenset(m[1] for m in _LONE_LETTER.finditer(folded) if _is_letter(folded, m))
+    folded = _ABBREVIATION.sub(" ", _CJK_WORDS.sub(EDGE, fold(text)))
+    parted = apart(folded)
+    return frozenset(m[1] for m in _LONE_LETTER.finditer(parted) if _is_letter(folded, parted, m))
 
 
-def _is_letter(text: str, match: re.Match[str]) -> bool:
-    if match[1] not in "ai" or _NAMED.search(text, 0, match.start()):
+def _is_letter(folded: str, text: str, match: re.Match[str]) -> bool:
+    if match[1] not in "ai" or _NAMED.search(text, 0, match.start()) or _NAMED_CJK.search(folded, 0, match.start()):
         return True
     if match[1] == "i" and text.startswith(",", match.end()):
         return False
@@ -44,12 +56,17 @@ def _is_letter(text: str, match: re.Match[str]) -> bool:
 def expected_letter(text: str) -> tuple[str | None, str]:
     """The letter that an expected choice begins with, and the text after it ("C. red" -> "c", ". red")."""
     folded = fold(text)
-    match = _EXPECTED.match(folded)
-    return (match[1], folded[match.end() :]) if match else (None, folded)
+    lead = _EXPECTED_LEAD.match(folded)
+    match = _EXPECTED.match(apart(folded), lead.end() if lead else 0)
+    if match is None:
+        return None, folded
+    option = folded[match.end() :]
+    return match[1], "" if _EXPECTED_TAIL.fullmatch(option.strip()) else option
 
 
 def polarity(text: str) -> bool | None:
     """True for yes, False for no, None if neither or both are said as whole words."""
-    words = set(_WORD.findall(fold(text)))
-    says_yes, says_no = bool(words & YES), bool(words & NO)
+    folded = fold(text)
+    words, said = set(_WORD.findall(apart(folded))), said_by(folded)
+    says_yes, says_no = bool(words & YES) or True in said, bool(words & NO) or False in said
     return None if says_yes == says_no else says_yes

@@ -24,8 +24,8 @@ def is_correct(response: str, expected: str, kind: AnswerKind) -> bool:
 
     choice: mentions the expected letter and no other (see `rewards.choices`); or mentions no letter and is
     exactly the expected option's text, where the task gives it ("C. red").
-    yes_no: says yes or no as a whole word, and not both.
-    integer: mentions that number and no other, in digits or words (see `rewards.numerals`).
+    yes_no: says yes or no as a whole word, and not both; in Chinese, Japanese and Korean see `rewards.cjk_polarity`.
+    integer: mentions that number and no other, in digits or words (see `rewards.numerals`, `rewards.han_numerals`).
     text: equal after `rewards.phrases.normalise`.
     """
     if kind not in ANSWER_KINDS:

@@ -3,7 +3,8 @@
 Owner: rewards. Pure. Values are canonical decimal strings ("-3", "1000"), because Python refuses to convert
 very long integers and answers may have any size. A number that is no integer ("3.5", "1,2", "1e5") or is
 not read ("two thousand") is a mention too, of the value None, so that a response with it can equal no
-integer. Digits that end a name ("B2") are no number.
+integer. Digits that end a name ("B2") are no number. Digits beside a script without spaces stand alone ("有3个"); numerals
+of those scripts are read by `rewards.han_numerals`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from rewards.han_numerals import han_integers
 from rewards.phrases import fold
+from rewards.scripts import apart
 
 _UNITS = {
     "one": 1,
@@ -67,8 +70,9 @@ _INTEGER = re.compile(r"(\d+|\d{1,3}(?:,\d{3})+)(?:\.0+)?")
 
 def integers(text: str) -> frozenset[str | None]:
     """Every number that `text` mentions: canonical decimal strings, None for those that are no integers."""
-    folded = fold(text)
-    found = {_from_words(match) for match in _WORDS.finditer(folded)}
+    written, left = han_integers(fold(text))
+    folded = apart(left)
+    found = {*written} | {_from_words(match) for match in _WORDS.finditer(folded)}
     return frozenset(found | {_from_digits(match) for match in _DIGITS.finditer(folded) if match["name"] is None})
 
 

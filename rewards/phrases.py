@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from rewards.scripts import closed_up
+
 _APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ`´"), "'")
 _MINUS = dict.fromkeys(map(ord, "−–‒"), "-")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -20,6 +22,12 @@ _LEAD_IN = re.compile(
     r"|(?:correct |right |final )?answer(?: is| was)?"
     r"|(?:colou?r|shape|object|number|word|name|text) (?:is|was)) (?=.)"
 )
+_CJK_LEAD_IN = re.compile(
+    r"(?:我(?:认为|認為|觉得|覺得|看到|看见)|(?:(?:正确|正確)?答案|它|这|這|那|颜色|顏色|形状|形狀)(?:应该|應該)?(?:为|為|(?=是))"
+    r"|(?:答え|正解|これ|それ|色)は|(?:정답|답|그것|이것|색)은)\s*(?=.)"
+)
+_CJK_IS = re.compile(r"是(?!的$|否|不是)(.+?)的?", re.DOTALL)
+_CJK_TAIL = re.compile(r"(?<=.)(?:です|でした|だと思います|입니다|이에요|예요)$")
 
 
 def fold(text: str) -> str:
@@ -29,8 +37,20 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFKC", plain).translate(_MINUS)
 
 
+def _without_frame(phrase: str) -> str:
+    """A Chinese, Japanese or Korean phrase without what introduces an answer ("答案是红色", "是红色的", "赤です")."""
+    phrase = closed_up(phrase)
+    while True:
+        predicate = _CJK_IS.fullmatch(phrase)
+        shorter = predicate[1] if predicate else phrase
+        shorter = _CJK_TAIL.sub("", _CJK_LEAD_IN.sub("", shorter))
+        if shorter == phrase:
+            return phrase
+        phrase = shorter
+
+
 def normalise(text: str) -> str:
-    """`text` without case, punctuation, articles, extra spaces and lead-ins ("it is", "the colour is").
+    """`text` without case, punctuation, articles, extra spaces and lead-ins ("it is", "the colour is", "答案是").
 
     A sign before a digit stays ("-3" is not "3"). Nothing is dropped if nothing would be left: the answer
     "the" or "?" is still itself.
@@ -43,4 +63,4 @@ def normalise(text: str) -> str:
     phrase = " ".join([word for word in words if word not in _ARTICLES] or words)
     while lead := _LEAD_IN.match(phrase):
         phrase = phrase[lead.end() :]
-    return phrase
+    return _without_frame(phrase)

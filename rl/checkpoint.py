@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streams.strict_json import dumps, loads
+
 STATE_FILE = "state.json"
 FILES_FILE = "files.json"
 OPTIMIZER_FOLDER = "deepspeed"
@@ -72,7 +74,7 @@ def partial_path(final: Path) -> Path:
 
 def commit(partial: Path, final: Path, state: CheckpointState) -> None:
     """Add state and checksums, flush everything to disk, rename into place (an older one of that name goes)."""
-    (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+    (partial / STATE_FILE).write_text(dumps(asdict(state), keep=True, indent=1) + "\n")
     files = {
         str(path.relative_to(partial)): _flush_and_sum(path) for path in sorted(partial.rglob("*")) if path.is_file()
     }
@@ -95,7 +97,7 @@ def read_state(path: Path) -> CheckpointState:
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no {STATE_FILE}")
     try:
-        values = json.loads(file.read_text())
+        values = loads(file.read_text())
         lists = {key: tuple(values[key]) for key in ("consumed", "dropped") if key in values}
         return CheckpointState(**(values | {"consumed": tuple(values["consumed"])} | lists))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -204,7 +206,7 @@ def promote(source: Path, best: Path, note: dict[str, Any]) -> None:
             shutil.copy2(src, dst)
 
     shutil.copytree(source / "hf", partial / "hf", copy_function=link)
-    (partial / "best.json").write_text(json.dumps(note, indent=1) + "\n")
+    (partial / "best.json").write_text(dumps(note, indent=1) + "\n")
     commit(partial, best, read_state(source))
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streams.strict_json import dumps
+
 log = logging.getLogger("sightline.journal")
 
 
@@ -92,7 +94,7 @@ def _dumps(line: JournalLine) -> str:
     row: dict[str, Any] = {"step": line.step, "kind": line.kind, "values": line.values}
     if line.groups:
         row["groups"] = list(line.groups)
-    return json.dumps(row) + "\n"
+    return dumps(row) + "\n"
 
 
 def read_lines(path: Path) -> list[JournalLine]:

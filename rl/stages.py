@@ -21,6 +21,7 @@ from typing import Any
 from conf.schema import JobConfig, RunConfig
 from rl.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
 from streams.memory import CUSTOM
+from streams.strict_json import dumps
 
 TRAINING = ("sft", "rl")
 MANIFESTS = ("data", *TRAINING)
@@ -403,7 +404,7 @@ class StageStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + ".partial")
         with aside.open("w") as file:
-            file.write(json.dumps(manifest, indent=1) + "\n")
+            file.write(dumps(manifest, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -435,7 +436,7 @@ def settings(config: RunConfig, stage: str) -> dict[str, Any]:
     }
     if stage in TRAINING and config.data.train:
         chosen["data.train (content)"] = _digest(Path(config.data.train))
-    return json.loads(json.dumps(chosen))
+    return json.loads(dumps(chosen))
 
 
 def clear(root: Path, stages: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 Owner: rollout. Two threads: `prepare` reads and lays out (a slow file delays no running stream), `engine` encodes, steps
 and swaps. Invariants: only the engine thread touches backbone and engine; new weights are copied in between two steps;
-one task's failure is that task's result, with its cause, and never the worker's end.
+one task's failure is that task's result, with its cause, and never the worker's end; every future that was handed out is
+settled: what `close` leaves undone ends in ServiceClosedError, which is no task's failure.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 
 from rollout.config import SELF_CHECK_HEAD
+from rollout.demonstrations import write_demonstration
 from rollout.engine import Engine, StreamRequest
+from rollout.promises import Promises
 from rollout.sampler import stream_seed
 from rollout.vision import ByteBudgetCache
 from rollout.weights import StagedWeights
@@ -45,7 +48,7 @@ from streams.meter import Meter
 from streams.scoring.logprobs import behaviour_differences
 from streams.scoring.stats import LogpDiff, OffToken, most_telling
 from streams.task import StreamTask
-from streams.video import Clip, ClipReader
+from streams.video import Clip, ClipReader, ReaderClosedError
 from streams.writer import StreamWriter, check_timestamps_kept
 
 log = logging.getLogger("sightline.rollout")
@@ -53,6 +56,9 @@ log = logging.getLogger("sightline.rollout")
 GroupResult = tuple[GroupSummary, GroupPayload | None]
 IDLE_WAKE_S = 5.0
 """How long the engine thread sleeps at most when it has nothing to do; work wakes it at once."""
+PREPARE_JOIN_S = 10.0
+ENGINE_JOIN_S = 30.0
+"""How long `close` waits for each thread: for the prepare thread to let go of its clip, for an engine step to end."""
 
 
 @dataclass
@@ -140,6 +146,8 @@ class RolloutService:
         self._inbox: deque[_Group] = deque()
         self._swaps: deque[tuple[StagedWeights, float, Future[SwapReport]]] = deque()
         self._groups: dict[str, _Group] = {}
+        self._promises = Promises(f"rollout worker {worker}")
+        self._preparing = threading.Lock()  # held by the prepare thread while it works
         self._stopping = False
         self._finished_streams = 0
         self._clips_encoded = 0
@@ -151,25 +159,38 @@ class RolloutService:
     # --- called from any thread -------------------------------------------------------------------------------
 
     def submit(self, task: RolloutTask) -> Future[GroupResult]:
-        """Run one group; the future holds its summary and payload, or a summary that says why it failed."""
-        future: Future[GroupResult] = Future()
-        now = time.monotonic()
-        group = _Group(task, future, now)
-        self._prepare.submit(self._prepare_group, group)
+        """Run one group; the future holds its summary and payload, or a summary that says why it failed.
+
+        Raises ServiceClosedError; so does the future of a group that `close` cut off.
+        """
+        future = self._promises.make(f"group {task.group}")
+        self._in_prepare_thread(self._prepare_group, _Group(task, future, time.monotonic()))
         return future
 
     def script(self, task: ScriptTask) -> Future[GroupResult]:
-        """Lay out one demonstration as a log with its frames."""
-        return self._prepare.submit(self._write_script, task)
+        """Lay out one demonstration as a log with its frames. Raises ServiceClosedError, as `submit` does."""
+        future = self._promises.make(f"the demonstration of {task.group}")
+        self._in_prepare_thread(self._answer_script, task, future)
+        return future
 
     def stage(self, update: WeightsUpdate, fetch_s: float) -> Future[SwapReport]:
-        """Unpack a fetched version and have it swapped in between two steps."""
+        """Unpack a fetched version and have it swapped in between two steps. Raises ServiceClosedError, as `submit` does."""
         staged = StagedWeights.stage(update, self.backbone, self.setup.staging)
-        future: Future[SwapReport] = Future()
+        future = self._promises.make(f"the swap to version {update.version}")
         with self._wake:
             self._swaps.append((staged, fetch_s, future))
             self._wake.notify()
         return future
+
+    def _in_prepare_thread(self, work: Callable[..., None], *given: Any) -> None:
+        with self._wake:
+            if self._stopping:  # `close` came in between, and settles what is owed
+                return
+            self._prepare.submit(self._run, work, *given)
+
+    def _run(self, work: Callable[..., None], *given: Any) -> None:
+        with self._preparing:
+            work(*given)
 
     def stats(self) -> WorkerStats:
         return WorkerStats(
@@ -182,12 +203,25 @@ class RolloutService:
         )
 
     def close(self) -> None:
+        """End both threads and the decode process; whatever is not finished ends in ServiceClosedError.
+
+        Ends a read under way, waits for a step under way. May be called from any thread and more than once.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join(timeout=30.0)
-        self._prepare.shutdown(wait=False, cancel_futures=True)
+        self._promises.refuse()
+        # First of all: it is what the prepare thread may wait for longest.
         self._reader.close()
+        self._prepare.shutdown(wait=False, cancel_futures=True)
+        if self._preparing.acquire(timeout=PREPARE_JOIN_S):
+            self._preparing.release()
+        else:
+            log.warning("worker %d: the prepare thread still works %g s after close", self.worker, PREPARE_JOIN_S)
+        self._thread.join(timeout=ENGINE_JOIN_S)
+        if self._thread.is_alive():
+            log.warning("worker %d: an engine step still runs %g s after close", self.worker, ENGINE_JOIN_S)
+        self._promises.cut_off()
 
     # --- prepare thread -----------------------------------------------------------------------------------------
 
@@ -199,6 +233,8 @@ class RolloutService:
             if task.features is not None:
                 group.encoded = to_tensor(self._get(task.features)).to(self.backbone.device)
                 group.encoded_ref = task.features
+        except ReaderClosedError:
+            return  # `close` settles the group
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
             self._fail(group, error)
             return
@@ -214,7 +250,15 @@ class RolloutService:
             self._frames.put(key, clip, clip.nbytes)
         return clip
 
+    def _answer_script(self, task: ScriptTask, future: Future[GroupResult]) -> None:
+        try:
+            result = self._write_script(task)
+        except ReaderClosedError:
+            return  # `close` settles the demonstration
+        self._promises.settle(future, result)
+
     def _write_script(self, task: ScriptTask) -> GroupResult:
+        """Raises ReaderClosedError."""
         began = time.monotonic()
         try:
             clip = self._read(task.task, len(task.script))
@@ -227,28 +271,9 @@ class RolloutService:
             )
             chunk = self.setup.video.chunk_seconds_of(task.task)
             turns = turn_inputs(task.task, clip, layout, chunk, self.backbone.image.merge_size)
-            # Of a task without a known end, the tail is cut where the video ends.
-            if any(scripted.response is not None for scripted in task.script[len(turns) :]):
-                raise ValueError(
-                    f"the demonstration speaks after the video's end, which comes in turn {len(turns) - 1}"
-                )
-            for turn_input, scripted in zip(turns, task.script, strict=False):
-                ids = layout.demonstration(scripted.thought, scripted.response)
-                thought = ids.index(layout.tokens.think_end) + 1
-                if thought > layout.config.think_budget:
-                    raise ValueError(
-                        f"the thought of turn {writer.turn + 1} has {thought} tokens with its tags, more than "
-                        f"layout.think_budget={layout.config.think_budget}: {scripted.thought!r}"
-                    )
-                if len(ids) > layout.config.max_new_tokens:
-                    raise ValueError(
-                        f"the demonstration of turn {writer.turn + 1} has {len(ids)} tokens, more than "
-                        f"layout.max_new_tokens={layout.config.max_new_tokens}"
-                    )
-                writer.begin_turn(turn_input, version=self.setup.version)
-                for token in ids:
-                    writer.append_generated(token, self.setup.version, target=True)
-            stream = writer.finish()
+            stream = write_demonstration(writer, turns, task.script, self.setup.version)
+        except ReaderClosedError:
+            raise
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
             return self._failure(task.group, task.task.id, 0.0, began, error), None
         summary = GroupSummary(
@@ -296,7 +321,7 @@ class RolloutService:
                 with self.meter.phase("swap"):
                     staged.apply(self.backbone)
             except RuntimeError as error:  # a copy that the device refuses: the driver hears of it and stops
-                future.set_exception(error)
+                self._promises.settle(future, error=error)
                 return
             self.engine.version = staged.version
             if staged.outdates(self.setup.freeze):
@@ -305,7 +330,7 @@ class RolloutService:
         busy, self._busy_at_swap = self._busy_s - self._busy_at_swap, self._busy_s
         since, self._swapped_at = now - self._swapped_at, now
         report = SwapReport(self.worker, self.engine.version, fetch_s, now - began, busy / since if since else 0.0)
-        future.set_result(report)
+        self._promises.settle(future, report)
 
     def _start(self, group: _Group) -> None:
         task = group.task
@@ -376,7 +401,7 @@ class RolloutService:
             if len(group.logs) == group.task.streams:
                 result = self._result(group)
                 del self._groups[name]
-                group.future.set_result(result)
+                self._promises.settle(group.future, result)
 
     def _monitor(self, group: _Group, stream: StreamLog) -> None:
         """Re-score every N-th stream that lived under one version, on the weights that made it."""
@@ -433,7 +458,7 @@ class RolloutService:
         task = group.task
         clip_seconds = self._clip_seconds(task.task, task.turns)
         summary = self._failure(task.group, task.task.id, clip_seconds, group.began, error)
-        group.future.set_result((summary, None))
+        self._promises.settle(group.future, (summary, None))
 
     def _failure(self, group: str, task: str, clip_seconds: float, began: float, error: Exception) -> GroupSummary:
         cause = f"{type(error).__name__}: {error}"

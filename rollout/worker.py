@@ -12,12 +12,15 @@ import gc
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
+from rollout.promises import ServiceClosedError
 from streams.actorlog import open_actor_log
 from streams.messages import (
     MESSAGES_VERSION,
@@ -97,18 +100,21 @@ class RolloutWorker:
         )
 
     async def rollout(self, task: RolloutTask) -> tuple[GroupSummary, GroupPayload | None]:
-        return await asyncio.wrap_future(self._ready().submit(task))
+        with _closed_means_cancelled():
+            return await asyncio.wrap_future(self._ready().submit(task))
 
     async def script(self, task: ScriptTask) -> tuple[GroupSummary, GroupPayload | None]:
-        return await asyncio.wrap_future(self._ready().script(task))
+        with _closed_means_cancelled():
+            return await asyncio.wrap_future(self._ready().script(task))
 
     async def update_weights(self, update: list[Any]) -> SwapReport:
         """`update` holds one object reference (in a list, so that Ray does not fetch it before the call)."""
         service = self._ready()
         began = time.monotonic()
         fetched: WeightsUpdate = await asyncio.wait_for(update[0], timeout=self._limits.deadline_s)
-        future = await asyncio.to_thread(service.stage, fetched, time.monotonic() - began)
-        return await asyncio.wrap_future(future)
+        with _closed_means_cancelled():
+            future = await asyncio.to_thread(service.stage, fetched, time.monotonic() - began)
+            return await asyncio.wrap_future(future)
 
     async def stats(self) -> WorkerStats:
         return self._ready().stats()
@@ -135,6 +141,17 @@ class RolloutWorker:
 
     def _get_array(self, reference: Any) -> np.ndarray:
         return ray.get(reference, timeout=self._limits.deadline_s)
+
+
+@contextmanager
+def _closed_means_cancelled() -> Iterator[None]:
+    """Work that a stage leaves behind is cancelled, not failed: nobody waits for it any more, and Ray prints a failure
+    that nobody takes, with its traceback, in the middle of the next stage.
+    """
+    try:
+        yield
+    except ServiceClosedError as error:
+        raise asyncio.CancelledError(str(error)) from None
 
 
 def _put(array: np.ndarray) -> Any:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Clip",
     "ClipReader",
+    "ReaderClosedError",
     "VideoConfig",
     "VideoError",
     "frame_times",
@@ -59,6 +62,10 @@ class VideoError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.video}: {self.reason}"
+
+
+class ReaderClosedError(RuntimeError):
+    """The reader was closed before the clip was read: the end of a stage or of the run, no fault of the video."""
 
 
 class Spanned(Protocol):
@@ -188,11 +195,19 @@ def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequenc
     return ((unit - centre) / spread).reshape(patches.shape)
 
 
+def _closed_before(video: str) -> ReaderClosedError:
+    return ReaderClosedError(f"the clip reader was closed before {video} was read")
+
+
 class _Child:
-    """One decode process and the pipe to it. Its error output is kept for the message if it dies."""
+    """One decode process and the pipe to it. Its error output is kept for the message if it dies.
+
+    Only the thread that holds the reader's turn uses the pipe and closes it; any other thread may `interrupt`.
+    """
 
     def __init__(self) -> None:
         self.connection, theirs = Pipe(duplex=True)
+        self._end = ""
         root = str(Path(__file__).resolve().parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._noise: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
@@ -206,17 +221,19 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 stderr=self._noise,
             )
+        except BaseException:
+            self.connection.close()
+            self._noise.close()
+            raise
         finally:
             theirs.close()
 
-    def wait_ready(self) -> None:
+    def wait_ready(self) -> bool:
+        """Wait until the process answers; False if it ended, or was interrupted, before it did."""
         try:
-            if self.connection.poll(START_TIMEOUT_S) and self.connection.recv() == READY:
-                return
+            return self.connection.poll(START_TIMEOUT_S) and self.connection.recv() == READY
         except (EOFError, OSError):
-            pass
-        how = self.stop()
-        raise RuntimeError(f"the video decode process did not start (waited {START_TIMEOUT_S:g} s at most): {how}")
+            return False
 
     def ask(self, request: ClipRequest | DurationRequest, give_up: float) -> Any:
         """The reply, or None when it did not come before `give_up` (the child must then be stopped)."""
@@ -233,29 +250,50 @@ class _Child:
             watchdog.cancel()
         return None
 
+    def interrupt(self) -> None:
+        """End whatever is under way on the pipe with an end of file, from any thread; the process is killed.
+
+        The pipe is shut down, not closed: a closed descriptor's number may be another file's at once, which the thread
+        that still waits on it would then read. It also wakes that thread if the process cannot be killed (stuck in a
+        disk's driver).
+        """
+        self.process.kill()
+        with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)
+
     def stop(self, patience_s: float = 0.0) -> str:
-        """Ends the process, after `patience_s` if it does not end by itself; says how it ended."""
+        """End the process, after `patience_s` if it does not end by itself; say how it ended. May be called twice."""
+        if self._end:
+            return self._end
+        self._end = "it was being ended"
         self.connection.close()
         try:
             code = self.process.wait(patience_s) if patience_s else self.process.poll()
         except subprocess.TimeoutExpired:
             code = None
+        except BaseException:  # an interrupt: no time to wait, but nothing may be left running
+            self.process.kill()
+            raise
         if code is None:
             self.process.kill()
             try:
                 code = self.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                return f"it could not be killed within {STOP_TIMEOUT_S:g} s (process {self.process.pid})"
+                self._noise.close()
+                self._end = f"it could not be killed within {STOP_TIMEOUT_S:g} s (process {self.process.pid})"
+                return self._end
         self._noise.seek(0)
         said = self._noise.read()[-400:].decode(errors="replace").strip()
         self._noise.close()
-        return f"exit code {code}" + (f", last words: {said}" if said and code else "")
+        self._end = f"exit code {code}" + (f", last words: {said}" if said and code else "")
+        return self._end
 
 
 class ClipReader:
-    """Reads clips. Not for several threads at once.
+    """Reads clips, one at a time; `close` may be called from another thread while one is being read.
 
-    The decode process is started by the first read, and by the next read after it was lost.
+    The decode process is started by the first read, and by the next read after it was lost. It has one owner: the thread
+    whose turn it is (`_turn`). `close` interrupts that thread, waits for its turn, and leaves no process behind.
     """
 
     def __init__(self, config: VideoConfig, patch_size: int = 14, merge_size: int = 2) -> None:
@@ -263,6 +301,11 @@ class ClipReader:
         self.patch_size = patch_size
         self.factor = patch_size * merge_size
         self._child: _Child | None = None
+        self._closed = False
+        # Re-entrant: a signal handler may close the reader in the middle of its own thread's read.
+        self._turn = threading.RLock()
+        # Guards `_child` and `_closed`; held for moments only, never while anything is waited for.
+        self._state = threading.RLock()
 
     def read(
         self,
@@ -320,31 +363,26 @@ class ClipReader:
         return float(payload)
 
     def _ask(self, request: ClipRequest | DurationRequest) -> tuple[str, Any]:
-        if self._child is not None and self._child.process.poll() is not None:
-            # It died while it was idle: not this video's fault.
-            self.close()
-        if self._child is None:
-            child = _Child()
-            child.wait_ready()
-            self._child = child
-        child = self._child
-        limit = self.config.decode_timeout_s
-        give_up = time.monotonic() + limit
-        reply: tuple[str, Any] | None = None
-        lost = False
-        try:
-            reply = child.ask(request, give_up)
-        except (EOFError, OSError):
-            lost = time.monotonic() < give_up
-        finally:
-            # Also when an interrupt passes through: the late reply must not answer the next request.
-            how = ""
-            if reply is None:
-                self._child = None
-                # A process that just died needs a moment until its exit code can be read.
-                how = child.stop(patience_s=1.0 if lost else 0.0)
-        if reply is not None:
-            return reply
+        with self._turn:
+            child = self._ready_child(request.video)
+            limit = self.config.decode_timeout_s
+            give_up = time.monotonic() + limit
+            reply: tuple[str, Any] | None = None
+            lost = False
+            try:
+                reply = child.ask(request, give_up)
+            except (EOFError, OSError):
+                lost = time.monotonic() < give_up
+            finally:
+                # Also when an interrupt passes through: the late reply must not answer the next request.
+                how = ""
+                if reply is None:
+                    # A process that just died needs a moment until its exit code can be read.
+                    how = self._give_up(child, patience_s=1.0 if lost else 0.0)
+            if reply is not None:
+                return reply
+            if self._closed:
+                raise _closed_before(request.video)
         if lost:
             raise VideoError(
                 request.video,
@@ -355,16 +393,65 @@ class ClipReader:
             f"decoding did not finish within data.video.decode_timeout_s={limit:g} s; the decode process was ended",
         )
 
+    def _ready_child(self, video: str) -> _Child:
+        """The decode process, started if there is none. Raises ReaderClosedError, RuntimeError if it does not start."""
+        with self._state:
+            if self._closed:
+                raise _closed_before(video)
+            child = self._child
+        if child is not None:
+            if child.process.poll() is None:
+                return child
+            # It died while it was idle: not this video's fault.
+            self._give_up(child)
+        with self._state:
+            if self._closed:
+                raise _closed_before(video)
+            # Known before it is waited for, so that `close` can end the wait.
+            child = self._child = _Child()
+        ready, how = False, ""
+        try:
+            ready = child.wait_ready()
+        finally:
+            if not ready:
+                how = self._give_up(child)
+        if ready:
+            return child
+        if self._closed:
+            raise _closed_before(video)
+        raise RuntimeError(f"the video decode process did not start (waited {START_TIMEOUT_S:g} s at most): {how}")
+
+    def _give_up(self, child: _Child, patience_s: float = 0.0) -> str:
+        """Stop the process; say how it ended. Only for the thread whose turn it is."""
+        with self._state:
+            self._child = None
+        return child.stop(patience_s)
+
     @property
     def child_pid(self) -> int | None:
         """Process id of the decode process, None while there is none."""
-        return None if self._child is None else self._child.process.pid
+        child = self._child
+        return None if child is None else child.process.pid
 
     def close(self) -> None:
-        """Ends the decode process. The reader may be used again: the next read starts another."""
-        child, self._child = self._child, None
-        if child is not None:
-            child.stop(patience_s=STOP_TIMEOUT_S)
+        """End the decode process, for good: a read under way, and every later one, raises ReaderClosedError.
+
+        May be called from any thread and more than once. Raises TimeoutError if the thread that reads does not let go.
+        """
+        with self._state:
+            self._closed = True
+        # An idle process ends by itself when its pipe closes; one at work would first finish its clip.
+        if not self._turn.acquire(blocking=False):
+            with self._state:
+                if self._child is not None:
+                    self._child.interrupt()
+            if not self._turn.acquire(timeout=2 * STOP_TIMEOUT_S):
+                raise TimeoutError(f"waited {2 * STOP_TIMEOUT_S:g} s for a read to end after its reader was closed")
+        try:
+            if self._child is not None:
+                self._give_up(self._child, patience_s=STOP_TIMEOUT_S)
+        finally:
+            self._turn.release()
 
     def __enter__(self) -> ClipReader:
         return self

@@ -4,7 +4,7 @@ function drawDetail() {
   const stream = current();
   const turn = state.turn;
   const begin = stream.start + turn * stream.chunk_seconds;
-  const end = Math.min(begin + stream.chunk_seconds, stream.end);
+  const end = Math.min(begin + stream.chunk_seconds, stream.end ?? Infinity); // null: the row names no end
   const frames = stream.frames[turn] || [];
   const asked = queriesAt(stream, turn);
   const due = dueAt(stream, turn);
