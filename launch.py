@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from conf.paths import PATH_KEYS
 from rl.stop import REQUEUE_STATUS, Requeue, StopSignal
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ WANTS_FULL_ERROR = FULL_ERROR in os.environ
 def plain_words(argv: list[str]) -> list[str]:
     """Command-line words that read better than their keys: `model=FOLDER`, and `video=`, `query=`, `at=` of job=watch.
 
-    A query is free text: it is quoted here, as Hydra's grammar would trip over its commas and question marks.
+    A query is free text: it is quoted here, as Hydra's grammar would trip over its commas and question marks; so is a path
+    with a `~`.
     """
     watching = "job=watch" in argv
     options = {path.stem for path in (Path(__file__).parent / "conf" / "model").glob("*.yaml")}
@@ -56,6 +58,9 @@ def plain_words(argv: list[str]) -> list[str]:
             words.append(f"model.path={_quoted(value)}")
         elif equals and watching and key in WATCH_WORDS:
             words.append(f"watch.{key}={value if key in ('at', 'seconds') else _quoted(value)}")
+        elif equals and "~" in value and key in PATH_KEYS and value[0] not in "'\"":
+            # Hydra's grammar has no ~ in a plain value, and most shells leave the one in `data.train=~/x` to us.
+            words.append(f"{key}={_quoted(value)}")
         else:
             words.append(word)
     return words

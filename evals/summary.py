@@ -56,7 +56,7 @@ def checkpoint_label(path: str | Path) -> str:
 
     A checkpoint's weights lie in `<stage>/<name>/hf` or `<stage>/hf`. Never a name that a run gives to its own results.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     # A link keeps the name that the user gave it.
     parts = [
         p for p in (Path(os.path.abspath(folder)) if folder.is_dir() else folder).parts if p not in ("hf", "/", "..")

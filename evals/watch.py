@@ -100,7 +100,7 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
 def _shown(config: RunConfig) -> WatchedFile:
     """The file, as far as it is to be watched. Raises ValueError if it cannot be read, or not as long as asked for."""
     watching = config.watch
-    video = str(Path(watching.video).expanduser().absolute())
+    video = str(Path(watching.video).absolute())
     with ClipReader(config.data.video) as reader:
         length = reader.duration(video)
     if watching.query and watching.at >= length:

@@ -60,7 +60,8 @@ def grpo_loss(
 def k3_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Estimate [N] of KL(current || reference) at sampled tokens: exp(d) - d - 1 >= 0 with d = reference - logp.
 
-    d is bounded by MAX_LOG_RATIO. Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as the KL term of GRPO (arXiv 2402.03300, eq. 4).
+    d is bounded by MAX_LOG_RATIO.
+    Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as the KL term of GRPO (arXiv 2402.03300, eq. 4).
     """
     difference = (reference - logp).clamp(max=MAX_LOG_RATIO)
     return difference.exp() - difference - 1.0
