@@ -5,6 +5,7 @@ Owner: evals. Invariant: what was not measured is null, never 0.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,13 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evals.heldout import ALL, EvalResult
+from evals.categories import ALL
+from evals.heldout import EvalResult
 from streams.messages import ScoreReport
 from streams.synthetic import MODES
 
 CONDITIONS = ("empty_thoughts", "recent_frames")
 OWN_RESULTS = ("sft", "rl", *CONDITIONS)
 """The names that a run gives to its own results."""
+MAX_LABEL = 100
+"""Characters of a checkpoint's label: it is part of file names and of metric names."""
 COLUMNS = {"sft": "after SFT", "rl": "after RL"}
 
 
@@ -64,6 +68,8 @@ def checkpoint_label(path: str | Path) -> str:
     # "final" and "step000020" of every run are called alike: the stage's name in front tells more.
     nested = len(parts) > 1 and (parts[-1] == "final" or re.fullmatch(r"step\d+", parts[-1]))
     label = re.sub(r"[^\w.-]+", "_", "-".join(parts[-2:] if nested else parts[-1:]), flags=re.ASCII).strip("_.")
+    if len(label) > MAX_LABEL:
+        label = f"{label[:MAX_LABEL]}-{hashlib.blake2b(label.encode(), digest_size=4).hexdigest()}"
     return f"checkpoint-{label}".rstrip("-") if label in (*OWN_RESULTS, "") else label
 
 

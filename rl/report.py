@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rl.metric_names import apart, metric_name
 from rl.results import ReadyGroup
 from streams.messages import SwapReport, TrainReport
 from streams.scoring.stats import LogpDiff
+
+
+OWN = ("total", "group_std", "failed_streams", "zero_std_groups", "idle_steps")
+"""What `reward/` holds beside the terms."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def step_metrics(
     monitor = LogpDiff.merge([g.summary.monitor for g in groups])
     return {
         "reward/total": mean_reward(groups),
-        **{f"reward/{name}": float(np.mean([r.components[name] for r in results])) for name in results[0].components},
+        **{term_metric(name): float(np.mean([r.components[name] for r in results])) for name in results[0].components},
         "reward/group_std": float(np.mean([np.std([r.total for r in g.results]) for g in groups])),
         "reward/failed_streams": float(sum(r.failed is not None for r in results)),
         **{f"train/{name}": value for name, value in report.metrics.items()},
@@ -59,6 +64,11 @@ def step_metrics(
         "mismatch/worker_tokens": float(monitor.tokens),
         "step/wall_s": clock.wall_s,
     }
+
+
+def term_metric(name: str) -> str:
+    """The metric of a reward term, whose name is the user's: never one of our own."""
+    return metric_name(f"reward/{apart(name, OWN, '-term')}")
 
 
 def mean_reward(groups: Sequence[ReadyGroup]) -> float:
