@@ -70,6 +70,8 @@ def watch(config: RunConfig, overrides: list[str]) -> None:
                 print(json.dumps(asdict(turn), ensure_ascii=False), flush=True)
             else:
                 _print_turn(turn, console)
+    except BrokenPipeError:
+        raise  # whoever read along has gone: no error of the configuration
     except (ValueError, OSError) as error:
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
