@@ -226,14 +226,16 @@ class _Interrupt:
 
 
 def interruptible(typed: list[str]) -> None:
-    """`command_line`, which Ctrl-C ends with one line and status 130, a reader that goes (`| head`) with none and 141."""
+    """`command_line`, which Ctrl-C ends with one line and status 130, a reader that goes (`| head`) with none and 1."""
     interrupt = _Interrupt()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
         signal.signal(signal.SIGINT, interrupt)
     try:
+        register_schema()
+        sys.argv[1:] = plain_words(typed)
         command_line(typed)
     except BrokenPipeError:
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(1)  # as rich does for what it prints
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else None
         if not (interrupt.asked or isinstance(error, KeyboardInterrupt)) or status == INTERRUPTED:
@@ -263,7 +265,4 @@ def command_line(typed: list[str]) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stopped_while_loading)
     said.install()
-    register_schema()
-    typed = sys.argv[1:]
-    sys.argv[1:] = plain_words(typed)
-    interruptible(typed)
+    interruptible(sys.argv[1:])

@@ -164,7 +164,7 @@ class _Broken(io.StringIO):
         raise BrokenPipeError
 
 
-def interrupted(tmp_path, *words, after=0.0, ready=""):
+def interrupted(*words, after=0.0, ready=""):
     """(status, output, error output) of `launch.py WORDS` after SIGINT, and that nothing of it is left."""
     process = subprocess.Popen(
         [sys.executable, "launch.py", *words],
@@ -201,8 +201,10 @@ def interrupted(tmp_path, *words, after=0.0, ready=""):
 @pytest.mark.timeout(200)
 def test_ctrl_c_while_a_run_makes_its_data_is_one_line_that_is_kept(tmp_path):
     status, _, err = interrupted(
-        tmp_path, "job=data", f"run_root={tmp_path / 'run'}", "tracking.enabled=false", ready="log budget"
+        "job=data", f"run_root={tmp_path / 'run'}", "tracking.enabled=false", ready="log budget"
     )
     assert status == 130
-    assert err.splitlines() == ["stopped by Ctrl-C; the same command with resume=auto starts again what was not finished"]
+    assert err.splitlines() == [
+        "stopped by Ctrl-C; the same command with resume=auto starts again what was not finished"
+    ]
     assert kept(tmp_path / "run")[-1] == err.strip()
