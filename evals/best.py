@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import replace
 
 from conf.schema import RunConfig
 from evals.categories import ALL, category_name
@@ -34,9 +35,10 @@ def best_metric(config: RunConfig, categories: Iterable[str]) -> str:
     given = config.eval.best
     names = ["reward", "timing", *(ACCURACY + name for name in (ALL, *sorted(set(map(category_name, categories)))))]
     logged = [metric_name(f"eval/{name}") for name in names]
-    for name, metric in zip(names, logged, strict=True):
-        if given in (name, metric.removeprefix("eval/")):
-            return metric
+    # As the rows spell it first: a category may be called like another one's chart.
+    for spelled in (names, [metric.removeprefix("eval/") for metric in logged]):
+        if given in spelled:
+            return logged[spelled.index(given)]
     # An accent may be typed composed where the rows have it in two characters.
     alike = [metric for name, metric in zip(names, logged, strict=True) if _composed(name) == _composed(given)]
     if len(alike) == 1:
@@ -56,6 +58,14 @@ def check_best(config: RunConfig, tasks: tuple[StreamTask, ...] | None) -> None:
     """Raises ValueError if RL would never find what `eval.best` names. tasks: the held-out rows, None = the generator's."""
     if config.eval.every and "rl" in config.job.stages:
         best_metric(config, MODES if tasks is None else [task.category for task in evaluated(config, tasks)])
+
+
+def named_best(config: RunConfig, heldout: tuple[StreamTask, ...]) -> RunConfig:
+    """The configuration with `eval.best` as its metric is logged, below `eval/`. Raises ValueError as `best_metric`."""
+    if not config.eval.every or not heldout:
+        return config
+    metric = best_metric(config, [task.category for task in evaluated(config, heldout)])
+    return replace(config, eval=replace(config.eval, best=metric.removeprefix("eval/")))
 
 
 def _composed(text: str) -> str:

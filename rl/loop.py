@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.best import best_metric
+from evals.best import named_best
 from rewards.compose import RewardResult
 from rl.advantages import group_advantages
 from rl.buffer import GroupBuffer, age_bound
@@ -65,7 +65,8 @@ class RLLoop:
     def __init__(
         self, context: StageContext, tasks: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...] = ()
     ) -> None:
-        self.context, self.config, self.session = context, context.config, context.session
+        # The start could check eval.best against rows that were there; now the generated ones are, too.
+        self.context, self.config, self.session = context, named_best(context.config, heldout), context.session
         self.progress, self.total = context.progress, context.steps
         state = context.resume
         self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(age_bound(self.config))
@@ -93,8 +94,6 @@ class RLLoop:
             self._score_heldout,
             self.monitor,
         )
-        # Before anything is trained; the start could only check it against rows that were there.
-        self._best = best_metric(self.config, [task.category for task in self.evaluation.tasks]) if heldout else ""
         self._source = epochs(tasks, self.config.seed, [*self.consumed, *self.dropped])
         self._done_before = len(self.consumed) + len(self.dropped)
         self._load = [0] * len(self.session.workers)
@@ -409,7 +408,8 @@ class RLLoop:
 
     def _promote(self, step: int) -> None:
         """Keep the export of `step` as `best`, if both it and its evaluation are there and it beats the best so far."""
-        value = next((line.values.get(self._best) for line in self.journal.of_kind("eval") if line.step == step), None)
+        metric = f"eval/{self.config.eval.best}"
+        value = next((line.values.get(metric) for line in self.journal.of_kind("eval") if line.step == step), None)
         if step not in self._written or value is None:
             return
         if self.result.best and self.result.best["value"] >= value:

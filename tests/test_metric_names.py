@@ -128,6 +128,12 @@ def test_best_takes_a_category_as_the_rows_spell_it_or_as_the_chart_is_called():
     assert best("accuracy_café", ["cafe\u0301"]) == accuracy("cafe\u0301"), "typed composed"
 
 
+def test_the_rows_spelling_goes_before_a_charts():
+    for categories in (["a?", "a_x003F_"], ["a_x003F_", "a?"]):
+        assert best("accuracy_a?", categories) == "eval/accuracy_a_x003F_"
+        assert best("accuracy_a_x003F_", categories) == "eval/accuracy_a_x005F_x003F_"
+
+
 @pytest.mark.parametrize("wrong", ["accuracy_nope", "accuracy_", "accuracy_a/b", "accuracy_颜", "accuracy_how"])
 def test_a_name_that_no_evaluation_has_is_refused_with_those_that_there_are(wrong):
     with pytest.raises(ValueError, match=r"eval\.best='") as refused:
