@@ -19,6 +19,7 @@ from rich.text import Text
 
 from evals.categories import ALL
 from evals.heldout import EvalResult
+from rl.tracking import visible
 from streams.messages import ScoreReport
 from streams.synthetic import MODES
 
@@ -174,7 +175,7 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
     for category in [*[mode for mode in MODES if mode in found], *sorted(found - set(MODES))]:
         cells = [shown(result["accuracy_by_category"].get(category)) for result in results.values()]
         # Text: a category may hold what looks like the console's markup.
-        table.add_row(Text(f"  {category}"), *cells)
+        table.add_row(Text(f"  {visible(category)}".replace("\n", "\\n")), *cells)
     console.print(table)
     if any(summary.get(f"accuracy_recall_{name}") is not None for name in CONDITIONS):
         _print_recall(console, summary, shown)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ CLOSE_TIMEOUT_S = 60.0
 PLAIN_LINES = 40
 """Lines that one stage prints at most, where there is no terminal to rewrite."""
 RUN_FILE = "tracking.json"
+_UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow's codes for an entry that it does not take, as against a store that cannot be written."""
 
@@ -250,6 +252,13 @@ def _finite(values: dict[str, float | None]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
+def visible(text: str) -> str:
+    """Text for a terminal: what rows and files are called may hold characters that would move its cursor or clear it. They
+    are shown by their code points. A line's end stays.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class Progress:
     """One line per event: rewritten in place on a terminal, plain lines elsewhere."""
 
@@ -262,7 +271,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._close_line()
-        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {text}", markup=False, soft_wrap=True)
+        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {visible(text)}", markup=False, soft_wrap=True)
 
     def step(self, stage: str, done: int, total: int, values: dict[str, float | None]) -> None:
         """Where a stage stands."""
