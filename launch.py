@@ -6,7 +6,8 @@
     python launch.py --help
 
 Owner: launch. Invariant: a bad configuration or missing data stops before any actor starts. Exit status: 0 done,
-1 failed, 2 nothing was started (configuration), checkpoint.requeue_status stopped by SIGTERM and ready to go on.
+1 failed, 2 nothing was started (configuration), 130 stopped by Ctrl-C, checkpoint.requeue_status stopped by SIGTERM and
+ready to go on. What is said is also in `run_root/logs/driver.log`, as soon as there is a run_root.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from conf.paths import PATH_KEYS
+from conf.redact import redact
+from rl.driverlog import DriverLog
 from rl.stop import REQUEUE_STATUS, Requeue, StopSignal
 
 if TYPE_CHECKING:
@@ -42,10 +46,17 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 WANTS_FULL_ERROR = FULL_ERROR in os.environ
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C, as a shell gives it."""
+
+said = DriverLog()
+
+
 def plain_words(argv: list[str]) -> list[str]:
     """Command-line words that read better than their keys: `model=FOLDER`, and `video=`, `query=`, `at=` of job=watch.
 
-    A query is free text: it is quoted here, as Hydra's grammar would trip over its commas and question marks.
+    A query is free text: it is quoted here, as Hydra's grammar would trip over its commas and question marks; so is a path
+    with a `~`.
     """
     watching = "job=watch" in argv
     options = {path.stem for path in (Path(__file__).parent / "conf" / "model").glob("*.yaml")}
@@ -56,6 +67,9 @@ def plain_words(argv: list[str]) -> list[str]:
             words.append(f"model.path={_quoted(value)}")
         elif equals and watching and key in WATCH_WORDS:
             words.append(f"watch.{key}={value if key in ('at', 'seconds') else _quoted(value)}")
+        elif equals and "~" in value and key in PATH_KEYS and value[0] not in "'\"":
+            # Hydra's grammar has no ~ in a plain value, and most shells leave the one in `data.train=~/x` to us.
+            words.append(f"{key}={_quoted(value)}")
         else:
             words.append(word)
     return words
@@ -77,6 +91,11 @@ def start(config: RunConfig, overrides: list[str]) -> None:
     except Requeue as stopped:
         print(f"{stopped}; no stage was under way, the same command starts again", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
+    except KeyboardInterrupt:
+        known = stop.last_checkpoint
+        again = f"goes on from {known}" if known != "none" else "starts again what was not finished"
+        print(f"stopped by Ctrl-C; the same command with resume=auto {again}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:  # named boundary: a stop
         if not stop.requested:
             raise
@@ -110,6 +129,7 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
             config = respect_checkpoint(config, overrides, progress.say, warn)
             check_memory(config)
             lock = held.enter_context(RunLock(config.root.resolve()))
+            said.open(config.root, " ".join(sys.argv))
             store = StageStore(config.root.resolve(), config, progress.say)
             check_nothing_needed_is_replaced(config, store.plan())
             check_cold_start(config, store.plans)
@@ -143,7 +163,7 @@ def _fail(config: RunConfig, error: Exception, stop: StopSignal) -> NoReturn:
 
 
 def _keep_traceback(path: Path) -> str:
-    text = traceback.format_exc()
+    text = redact(traceback.format_exc())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -162,8 +182,10 @@ def main(raw: DictConfig) -> None:
     try:
         config = load_config(raw)
     except (ValueError, OSError) as error:
+        _open_log(str(raw.get("run_root")), list(raw.job.stages))
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
+    _open_log(config.run_root, config.job.stages)
     overrides = list(HydraConfig.get().overrides.task)
     if config.job.stages == ["watch"]:
         from evals.watch import watch
@@ -171,6 +193,13 @@ def main(raw: DictConfig) -> None:
         watch(config, overrides)
         return
     start(config, overrides)
+
+
+def _open_log(run_root: str, stages: list[str]) -> None:
+    """Keep what is said under a run_root that is there. A new one is made by a run that starts, not by a typing error."""
+    said.outlives_readers = stages != ["watch"]
+    if said.outlives_readers and Path(run_root).is_dir():
+        said.open(Path(run_root), " ".join(sys.argv))
 
 
 def _stopped_while_loading(signum: int, frame: FrameType | None) -> None:
@@ -184,6 +213,37 @@ def register_schema() -> None:
     from conf.schema import RunConfig
 
     ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+
+
+class _Interrupt:
+    """Ctrl-C. `asked`, because a library in whose code it comes may turn it into an error of its own."""
+
+    asked = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
+
+
+def interruptible(typed: list[str]) -> None:
+    """`command_line`, which Ctrl-C ends with one line and status 130, a reader that goes (`| head`) with none and 1."""
+    interrupt = _Interrupt()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        register_schema()
+        sys.argv[1:] = plain_words(typed)
+        command_line(typed)
+    except BrokenPipeError:
+        sys.exit(1)  # as rich does for what it prints
+    except BaseException as error:
+        status = error.code if isinstance(error, SystemExit) else None
+        if not (interrupt.asked or isinstance(error, KeyboardInterrupt)) or status == INTERRUPTED:
+            raise
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        said.close()
 
 
 def command_line(typed: list[str]) -> None:
@@ -204,7 +264,5 @@ def command_line(typed: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stopped_while_loading)
-    register_schema()
-    typed = sys.argv[1:]
-    sys.argv[1:] = plain_words(typed)
-    command_line(typed)
+    said.install()
+    interruptible(sys.argv[1:])

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from streams.paths import user_path
+
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "flashinfer-python", "flash-attn", "triton")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,7 +67,7 @@ def result_target(text: str) -> str:
     """argparse type of --json: that the file can be written is known before anything is measured. "" and "-" are none."""
     if text in ("", "-"):
         return text
-    path = Path(text)
+    path = user_path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
@@ -74,7 +76,7 @@ def result_target(text: str) -> str:
             path.unlink()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}): name another file") from error
-    return text
+    return str(path)
 
 
 def write_result(path: Path, measured: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""The mismatch monitor's settings (Hydra key `monitor`): how often engine and learner are compared, and when the run stops.
+"""What a run watches itself for (Hydra key `monitor`): how often engine and learner are compared, when their mismatch stops
+the run, and after how many steps without anything to learn it says so.
 
 Owner: conf. Invariant: limits that are not given are the bars that the exactness design sets for the run's dtypes.
 """
@@ -33,6 +34,7 @@ class MonitorConfig:
 
     max, mean, k3: above it the run stops; null = by dtype (float32: 3e-4, 1e-5, none; less: none, 1e-2, 1e-4), 0 = no limit.
     tokens: how many are pooled before a mean or k3 is judged while training; the largest difference is judged at once.
+    idle_steps: after so many RL steps in a row in which all streams of each group earned the same, the run says so (0 = never).
     """
 
     every: int = 16
@@ -40,12 +42,15 @@ class MonitorConfig:
     mean: float | None = None
     k3: float | None = None
     tokens: int = 1000
+    idle_steps: int = 5
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"monitor.every={self.every} must be a number of streams, 0 for none")
         if self.tokens < 1:
             raise ValueError(f"monitor.tokens={self.tokens} must be at least 1")
+        if self.idle_steps < 0:
+            raise ValueError(f"monitor.idle_steps={self.idle_steps} must be a number of steps, 0 for never")
         for key in ("max", "mean", "k3"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:

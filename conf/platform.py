@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PLACEMENTS = ("auto", "colocated", "separated", "cpu")
+
+MAX_EXPERIMENT = 500
+"""Characters of an experiment's name that MLflow takes."""
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the programs that `ray job submit` starts."""
@@ -63,11 +66,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """uri: an MLflow server; empty = a SQLite file under run_root. Tracking never stops training."""
+    """uri: an MLflow server; empty = a SQLite file under run_root. Tracking never stops training. A password in it is used
+    to connect and shown nowhere; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD also keep it off the command line.
+    """
 
     enabled: bool = True
-    uri: str = ""
+    uri: str = field(default="", repr=False)
     experiment: str = "sightline"
+
+    def __post_init__(self) -> None:
+        if not self.experiment.strip() or len(self.experiment) > MAX_EXPERIMENT:
+            raise ValueError(
+                f"tracking.experiment={self.experiment[:40]!r} must be a name of 1 to {MAX_EXPERIMENT} characters"
+            )
 
 
 @dataclass(frozen=True)

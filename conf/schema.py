@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.monitor import MonitorConfig
+from conf.paths import expand_homes
 from conf.platform import CheckpointConfig, ClusterConfig, TrackingConfig, WeightsConfig
 from learner.config import LearnerConfig
 from rewards.compose import RewardConfig
@@ -365,6 +366,8 @@ def load_config(raw: DictConfig) -> RunConfig:
     _unlock(schema)
     try:
         merged = OmegaConf.merge(schema, raw)
+        assert isinstance(merged, DictConfig)
+        expand_homes(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         first = str(error).splitlines()[0]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from conf.schema import RunConfig
+from evals.categories import ALL, category_name
 from rewards.compose import RewardResult
 from rewards.scripted import oracle_turns, silent_turns
 from rl.cluster import Session
@@ -24,9 +25,6 @@ from streams.memory import MemoryConfig
 from streams.messages import GroupSummary, RewardJob, RolloutTask
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
-
-ALL = "all"
-"""The mean over every category, beside the categories' own."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +148,6 @@ def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_
         log_tokens=log_tokens,
         by_category={k: len(v) for k, v in by_category.items()},
     )
-
-
-def category_name(category: str) -> str:
-    """How a row's category is called in results: never empty, and never the name of the mean over all."""
-    return {"": "uncategorised", ALL: f"{ALL} (category)"}.get(category, category)
 
 
 def scripted_rewards(config: RunConfig, session: Session, tasks: tuple[StreamTask, ...]) -> tuple[float, float]:

@@ -6,7 +6,6 @@ mismatch of exactness between engine and learner on streams nobody trained on.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from evals.heldout import Condition, EvalResult, chance, evaluate, scripted_rewa
 from evals.summary import heldout_fields, mismatch_fields
 from evals.transcripts import write_transcripts
 from rl.cluster import Session
+from rl.metric_names import metric_name
 from rl.tracking import Progress, Tracker
 from streams.messages import LearnerSetup, ScoreReport, WorkerSetup
 from streams.task import StreamTask
@@ -84,8 +84,3 @@ def _report(name: str, result: EvalResult, tracker: Tracker, progress: Progress)
         f"accuracy_{mode}": value for mode, value in result.accuracy.items()
     }
     tracker.metrics({metric_name(f"eval_{name}/{key}"): value for key, value in values.items()}, step=0)
-
-
-def metric_name(name: str) -> str:
-    """A name that trackers take: categories are the user's words, and one refused name would end all tracking."""
-    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)

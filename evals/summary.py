@@ -5,6 +5,7 @@ Owner: evals. Invariant: what was not measured is null, never 0.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evals.heldout import ALL, EvalResult
+from evals.categories import ALL
+from evals.heldout import EvalResult
+from rl.tracking import visible
 from streams.messages import ScoreReport
 from streams.strict_json import dumps
 from streams.synthetic import MODES
@@ -24,6 +27,8 @@ from streams.synthetic import MODES
 CONDITIONS = ("empty_thoughts", "recent_frames")
 OWN_RESULTS = ("sft", "rl", *CONDITIONS)
 """The names that a run gives to its own results."""
+MAX_LABEL = 100
+"""Characters of a checkpoint's label: it is part of file names and of metric names."""
 COLUMNS = {"sft": "after SFT", "rl": "after RL"}
 
 
@@ -58,7 +63,7 @@ def checkpoint_label(path: str | Path) -> str:
 
     A checkpoint's weights lie in `<stage>/<name>/hf` or `<stage>/hf`. Never a name that a run gives to its own results.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     # A link keeps the name that the user gave it.
     parts = [
         p for p in (Path(os.path.abspath(folder)) if folder.is_dir() else folder).parts if p not in ("hf", "/", "..")
@@ -66,6 +71,8 @@ def checkpoint_label(path: str | Path) -> str:
     # "final" and "step000020" of every run are called alike: the stage's name in front tells more.
     nested = len(parts) > 1 and (parts[-1] == "final" or re.fullmatch(r"step\d+", parts[-1]))
     label = re.sub(r"[^\w.-]+", "_", "-".join(parts[-2:] if nested else parts[-1:]), flags=re.ASCII).strip("_.")
+    if len(label) > MAX_LABEL:
+        label = f"{label[:MAX_LABEL]}-{hashlib.blake2b(label.encode(), digest_size=4).hexdigest()}"
     return f"checkpoint-{label}".rstrip("-") if label in (*OWN_RESULTS, "") else label
 
 
@@ -170,7 +177,7 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
     for category in [*[mode for mode in MODES if mode in found], *sorted(found - set(MODES))]:
         cells = [shown(result["accuracy_by_category"].get(category)) for result in results.values()]
         # Text: a category may hold what looks like the console's markup.
-        table.add_row(Text(f"  {category}"), *cells)
+        table.add_row(Text(f"  {visible(category)}".replace("\n", "\\n")), *cells)
     console.print(table)
     if any(summary.get(f"accuracy_recall_{name}") is not None for name in CONDITIONS):
         _print_recall(console, summary, shown)

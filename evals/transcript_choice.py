@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from evals.heldout import ScoredStream, category_name
+from evals.categories import category_name
+from evals.heldout import ScoredStream
 
 
 def choose(streams: Sequence[ScoredStream], before: Mapping[str, float], count: int) -> tuple[str, ...]:

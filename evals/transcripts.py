@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
-from evals.heldout import EvalResult, ScoredStream, category_name
+from evals.categories import category_name
+from evals.heldout import EvalResult, ScoredStream
 from evals.occupancy import TurnMemory, lives, turn_memory
 from evals.summary import write_atomic
 from evals.transcript_choice import choose

@@ -71,6 +71,8 @@ def watch(config: RunConfig, overrides: list[str]) -> None:
                 print(dumps(asdict(turn), ensure_ascii=False), flush=True)
             else:
                 _print_turn(turn, console)
+    except BrokenPipeError:
+        raise  # whoever read along has gone: no error of the configuration
     except (ValueError, OSError) as error:
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -103,7 +105,7 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
 def _shown(config: RunConfig) -> WatchedFile:
     """The file, as far as it is to be watched. Raises ValueError if it cannot be read, or not as long as asked for."""
     watching = config.watch
-    video = str(Path(watching.video).expanduser().absolute())
+    video = str(Path(watching.video).absolute())
     with ClipReader(config.data.video) as reader:
         length = reader.duration(video)
     if watching.query and watching.at >= length:

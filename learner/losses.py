@@ -1,7 +1,8 @@
 """Losses: pure functions of log-probs that return (loss, metrics).
 
 Owner: learner. Invariants: a loss is a sum over this micro-batch divided by the whole step's normaliser, so the
-gradient of a step does not depend on how it was cut into micro-batches; metrics are sums, divided by the caller.
+gradient of a step does not depend on how it was cut into micro-batches; metrics are sums, divided by the caller; no
+exponential overflows, so a single token that is far off costs neither the step's loss nor its gradient.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from __future__ import annotations
 import torch
 
 Sums = dict[str, torch.Tensor]
+
+MAX_LOG_RATIO = 20.0
+"""Upper bound of a difference of log-probs before `exp`: float32 overflows from 88 on, and infinity times an advantage of 0
+is NaN. Nothing changes up to the bound; above it the value stays exp(20), about 5e8, and the gradient is 0. verl bounds
+its log-ratios by the same number."""
 
 
 def grpo_loss(
@@ -24,11 +30,12 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, Sums]:
     """Clipped policy gradient plus `kl_coef` times the KL to the frozen reference, token mean; all inputs [N].
 
-    The ratio is taken against the recorded behaviour log-probs, so it is right for streams of any age.
+    The ratio is taken against the recorded behaviour log-probs, so it is right for streams of any age. Log-ratios are bounded
+    by MAX_LOG_RATIO, also in the metrics.
     Source: PPO (arXiv 1707.06347, eq. 7) with group-relative advantages (GRPO, arXiv 2402.03300, eq. 3) and separate
     clip bounds (DAPO, arXiv 2503.14476, eq. 10).
     """
-    log_ratio = logp - behaviour
+    log_ratio = (logp - behaviour).clamp(max=MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
@@ -53,9 +60,10 @@ def grpo_loss(
 def k3_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Estimate [N] of KL(current || reference) at sampled tokens: exp(d) - d - 1 >= 0 with d = reference - logp.
 
+    d is bounded by MAX_LOG_RATIO.
     Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as the KL term of GRPO (arXiv 2402.03300, eq. 4).
     """
-    difference = reference - logp
+    difference = (reference - logp).clamp(max=MAX_LOG_RATIO)
     return difference.exp() - difference - 1.0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
+from evals.best import check_best
 from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
 from streams.dataset import load_tasks
@@ -45,7 +46,7 @@ def model_folder(config: RunConfig) -> Path | None:
     """The folder of the model that the job starts from; None while there is none: a tiny one yet to be built, a hub id."""
     base = base_checkpoint(config)
     named = [base[1]] if base else []
-    named += [Path(config.model.path).expanduser()] if config.model.path else []
+    named += [Path(config.model.path)] if config.model.path else []
     return next((path for path in named if (path / "config.json").is_file()), None)
 
 
@@ -122,14 +123,14 @@ def reference_of_branch(origin: Path) -> Path | None:
 def base_checkpoint(config: RunConfig) -> tuple[str, Path] | None:
     """(config key, folder) of the checkpoint whose streaming.json the job must respect; None if there is none."""
     if config.resume not in ("auto", "never"):
-        return "resume", Path(config.resume).expanduser() / "hf"
+        return "resume", Path(config.resume) / "hf"
     stages = config.job.stages
     if "sft" in stages or stages == ["data"]:
         return None
     chosen = config.algorithm.init if "rl" in stages else config.eval.checkpoint
     key = "algorithm.init" if "rl" in stages else "eval.checkpoint"
     if chosen not in ("auto", "best"):
-        path = Path(chosen).expanduser()
+        path = Path(chosen)
         return (key, path) if path.is_dir() else None
     if chosen == "best":
         return key, config.root / "checkpoints" / "rl" / "best" / "hf"
@@ -138,7 +139,7 @@ def base_checkpoint(config: RunConfig) -> tuple[str, Path] | None:
         own.pop("rl", None)
     if own:
         return key, list(own.values())[-1]
-    path = Path(config.model.path).expanduser()
+    path = Path(config.model.path)
     return ("model.path", path) if config.model.path and path.is_dir() else None
 
 
@@ -170,7 +171,7 @@ def preflight(config: RunConfig) -> None:
     age_bound(config)
     _check_data(config)
     for key, value in _named_checkpoints(config):
-        folder = Path(value).expanduser()
+        folder = Path(value)
         if not folder.is_dir() and not is_hub_id(value):
             raise FileNotFoundError(f"{key}={value}: no such folder, and not a hub id of the form owner/name")
         if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
@@ -208,14 +209,18 @@ def _check_data(config: RunConfig) -> None:
                 how = f"set data.{split} to a JSONL file" if given else f"set data.{split} or run job=data first"
                 raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
             # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
-            load_tasks(path, format=config.data.format, ignore_fields=config.data.ignore_fields)
+            loaded = load_tasks(path, format=config.data.format, ignore_fields=config.data.ignore_fields)
+            if split == "heldout":
+                check_best(config, loaded.tasks)
+        elif split == "heldout":
+            check_best(config, None)
 
 
 def check_nothing_needed_is_replaced(config: RunConfig, plans: dict[str, StagePlan]) -> None:
     """A run may not start from a checkpoint that it is about to replace. Raises ValueError."""
     fresh = [stage for stage in config.job.stages if stage not in plans or plans[stage].fresh]
     for key, value in _named_checkpoints(config):
-        source = Path(value).expanduser().resolve()
+        source = Path(value).resolve()
         for name in replaced_by(fresh):
             replaced = (config.root / name).resolve()
             if source == replaced or replaced in source.parents:

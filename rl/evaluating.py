@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.schema import RunConfig
+from evals.best import evaluated
 from evals.heldout import Condition, ScoredStream, collect, failed_turns, stream_request
-from evals.job import metric_name
 from rl.cluster import Session
 from rl.events import Events
+from rl.metric_names import metric_name
 from rl.monitor import Monitor
 from rl.weights import WeightLedger
 from streams.messages import GroupSummary, RewardJob, ScoreReport
@@ -61,7 +62,7 @@ class PeriodicEvaluation:
     ) -> None:
         """score: a reference to the learner's ScoreReport of a stream, None where it is at other weights."""
         self.config, self.session, self.events, self.ledger = config, session, events, ledger
-        self.tasks = tasks[: config.eval.tasks] if config.eval.tasks else tasks
+        self.tasks = evaluated(config, tasks)
         self.total = total
         self._say, self._done, self._score, self._monitor = say, done, score, monitor
         self._load = [0] * len(session.workers)

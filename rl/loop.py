@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from evals.best import named_best
 from rewards.compose import RewardResult
 from rl.advantages import group_advantages
 from rl.buffer import GroupBuffer, age_bound
 from rl.checkpoint import CheckpointState, promote, read_best, step_name
 from rl.evaluating import PeriodicEvaluation
 from rl.events import Events
+from rl.idle import IdleWatch
 from rl.journal import StepJournal, journal_path
 from rl.monitor import Monitor
 from rl.report import StepClock, mean_reward, step_metrics
@@ -63,7 +65,8 @@ class RLLoop:
     def __init__(
         self, context: StageContext, tasks: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...] = ()
     ) -> None:
-        self.context, self.config, self.session = context, context.config, context.session
+        # The start could check eval.best against rows that were there; now the generated ones are, too.
+        self.context, self.config, self.session = context, named_best(context.config, heldout), context.session
         self.progress, self.total = context.progress, context.steps
         state = context.resume
         self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(age_bound(self.config))
@@ -77,6 +80,7 @@ class RLLoop:
         self.published_off: OffToken | None = None
         self.result.best = read_best(self.checkpoints.folder / "best", self.version)
         self.journal = StepJournal.open(journal_path(self.config.root, "rl"), self.version)
+        self._idle = IdleWatch(self.config, (line.values for line in self.journal.of_kind("step")))
         self.events = Events(self.config.cluster.call_timeout_s, context.stop, self.session.explain_death)
         self.evaluation = PeriodicEvaluation(
             self.config,
@@ -435,6 +439,8 @@ class RLLoop:
         clock = StepClock(wall, self._learner_busy_s / self.context.seconds())
         values = step_metrics(report, groups, ages, swaps, clock, self.buffer.ready, self.result.dropped_groups)
         self.journal.append(self.version, values, tuple(g.summary.group for g in groups))
+        if said := self._idle.see(values):
+            self.progress.say(said)
         self.progress.step(
             "rl",
             self.version,

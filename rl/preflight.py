@@ -201,7 +201,7 @@ def needed_paths(config: RunConfig) -> tuple[NeededPath, ...]:
 
     Only what the driver itself sees: a video that exists nowhere costs its sample, not the run.
     """
-    paths = [(key, path) for key, value in _named_checkpoints(config) if (path := Path(value).expanduser()).is_dir()]
+    paths = [(key, path) for key, value in _named_checkpoints(config) if (path := Path(value)).is_dir()]
     for split in ("train", "heldout"):
         file = getattr(config.data, split)
         if file and Path(file).is_file():
@@ -220,7 +220,7 @@ def check_checkpoint_names(config: RunConfig, nodes: int) -> list[str]:
     """Actors resolve them in a folder of their own, so a path must be absolute; a hub id lands in one node's cache."""
     problems = []
     for key, value in _named_checkpoints(config):
-        path = Path(value).expanduser()
+        path = Path(value)
         if path.is_dir() and not path.is_absolute():
             problems.append(f"{key}={value} is relative, actors run in another folder: give {path.absolute()}")
         elif nodes > 1 and not path.is_dir() and is_hub_id(value):

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rl.metric_names import apart, metric_name
 from rl.results import ReadyGroup
 from streams.messages import SwapReport, TrainReport
 from streams.scoring.stats import LogpDiff
+
+TOTAL, ZERO_STD = "reward/total", "reward/zero_std_groups"
+OWN = ("total", "group_std", "zero_std_groups", "failed_streams")
+"""What `reward/` holds beside the terms."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,9 @@ def step_metrics(
     monitor = LogpDiff.merge([g.summary.monitor for g in groups])
     return {
         "reward/total": mean_reward(groups),
-        **{f"reward/{name}": float(np.mean([r.components[name] for r in results])) for name in results[0].components},
+        **{term_metric(name): float(np.mean([r.components[name] for r in results])) for name in results[0].components},
         "reward/group_std": float(np.mean([np.std([r.total for r in g.results]) for g in groups])),
+        "reward/zero_std_groups": float(np.mean([_spread(g) == 0 for g in groups])),
         "reward/failed_streams": float(sum(r.failed is not None for r in results)),
         **{f"train/{name}": value for name, value in report.metrics.items()},
         "age/mean": float(np.mean(ages)),
@@ -59,6 +65,17 @@ def step_metrics(
         "mismatch/worker_tokens": float(monitor.tokens),
         "step/wall_s": clock.wall_s,
     }
+
+
+def term_metric(name: str) -> str:
+    """The metric of a reward term, whose name is the user's: never one of our own."""
+    return metric_name(f"reward/{apart(name, OWN, '-term')}")
+
+
+def _spread(group: ReadyGroup) -> float:
+    """Of the rewards that count for the advantages. No standard deviation: rounding makes 1e-17 of equal rewards of 0.1."""
+    totals = [result.total for result in group.results if result.failed is None]
+    return max(totals) - min(totals) if totals else 0.0
 
 
 def mean_reward(groups: Sequence[ReadyGroup]) -> float:

@@ -174,7 +174,9 @@ class Run:
         summary = self._finish_summary(summary, stages_behind(self.root, checkpoints.values()))
         self.progress.say(f"summary: {self.root / 'summary.json'}")
         if self.tracker.enabled:
-            self.progress.say(f"metrics: .venv/bin/mlflow ui --backend-store-uri {self.tracker.uri}")
+            served = self.tracker.uri.startswith("http")
+            how = self.tracker.uri if served else f".venv/bin/mlflow ui --backend-store-uri {self.tracker.uri}"
+            self.progress.say(f"metrics: {how}")
         if report is not None:
             self.monitor.judge("learner, on held-out logs", report.diff, report.off)
 

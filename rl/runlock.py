@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from conf.redact import redact
+
 BEAT_S = 5.0
 STALE_S = 30.0
 """Without a beat for so long, a holder on another machine counts as dead."""
@@ -50,7 +52,7 @@ class Holder:
     @classmethod
     def this_process(cls) -> Holder:
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        command = " ".join(sys.argv)[:300]
+        command = redact(" ".join(sys.argv))[:300]
         return cls(socket.gethostname(), _machine(), os.getpid(), started, command, secrets.token_hex(8))
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.paths import with_home
 from conf.schema import JobConfig, RunConfig
 from rl.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
 from streams.memory import CUSTOM
@@ -189,7 +190,7 @@ class StageStore:
         elif self.config.resume == "auto":
             self.plans = {stage: self._auto(stage) for stage in wanted}
         else:
-            self.plans = self._from_path(Path(self.config.resume).expanduser().resolve(), wanted)
+            self.plans = self._from_path(Path(self.config.resume).resolve(), wanted)
         return self.plans
 
     def _auto(self, stage: str) -> StagePlan:
@@ -341,6 +342,8 @@ class StageStore:
         # A key that did not exist when the stage began had no other effect than its default has.
         default = flat(asdict(RunConfig(job=JobConfig("rl", ["rl"]))))
         before = {key: plain(default[key]) for key in now.keys() - before.keys() if key in default} | before
+        # Stages that began before paths were expanded where the configuration is loaded.
+        before = {key: with_home(key, value) for key, value in before.items()}
         # One that has become free since then is free for stages that noted it, too.
         before = {key: value for key, value in before.items() if key not in _FREE}
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]

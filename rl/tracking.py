@@ -1,8 +1,9 @@
 """Tracking: MLflow behind a thread of its own, and live progress on the terminal.
 
-Owner: rl. Named boundary: a tracker that fails is reported once and never stops or slows training. Metrics of a step
-are logged in one batch; their names are the fixed list in docs/metrics.md. Invariants: a resumed run continues its own
-MLflow run; a metric has at most one value per step; steps reach the charts only when a checkpoint holds them.
+Owner: rl. Named boundary: a tracker that fails is reported once and never stops or slows training; a single metric,
+parameter or artifact that is refused costs itself alone. Metrics of a step are logged in one batch; their names are the
+list in docs/metrics.md. Invariants: a resumed run continues its own MLflow run; a metric has at most one value per step;
+steps reach the charts only when a checkpoint holds them; a password in `tracking.uri` is used to connect, never shown.
 """
 
 from __future__ import annotations
@@ -12,26 +13,34 @@ import logging
 import math
 import os
 import queue
+import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from conf.redact import public_setting, public_uri, redact
 from conf.schema import TrackingConfig
 from rl.journal import JournalLine
+from rl.metric_names import metric_name
 
 log = logging.getLogger("sightline.tracking")
 CLOSE_TIMEOUT_S = 60.0
 PLAIN_LINES = 40
 """Lines that one stage prints at most, where there is no terminal to rewrite."""
 RUN_FILE = "tracking.json"
+_UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+"""MLflow's codes for an entry that it does not take, as against a store that cannot be written."""
 
 
 class Tracker:
-    """Writes parameters and metrics to MLflow in the background. `uri` is where to look at them.
+    """Writes parameters and metrics to MLflow in the background. `uri` is where to look at them, without
+    a password.
 
     resume: continue the MLflow run that `run_root/tracking.json` names, if there is one. remember: write that file.
     known: the run to continue if that file is lost (a checkpoint names it, too).
@@ -48,22 +57,23 @@ class Tracker:
         known: str = "",
     ) -> None:
         self.enabled = config.enabled
-        self.uri = config.uri or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+        self._address = config.uri or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+        self.uri = public_uri(self._address)
         self.failed: str | None = None
+        self.refused: set[str] = set()
         self.run_id: str | None = None
         self._config, self._root, self._name = config, root, run_name
         self._resume, self._remember, self._known = resume, remember, known
         # The default store moves with its run_root.
-        self._store = config.uri or "mlflow.db"
+        self._store = public_uri(config.uri) or "mlflow.db"
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
-        self._logged: dict[str, set[int]] = {}
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         if self.enabled:
             root.mkdir(parents=True, exist_ok=True)
             self._thread.start()
 
     def params(self, values: dict[str, Any]) -> None:
-        self._put("params", {key: str(value)[:500] for key, value in values.items()})
+        self._put("params", {metric_name(key): public_setting(key, value)[:500] for key, value in values.items()})
 
     def metrics(self, values: dict[str, float | None], step: int) -> None:
         """Log finite values; None and NaN (nothing to measure) are left out, never logged as 0."""
@@ -94,7 +104,7 @@ class Tracker:
         try:
             self._drain()
         except Exception as error:  # noqa: BLE001 - named boundary: the tracker
-            self.failed = f"{type(error).__name__}: {error}"
+            self.failed = redact(f"{type(error).__name__}: {error}")
             log.warning("tracking to %s stopped, training goes on: %s", self.uri, self.failed.splitlines()[0])
 
     def _drain(self) -> None:
@@ -106,26 +116,25 @@ class Tracker:
 
         for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        from mlflow.entities import Metric, Param
-
-        client = mlflow.MlflowClient(tracking_uri=self.uri)
+        client = mlflow.MlflowClient(tracking_uri=self._address)
         run, continued = self._open_run(client)
+        store = _Store(client, run, continued, self._refused)
         while (entry := self._queue.get()) is not None:
             kind, value = entry
             if kind == "params":
-                # MLflow refuses to change a parameter: the first attempt's stay, if it came so far.
-                if not continued or not client.get_run(run).data.params:
-                    client.log_batch(run, params=[Param(k, v) for k, v in value.items()])
+                store.params(value)
             elif kind == "metrics":
-                values, step, stamp = value
-                new = {k: v for k, v in values.items() if step not in self._steps(client, run, k, continued)}
-                client.log_batch(run, metrics=[Metric(k, v, stamp, step) for k, v in new.items()])
-                for key in new:
-                    self._logged[key].add(step)
+                store.metrics(*value)
             elif kind == "artifact":
-                client.log_artifact(run, str(value))
+                store.artifact(value)
             else:
                 client.set_terminated(run, status=value)
+
+    def _refused(self, what: str, error: Exception) -> None:
+        """A single thing that the store does not take costs itself, and is named once."""
+        if what not in self.refused:
+            self.refused.add(what)
+            log.warning("tracking: %s is left out, %s refused it: %s", what, self.uri, redact(_first_line(error)))
 
     def _open_run(self, client: Any) -> tuple[str, bool]:
         """(id, whether it is continued) of the MLflow run to write to."""
@@ -135,7 +144,7 @@ class Tracker:
             try:
                 client.update_run(known, status="RUNNING")
             except MlflowException as error:
-                log.warning("tracking: %s does not know run %s any more: %s", self.uri, known, error)
+                log.warning("tracking: %s does not know run %s any more: %s", self.uri, known, redact(str(error)))
             else:
                 self.run_id = known
                 self._keep(known)
@@ -154,7 +163,7 @@ class Tracker:
         """The MLflow run of the attempt before, empty if there was none or if it wrote to another store."""
         try:
             known = json.loads((self._root / RUN_FILE).read_text())
-            return str(known["run_id"]) if known["uri"] in (self._store, self.uri) else ""
+            return str(known["run_id"]) if public_uri(known["uri"]) in (self._store, self.uri) else ""
         except FileNotFoundError:
             return self._known
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -168,16 +177,86 @@ class Tracker:
             aside.write_text(json.dumps({"uri": self._store, "run_id": run_id}) + "\n")
             os.replace(aside, file)
 
-    def _steps(self, client: Any, run: str, key: str, continued: bool) -> set[int]:
+
+class _Store:
+    """One MLflow run, written from the tracker's thread. refused(what, error): told of what the store does not take.
+
+    Whatever else goes wrong (a server that is away, a full disk) is raised: then nothing more can be tracked.
+    """
+
+    def __init__(self, client: Any, run: str, continued: bool, refused: Callable[[str, Exception], None]) -> None:
+        self._client, self._run, self._continued, self._refused = client, run, continued, refused
+        self._logged: dict[str, set[int]] = {}
+        self._left_out: set[str] = set()
+
+    def params(self, values: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        # MLflow refuses to change a parameter: the first attempt's stay, if it came so far.
+        if self._continued and self._client.get_run(self._run).data.params:
+            return
+        params = [Param(key, value) for key, value in values.items()]
+        self._each("parameter", params, lambda some: self._client.log_batch(self._run, params=some))
+
+    def metrics(self, values: dict[str, float], step: int, stamp: int) -> None:
+        """Values of one step, without those that the run has already."""
+        from mlflow.entities import Metric
+
+        names = [name for name in values if name not in self._left_out and step not in self._steps(name)]
+        new = [Metric(name, values[name], stamp, step) for name in names]
+        self._each("metric", new, lambda some: self._client.log_batch(self._run, metrics=some))
+        for metric in new:
+            self._logged[metric.key].add(step)
+
+    def artifact(self, path: Path) -> None:
+        try:
+            self._client.log_artifact(self._run, str(path))
+        except OSError as error:  # the file is not there any more, or cannot be read
+            self._refused(f"artifact {path.name}", error)
+
+    def _each(self, what: str, entries: list[Any], write: Callable[[list[Any]], None]) -> None:
+        """Write all entries at once; if one is refused, one by one, so that the others arrive. MLflow checks every entry of a
+        batch before it writes the first.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            write(entries)
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+        else:
+            return
+        for entry in entries:
+            try:
+                write([entry])
+            except MlflowException as error:
+                if error.error_code not in REFUSALS:
+                    raise
+                self._left_out.add(entry.key)
+                self._refused(f"{what} {entry.key!r}", error)
+
+    def _steps(self, key: str) -> set[int]:
         """Steps at which `key` has a value already; the store is asked once per key of a continued run."""
         if key not in self._logged:
-            before = client.get_metric_history(run, key) if continued else []
+            before = self._client.get_metric_history(self._run, key) if self._continued else []
             self._logged[key] = {int(metric.step) for metric in before}
         return self._logged[key]
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _finite(values: dict[str, float | None]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: what rows and files are called may hold characters that would move its cursor or clear it. They
+    are shown by their code points. A line's end stays.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Progress:
@@ -192,7 +271,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._close_line()
-        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {text}", markup=False, soft_wrap=True)
+        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {visible(text)}", markup=False, soft_wrap=True)
 
     def step(self, stage: str, done: int, total: int, values: dict[str, float | None]) -> None:
         """Where a stage stands."""

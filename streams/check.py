@@ -20,6 +20,7 @@ from streams.dataset import FORMATS, SkippedSample, load_tasks, write_tasks
 from streams.decode import DURATION_SLACK_S
 from streams.durations import bounded, video_seconds
 from streams.layout import STREAMING_TOKENS
+from streams.paths import user_path
 from streams.task import StreamTask
 from streams.video import ClipReader, VideoConfig, VideoError
 
@@ -116,12 +117,12 @@ def _spread(values: list[float] | list[int]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m streams.check", description="Check a task file and its videos.")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=user_path)
     parser.add_argument("--format", choices=FORMATS, default="auto", help="as data.format")
     parser.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="as data.ignore_fields")
     parser.add_argument("--chunk-seconds", type=float, default=1.0, help="as data.video.chunk_seconds")
     parser.add_argument("--max-chunks", type=int, default=0, help="as data.video.max_chunks")
-    parser.add_argument("--write", type=Path, metavar="OUT", help="write the usable rows in our own format")
+    parser.add_argument("--write", type=user_path, metavar="OUT", help="write the usable rows in our own format")
     options = parser.parse_args(arguments)
     try:
         video = VideoConfig(chunk_seconds=options.chunk_seconds, max_chunks=options.max_chunks)

@@ -151,7 +151,7 @@ def parse_row(value: Any, folder: Path) -> StreamTask:
     row = Fields(value, "", _ROW_KEYS)
     return StreamTask(
         id=row.text("id"),
-        video=str(folder / row.text("video")),
+        video=str(folder / row.path("video")),
         start=row.number("start", 0.0),
         end=row.number("end") if row.has("end") else math.inf,
         queries=tuple(_query(item) for item in row.items("queries", {"time", "text", "stay_open", "until"})),
@@ -188,9 +188,11 @@ def _answer(item: Fields) -> ExpectedAnswer:
 
 def _row(task: StreamTask, folder: Path) -> dict[str, Any]:
     video = Path(task.video).absolute()
+    name = str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video)
     row: dict[str, Any] = {
         "id": task.id,
-        "video": str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video),
+        # Read back, a leading ~ would mean a home folder.
+        "video": f"./{name}" if name.startswith("~") else name,
         "start": task.start,
         **({"end": task.end} if math.isfinite(task.end) else {}),
         "queries": [_query_row(query) for query in task.queries],

@@ -164,7 +164,7 @@ def is_hub_id(path: str) -> bool:
 
 def resolve_checkpoint(path: str) -> Path:
     """A local folder as it is, a hub id through the hub's cache (downloads on first use)."""
-    local = Path(path).expanduser()
+    local = Path(path)
     if local.is_dir():
         return local
     if not is_hub_id(path):

@@ -11,6 +11,8 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from streams.paths import expand_home
+
 
 def parse_line(line: str, ignore: Collection[str] = ()) -> Any:
     """The JSON value of one line, without the fields that `ignore` names, wherever they stand."""
@@ -101,6 +103,14 @@ class Fields:
         except UnicodeEncodeError:
             raise ValueError(f"{self._name(key)} holds half of a surrogate pair: {value!a}") from None
         return value
+
+    def path(self, key: str) -> str:
+        """A text that is a path; a leading `~` is the home folder."""
+        text = self.text(key)
+        try:
+            return expand_home(text)
+        except ValueError as error:
+            raise ValueError(f"{self._name(key)}={error}") from None
 
     def items(self, key: str, allowed: set[str], *, optional: bool = False) -> Iterator[Fields]:
         value = self._get(key, [] if optional else None)

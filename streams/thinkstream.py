@@ -55,7 +55,7 @@ def answer_kind(text: str) -> AnswerKind:
 def parse_record(value: Any, folder: Path, number: int) -> StreamTask:
     """One record, from line `number`, as a task; its id is `NUMBER-video`, its category the first answer's kind."""
     row = Fields(value, "", _ROW_KEYS)
-    video = row.text("video_path")
+    video = row.path("video_path")
     if row.has("num_tokens") and row.integer("num_tokens", 0) < 0:
         raise ValueError("num_tokens must not be negative")
     queries, answers = _messages(row)

@@ -136,6 +136,16 @@ def test_fields_of_a_training_are_null_without_one():
     assert json.loads(json.dumps(fields)) == fields
 
 
+def test_a_category_that_would_clear_the_terminal_is_shown_and_takes_one_row():
+    summary = heldout_fields({"sft": result(("\x1b[2Jgone", True), ("two\nlines", False), ("颜色", True))})
+    lines = printed(summary)
+    assert not any("\x1b[2J" in line for line in lines)
+    assert row(lines, "\\x1b[2Jgone") == ["1.000"]
+    assert row(lines, "two\\nlines") == ["0.000"]
+    assert row(lines, "颜色") == ["1.000"]
+    assert "\x1b[2Jgone" in summary["evaluations"]["sft"]["accuracy_by_category"], "as the rows have it"
+
+
 def test_any_category_becomes_a_metric_name_that_trackers_take():
     from mlflow.utils.validation import _validate_metric_name
 

@@ -230,3 +230,72 @@ def test_group_normalisation_of_a_single_stream_and_an_unknown_kind_are_refused_
     assert group_advantages(np.array([1.0]), "mean").tolist() == [0.0]
     with pytest.raises(ValueError, match=r"algorithm\.advantage='rloo'"):
         group_advantages(np.array([1.0, 0.0]), "rloo")
+
+
+# --- log-ratios that overflow -----------------------------------------------------------------------------------------
+
+FAR = (21.0, 60.0, 88.0, 89.0, 120.0, 800.0, 1e30)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def unbounded(logp, behaviour, advantage, reference=None):
+    """The loss as the papers write it, without a bound."""
+    log_ratio = logp - behaviour
+    ratio = log_ratio.exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
+    if reference is not None:
+        difference = reference - logp
+        loss = loss + 0.1 * (difference.exp() - difference - 1.0).sum()
+    return loss / 3.0
+
+
+def bounded(logp, behaviour, advantage, reference=None):
+    settings_ = {"normaliser": 3.0, "clip_low": 0.2, "clip_high": 0.2}
+    return grpo_loss(logp, behaviour, advantage, **settings_, reference=reference, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 2.0])
+@pytest.mark.parametrize("far", FAR)
+def test_a_log_ratio_of_any_size_has_a_finite_loss_and_gradient(far, advantage, dtype):
+    logp = torch.tensor([0.0, -1.0], dtype=dtype, requires_grad=True)
+    behaviour = torch.tensor([-far, -1.0], dtype=dtype)
+    loss, sums = bounded(logp, behaviour, torch.full((2,), advantage, dtype=dtype))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(value.isfinite() for value in sums.values())
+    assert logp.grad.isfinite().all()
+    assert logp.grad[0] == 0, "beyond the bound the objective is flat"
+    # The other token trains as if the far one were not there.
+    assert logp.grad[1].item() == pytest.approx(-advantage / 3.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("far", FAR)
+def test_the_kl_of_any_distance_to_the_reference_is_finite(far, dtype):
+    logp = torch.tensor([-far, -1.0, 0.0], dtype=dtype, requires_grad=True)
+    reference = torch.tensor([0.0, -1.0, -far], dtype=dtype)
+    kl = k3_kl(logp, reference)
+    kl.sum().backward()
+    assert kl.isfinite().all()
+    assert (kl >= 0).all()
+    assert logp.grad.isfinite().all()
+    # Far above the reference the penalty grows with the distance, and pulls back.
+    assert kl[2].item() == pytest.approx(far - 1, rel=1e-2)
+    assert logp.grad[2] > 0.99
+
+
+@given(st.lists(st.tuples(st.floats(-200, 20), st.floats(-5, 5), st.floats(-200, 20)), min_size=1, max_size=16))
+@settings(max_examples=200, deadline=None)
+def test_up_to_the_bound_values_and_gradients_are_bit_for_bit_those_without_one(rows):
+    for dtype in DTYPES:
+        away, advantage, apart = (torch.tensor(column, dtype=dtype) for column in zip(*rows, strict=True))
+        found = []
+        for loss_of in (bounded, unbounded):
+            logp = torch.zeros_like(away, requires_grad=True)
+            loss = loss_of(logp, -away, advantage, apart)
+            loss = loss[0] if isinstance(loss, tuple) else loss
+            loss.backward()
+            found.append((loss.detach(), logp.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])

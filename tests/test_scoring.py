@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -168,3 +170,13 @@ def test_k3_estimates_the_divergence_of_the_two_distributions():
     found = LogpDiff.of(np.log(learner[drawn]) - np.log(engine[drawn]))
     assert found.k3 == pytest.approx((engine * np.log(engine / learner)).sum(), rel=0.03)
     assert LogpDiff.of(np.array([0.5, -0.5])).mean == 0.5
+
+
+@pytest.mark.parametrize("far", [25.0, 90.0, 300.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_large_difference_is_reported_as_it_is_and_its_k3_stays_finite(far, dtype):
+    found = LogpDiff.of(np.array([0.0, far], dtype=dtype))
+    assert found.max == far
+    assert found.mean == far / 2
+    assert found.k3 == pytest.approx((math.exp(far) - 1 - far) / 2, rel=1e-6)
+    assert LogpDiff.of(np.array([-far], dtype=dtype)).k3 == pytest.approx(far - 1)

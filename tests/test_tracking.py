@@ -117,15 +117,32 @@ def test_another_attempt_continues_the_run_wherever_the_folder_is_and_whatever_b
 
 
 @pytest.mark.slow
-def test_a_metric_that_the_store_refuses_stops_tracking_only(tmp_path):
-    tracker = Tracker(TrackingConfig(), tmp_path, "rl-seed0")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_the_store_refuses_costs_itself_and_is_named_once(tmp_path, caplog, resumed):
+    tracker = Tracker(TrackingConfig(), tmp_path, "rl-seed0", resume=True)
+    if resumed:
+        tracker.metrics({"reward/total": 0.0}, step=0)
+        tracker.close()
+        tracker = Tracker(TrackingConfig(), tmp_path, "rl-seed0", resume=True)
+    tracker.params({"seed": 1, "reward.terms.a//b ?.weight": 2.0, "x" * 300: 3})
     tracker.metrics({"reward/total": 0.5}, step=1)
-    tracker.metrics({"no ? name": 0.5}, step=2)
-    tracker.metrics({"reward/total": 0.75}, step=3)
+    for step in (2, 3):
+        tracker.metrics({"train/loss": 0.1, "no ? name": 0.5, "a//b": 0.5, "x" * 300: 1.0, "reward/total": 0.75}, step)
+    tracker.metrics({"no ? name": 0.5}, step=4)
+    tracker.artifact(tmp_path / "not-there.json")
+    tracker.metrics({"reward/total": 1.0}, step=5)
     tracker.close()
-    assert tracker.failed is not None
+    assert tracker.failed is None
     client, (run,) = runs(tracker.uri)
-    assert history(client, run, "reward/total") == [(1, 0.5)], "what had arrived stays"
+    before = [(0, 0.0)] if resumed else []
+    assert history(client, run, "reward/total") == [*before, (1, 0.5), (2, 0.75), (3, 0.75), (5, 1.0)]
+    assert history(client, run, "train/loss") == [(2, 0.1), (3, 0.1)]
+    assert run.info.status == "FINISHED"
+    assert sorted(run.data.params.values()) == ["1", "2.0", "3"], "parameters with a user's words in their names, too"
+    said = [record.getMessage() for record in caplog.records if record.name == "sightline.tracking"]
+    assert len(said) == 4
+    for name in ("'no ? name'", "'a//b'", f"'{'x' * 300}'", "not-there.json"):
+        assert sum(name in line for line in said) == 1
 
 
 def test_a_disabled_tracker_does_nothing(tmp_path):

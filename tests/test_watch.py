@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from streams.memory import MemoryConfig
 from streams.tiny import build_tiny
 from tests.clips import write_clip
 from tests.test_config import composed
-from tests.test_run import launch
+from tests.test_driverlog import interrupted
+from tests.test_run import ROOT, launch
 from tests.test_streaming_settings import trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -131,3 +134,26 @@ def test_a_checkpoint_without_settings_is_watched_with_those_of_the_configuratio
     assert done.returncode == 0, done.stderr
     assert "has no streaming.json" in done.stderr
     assert MemoryConfig("full").name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("after", "ready"),
+    [(0.6, ""), (1.2, ""), (2.5, ""), (4.0, ""), (0.0, "memory rcsm"), (0.3, "memory rcsm"), (0.0, "5.0-5.5 s")],
+    ids=["configuration", "torch", "model", "film", "introduced", "first turns", "turns"],
+)
+def test_ctrl_c_ends_it_with_one_line_and_leaves_nobody_behind(made, tmp_path, after, ready):
+    frames = np.random.default_rng(0).integers(0, 256, (600, 64, 64, 3), dtype=np.uint8)
+    write_clip(tmp_path / "long.mp4", frames, 10, {})
+    status, _, err = interrupted(
+        "job=watch", f"video={tmp_path / 'long.mp4'}", f"model={made[0]}", after=after, ready=ready
+    )
+    assert status == 130
+    assert err.splitlines() == ["stopped by Ctrl-C"]
+
+
+def test_a_reader_that_goes_ends_it_without_a_word(made):
+    words = f"job=watch video={made[1]} model={made[0]}"
+    script = f"{sys.executable} launch.py {words} | head -n 3; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines()[-1] == "1"
+    assert done.stderr == ""

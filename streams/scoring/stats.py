@@ -32,7 +32,9 @@ class LogpDiff:
         if not len(differences):
             return cls()
         size = np.abs(differences)
-        # A difference that overflows makes the estimate infinite, which says enough.
+        # float64: in float32 a finite difference above 88 would make the estimate infinite, and that stops a run whatever
+        # its limits. Nothing is bounded here: what is reported is the difference as it is.
+        differences = differences.astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
             k3 = np.expm1(differences) - differences
         return cls(len(size), float(size.mean()), float(size.max()), float(k3.mean()))

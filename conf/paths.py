@@ -1,0 +1,57 @@
+"""Which keys of the configuration are paths, and `~` in them: the one place where the configuration's `~` is expanded.
+
+Owner: conf. Invariant: nothing behind a loaded configuration expands anything.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from streams.paths import expand_home
+
+PATH_KEYS = (
+    "run_root",
+    "resume",
+    "data.train",
+    "data.heldout",
+    "model.path",
+    "algorithm.init",
+    "algorithm.reference",
+    "eval.checkpoint",
+    "watch.video",
+    "tracking.uri",
+)
+"""tracking.uri is one where it names a local store: a plain path, `file:` or `sqlite:///`."""
+
+_LOCAL_STORE = re.compile(r"(sqlite:///|file:(?://)?/?)?(~.*)", re.DOTALL)
+
+
+def with_home(key: str, value: Any) -> Any:
+    """The value of a configuration key with its `~` expanded; as it is if the key is no path. Raises ValueError."""
+    if key not in PATH_KEYS or not isinstance(value, str):
+        return value
+    try:
+        if key == "tracking.uri":
+            return _local_store(value)
+        return expand_home(value)
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from None
+
+
+def expand_homes(config: DictConfig) -> None:
+    """Expand `~` in every path of a merged configuration, in place. Raises ValueError with the key."""
+    for key in PATH_KEYS:
+        given = OmegaConf.select(config, key)
+        if (expanded := with_home(key, given)) != given:
+            OmegaConf.update(config, key, expanded)
+
+
+def _local_store(uri: str) -> str:
+    found = _LOCAL_STORE.fullmatch(uri)
+    if found is None:
+        return uri
+    scheme, path = found[1] or "", expand_home(found[2])
+    return f"file://{path}" if scheme.startswith("file:") else f"{scheme}{path}"

@@ -1,0 +1,52 @@
+"""Passwords and tokens in addresses: what is printed or stored in place of them.
+
+Owner: conf. Pure. Invariant: the address that connects stays in `TrackingConfig.uri` alone; whatever is shown, logged, or
+written below run_root or into MLflow has been through one of these functions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+MASK = "***"
+
+_USER = (
+    # A database's user:password@, whose password may hold a slash (SQLAlchemy reads it so): up to the last @.
+    re.compile(r"((?<!http)(?<!https)(?<!sqlite)(?<!file)://)\S*@"),
+    # That of any other authority, which ends at the first slash; the last @ in it counts, as for a browser.
+    re.compile(r"(://)[^\s/?#]*@"),
+    # A slash in such a password all the same: no port follows the colon, and an @ comes later.
+    re.compile(r"(://)[^\s/?#@:]*:(?!\d{1,5}(?:\W|$))\S*@"),
+)
+_NAME = (
+    r"(?:[\w.-]*[._-])?(?:pass|passwd|password|passphrase|pwd|secret|token|api_?key|access_?key|signature|credentials?)"
+)
+_NAMED = re.compile(rf"((?:^|[\s?&;'\"+]){_NAME}=)[^\s&;#'\"]+", re.IGNORECASE | re.MULTILINE)
+_SECRET_KEY = re.compile(_NAME, re.IGNORECASE)
+_QUERY = re.compile(r"(?<==)[^&;#]+")
+
+
+def redact(text: str) -> str:
+    """Free text (a log line, an error, a command line) without what stands before the @ of an address, and without the
+    values of parameters that are named like secrets. Ports, hosts, paths and other parameters stay.
+    """
+    if "://" in text:
+        for pattern in _USER:
+            text = pattern.sub(rf"\g<1>{MASK}@", text)
+    return _NAMED.sub(rf"\g<1>{MASK}", text) if "=" in text else text
+
+
+def public_uri(uri: str) -> str:
+    """An address as it may be shown: without user and password, and without the values of its parameters, whatever they
+    are called. Two addresses of one store that differ in these alone are the same.
+    """
+    address, mark, query = redact(uri).partition("?")
+    return address + mark + _QUERY.sub(MASK, query)
+
+
+def public_setting(key: str, value: Any) -> str:
+    """A setting's value as it may be stored: masked if its key is named like a secret (a reward term's `api_key`)."""
+    if value and _SECRET_KEY.fullmatch(key):
+        return MASK
+    return public_uri(value) if key == "tracking.uri" else redact(str(value))

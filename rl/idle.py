@@ -1,0 +1,80 @@
+"""Steps that taught nothing, because every stream of each group earned the same: counted, and said with what to look at.
+
+Owner: rl. Pure. It reads what the journal holds of every step, so a resumed stage goes on counting. Invariant: a notice, never
+a stop; the first after `monitor.idle_steps` steps in a row, the next after twice as many, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from conf.schema import RunConfig
+from rl.report import TOTAL, ZERO_STD, term_metric
+
+Values = Mapping[str, float | None]
+
+
+class IdleWatch:
+    """Counts steps in a row in which every group's spread was 0."""
+
+    def __init__(self, config: RunConfig, before: Iterable[Values] = ()) -> None:
+        """before: the values of the stage's earlier steps, in order."""
+        self._config, self._after = config, config.monitor.idle_steps
+        self.steps = 0
+        self._all_zero = 0
+        self._sums: dict[str, float] = {}
+        for values in before:
+            self._count(values)
+
+    def see(self, values: Values) -> str | None:
+        """Count a step; what to say after it, if anything."""
+        self._count(values)
+        if not self._after or self.steps < self._after:
+            return None
+        times, rest = divmod(self.steps, self._after)
+        return self._words() if not rest and times & (times - 1) == 0 else None
+
+    def _count(self, values: Values) -> None:
+        # A step of a journal from before the share was kept is no reason to speak.
+        if values.get(ZERO_STD) != 1.0:
+            self.steps, self._all_zero, self._sums = 0, 0, {}
+            return
+        self.steps += 1
+        self._all_zero = self._all_zero + 1 if values.get(TOTAL) == 0 else 0
+        for name in self._terms():
+            self._sums[name] = self._sums.get(name, 0.0) + (values.get(term_metric(name)) or 0.0)
+
+    def _terms(self) -> list[str]:
+        return sorted(self._config.reward.terms)
+
+    def _words(self) -> str:
+        means = {name: self._sums[name] / self.steps for name in self._terms()}
+        listed = ", ".join(f"{name} {mean:.3g}" for name, mean in means.items())
+        if self._all_zero == self.steps:
+            what = f"every reward of the last {self.steps} steps is 0"
+        else:
+            what = f"in each group of the last {self.steps} steps every stream earned the same"
+        return (
+            f"warning: rl: {what}: every advantage is 0 and nothing is learned. Mean of each reward term: {listed}. "
+            f"{self._look(means)}"
+        )
+
+    def _look(self, means: Mapping[str, float]) -> str:
+        """What to look at, by what the terms say."""
+        zero = [name for name, mean in means.items() if mean == 0]
+        if means and all(mean == 1 for mean in means.values()):
+            return "Every stream is worth the maximum: the tasks are solved, harder ones would go on teaching"
+        temperature = f"rollout.temperature={self._config.rollout.temperature:g}"
+        if not zero:
+            return (
+                f"Look at whether the streams of a group differ at all ({temperature}), and whether the tasks are so easy, or "
+                "so hard, that all do alike"
+            )
+        combined = " (with reward.combine=product one term of 0 makes every reward 0)"
+        first = f"Look at {', '.join(zero)} first{combined if self._config.reward.combine == 'product' else ''}: "
+        return (
+            f"{first}whether what the model says has the form that the reward reads (transcripts of job=eval), whether the "
+            "answers can be given at all (`python -m streams.check` on data.train; due before data.max_turns, shorter than "
+            f"layout.max_new_tokens), and whether a longer cold start or {temperature} raised would let some stream "
+            "succeed"
+        )

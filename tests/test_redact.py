@@ -1,0 +1,80 @@
+"""Passwords in addresses: what is shown in their place, wherever an address is shown."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conf.redact import public_setting, public_uri, redact
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://bob:hunter2@host:5000/x", "http://***@host:5000/x"),
+        ("https://hunter2@host", "https://***@host"),
+        ("https://:hunter2@host/", "https://***@host/"),
+        ("http://bob:a@hunter2@host/x", "http://***@host/x"),
+        ("http://bob@corp.com:hunter2@host/x@y", "http://***@host/x@y"),
+        ("http://bob:hunter2/3@host/x", "http://***@host/x"),
+        ("postgresql://bob:1/hunter2@host/db", "postgresql://***@host/db"),
+        ("postgresql+psycopg2://bob:hunter2@host:5432/db", "postgresql+psycopg2://***@host:5432/db"),
+        ("mysql://host/db?user=bob&password=hunter2", "mysql://host/db?user=***&password=***"),
+        ("http://host/?token=hunter2&a=1#x", "http://host/?token=***&a=***#x"),
+        ("databricks://profile:hunter2@host", "databricks://***@host"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("http://host/a@b", "http://host/a@b"),
+        ("sqlite:////data/a@b/c:d@e.db", "sqlite:////data/a@b/c:d@e.db"),
+        ("mlflow.db", "mlflow.db"),
+        ("", ""),
+    ],
+)
+def test_an_address_is_shown_without_what_lets_one_in(address, shown):
+    assert public_uri(address) == shown
+    assert public_uri(shown) == shown
+    assert SECRET not in redact(f"could not reach '{address}': refused\nagain")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("launch.py tracking.uri=http://a:hunter2@h:1 seed=3", "launch.py tracking.uri=http://***@h:1 seed=3"),
+        ("MLFLOW_TRACKING_PASSWORD=hunter2 launch.py", "MLFLOW_TRACKING_PASSWORD=*** launch.py"),
+        ("GET /x?access_token=hunter2&page=2", "GET /x?access_token=***&page=2"),
+        ("+reward.terms.judge.api_key=hunter2", "+reward.terms.judge.api_key=***"),
+        ("compass=3 layout.max_new_tokens=30 rl 3/4", "compass=3 layout.max_new_tokens=30 rl 3/4"),
+        ("see http://h:80, mail a@b", "see http://h:80, mail a@b"),
+        ("eval of clip 12: what is 3=x@y?", "eval of clip 12: what is 3=x@y?"),
+    ],
+)
+def test_free_text_loses_its_secrets_and_nothing_else(text, shown):
+    assert redact(text) == shown
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=6, max_size=20)
+
+
+@given(WORDS, st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]))
+def test_no_password_of_a_valid_address_is_ever_shown(word, scheme):
+    secret = f"S3CRET{quote(word, safe='')}"
+    for address in (
+        f"{scheme}://bob:{secret}@host:5000/db",
+        f"{scheme}://{secret}@host",
+        f"{scheme}://h/x?key={secret}",
+    ):
+        assert "S3CRET" not in public_uri(address)
+    assert "S3CRET" not in redact(f"error: {scheme}://bob:{secret}@host:5000/db is away")
+
+
+def test_settings_that_are_named_like_secrets_are_masked_and_others_stored_as_they_are():
+    assert public_setting("tracking.uri", "http://a:b@h/?c=d") == "http://***@h/?c=***"
+    assert public_setting("reward.terms.judge.api_key", "hunter2") == "***"
+    assert public_setting("reward.terms.judge.api_key", "") == ""
+    assert public_setting("layout.max_new_tokens", 30) == "30"
+    assert public_setting("data.ignore_fields", ["a"]) == "['a']"
+    assert public_setting("seed", 0) == "0"
