@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Sequence
 
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
+from rewards.scripted import oracle_turns
 from streams.actorlog import open_actor_log
-from streams.messages import RewardJob
+from streams.messages import RewardJob, ScriptedJob
 
 
 class Scorer:
@@ -37,3 +40,30 @@ class Scorer:
             tuple(self._reward(StreamOutcome(job.task, turns, job.chunk_seconds)) for turns in job.turns)
             for job in jobs
         )
+
+    def oracle(
+        self, jobs: tuple[ScriptedJob, ...], think_tokens: int, seconds: float
+    ) -> tuple[tuple[RewardResult, ...], int]:
+        """Play the scripted oracle over the jobs: one result per job, and the length of its think spans.
+
+        It thinks nothing or `think_tokens` tokens a turn, whichever earns more over all jobs: a reward may pay for either.
+        The jobs are taken in order until `seconds` are over; there are then fewer results.
+        """
+        lengths = (0, think_tokens)
+        played = play(self._reward, jobs, lengths, seconds)
+        best = max(range(len(lengths)), key=lambda i: (sum(results[i].total for results in played), -i))
+        return tuple(results[best] for results in played), lengths[best]
+
+
+def play(
+    reward: Reward, jobs: Sequence[ScriptedJob], lengths: Sequence[int], seconds: float
+) -> list[tuple[RewardResult, ...]]:
+    """Per job, the oracle's result with every length of think spans; fewer jobs once `seconds` are over, never none."""
+    over = time.monotonic() + seconds
+    played: list[tuple[RewardResult, ...]] = []
+    for job in jobs:
+        if played and time.monotonic() > over:
+            break
+        scripts = (oracle_turns(job.task, job.chunk_seconds, job.turns, job.fits, tokens) for tokens in lengths)
+        played.append(tuple(reward(StreamOutcome(job.task, turns, job.chunk_seconds)) for turns in scripts))
+    return played

@@ -45,7 +45,7 @@ from streams.meter import Meter
 from streams.scoring.logprobs import behaviour_differences
 from streams.scoring.stats import LogpDiff, OffToken, most_telling
 from streams.task import StreamTask
-from streams.video import Clip, ClipReader
+from streams.video import Clip, ClipReader, VideoError
 from streams.writer import StreamWriter, check_timestamps_kept
 
 log = logging.getLogger("sightline.rollout")
@@ -229,22 +229,12 @@ class RolloutService:
             turns = turn_inputs(task.task, clip, layout, chunk, self.backbone.image.merge_size)
             # Of a task without a known end, the tail is cut where the video ends.
             if any(scripted.response is not None for scripted in task.script[len(turns) :]):
-                raise ValueError(
-                    f"the demonstration speaks after the video's end, which comes in turn {len(turns) - 1}"
+                raise VideoError(
+                    task.task.video,
+                    f"the demonstration speaks after the video's end, which comes in turn {len(turns) - 1}",
                 )
             for turn_input, scripted in zip(turns, task.script, strict=False):
-                ids = layout.demonstration(scripted.thought, scripted.response)
-                thought = ids.index(layout.tokens.think_end) + 1
-                if thought > layout.config.think_budget:
-                    raise ValueError(
-                        f"the thought of turn {writer.turn + 1} has {thought} tokens with its tags, more than "
-                        f"layout.think_budget={layout.config.think_budget}: {scripted.thought!r}"
-                    )
-                if len(ids) > layout.config.max_new_tokens:
-                    raise ValueError(
-                        f"the demonstration of turn {writer.turn + 1} has {len(ids)} tokens, more than "
-                        f"layout.max_new_tokens={layout.config.max_new_tokens}"
-                    )
+                ids = layout.within_budgets(scripted.thought, scripted.response, writer.turn + 1)
                 writer.begin_turn(turn_input, version=self.setup.version)
                 for token in ids:
                     writer.append_generated(token, self.setup.version, target=True)

@@ -28,6 +28,9 @@ from streams.turns import ParsedTurn
 STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
 """Added tokens in the published order; those that a tokenizer already has keep their ids."""
 
+ANSWER_SCAFFOLD = 4
+"""Generated tokens of a well-formed turn besides its thought and answer: both think tags, <response>, the end token."""
+
 MAX_STAMPS = 4096
 """Times whose ids are kept: the streams of a group, and of an epoch, share them."""
 
@@ -58,6 +61,14 @@ class LayoutConfig:
                 f"layout.max_new_tokens={self.max_new_tokens} must leave room for a decision and the end token "
                 f"after layout.think_budget={self.think_budget} (at least {self.think_budget + 2})"
             )
+
+
+class OverBudget(ValueError):
+    """A demonstrated turn that is longer than a budget. key: the config key of that budget."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,30 @@ class Layout:
         ids = [t.think, *self.text_ids(thought, "the thought"), t.think_end]
         ids += [t.silent] if response is None else [t.response, *self.text_ids(response, "the answer")]
         return [*ids, t.im_end]
+
+    def within_budgets(self, thought: str, response: str | None, turn: int) -> list[int]:
+        """Return the `demonstration` of turn number `turn`. Raises OverBudget if the engine lets no turn be as long."""
+        ids = self.demonstration(thought, response)
+        span = ids.index(self.tokens.think_end) + 1
+        if span > self.config.think_budget:
+            raise OverBudget(
+                "layout.think_budget",
+                f"the thought of turn {turn} has {span} tokens with its tags, more than "
+                f"layout.think_budget={self.config.think_budget}: {thought!r}",
+            )
+        if len(ids) > self.config.max_new_tokens:
+            raise OverBudget(
+                "layout.max_new_tokens",
+                f"the demonstration of turn {turn} has {len(ids)} tokens, more than "
+                f"layout.max_new_tokens={self.config.max_new_tokens}",
+            )
+        return ids
+
+    def fitting(self, answer: str) -> str | None:
+        """Return the beginning of an answer that fits into a turn with an empty thought; None if all of it does."""
+        ids = self.text_ids(answer, "the answer")
+        room = self.config.max_new_tokens - ANSWER_SCAFFOLD
+        return None if len(ids) <= room else str(self.tokenizer.decode(ids[:room])).strip()
 
     def parse_turns(self, log: StreamLog) -> tuple[ParsedTurn, ...]:
         """What each turn of a finished log thought and said."""
