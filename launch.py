@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rl.stop import REQUEUE_STATUS, Requeue, StopSignal
+from streams.terminal import escape_unprintable_output
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -204,6 +205,7 @@ def command_line(typed: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stopped_while_loading)
+    escape_unprintable_output()
     register_schema()
     typed = sys.argv[1:]
     sys.argv[1:] = plain_words(typed)

@@ -46,24 +46,28 @@ class Scorer:
     ) -> tuple[tuple[RewardResult, ...], int]:
         """Play the scripted oracle over the jobs: one result per job, and the length of its think spans.
 
-        It thinks nothing or `think_tokens` tokens a turn, whichever earns more over all jobs: a reward may pay for either.
+        It thinks nothing, or `think_tokens` tokens a turn where that earns more over all jobs: a reward may pay for either.
         The jobs are taken in order until `seconds` are over; there are then fewer results.
         """
-        lengths = (0, think_tokens)
-        played = play(self._reward, jobs, lengths, seconds)
-        best = max(range(len(lengths)), key=lambda i: (sum(results[i].total for results in played), -i))
-        return tuple(results[best] for results in played), lengths[best]
+        best = play(self._reward, jobs, 0, time.monotonic() + seconds / 2)
+        if all(result.total == 1 for result in best):
+            return best, 0
+        thinking = play(self._reward, jobs[: len(best)], think_tokens, time.monotonic() + seconds / 2)
+        if _total(thinking) <= _total(best[: len(thinking)]):
+            return best, 0
+        return thinking, think_tokens
 
 
-def play(
-    reward: Reward, jobs: Sequence[ScriptedJob], lengths: Sequence[int], seconds: float
-) -> list[tuple[RewardResult, ...]]:
-    """Per job, the oracle's result with every length of think spans; fewer jobs once `seconds` are over, never none."""
-    over = time.monotonic() + seconds
-    played: list[tuple[RewardResult, ...]] = []
+def play(reward: Reward, jobs: Sequence[ScriptedJob], think_tokens: int, over: float) -> tuple[RewardResult, ...]:
+    """The oracle's result per job; fewer, but never none, once the clock (time.monotonic) is past `over`."""
+    played: list[RewardResult] = []
     for job in jobs:
         if played and time.monotonic() > over:
             break
-        scripts = (oracle_turns(job.task, job.chunk_seconds, job.turns, job.fits, tokens) for tokens in lengths)
-        played.append(tuple(reward(StreamOutcome(job.task, turns, job.chunk_seconds)) for turns in scripts))
-    return played
+        turns = oracle_turns(job.task, job.chunk_seconds, job.turns, job.fits, think_tokens)
+        played.append(reward(StreamOutcome(job.task, turns, job.chunk_seconds)))
+    return tuple(played)
+
+
+def _total(results: Sequence[RewardResult]) -> float:
+    return sum(result.total for result in results)

@@ -53,9 +53,18 @@ def judge_rows(
     config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], checkpoint: Path, stage: str
 ) -> JudgedRows:
     """Judge the rows of a file for stage `sft`, `rl` or `eval`, which starts from the folder `checkpoint`."""
-    rows = tuple(RowTexts(task, _script(config, task) if stage == "sft" else ()) for task in tasks)
+    rows = row_texts(config, tasks, stage)
     reply = session.workers[0].read_rows.remote(str(checkpoint), config.layout, rows)
-    words: tuple[RowWords, ...] = session.call(reply, f"the tokenizer of {checkpoint} to read {len(rows)} rows")
+    return judged(config, tasks, session.call(reply, f"the tokenizer of {checkpoint} to read {len(rows)} rows"), stage)
+
+
+def row_texts(config: RunConfig, tasks: tuple[StreamTask, ...], stage: str) -> tuple[RowTexts, ...]:
+    """What the tokenizer is asked about: in a cold start also the demonstrations."""
+    return tuple(RowTexts(task, _script(config, task) if stage == "sft" else ()) for task in tasks)
+
+
+def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWords, ...], stage: str) -> JudgedRows:
+    """The verdict on every row, from its times and from what the tokenizer said about it."""
     used: list[StreamTask] = []
     skipped: list[SkippedSample] = []
     kept: list[SkippedSample] = []

@@ -77,12 +77,28 @@ def check(
                 if isinstance(length, str):
                     raise ValueError(length)
                 fitted = _within(task, length)
+                _refuse_unread(task, fitted, video)
             except ValueError as error:
                 found.skipped.append(_sample(task, str(error), Reason.VIDEO))
                 continue
             _judge(found, fitted, video, max_turns, layout)
     found.videos = len(lengths)
     return found
+
+
+def _refuse_unread(task: StreamTask, fitted: StreamTask, video: VideoConfig) -> None:
+    """A run that does not ask for lengths (data.video.max_chunks=0) reads up to the chunk of the last answer as the row has it,
+    also where that chunk starts after the video's end.
+    """
+    if video.max_chunks:
+        return
+    needed, there = (each.due_turns(video.chunk_seconds) for each in (task, fitted))
+    if needed > there:
+        last = max(answer.time for answer in task.answers)
+        raise ValueError(
+            f"an answer is due at {last:g} s, in a chunk that begins after the end of the video ({fitted.end:g} s): a run "
+            "with data.video.max_chunks=0 cannot read it, move the answer before the end"
+        )
 
 
 def _sample(task: StreamTask, reason: str, kind: Reason) -> SkippedSample:

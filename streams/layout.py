@@ -114,6 +114,9 @@ class Layout:
     timestamps: bool = False
     tokens: LayoutTokens = field(init=False)
     banned: tuple[int, ...] = field(init=False)
+    # Ids that no query, and that no thought or answer, may hold: asked for with every text.
+    _control: frozenset[int] = field(init=False)
+    _refused: frozenset[int] = field(init=False)
     # Ids of short texts that come again: times.
     _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
 
@@ -126,8 +129,10 @@ class Layout:
 
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
         self.tokens = LayoutTokens(*[one(name) for name in (*names, *STREAMING_TOKENS)])
+        self._control = frozenset(int(i) for i in self.tokenizer.added_tokens_decoder)
         self.banned = self._ban_list()
-        self._not_copied = np.union1d(self.banned, self._control_ids())
+        self._refused = self._control.union(self.banned)
+        self._not_copied = np.array(sorted(self._refused))
         encode = self._encode
         self._said = encode(SAID)
         self._newline_user = [*encode("\n"), self.tokens.im_start, *encode("user\n")]
@@ -145,9 +150,8 @@ class Layout:
     def query_ids(self, text: str, *, strip: bool = True) -> list[int]:
         """Ids of a query text. Raises ValueError if the text spells a control token (it could forge a turn)."""
         ids = self._encode(text.strip() if strip else text)
-        control = set(self._control_ids())
         for token in ids:
-            if token in control:
+            if token in self._control:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(f"the query {text!r} spells the control token {name!r}")
         return ids
@@ -155,9 +159,8 @@ class Layout:
     def text_ids(self, text: str, what: str) -> list[int]:
         """Ids of a demonstrated thought or answer; refuses banned and structural ids, naming `what`."""
         ids = self._encode(text.strip())
-        refused = set(self.banned) | set(self._control_ids())
         for token in ids:
-            if token in refused:
+            if token in self._refused:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(f"{what} {text!r} contains {name!r}, which the model may not write there")
         return ids
@@ -295,16 +298,12 @@ class Layout:
 
     def _decode(self, ids: np.ndarray) -> str:
         """Text without control and layout tokens (a thought comes without its tags)."""
-        control = set(self._control_ids())
-        return str(self.tokenizer.decode([int(i) for i in ids if int(i) not in control])).strip()
-
-    def _control_ids(self) -> list[int]:
-        return [int(i) for i in self.tokenizer.added_tokens_decoder]
+        return str(self.tokenizer.decode([int(i) for i in ids if int(i) not in self._control])).strip()
 
     def _ban_list(self) -> tuple[int, ...]:
         t = self.tokens
         allowed = {t.im_end, t.silent, t.response, t.think, t.think_end}
-        control = {i for i in self._control_ids() if i not in allowed}
+        control = self._control - allowed
         padded = range(len(self.tokenizer), self.vocab_rows)
         return tuple(sorted(i for i in control.union(padded) if i < self.vocab_rows))
 
