@@ -68,7 +68,7 @@ def check(
     loaded = load_tasks(path, format=format, ignore_fields=ignore_fields, contradiction=contradiction)
     found = Checked(skipped=list(loaded.skipped))
     lengths: dict[str, float | str] = {}
-    with ClipReader(VideoConfig()) as reader:
+    with ClipReader(video) as reader:
         for task in loaded.tasks:
             if task.video not in lengths:
                 lengths[task.video] = _opened(reader, task.video)
@@ -77,28 +77,23 @@ def check(
                 if isinstance(length, str):
                     raise ValueError(length)
                 fitted = _within(task, length)
-                _refuse_unread(task, fitted, video)
+                _refuse_unread(reader, task, fitted)
             except ValueError as error:
-                found.skipped.append(_sample(task, str(error), Reason.VIDEO))
+                reason = error.reason if isinstance(error, VideoError) else str(error)
+                found.skipped.append(_sample(task, reason, Reason.VIDEO))
                 continue
             _judge(found, fitted, video, max_turns, layout)
     found.videos = len(lengths)
     return found
 
 
-def _refuse_unread(task: StreamTask, fitted: StreamTask, video: VideoConfig) -> None:
-    """A run that does not ask for lengths (data.video.max_chunks=0) reads up to the chunk of the last answer as the row has it,
-    also where that chunk starts after the video's end.
+def _refuse_unread(reader: ClipReader, task: StreamTask, fitted: StreamTask) -> None:
+    """Read the chunk of the last answer as a run does that does not ask for lengths (data.video.max_chunks=0), where the row
+    puts it after the video's end. Raises VideoError.
     """
-    if video.max_chunks:
-        return
-    needed, there = (each.due_turns(video.chunk_seconds) for each in (task, fitted))
-    if needed > there:
-        last = max(answer.time for answer in task.answers)
-        raise ValueError(
-            f"an answer is due at {last:g} s, in a chunk that begins after the end of the video ({fitted.end:g} s): a run "
-            "with data.video.max_chunks=0 cannot read it, move the answer before the end"
-        )
+    chunk = reader.config.chunk_seconds
+    if not reader.config.max_chunks and task.due_turns(chunk) > fitted.due_turns(chunk):
+        reader.read_task(task, task.due_turns(chunk))
 
 
 def _sample(task: StreamTask, reason: str, kind: Reason) -> SkippedSample:
