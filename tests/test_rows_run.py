@@ -66,7 +66,7 @@ def run(tmp_path_factory):
 
 
 def test_rows_are_named_before_anything_trains_with_counts_and_lines(run):
-    said, _, lines, held = run
+    said, _, lines, _ = run
     start = said[: said.index("sft 1/2")]
     for words in (
         "sft: train: 4 rows left out: answer_too_long 1, control_token 1, due_after_last_turn 1, thought_too_long 1",
@@ -110,6 +110,6 @@ def test_the_summary_counts_by_reason(run):
         "thought_too_long": 1,
         "video_unusable": 1,
     }
-    assert summary["kept_by_reason"] == {"due_after_last_turn": 2, "turn_shared": 2}
+    assert summary["kept_by_reason"] == {"due_after_last_turn": 2, "turn_shared": 1}
     assert summary["skipped_samples"] == sum(summary["skipped_by_reason"].values()) == len(summary["skipped"])
     assert summary["reward_scripted_oracle"] == pytest.approx(0.8)
