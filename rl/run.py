@@ -43,7 +43,7 @@ from rl.stop import Requeue, StopSignal
 from rl.tracking import Progress, Tracker
 from rl.usage import usage_lines, usage_report, write_usage
 from sft.loop import SftLoop, SftResult
-from streams.dataset import SkippedSample, TaskFile, load_tasks
+from streams.dataset import SkippedSample, TaskFile, counted, load_tasks
 from streams.geometry import ModelGeometry
 from streams.messages import DeviceInfo, LearnerSetup, WorkerSetup
 from streams.pretrained import resolve_checkpoint
@@ -253,6 +253,9 @@ class Run:
         result.skipped = [*self.rows[stage].skipped, *result.skipped]
         self.skipped += result.skipped
         result.skipped = [*self.bad_rows["train"], *result.skipped]
+        if result.skipped:
+            counts = ", ".join(f"{kind} {count}" for kind, count in counted(result.skipped).items())
+            self.progress.say(f"{stage}: left out, by reason: {counts} (all of them: stages/{stage}.json)")
 
     def _prepare_stage(
         self, stage: str, checkpoint: Path, learner: LearnerConfig, steps: int, tasks: tuple[StreamTask, ...]
