@@ -8,6 +8,7 @@ order of the tasks, whichever stream ends first.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,12 @@ import numpy as np
 from conf.schema import RunConfig
 from evals.categories import ALL, category_name
 from rewards.compose import RewardResult
-from rewards.scripted import oracle_turns, silent_turns
+from rewards.scripted import silent_turns
 from rl.cluster import Session
 from rl.monitor import Monitor
+from rl.rows import play_oracle
 from rl.tracking import Progress
-from streams.dataset import SkippedSample
+from streams.dataset import SkippedSample, at_row
 from streams.memory import MemoryConfig
 from streams.messages import GroupSummary, RewardJob, RolloutTask
 from streams.task import StreamTask
@@ -91,7 +93,7 @@ def evaluate(
         done[index] = (summary, payload)
         monitor.observe(f"rollout worker {summary.worker}", summary.monitor, summary.off)
         if summary.failed is not None:
-            progress.say(f"eval: failed {task.id}: {summary.failed}")
+            progress.say(f"eval: failed {task.id}: {summary.failed}{at_row(task)}")
     watched = [(task, *done[index]) for index, task in enumerate(tasks)]
     said = [
         failed_turns(config, task) if summary.failed is not None else summary.turns[0] for task, summary, _ in watched
@@ -135,7 +137,7 @@ def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_
         for answer in stream.result.answers:
             by_category.setdefault(category_name(answer.category), []).append(answer.correct)
     every = [correct for values in by_category.values() for correct in values]
-    skipped = [SkippedSample(f"task {s.task.id} ({s.task.video})", s.failed) for s in streams if s.failed is not None]
+    skipped = [SkippedSample.failure(s.task, s.failed) for s in streams if s.failed is not None]
     return EvalResult(
         condition=name,
         n=len(every),
@@ -150,18 +152,16 @@ def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_
     )
 
 
-def scripted_rewards(config: RunConfig, session: Session, tasks: tuple[StreamTask, ...]) -> tuple[float, float]:
+def scripted_rewards(
+    config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], fits: Mapping[str, Mapping[int, str]]
+) -> tuple[float, float]:
     """(mean reward of a scripted oracle, of constant silence) over the tasks, through the run's own scorer."""
-    means = []
-    for script in ("oracle", "silent"):
-        jobs = []
-        for task in tasks:
-            chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
-            said = oracle_turns(task, chunk, turns) if script == "oracle" else silent_turns(turns)
-            jobs.append(RewardJob(task.id, task, (said,), chunk))
-        scores = session.call(session.scorer.score.remote(tuple(jobs)), f"the scores of the {script} script")
-        means.append(float(np.mean([r[0].total for r in scores])))
-    return means[0], means[1]
+    jobs = tuple(
+        RewardJob(task.id, task, (failed_turns(config, task),), config.data.video.chunk_seconds_of(task))
+        for task in tasks
+    )
+    scores = session.call(session.scorer.score.remote(jobs), "the scores of the silent script")
+    return play_oracle(config, session, tasks, fits).reward, float(np.mean([r[0].total for r in scores]))
 
 
 def chance(tasks: tuple[StreamTask, ...], category: str) -> float | None:

@@ -6,7 +6,7 @@ mismatch of exactness between engine and learner on streams nobody trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,12 @@ def run_evaluation(
     learner_setup: Callable[[Path], LearnerSetup],
     tracker: Tracker,
     progress: Progress,
+    fits: Mapping[str, Mapping[int, str]],
 ) -> tuple[dict[str, Any], ScoreReport | None]:
-    """Evaluate `checkpoints` (name -> folder, in order); returns the summary's fields, and the mismatch if it was measured."""
+    """Evaluate `checkpoints` (name -> folder, in order); returns the summary's fields, and the mismatch if it was measured.
+
+    fits: of answers longer than a turn, by task id and index, what a turn can hold (`rl.rows`).
+    """
     if not tasks:
         raise ValueError("there is no usable held-out task (see the skipped lines above, and data.heldout)")
     results: dict[str, EvalResult] = {}
@@ -64,7 +68,7 @@ def run_evaluation(
             step=0,
         )
     write_transcripts(config, session, results, tuple(checkpoints), tracker, progress)
-    oracle, silent = scripted_rewards(config, session, tasks)
+    oracle, silent = scripted_rewards(config, session, tasks, fits)
     skipped = [asdict(sample) for result in results.values() for sample in result.skipped]
     summary = {
         **heldout_fields(results),

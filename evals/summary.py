@@ -20,6 +20,7 @@ from rich.text import Text
 from evals.categories import ALL
 from evals.heldout import EvalResult
 from rl.tracking import visible
+from streams.dataset import SkippedSample, counted
 from streams.messages import ScoreReport
 from streams.strict_json import dumps
 from streams.synthetic import MODES
@@ -139,6 +140,23 @@ def training_fields(rl: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def samples(values: Iterable[dict[str, Any]]) -> list[SkippedSample]:
+    """The samples that a stage's manifest or a result lists as JSON."""
+    return [SkippedSample(**value) for value in values]
+
+
+def rows_fields(skipped: Iterable[SkippedSample], kept: Iterable[SkippedSample]) -> dict[str, Any]:
+    """What was left out, and what was used although not all of it can be answered: each once, with counts by reason."""
+    fields: dict[str, Any] = {}
+    for name, found in (("skipped", skipped), ("kept", kept)):
+        # Stages that read the same file say the same of it.
+        distinct = sorted(set(found), key=lambda sample: (sample.source, sample.reason))
+        fields[f"{name}_samples"] = len(distinct)
+        fields[f"{name}_by_reason"] = counted(distinct)
+        fields[name] = [{"source": s.source, "reason": s.reason, "kind": str(s.kind)} for s in distinct]
+    return fields
+
+
 def stages_behind(root: Path, checkpoints: Iterable[Path]) -> tuple[str, ...]:
     """Which of this run's training stages made what was evaluated: their files may go into its summary, no others.
 
@@ -186,7 +204,10 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
     if tokens and worst is not None:
         console.print(f"learner against engine: largest log-prob difference {worst:.1e} over {tokens} tokens")
     if summary.get("skipped_samples"):
-        console.print(f"skipped samples: {summary['skipped_samples']} (named in summary.json)")
+        counts = ", ".join(f"{kind} {count}" for kind, count in summary.get("skipped_by_reason", {}).items())
+        console.print(
+            f"skipped samples: {summary['skipped_samples']} (named in summary.json): {counts}", soft_wrap=True
+        )
 
 
 def _print_recall(console: Console, summary: dict[str, Any], shown: Callable[[Any], str]) -> None:

@@ -22,6 +22,7 @@ from rewards.correctness import correct_answers
 from rewards.outcome import StreamOutcome, match_answers
 from rewards.registry import Term, build
 from rewards.timing import Timing
+from streams.dataset import at_row
 
 COMBINES = ("product", "weighted_sum")
 
@@ -127,7 +128,7 @@ class Reward:
             except Exception as error:  # noqa: BLE001  (the named boundary: costs this stream, not the run)
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 cause = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
-                return {}, f"stream {outcome.task.id}: reward.terms.{name}: {cause}"
+                return {}, f"stream {outcome.task.id}: reward.terms.{name}: {cause}{at_row(outcome.task)}"
         return values, None
 
     def _combined(self, values: Mapping[str, np.ndarray]) -> np.ndarray:

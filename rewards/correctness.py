@@ -43,6 +43,8 @@ def is_correct(response: str, expected: str, kind: AnswerKind) -> bool:
 
 def _same_choice(response: str, expected: str) -> bool:
     letter, option = expected_letter(expected)
+    if letter is None and len(named := letters(expected)) == 1:
+        (letter,) = named  # "Option B"
     mentioned = letters(response)
     if letter is not None and mentioned:
         return mentioned == {letter}

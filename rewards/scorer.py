@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Sequence
 
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
+from rewards.scripted import oracle_turns
 from streams.actorlog import open_actor_log
-from streams.messages import RewardJob
+from streams.messages import RewardJob, ScriptedJob
 
 
 class Scorer:
@@ -37,3 +40,34 @@ class Scorer:
             tuple(self._reward(StreamOutcome(job.task, turns, job.chunk_seconds)) for turns in job.turns)
             for job in jobs
         )
+
+    def oracle(
+        self, jobs: tuple[ScriptedJob, ...], think_tokens: int, seconds: float
+    ) -> tuple[tuple[RewardResult, ...], int]:
+        """Play the scripted oracle over the jobs: one result per job, and the length of its think spans.
+
+        It thinks nothing, or `think_tokens` tokens a turn where that earns more over all jobs: a reward may pay for either.
+        The jobs are taken in order until `seconds` are over; there are then fewer results.
+        """
+        best = play(self._reward, jobs, 0, time.monotonic() + seconds / 2)
+        if all(result.total == 1 for result in best):
+            return best, 0
+        thinking = play(self._reward, jobs[: len(best)], think_tokens, time.monotonic() + seconds / 2)
+        if _total(thinking) <= _total(best[: len(thinking)]):
+            return best, 0
+        return thinking, think_tokens
+
+
+def play(reward: Reward, jobs: Sequence[ScriptedJob], think_tokens: int, over: float) -> tuple[RewardResult, ...]:
+    """The oracle's result per job; fewer, but never none, once the clock (time.monotonic) is past `over`."""
+    played: list[RewardResult] = []
+    for job in jobs:
+        if played and time.monotonic() > over:
+            break
+        turns = oracle_turns(job.task, job.chunk_seconds, job.turns, job.fits, think_tokens)
+        played.append(reward(StreamOutcome(job.task, turns, job.chunk_seconds)))
+    return tuple(played)
+
+
+def _total(results: Sequence[RewardResult]) -> float:
+    return sum(result.total for result in results)

@@ -5,29 +5,47 @@ Owner: rewards. They show the range of a reward, through the same scoring code a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 from rewards.outcome import due_answers, most_recently_due
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
 
 
-def oracle_turns(task: StreamTask, chunk_seconds: float, num_turns: int) -> tuple[ParsedTurn, ...]:
+def oracle_turns(
+    task: StreamTask,
+    chunk_seconds: float,
+    num_turns: int,
+    fits: Mapping[int, str] | None = None,
+    think_tokens: int = 0,
+) -> tuple[ParsedTurn, ...]:
     """Every expected answer in its due turn, silence elsewhere.
 
     A turn holds one response: of answers due in the same turn, the rest follow in the next free turns,
     late, so a task that nobody can answer perfectly shows as an oracle below 1. Answers due after the last
-    turn are not said.
+    turn are not said. fits: of these answers (by index), which are longer than a turn, that much is said.
+    think_tokens: length of every turn's think span.
     """
     waiting = {answer.index: answer for answer in due_answers(task, chunk_seconds)}
     turns = []
     for turn in range(num_turns):
-        due = most_recently_due(waiting.values(), turn)
-        if due is not None:
-            del waiting[due.index]
-        said = None if due is None else task.answers[due.index].text
-        turns.append(ParsedTurn(turn=turn, thought="", response=said, well_formed=True))
+        due = most_recently_due(waiting.values(), turn) if waiting else None
+        if due is None:
+            turns.append(_silent(turn, think_tokens))
+            continue
+        del waiting[due.index]
+        said = (fits or {}).get(due.index, task.answers[due.index].text)
+        turns.append(ParsedTurn(turn, "", said, well_formed=True, think_tokens=think_tokens))
     return tuple(turns)
 
 
 def silent_turns(num_turns: int) -> tuple[ParsedTurn, ...]:
     """A well-formed stream that never speaks."""
-    return tuple(ParsedTurn(turn=turn, thought="", response=None, well_formed=True) for turn in range(num_turns))
+    return tuple(_silent(turn, 0) for turn in range(num_turns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _silent(turn: int, think_tokens: int) -> ParsedTurn:
+    # Most turns of a script: made once, not once for each of thousands of rows.
+    return ParsedTurn(turn, "", None, well_formed=True, think_tokens=think_tokens)

@@ -35,7 +35,7 @@ from rl.stages import plain
 from rl.stop import Requeue
 from rl.weights import WeightLedger
 from rollout.vision import ByteBudgetCache
-from streams.dataset import SkippedSample
+from streams.dataset import Reason, SkippedSample, at_row
 from streams.messages import (
     GroupSummary,
     RewardJob,
@@ -227,9 +227,9 @@ class RLLoop:
         )
 
     def _drop(self, summary: GroupSummary, ticket: int, task: StreamTask) -> None:
-        self.result.skipped.append(SkippedSample(f"task {summary.task_id} ({task.video})", str(summary.failed)))
+        self.result.skipped.append(SkippedSample.failure(task, str(summary.failed)))
         self.result.dropped_clip_seconds += summary.clip_seconds
-        self._dropped(summary.group, ticket, str(summary.failed), mend="the data or the workers")
+        self._dropped(summary.group, ticket, f"{summary.failed}{at_row(task)}", mend="the data or the workers")
 
     def _dropped(self, group: str, ticket: int, reason: str, mend: str) -> None:
         """A group that cannot be trained is dropped and named; when no other comes any more, the run must not go on."""
@@ -254,7 +254,7 @@ class RLLoop:
         for i, result in enumerate(results):
             if result.failed is not None:
                 name = f"stream {summary.group}/{i}"
-                self.result.skipped.append(SkippedSample(name, f"reward: {result.failed}"))
+                self.result.skipped.append(SkippedSample(name, f"reward: {result.failed}", Reason.REWARD))
         if all(result.failed is not None for result in results):
             # The reward code of a user: it may fail for one task, or for every one.
             self._dropped(summary.group, ticket, f"every reward failed: {results[0].failed}", mend="the reward")

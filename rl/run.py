@@ -15,8 +15,17 @@ from typing import Any
 from conf.schema import RunConfig
 from conf.streaming import streaming_settings
 from evals.job import run_evaluation
-from evals.summary import checkpoint_label, print_table, stages_behind, training_fields, write_json
+from evals.summary import (
+    checkpoint_label,
+    print_table,
+    rows_fields,
+    samples,
+    stages_behind,
+    training_fields,
+    write_json,
+)
 from learner.config import LearnerConfig
+from rewards.contradictions import contradiction
 from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
@@ -25,20 +34,23 @@ from rl.fit import MemoryPlan, plan_run
 from rl.journal import journal_path, read_lines
 from rl.loop import RLLoop
 from rl.monitor import Monitor
+from rl.results import RLResult
+from rl.rows import ORACLE_SECONDS, JudgedRows, judge_rows, play_oracle, tell_oracle, tell_overlap, tell_rows
 from rl.runlock import RunLock
 from rl.stage import StageContext
 from rl.stages import TRAINING, StageStore, clear, flat, plain
 from rl.stop import Requeue, StopSignal
 from rl.tracking import Progress, Tracker
 from rl.usage import usage_lines, usage_report, write_usage
-from sft.loop import SftLoop
-from streams.dataset import SkippedSample, TaskFile, load_tasks
+from sft.loop import SftLoop, SftResult
+from streams.dataset import SkippedSample, TaskFile, counted, load_tasks
 from streams.geometry import ModelGeometry
 from streams.messages import DeviceInfo, LearnerSetup, WorkerSetup
 from streams.pretrained import resolve_checkpoint
 from streams.scoring.stats import LogpDiff
 from streams.synthetic import generate
 from streams.task import StreamTask
+from streams.terminal import one_line
 from streams.weights import check_weights
 
 
@@ -54,6 +66,7 @@ class Run:
         self.monitor = Monitor(config)
         self.skipped: list[SkippedSample] = []
         self.bad_rows: dict[str, list[SkippedSample]] = {}
+        self.rows: dict[str, JudgedRows] = {}
         self._introduced = False
         self._memory: MemoryPlan | None = None
         self._devices: list[DeviceInfo] = []
@@ -123,52 +136,51 @@ class Run:
         return {"train": str(made.train_jsonl), "heldout": str(made.heldout_jsonl)}
 
     def stage_sft(self) -> dict[str, Any]:
-        tasks = self._tasks("train")
+        checkpoint, tasks = self._start_from("sft", self._initial_model)
         steps = self.config.sft_steps(len(tasks))
-        loop = SftLoop(
-            self._prepare_stage("sft", self._initial_model, self.config.sft_learner(steps), steps, tasks), tasks
-        )
+        loop = SftLoop(self._prepare_stage("sft", checkpoint, self.config.sft_learner(steps), steps, tasks), tasks)
         with self.stop.deferred():
             result = loop.run()
         self._report_usage("sft")
-        self.skipped += result.skipped
-        result.skipped = [*self.bad_rows["train"], *result.skipped]
+        self._note_rows("sft", result)
         self.progress.say(
             f"sft: {result.steps} steps in {result.seconds:.0f} s, loss {result.first_loss:.3f} -> {result.last_loss:.3f}"
         )
-        return asdict(result)
+        return asdict(result) | {"kept": [asdict(sample) for sample in self.rows["sft"].kept]}
 
     def stage_rl(self) -> dict[str, Any]:
-        tasks = self._tasks("train")
+        checkpoint, tasks = self._start_from("rl", self._rl_start)
         steps = self.config.rl_steps(len(tasks))
-        context = self._prepare_stage("rl", self._rl_start, self.config.rl_learner(steps), steps, tasks)
+        context = self._prepare_stage("rl", checkpoint, self.config.rl_learner(steps), steps, tasks)
         loop = RLLoop(context, tasks, self._tasks("heldout") if self.config.eval.every else ())
         with self.stop.deferred():
             result = loop.run()
         self._report_usage("rl", result.published_by_kind)
-        self.skipped += result.skipped
-        result.skipped = [*self.bad_rows["train"], *result.skipped]
+        self._note_rows("rl", result)
         self.progress.say(
             f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {_shown(result.mean_reward_first)} -> "
             f"{_shown(result.mean_reward_last)}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
         )
         self.monitor.judge("learner, on the published weights", result.published, loop.published_off)
-        return asdict(result)
+        return asdict(result) | {"kept": [asdict(sample) for sample in self.rows["rl"].kept]}
 
     def stage_eval(self) -> None:
         session = self._ready_session()
         checkpoints = self._eval_checkpoints()
         geometries = [self._geometry(checkpoint) for checkpoint in checkpoints.values()]
+        tasks = self._tasks("heldout")
+        self._judge_rows("eval", next(iter(checkpoints.values())))
         self._plan_memory(geometries[0])
         summary, report = run_evaluation(
             self.config,
             session,
-            self._tasks("heldout"),
+            tasks,
             checkpoints,
             self._worker_setup,
             lambda checkpoint: self._learner_setup(checkpoint, self.config.learner, 1),
             self.tracker,
             self.progress,
+            self.rows["eval"].fits,
         )
         summary["wall_s"] = time.monotonic() - self.began
         summary = self._finish_summary(summary, stages_behind(self.root, checkpoints.values()))
@@ -181,16 +193,19 @@ class Run:
             self.monitor.judge("learner, on held-out logs", report.diff, report.off)
 
     def _finish_summary(self, summary: dict[str, Any], stages: tuple[str, ...]) -> dict[str, Any]:
-        """Add what the run's own `stages` behind the evaluated checkpoints measured, and every sample left out."""
-        skipped = {(s.source, s.reason) for s in self.skipped}
-        skipped |= {(s["source"], s["reason"]) for s in summary.pop("skipped_heldout")}
-        for stage in stages:
-            skipped |= {(s["source"], s["reason"]) for s in self.store.result(stage).get("skipped", [])}
+        """Add what the run's own `stages` behind the evaluated checkpoints measured, and every sample left out or kept though
+        it cannot be answered in full.
+        """
+        results = [self.store.result(stage) for stage in stages]
+        skipped = [*self.skipped, *samples(summary.pop("skipped_heldout"))]
+        kept = [sample for rows in self.rows.values() for sample in rows.kept]
+        for result in results:
+            skipped += samples(result.get("skipped", []))
+            kept += samples(result.get("kept", []))
         summary = {
             "seed": self.config.seed,
             **summary,
-            "skipped_samples": len(skipped),
-            "skipped": [{"source": source, "reason": reason} for source, reason in sorted(skipped)],
+            **rows_fields(skipped, kept),
             **training_fields(self.store.result("rl") if "rl" in stages else {}),
             "attempts": {stage: self.store.read(stage).get("attempts") for stage in stages},
         }
@@ -201,12 +216,57 @@ class Run:
 
     # --- what the stages share --------------------------------------------------------------------------------
 
+    def _start_from(self, stage: str, start: Callable[[], Path]) -> tuple[Path, tuple[StreamTask, ...]]:
+        """The checkpoint that a training stage goes on from, or else starts from; and the rows that it can use."""
+        found = self.store.plans[stage].resume
+        self._tasks("train")
+        checkpoint = found.path / "hf" if found else start()
+        self._judge_rows(stage, checkpoint)
+        tasks = self.rows[stage].tasks
+        if not tasks:
+            first = self.rows[stage].skipped[0]
+            raise ValueError(
+                f"{stage}: data.train holds no row that can be used under these settings (named above), for example "
+                f"{first.source}: {first.reason}"
+            )
+        return checkpoint, tasks
+
+    def _judge_rows(self, stage: str, checkpoint: Path) -> None:
+        """Name the rows that cannot be answered: of this stage and, as early as they can be known, of those to come."""
+        config, say = self.config, self.progress.say
+        ahead = [name for name in TRAINING if name in self.store.plans and not self.store.plans[name].skip]
+        if "eval" in config.job.stages or ("rl" in ahead and config.eval.every):
+            ahead.append("eval")
+        # One that starts from a checkpoint of its own may have another tokenizer: it is judged when it starts.
+        own = {"rl": config.algorithm.init != "auto", "eval": config.eval.checkpoint not in ("auto", "best")}
+        new = [name for name in ahead if name not in self.rows and (name == stage or not own.get(name))]
+        session = self._ready_session() if new else None
+        for name in new:
+            assert session is not None
+            split = "heldout" if name == "eval" else "train"
+            tasks = self._loaded(split).tasks
+            judged = self.rows[name] = judge_rows(config, session, tasks, checkpoint, name)
+            tell_rows(say, f"{name}: {split}", judged)
+            if name != "sft" and judged.tasks:
+                report = play_oracle(config, session, judged.tasks, judged.fits, ORACLE_SECONDS)
+                tell_oracle(say, f"{name}: {split}", report, judged)
+            if name == "eval" and len(ahead) > 1:
+                tell_overlap(say, self._loaded("train").tasks, tasks)
+
+    def _note_rows(self, stage: str, result: SftResult | RLResult) -> None:
+        """Put the rows that were left out before the stage in front of the samples that it skipped."""
+        result.skipped = [*self.rows[stage].skipped, *result.skipped]
+        self.skipped += result.skipped
+        result.skipped = [*self.bad_rows["train"], *result.skipped]
+        if result.skipped:
+            counts = ", ".join(f"{kind} {count}" for kind, count in counted(result.skipped).items())
+            self.progress.say(f"{stage}: left out, by reason: {counts} (all of them: stages/{stage}.json)")
+
     def _prepare_stage(
-        self, stage: str, start: Callable[[], Path], learner: LearnerConfig, steps: int, tasks: tuple[StreamTask, ...]
+        self, stage: str, checkpoint: Path, learner: LearnerConfig, steps: int, tasks: tuple[StreamTask, ...]
     ) -> StageContext:
         """Actors loaded with where the stage stands: its starting checkpoint, or the one it goes on from."""
         found = self.store.plans[stage].resume
-        checkpoint = found.path / "hf" if found else start()
         geometry = self._geometry(checkpoint)
         reference = str(self._reference()) if stage == "rl" and self.config.algorithm.kl_coef else ""
         if reference:
@@ -301,14 +361,18 @@ class Run:
             data = self.config.data
             path = getattr(data, split) or self.root / "data" / f"{split}.jsonl"
             self._splits[split] = load_tasks(
-                path, format=data.format, video=data.video, ignore_fields=data.ignore_fields
+                path,
+                format=data.format,
+                video=data.video,
+                ignore_fields=data.ignore_fields,
+                contradiction=contradiction,
             )
         return self._splits[split]
 
     def _tasks(self, split: str) -> tuple[StreamTask, ...]:
         loaded = self._loaded(split)
         for sample in loaded.skipped:
-            self.progress.say(f"data: skipped {sample.source}: {sample.reason}")
+            self.progress.say(one_line(f"data: skipped {sample.source}: {sample.reason}"))
         self.bad_rows[split] = list(loaded.skipped)
         self.skipped += loaded.skipped
         return loaded.tasks

@@ -271,7 +271,7 @@ class RolloutService:
             )
             chunk = self.setup.video.chunk_seconds_of(task.task)
             turns = turn_inputs(task.task, clip, layout, chunk, self.backbone.image.merge_size)
-            stream = write_demonstration(writer, turns, task.script, self.setup.version)
+            stream = write_demonstration(writer, turns, task, self.setup.version)
         except ReaderClosedError:
             raise
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout

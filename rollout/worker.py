@@ -22,6 +22,7 @@ import ray
 
 from rollout.promises import ServiceClosedError
 from streams.actorlog import open_actor_log
+from streams.layout import LayoutConfig
 from streams.messages import (
     MESSAGES_VERSION,
     DeviceInfo,
@@ -29,6 +30,8 @@ from streams.messages import (
     GroupSummary,
     ProcessUsage,
     RolloutTask,
+    RowTexts,
+    RowWords,
     ScriptTask,
     SwapReport,
     WeightsUpdate,
@@ -76,6 +79,19 @@ class RolloutWorker:
         from streams.tiny import build_tiny
 
         return str(await asyncio.to_thread(build_tiny, Path(folder), spec, seed=seed, dtype=getattr(torch, dtype)))
+
+    async def read_rows(
+        self, checkpoint: str, layout: LayoutConfig, rows: tuple[RowTexts, ...]
+    ) -> tuple[RowWords, ...]:
+        """What the checkpoint's tokenizer says about the rows' texts. Here, because the driver loads no tokenizer."""
+        from streams.answerable import read_words
+        from streams.backbone import text_layout
+
+        def read() -> tuple[RowWords, ...]:
+            words = text_layout(checkpoint, layout)
+            return tuple(read_words(row, words) for row in rows)
+
+        return await asyncio.to_thread(read)
 
     async def setup(self, setup: WorkerSetup) -> WorkerInfo:
         """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""

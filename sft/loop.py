@@ -22,7 +22,7 @@ from rl.source import epochs, group_id
 from rl.stage import StageContext
 from rl.stop import Requeue
 from sft.demonstrations import script_for
-from streams.dataset import SkippedSample
+from streams.dataset import SkippedSample, at_row
 from streams.messages import GroupSummary, ScriptTask, TrainBatch, TrainGroup, TrainReport
 from streams.task import StreamTask
 
@@ -119,8 +119,8 @@ class SftLoop:
                 continue
             refused += 1
             self.dropped.append(script.group)
-            self.result.skipped.append(SkippedSample(f"task {script.task.id} ({script.task.video})", summary.failed))
-            self.context.progress.say(f"sft: skipped {script.group}: {summary.failed}")
+            self.result.skipped.append(SkippedSample.failure(script.task, summary.failed))
+            self.context.progress.say(f"sft: skipped {script.group}: {summary.failed}{at_row(script.task)}")
             if refused > len(self._tasks):
                 raise RuntimeError(f"no demonstration could be laid out; the last: {summary.failed}")
 

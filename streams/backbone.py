@@ -129,6 +129,25 @@ AttentionInterface.register(ATTENTION_NAME, _planned_attention)
 AttentionInterface.register(VISION_ATTENTION_NAME, _vision_attention)
 
 
+def add_missing_tokens(tokenizer: Any) -> list[str]:
+    """Add the layout's tokens that the tokenizer lacks; returns them."""
+    known = tokenizer.get_vocab()
+    missing = [token for token in STREAMING_TOKENS if token not in known]
+    if missing:
+        tokenizer.add_tokens(missing)
+    return missing
+
+
+def text_layout(checkpoint: str | Path, config: LayoutConfig) -> Layout:
+    """Return the layout that `Backbone.load` makes of a checkpoint folder, for texts alone: no weight is read.
+
+    Its ban list leaves out the padded rows of the LM head, which no text is tokenised to.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    add_missing_tokens(tokenizer)
+    return Layout(tokenizer, config, len(tokenizer))
+
+
 def add_streaming_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Add the layout's tokens that the tokenizer lacks; returns the new ids.
 
@@ -136,11 +155,9 @@ def add_streaming_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     are initialised, to the mean of the rows the tokenizer already used: a token that came with the checkpoint is trained.
     """
     used = len(tokenizer)
-    known = tokenizer.get_vocab()
-    missing = [token for token in STREAMING_TOKENS if token not in known]
+    missing = add_missing_tokens(tokenizer)
     if not missing:
         return ()
-    tokenizer.add_tokens(missing)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(-(-len(tokenizer) // SPARE_ROW_MULTIPLE) * SPARE_ROW_MULTIPLE)

@@ -13,9 +13,11 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,12 +31,56 @@ FORMATS = ("auto", "sightline", "thinkstream")
 HINT = "(set data.* or run job=data)"
 
 
+class Reason(StrEnum):
+    """Why a row is left out, or kept although a part of it cannot be answered. The values are the keys of summary.json."""
+
+    UNREADABLE = "row_unreadable"
+    CONTRADICTORY = "row_contradictory"
+    CONTROL_TOKEN = "control_token"
+    AFTER_LAST_TURN = "due_after_last_turn"
+    ANSWER_TOO_LONG = "answer_too_long"
+    THOUGHT_TOO_LONG = "thought_too_long"
+    QUESTION_CLOSED = "question_closed"
+    TURN_SHARED = "turn_shared"
+    VIDEO = "video_unusable"
+    REWARD = "reward_failed"
+    STREAM = "stream_failed"
+
+
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that was left out. source: file and line, or a task's id."""
+    """A sample that was left out. source: file and line, or a task's id and video. kind: the reason's class."""
 
     source: str
     reason: str
+    kind: Reason = field(default=Reason.STREAM, compare=False)
+
+    def __post_init__(self) -> None:
+        # From a checkpoint's or a manifest's JSON it comes as a string.
+        object.__setattr__(self, "kind", Reason(self.kind))
+
+    @classmethod
+    def of(cls, task: StreamTask, reason: str, kind: Reason) -> SkippedSample:
+        """Return the sample for a task that was read before it failed; the reason names the task's row."""
+        return cls(f"task {task.id} ({task.video})", reason + at_row(task), kind)
+
+    @classmethod
+    def failure(cls, task: StreamTask, failed: str) -> SkippedSample:
+        """Return the sample for a task whose stream failed; `failed` begins with the name of the exception's class."""
+        kind = Reason.VIDEO if failed.startswith("VideoError:") else Reason.STREAM
+        if failed.startswith("OverBudget:"):
+            kind = Reason.THOUGHT_TOO_LONG if "layout.think_budget" in failed else Reason.ANSWER_TOO_LONG
+        return cls.of(task, failed, kind)
+
+
+def counted(samples: Iterable[SkippedSample]) -> dict[str, int]:
+    """Return how many samples there are of each kind, by its name."""
+    return dict(sorted(Counter(str(sample.kind) for sample in samples).items()))
+
+
+def at_row(task: StreamTask) -> str:
+    """Return " (row FILE:LINE)" for a message, '' for a task that was made in code."""
+    return f" (row {task.origin})" if task.origin else ""
 
 
 @dataclass(frozen=True)
@@ -52,12 +98,14 @@ def load_tasks(
     format: str = "auto",
     video: VideoConfig | None = None,
     ignore_fields: Collection[str] = (),
+    contradiction: Callable[[StreamTask], str | None] | None = None,
 ) -> TaskFile:
     """Reads a JSONL file of tasks. Relative video paths count from the file's folder.
 
     on_bad: a bad row is listed in `skipped`, or raises ValueError. A file without any usable row always raises.
     format: one of `FORMATS`; `auto` goes by the fields of the first row. video: where its chunk length depends on a
     task's length, videos of unknown length are opened to ask. ignore_fields: fields that rows may hold without meaning.
+    contradiction: says what in a task contradicts itself (`rewards.contradictions`); such a row is a bad row.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r} must be 'raise' or 'skip'")
@@ -69,20 +117,26 @@ def load_tasks(
         raise FileNotFoundError(f"task file {path} {what} {HINT}")
     if path.stat().st_size == 0:
         raise ValueError(f"task file {path} is empty {HINT}")
-    skipped: list[tuple[int, str]] = []
+    skipped: list[tuple[int, str, Reason]] = []
 
-    def bad(number: int, reason: str) -> None:
+    def bad(number: int, reason: str, kind: Reason = Reason.UNREADABLE) -> None:
         if on_bad == "raise":
             raise ValueError(f"{path}:{number}: {reason}")
-        skipped.append((number, reason))
+        skipped.append((number, reason, kind))
 
     tasks = _parsed(path, format, ignore_fields, bad)
+    if contradiction is not None:
+        found = [(number, task, contradiction(task)) for number, task in tasks]
+        for number, task, reason in found:
+            if reason is not None:
+                bad(number, f"task {task.id}: {reason}", Reason.CONTRADICTORY)
+        tasks = [(number, task) for number, task, reason in found if reason is None]
     if video is not None and video.max_chunks:
-        tasks = measured(tasks, video, bad)
-    reasons = tuple(SkippedSample(f"{path}:{number}", reason) for number, reason in sorted(skipped))
+        tasks = measured(tasks, video, lambda number, reason: bad(number, reason, Reason.VIDEO))
+    reasons = tuple(SkippedSample(f"{path}:{number}", reason, kind) for number, reason, kind in sorted(skipped))
     if not tasks:
-        found = f"; the first problem: {reasons[0].source}: {reasons[0].reason}" if reasons else ""
-        raise ValueError(f"task file {path} holds no usable row {HINT}{found}")
+        first = f"; the first problem: {reasons[0].source}: {reasons[0].reason}" if reasons else ""
+        raise ValueError(f"task file {path} holds no usable row {HINT}{first}")
     return TaskFile(tuple(task for _, task in tasks), reasons)
 
 
@@ -123,7 +177,7 @@ def _parsed(
             bad(number, str(error))
             continue
         first_line[task.id] = number
-        tasks.append((number, task))
+        tasks.append((number, replace(task, origin=f"{path}:{number}")))
     return tasks
 
 

@@ -28,6 +28,9 @@ from streams.turns import ParsedTurn
 STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
 """Added tokens in the published order; those that a tokenizer already has keep their ids."""
 
+ANSWER_SCAFFOLD = 4
+"""Generated tokens of a well-formed turn besides its thought and answer: both think tags, <response>, the end token."""
+
 MAX_STAMPS = 4096
 """Times whose ids are kept: the streams of a group, and of an epoch, share them."""
 
@@ -58,6 +61,14 @@ class LayoutConfig:
                 f"layout.max_new_tokens={self.max_new_tokens} must leave room for a decision and the end token "
                 f"after layout.think_budget={self.think_budget} (at least {self.think_budget + 2})"
             )
+
+
+class OverBudget(ValueError):
+    """A demonstrated turn that is longer than a budget. key: the config key of that budget."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,9 @@ class Layout:
     timestamps: bool = False
     tokens: LayoutTokens = field(init=False)
     banned: tuple[int, ...] = field(init=False)
+    # Ids that no query, and that no thought or answer, may hold: asked for with every text.
+    _control: frozenset[int] = field(init=False)
+    _refused: frozenset[int] = field(init=False)
     # Ids of short texts that come again: times.
     _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
 
@@ -115,8 +129,10 @@ class Layout:
 
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
         self.tokens = LayoutTokens(*[one(name) for name in (*names, *STREAMING_TOKENS)])
+        self._control = frozenset(int(i) for i in self.tokenizer.added_tokens_decoder)
         self.banned = self._ban_list()
-        self._not_copied = np.union1d(self.banned, self._control_ids())
+        self._refused = self._control.union(self.banned)
+        self._not_copied = np.array(sorted(self._refused))
         encode = self._encode
         self._said = encode(SAID)
         self._newline_user = [*encode("\n"), self.tokens.im_start, *encode("user\n")]
@@ -134,9 +150,8 @@ class Layout:
     def query_ids(self, text: str, *, strip: bool = True) -> list[int]:
         """Ids of a query text. Raises ValueError if the text spells a control token (it could forge a turn)."""
         ids = self._encode(text.strip() if strip else text)
-        control = set(self._control_ids())
         for token in ids:
-            if token in control:
+            if token in self._control:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(f"the query {text!r} spells the control token {name!r}")
         return ids
@@ -144,9 +159,8 @@ class Layout:
     def text_ids(self, text: str, what: str) -> list[int]:
         """Ids of a demonstrated thought or answer; refuses banned and structural ids, naming `what`."""
         ids = self._encode(text.strip())
-        refused = set(self.banned) | set(self._control_ids())
         for token in ids:
-            if token in refused:
+            if token in self._refused:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(f"{what} {text!r} contains {name!r}, which the model may not write there")
         return ids
@@ -224,6 +238,30 @@ class Layout:
         ids += [t.silent] if response is None else [t.response, *self.text_ids(response, "the answer")]
         return [*ids, t.im_end]
 
+    def within_budgets(self, thought: str, response: str | None, turn: int) -> list[int]:
+        """Return the `demonstration` of turn number `turn`. Raises OverBudget if the engine lets no turn be as long."""
+        ids = self.demonstration(thought, response)
+        span = ids.index(self.tokens.think_end) + 1
+        if span > self.config.think_budget:
+            raise OverBudget(
+                "layout.think_budget",
+                f"the thought of turn {turn} has {span} tokens with its tags, more than "
+                f"layout.think_budget={self.config.think_budget}: {thought!r}",
+            )
+        if len(ids) > self.config.max_new_tokens:
+            raise OverBudget(
+                "layout.max_new_tokens",
+                f"the demonstration of turn {turn} has {len(ids)} tokens, more than "
+                f"layout.max_new_tokens={self.config.max_new_tokens}",
+            )
+        return ids
+
+    def fitting(self, answer: str) -> str | None:
+        """Return the beginning of an answer that fits into a turn with an empty thought; None if all of it does."""
+        ids = self.text_ids(answer, "the answer")
+        room = self.config.max_new_tokens - ANSWER_SCAFFOLD
+        return None if len(ids) <= room else str(self.tokenizer.decode(ids[:room])).strip()
+
     def parse_turns(self, log: StreamLog) -> tuple[ParsedTurn, ...]:
         """What each turn of a finished log thought and said."""
         generated = np.isin(log.kind, GENERATED)
@@ -260,16 +298,12 @@ class Layout:
 
     def _decode(self, ids: np.ndarray) -> str:
         """Text without control and layout tokens (a thought comes without its tags)."""
-        control = set(self._control_ids())
-        return str(self.tokenizer.decode([int(i) for i in ids if int(i) not in control])).strip()
-
-    def _control_ids(self) -> list[int]:
-        return [int(i) for i in self.tokenizer.added_tokens_decoder]
+        return str(self.tokenizer.decode([int(i) for i in ids if int(i) not in self._control])).strip()
 
     def _ban_list(self) -> tuple[int, ...]:
         t = self.tokens
         allowed = {t.im_end, t.silent, t.response, t.think, t.think_end}
-        control = {i for i in self._control_ids() if i not in allowed}
+        control = self._control - allowed
         padded = range(len(self.tokenizer), self.vocab_rows)
         return tuple(sorted(i for i in control.union(padded) if i < self.vocab_rows))
 

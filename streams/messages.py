@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from streams.dataset import Reason
 from streams.layout import LayoutConfig
 from streams.log import StreamLog
 from streams.memory import MemoryConfig
@@ -21,7 +22,7 @@ from streams.task import StreamTask
 from streams.turns import ParsedTurn
 from streams.video import VideoConfig
 
-MESSAGES_VERSION = 6
+MESSAGES_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,42 @@ class ScriptTask:
     group: str
     task: StreamTask
     script: tuple[ScriptedTurn, ...]
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """A row whose texts are to be judged by the tokenizer before anything is loaded.
+
+    script: (turn, words) of its demonstration's turns that hold words; empty in RL and evaluation.
+    """
+
+    task: StreamTask
+    script: tuple[tuple[int, ScriptedTurn], ...] = ()
+
+
+@dataclass(frozen=True)
+class RowWords:
+    """What the tokenizer says about a row.
+
+    refused: why the row cannot be laid out; None if it can. fits: index of every answer that is longer than a turn, and the
+    beginning of it that a turn can hold.
+    """
+
+    refused: tuple[Reason, str] | None = None
+    fits: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScriptedJob:
+    """A row to be played by the scripted oracle and scored: for `turns` turns of `chunk_seconds` seconds.
+
+    fits: as in RowWords: of these answers the oracle says that much.
+    """
+
+    task: StreamTask
+    chunk_seconds: float
+    turns: int
+    fits: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ earlier than that query and before end.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 AnswerKind = Literal["choice", "yes_no", "integer", "text"]
@@ -66,7 +66,8 @@ class TimedThought:
 class StreamTask:
     """One stream to watch: the segment [start, end) of a video file, with its questions and expected answers.
 
-    end: `math.inf` = as far as the video goes.
+    end: `math.inf` = as far as the video goes. origin: `FILE:LINE` of the row, '' for a task made in code; it takes no
+    part in equality and is not written to files.
     """
 
     id: str
@@ -77,6 +78,7 @@ class StreamTask:
     answers: tuple[ExpectedAnswer, ...]
     thoughts: tuple[TimedThought, ...] = ()
     category: str = ""
+    origin: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.id:

@@ -12,7 +12,7 @@ from streams.log import ChunkRecord, LogHeader, StreamLog
 from streams.memory import MemoryConfig
 from streams.regions import RegionLog
 
-FIELDS = {6: "e5f1cb1c3c6b517c"}
+FIELDS = {7: "05253b0fb2631174"}
 """Version -> digest of the fields of everything that is sent. On a change: a new version, and its digest alone."""
 
 

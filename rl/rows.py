@@ -1,0 +1,210 @@
+"""Which rows of a file a stage can use: judged before the stage starts, named with counts by reason.
+
+Owner: rl. The clock is judged here, the texts by the tokenizer of the checkpoint (in a rollout worker), what a perfect
+stream earns by the run's own reward (in the scorer). Invariants: a training row of which nothing can be answered is left
+out; one that can be answered in part is kept and named; a held-out row is always kept, whatever it cannot be answered for
+counts as wrong. What only a video can tell is found when it is read, and is counted with the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from conf.schema import RunConfig
+from rewards.compose import RewardResult
+from rewards.correctness import is_correct
+from rl.cluster import Session
+from sft.demonstrations import script_for
+from streams.answerable import Finding, lost, overlap, too_long, untimely
+from streams.dataset import Reason, SkippedSample, at_row, counted
+from streams.messages import RowTexts, RowWords, ScriptedJob, ScriptedTurn
+from streams.task import StreamTask
+from streams.terminal import one_line
+
+NAMED = 5
+"""Rows of one kind that are printed; summary.json has all of them."""
+GOOD_ORACLE = 0.99
+ORACLE_SECONDS = 20.0
+"""How long the oracle may play: 20,000 rows under the built-in rewards take less, a reward of the user's may be slow."""
+EXACT_TERMS = ("correctness", "thinkstream_correctness")
+"""Terms that ask for the expected words themselves: under others, a shorter answer of the model's own may be as good."""
+
+
+@dataclass(frozen=True)
+class JudgedRows:
+    """tasks: what the stage uses. skipped: rows left out. kept: used, though not all of it can be answered.
+
+    fits: by task id, then index of an answer that is longer than a turn: what a turn can hold of it.
+    """
+
+    tasks: tuple[StreamTask, ...]
+    skipped: tuple[SkippedSample, ...]
+    kept: tuple[SkippedSample, ...]
+    fits: Mapping[str, Mapping[int, str]]
+
+
+def judge_rows(
+    config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], checkpoint: Path, stage: str
+) -> JudgedRows:
+    """Judge the rows of a file for stage `sft`, `rl` or `eval`, which starts from the folder `checkpoint`."""
+    rows = row_texts(config, tasks, stage)
+    reply = session.workers[0].read_rows.remote(str(checkpoint), config.layout, rows)
+    return judged(config, tasks, session.call(reply, f"the tokenizer of {checkpoint} to read {len(rows)} rows"), stage)
+
+
+def row_texts(config: RunConfig, tasks: tuple[StreamTask, ...], stage: str) -> tuple[RowTexts, ...]:
+    """What the tokenizer is asked about: in a cold start also the demonstrations."""
+    return tuple(RowTexts(task, _script(config, task) if stage == "sft" else ()) for task in tasks)
+
+
+def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWords, ...], stage: str) -> JudgedRows:
+    """The verdict on every row, from its times and from what the tokenizer said about it."""
+    used: list[StreamTask] = []
+    skipped: list[SkippedSample] = []
+    kept: list[SkippedSample] = []
+    for task, said in zip(tasks, words, strict=True):
+        findings = _findings(config, task, said, stage)
+        samples = [SkippedSample.of(task, finding.reason, finding.kind) for finding in findings]
+        if stage != "eval" and (said.refused is not None or lost(task, findings)):
+            # One entry a row: the counts are of rows.
+            skipped.append(samples[0])
+            continue
+        used.append(task)
+        kept += samples
+    fits = {task.id: said.fits for task, said in zip(tasks, words, strict=True) if said.fits}
+    return JudgedRows(tuple(used), tuple(skipped), tuple(kept), fits)
+
+
+def _findings(config: RunConfig, task: StreamTask, said: RowWords, stage: str) -> list[Finding]:
+    """Everything that cannot be answered, a refusal of the whole row first."""
+    chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
+    found = [Finding(*said.refused)] if said.refused is not None else []
+    found += untimely(task, chunk, turns, config.data.max_turns)
+    if stage == "sft" or not asks_for_the_words(config):
+        return found  # a demonstration that is too long is refused as a whole
+    for i, text in said.fits.items():
+        answer = task.answers[i]
+        if not is_correct(text, answer.text, answer.kind):
+            found.append(too_long(task, i, text, config.layout.max_new_tokens))
+    return found
+
+
+def asks_for_the_words(config: RunConfig) -> bool:
+    """Whether the reward compares responses with the expected text."""
+    terms = config.reward.terms
+    return any(params.get("target", name) in EXACT_TERMS for name, params in terms.items())
+
+
+def _script(config: RunConfig, task: StreamTask) -> tuple[tuple[int, ScriptedTurn], ...]:
+    """The turns with words of the demonstration that is in time: every epoch's holds at least these words."""
+    prompt = replace(config.sft, late_probability=0.0)
+    chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
+    script = script_for(task, turns, chunk, prompt, seed=config.seed, epoch=0)
+    due = Counter(task.chunk_of(answer.time, chunk) for answer in task.answers)
+    found = []
+    for turn, words in enumerate(script):
+        if due[turn] > 1 and config.sft.late_probability:
+            words = replace(words, response=None)  # said in one turn only if none comes late
+        if words.thought or words.response is not None:
+            found.append((turn, words))
+    return tuple(found)
+
+
+def tell_rows(say: Callable[[str], None], what: str, judged: JudgedRows) -> None:
+    """Say what is left out and what is kept, with counts by reason and some examples of each."""
+    for samples, how in ((judged.skipped, "left out"), (judged.kept, "used, but not all of it can be answered")):
+        if not samples:
+            continue
+        rows = len({sample.source for sample in samples})
+        counts = ", ".join(f"{kind} {count}" for kind, count in counted(samples).items())
+        say(f"{what}: {rows} rows {how}: {counts} (all of them: stages/*.json, summary.json)")
+        for kind in sorted({sample.kind for sample in samples}):
+            of_kind = [sample for sample in samples if sample.kind == kind]
+            for sample in of_kind[:NAMED]:
+                say(one_line(f"{what}: {kind}: {sample.source}: {sample.reason}"))
+            if len(of_kind) > NAMED:
+                say(f"{what}: {kind}: and {len(of_kind) - NAMED} more")
+
+
+def tell_overlap(say: Callable[[str], None], train: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...]) -> None:
+    """Warn about held-out questions that are trained on."""
+    pairs = overlap(train, heldout)
+    if pairs:
+        task, other = pairs[0]
+        say(
+            one_line(
+                f"warning: {len(pairs)} of {len(heldout)} held-out rows ask what a training row asks about the same video, for "
+                f"example {task.id}{at_row(task)} and {other.id}{at_row(other)}: their results do not show what was learned "
+                "beyond the training rows"
+            )
+        )
+
+
+@dataclass(frozen=True)
+class OracleReport:
+    """played: (task, result) of the rows that were played. think_tokens: length of the oracle's think spans."""
+
+    played: tuple[tuple[StreamTask, RewardResult], ...]
+    think_tokens: int
+
+    @property
+    def reward(self) -> float:
+        return float(np.mean([result.total for _, result in self.played])) if self.played else math.nan
+
+
+def play_oracle(
+    config: RunConfig,
+    session: Session,
+    tasks: tuple[StreamTask, ...],
+    fits: Mapping[str, Mapping[int, str]],
+    seconds: float = math.inf,
+) -> OracleReport:
+    """Every expected answer in time, as far as a turn can hold it, under the run's reward; as many rows as take `seconds`."""
+    # Spread over the file, in case there is no time for all.
+    order = np.random.default_rng(0).permutation(len(tasks)) if math.isfinite(seconds) else range(len(tasks))
+    chosen = [tasks[int(i)] for i in order]
+    jobs = tuple(
+        ScriptedJob(
+            task, config.data.video.chunk_seconds_of(task), config.data.turns_of(task), dict(fits.get(task.id, {}))
+        )
+        for task in chosen
+    )
+    reply = session.scorer.oracle.remote(jobs, config.layout.think_budget, seconds)
+    results, think_tokens = session.call(reply, "the scores of the scripted oracle")
+    return OracleReport(tuple(zip(chosen, results, strict=False)), think_tokens)
+
+
+def tell_oracle(say: Callable[[str], None], what: str, report: OracleReport, judged: JudgedRows) -> None:
+    """Warn about a reward that even the oracle does not earn, with the rows that cost it."""
+    total = len(judged.tasks)
+    failed = [(task, result.failed) for task, result in report.played if result.failed is not None]
+    if failed:
+        _, cause = failed[0]
+        say(
+            one_line(
+                f"{what}: warning: the reward failed on {len(failed)} of {len(report.played)} rows that a scripted oracle "
+                f"played, for example: {cause}"
+            )
+        )
+    if not report.played or report.reward >= GOOD_ORACLE:
+        return
+    costly = sorted(
+        ((result.total, task) for task, result in report.played if result.total < GOOD_ORACLE), key=lambda row: row[0]
+    )
+    sample = "" if len(report.played) == total else f" of {total} (more would have taken over {ORACLE_SECONDS:g} s)"
+    say(
+        f"{what}: warning: a scripted oracle, which gives every expected answer in time, earns {report.reward:.3f} of 1 over "
+        f"{len(report.played)} rows{sample}. {len(costly)} rows cost it, the worst:"
+    )
+    why: dict[str, str] = {}
+    for found in judged.kept:
+        why.setdefault(found.source, f"{found.kind}: {found.reason}")
+    for reward, task in costly[:NAMED]:
+        reason = why.get(SkippedSample.of(task, "", Reason.STREAM).source, f"by the reward's own rule{at_row(task)}")
+        say(one_line(f"{what}: task {task.id} earns {reward:.3f}: {reason}"))
