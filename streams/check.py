@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streams.dataset import FORMATS, SkippedSample, load_tasks, write_tasks
-from streams.decode import DURATION_SLACK_S
-from streams.durations import bounded, video_seconds
+from streams.durations import bounded, known_presentation
 from streams.layout import STREAMING_TOKENS
+from streams.presentation import Presentation
 from streams.task import StreamTask
 from streams.video import ClipReader, VideoConfig, VideoError
 
+NOTICED_S = 0.25
+"""The first frame of a stream by default (two in each second). Film that starts with B-frames is often late by less."""
 _CONTROL = re.compile("|".join([r"<\|[a-z_]+\|>", *map(re.escape, STREAMING_TOKENS)]))
 
 
@@ -33,46 +35,48 @@ class Checked:
     usable: list[StreamTask] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
     videos: int = 0
+    late: dict[str, float] = field(default_factory=dict)
+    """Videos whose first picture is missed by the first frames of a stream, and when it appears."""
 
 
 def check(path: Path, *, format: str = "auto", ignore_fields: tuple[str, ...] = ()) -> Checked:
     """Reads the rows and opens their videos. Raises ValueError or OSError if the file holds nothing usable."""
     loaded = load_tasks(path, format=format, ignore_fields=ignore_fields)
     found = Checked(skipped=list(loaded.skipped))
-    lengths: dict[str, float | str] = {}
+    films: dict[str, Presentation | str] = {}
     with ClipReader(VideoConfig()) as reader:
         for task in loaded.tasks:
-            if task.video not in lengths:
-                lengths[task.video] = _opened(reader, task.video)
-            length = lengths[task.video]
+            if task.video not in films:
+                films[task.video] = _opened(reader, task.video)
+            film = films[task.video]
             try:
-                if isinstance(length, str):
-                    raise ValueError(length)
+                if isinstance(film, str):
+                    raise ValueError(film)
                 _refuse_control_tokens(task)
-                found.usable.append(_within(task, length))
+                found.usable.append(_within(task, film))
             except ValueError as error:
                 found.skipped.append(SkippedSample(f"task {task.id} ({task.video})", str(error)))
-    found.videos = len(lengths)
+    found.videos = len(films)
+    found.late = {
+        video: film.first for video, film in films.items() if isinstance(film, Presentation) and film.first > NOTICED_S
+    }
     return found
 
 
-def _opened(reader: ClipReader, video: str) -> float | str:
-    """The video's length, or why it cannot be used."""
+def _opened(reader: ClipReader, video: str) -> Presentation | str:
+    """What the video shows, or why it cannot be used."""
     try:
-        seconds = video_seconds(reader, video)
+        film = known_presentation(reader, video)
         reader.read(video, 0.0, math.inf, 1)
     except VideoError as error:
         return error.reason
-    return seconds
+    return film
 
 
-def _within(task: StreamTask, seconds: float) -> StreamTask:
+def _within(task: StreamTask, film: Presentation) -> StreamTask:
     """The task, once it fits into its video; its end is known afterwards."""
-    if not math.isfinite(task.end):
-        return bounded(task, seconds)
-    if task.end > seconds + DURATION_SLACK_S:
-        raise ValueError(f"the row says the clip lasts until {task.end:g} s but the file holds {seconds:.2f} s")
-    return task
+    film.check_span(task.end)
+    return task if math.isfinite(task.end) else bounded(task, film.end)
 
 
 def _refuse_control_tokens(task: StreamTask) -> None:
@@ -89,6 +93,12 @@ def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:
     """The lines that are printed."""
     lines = [f"skipped {sample.source}: {sample.reason}" for sample in found.skipped]
     lines.append(f"{path}: {len(found.usable)} rows usable, {len(found.skipped)} skipped, {found.videos} videos opened")
+    if found.late:
+        latest = max(found.late, key=found.late.__getitem__)
+        lines.append(
+            f"{len(found.late)} videos whose picture starts later than 0 s "
+            f"(the latest at {found.late[latest]:.2f} s: {latest}): black until then"
+        )
     if not found.usable:
         return lines
     answers = [answer for task in found.usable for answer in task.answers]
