@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from PIL import Image
 
-from streams.presentation import REMUX, DecodeError, Presentation, opened, presentation
+from streams.presentation import DISORDER, REMUX, DecodeError, Presentation, opened, presentation
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -146,7 +146,7 @@ def pictures_at(film: Presentation, limits: list[float], request: ClipRequest) -
         for frame in container.decode(stream):
             after = _Picture(frame, convert, request)
             if current is not None and after.time < current.time:
-                raise DecodeError(f"its frames are not decoded in the order of their times ({REMUX})")
+                raise DecodeError(DISORDER)
             while len(shown) < len(limits) and limits[len(shown)] < after.time:
                 shown.append(np.zeros_like(after.pixels) if current is None else current.pixels)
             if len(shown) == len(limits):

@@ -34,6 +34,10 @@ ONE_PICTURE_A_PACKET = frozenset({"av1", "h264", "hevc", "mjpeg", "prores", "vp9
 shown, MPEG-4 has pictures that are not coded: films of any other codec are decoded to know."""
 DURATION_SLACK_S = 0.5
 """A row's end may exceed the end of the film by one frame and this much."""
+DISORDER = (
+    "its frames are not decoded in the order of their times, as with some edit lists of several parts "
+    "(encode it again: `ffmpeg -i IN OUT.mp4`)"
+)
 BEYOND_S = 1e6
 """No film lasts that long: the timestamps are nonsense."""
 LENGTH_UNKNOWN = "its length cannot be read"
@@ -236,6 +240,8 @@ def _from_decoder(video: str) -> list[_Shown]:
     except DecodeError:
         if not shown:
             raise
+    if shown != sorted(shown, key=lambda picture: picture.at):
+        raise DecodeError(DISORDER)
     return shown
 
 
