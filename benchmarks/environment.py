@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "flashinfer-python", "flash-attn", "triton")
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "flashinfer-python", "flash-attn", "triton", "av", "decord2")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -179,6 +179,11 @@ def presentation(video: str) -> Presentation:
     return _presentation(video, status.st_mtime_ns, status.st_size)
 
 
+def forget() -> None:
+    """Look at every file anew (to measure how long that takes)."""
+    _presentation.cache_clear()
+
+
 @functools.lru_cache(maxsize=4096)
 def _presentation(video: str, changed_ns: int, size: int) -> Presentation:
     with opened(video, LENGTH_UNKNOWN) as (container, stream):

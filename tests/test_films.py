@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -234,7 +235,6 @@ def test_times_are_those_that_the_films_were_made_with(film):
 @pytest.mark.parametrize("name", ORDINARY)
 def test_ordinary_films_have_the_pixels_of_decord(name, film, reader):
     """decord's frames, in their order, were what a model saw before; rows padded at awkward widths are cut."""
-    decord = pytest.importorskip("decord")
     frames = decoded(film(name))
     former = decord.VideoReader(str(film(name)), num_threads=1)
     assert len(former) == len(frames)
