@@ -141,23 +141,33 @@ def pictures_at(film: Presentation, limits: list[float], request: ClipRequest) -
     current: _Picture | None = None
     # Forwards from the beginning: with open GOPs, and with B-frames in fragmented MP4 or in FLV, a seek lands on other
     # pictures, often later ones, and reports nothing. Only pictures that are asked for are converted to RGB.
-    with opened(request.video, "it cannot be decoded") as (container, stream):
-        convert = VideoReformatter()
-        for frame in container.decode(stream):
-            after = _Picture(frame, convert, request)
-            if current is not None and after.time < current.time:
-                raise DecodeError(DISORDER)
-            while len(shown) < len(limits) and limits[len(shown)] < after.time:
-                shown.append(np.zeros_like(after.pixels) if current is None else current.pixels)
-            if len(shown) == len(limits):
-                return shown
-            current = after
-    if current is None or current.time < film.last - TIME_TOLERANCE_S:
+    try:
+        with opened(request.video, "it cannot be decoded") as (container, stream):
+            convert = VideoReformatter()
+            for frame in container.decode(stream):
+                after = _Picture(frame, convert, request)
+                if current is not None and after.time < current.time:
+                    raise DecodeError(DISORDER)
+                while len(shown) < len(limits) and limits[len(shown)] < after.time:
+                    shown.append(np.zeros_like(after.pixels) if current is None else current.pixels)
+                if len(shown) == len(limits):
+                    return shown
+                current = after
+    except DecodeError:
+        # What cannot be decoded after the last picture is no part of the film: the end of a truncated file.
+        if not _complete(current, film):
+            raise
+    if current is None or not _complete(current, film):
         held = "nothing" if current is None else f"the frame of {current.time:.2f} s"
         raise DecodeError(
             f"the file promises frames until {film.last:.2f} s but ends after {held}, it is truncated or damaged"
         )
     return shown + [current.pixels] * (len(limits) - len(shown))
+
+
+def _complete(latest: _Picture | None, film: Presentation) -> bool:
+    """Whether the last picture of the film has been decoded."""
+    return latest is not None and latest.time >= film.last - TIME_TOLERANCE_S
 
 
 class _Picture:
@@ -172,7 +182,7 @@ class _Picture:
     @functools.cached_property
     def pixels(self) -> np.ndarray:
         """uint8 [H, W, 3]. The display matrix is a turn by a multiple of 90 degrees; others are not applied."""
-        plain = self._convert.reformat(self._frame, format="rgb24").to_ndarray()
+        plain = self._convert.reformat(self._frame, format="rgb24", threads=1).to_ndarray()
         return resize_frame(np.rot90(plain, round(self._frame.rotation / 90)), self._request)
 
 

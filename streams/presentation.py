@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-ONE_PICTURE_A_PACKET = frozenset({"av1", "h264", "hevc", "mjpeg", "prores", "vp9"})
-"""Codecs whose decoder returns one picture for every packet that is whole and decodable. VP8 has packets that are never
-shown, MPEG-4 has pictures that are not coded: films of any other codec are decoded to know."""
+ONE_PICTURE_A_PACKET = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg4", "prores", "vp8", "vp9"})
+"""Codecs whose decoder returns one picture for every packet that is whole, decodable and meant to be shown. Films of any
+other codec are decoded to know."""
+NOT_CODED_BYTES = 24
+"""A packet of MPEG-4 below this size may say that its picture is not coded; then the decoder returns none."""
 DURATION_SLACK_S = 0.5
 """A row's end may exceed the end of the film by one frame and this much."""
 DISORDER = (
@@ -94,17 +96,22 @@ class _Shown(NamedTuple):
 
 
 class _Packet(NamedTuple):
-    """What a packet says of its picture. hidden: decoded for the sake of others, never shown (an edit list)."""
+    """What a packet says of its picture.
+
+    hidden: never shown, decoded for the sake of others. unclear: what the decoder makes of it takes decoding.
+    """
 
     at: int | None
     length: int
-    key: bool
     hidden: bool
-    damaged: bool
+    unclear: bool
 
     @classmethod
-    def of(cls, packet: Packet) -> _Packet:
-        return cls(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
+    def of(cls, packet: Packet, codec: str) -> _Packet:
+        # Bit 4 of a VP8 frame's first byte: whether it is shown.
+        hidden = packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] & 0x10)
+        small = codec == "mpeg4" and packet.size < NOT_CODED_BYTES
+        return cls(packet.pts, packet.duration or 0, hidden, packet.pts is None or packet.is_corrupt or small)
 
 
 def check_container(video: str) -> None:
@@ -144,8 +151,8 @@ def opened(video: str, failure: str) -> Iterator[tuple[InputContainer, VideoStre
 
     check_container(video)
     try:
-        # An absolute path is never taken for a protocol ("a:b.mp4").
-        with av.open(os.path.abspath(video)) as container:
+        # An absolute path is never taken for a protocol ("a:b.mp4"). Titles in other encodings than UTF-8 do not matter.
+        with av.open(os.path.abspath(video), metadata_errors="ignore") as container:
             yield container, _film(container)
     except MemoryError:
         raise  # FFmpeg's, too: it says nothing about the file
@@ -187,9 +194,15 @@ def forget() -> None:
 @functools.lru_cache(maxsize=4096)
 def _presentation(video: str, changed_ns: int, size: int) -> Presentation:
     with opened(video, LENGTH_UNKNOWN) as (container, stream):
-        # Tuples, not packets: those keep the payload of the whole file in memory.
-        packets = [_Packet.of(packet) for packet in container.demux(stream) if packet.size]
-        shown = _from_packets(packets, stream.codec_context.name)
+        codec = stream.codec_context.codec.canonical_name
+        packets: list[_Packet] = []
+        head: int | None = None
+        for packet in container.demux(stream):
+            if packet.size:
+                packets.append(_Packet.of(packet, codec))  # not the packet: its payload would stay in memory
+            if head is None:
+                head = next((_ticks(frame) for frame in stream.decode(packet)), None)
+        shown = _from_packets(packets, head, codec)
         tick = stream.time_base or Fraction(0)
     if shown is None:
         shown = _from_decoder(video)
@@ -217,20 +230,20 @@ def _presentation(video: str, changed_ns: int, size: int) -> Presentation:
     return found
 
 
-def _from_packets(packets: list[_Packet], codec: str) -> list[_Shown] | None:
-    """What the decoder makes of these packets, in the order of the file; None where that takes decoding."""
+def _from_packets(packets: list[_Packet], head: int | None, codec: str) -> list[_Shown] | None:
+    """What the decoder makes of these packets, in the order of the file; None where that takes decoding.
+
+    head: when the first picture appears that it returned.
+    """
     shown = [_Shown(packet.at, packet.length) for packet in packets if packet.at is not None and not packet.hidden]
-    first = packets[0].at if packets else None
+    times = {picture.at for picture in shown}
     if (
         codec not in ONE_PICTURE_A_PACKET
-        or first is None
-        or any(packet.at is None or packet.damaged for packet in packets)
-        # A decoder that starts without a key frame returns nothing, or something else, up to the next one.
-        or not packets[0].key
+        or any(packet.unclear for packet in packets)
         # Two packets of one time may be two fields of one picture.
-        or len({picture.at for picture in shown}) != len(shown)
-        # Shown before the first key frame, but decoded after it: an open GOP whose reference was cut off.
-        or any(picture.at < first for picture in shown)
+        or len(times) != len(shown)
+        # Without a key frame, or the reference that an open GOP begins with, a decoder passes over the first packets.
+        or head != min(times, default=None)
     ):
         return None
     return shown

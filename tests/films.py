@@ -97,7 +97,7 @@ def copied(
 ) -> Path:
     """`source` in another file without encoding it again: packets that `keep` names, all times later by `shift_s`."""
     with av.open(str(source)) as read, av.open(str(path), "w", options=muxer or {}) as container:
-        stream = container.add_stream_from_template(read.streams.video[0])
+        stream = container.add_stream_from_template(read.streams.video[0], opaque=True)
         if rotation is not None:
             stream.set_display_rotation(rotation)
         for index, packet in enumerate(read.demux(video=0)):
@@ -126,6 +126,33 @@ def cut(source: Path, path: Path, at_s: float, muxer: dict[str, str] | None = No
             i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts * packet.time_base <= at_s
         )
     return copied(source, path, shift_s=-at_s, keep=lambda index, _: index >= first, muxer=muxer)
+
+
+def joined(first: Path, second: Path, path: Path) -> Path:
+    """Two H.264 MP4s one after the other, the second with its parameter sets in its first packet."""
+    with av.open(str(first)) as one, av.open(str(second)) as two, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(one.streams.video[0])
+        end = 0
+        for packet in one.demux(video=0):
+            if packet.size:
+                end, packet.stream = max(end, packet.dts + (packet.duration or 1)), stream
+                container.mux(packet)
+        for packet in two.demux(video=0):
+            if packet.size:
+                sets = parameter_sets(two.streams.video[0].codec_context.extradata) if packet.is_keyframe else b""
+                copy = av.Packet(sets + bytes(packet))
+                copy.pts, copy.dts, copy.duration = packet.pts + end, packet.dts + end, packet.duration
+                copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, stream
+                container.mux(copy)
+    return path
+
+
+def parameter_sets(extradata: bytes) -> bytes:
+    """The sequence and the picture parameters out of an `avcC` box, each with its length in front."""
+    size = int.from_bytes(extradata[6:8], "big")
+    sequence, rest = extradata[8 : 8 + size], extradata[9 + size :]
+    picture = rest[2 : 2 + int.from_bytes(rest[:2], "big")]
+    return b"".join(len(unit).to_bytes(4, "big") + unit for unit in (sequence, picture))
 
 
 # ---- boxes of MP4 ----
@@ -198,6 +225,21 @@ def without_picture(source: Path, path: Path, index: int) -> Path:
     data = bytearray(source.read_bytes())
     data[packet.pos + 4] = 48 << 1
     path.write_bytes(data)
+    return path
+
+
+def unshown(source: Path, path: Path, index: int) -> Path:
+    """A VP8 film whose packet `index` is decoded but not shown, as encoders make them for others to refer to."""
+    with av.open(str(source)) as read, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(read.streams.video[0])
+        for i, packet in enumerate(read.demux(video=0)):
+            if packet.size:
+                data = bytearray(bytes(packet))
+                data[0] &= 0xEF if i == index else 0xFF
+                copy = av.Packet(bytes(data))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe, copy.duration, copy.stream = packet.is_keyframe, packet.duration, stream
+                container.mux(copy)
     return path
 
 

@@ -37,8 +37,10 @@ from tests.films import (
     cut,
     earlier,
     from_key,
+    joined,
     second_film,
     silence,
+    unshown,
     with_durations,
     with_edits,
     without_picture,
@@ -48,7 +50,7 @@ from tests.films import (
 LONG = B_FRAMES | {"g": "250"}
 SHORT = X264 | {"g": "4", "bf": "0"}
 VP9 = {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b": "0"}
-ALT_REF = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "5", "b": "100k"}
+VP8 = {"deadline": "realtime", "cpu-used": "8", "b": "100k"}
 HEVC = {"preset": "ultrafast", "x265-params": X265}
 LATE = [2000 + time for time in EVEN]
 
@@ -65,7 +67,7 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "short.mp4": lambda to, _: write_film(to, options=SHORT),
     "hevc.mp4": lambda to, _: write_film(to, codec="libx265", options=HEVC),
     "vp9.webm": lambda to, _: write_film(to, codec="libvpx-vp9", options=VP9),
-    "vp8.webm": lambda to, _: write_film(to, codec="libvpx", options=ALT_REF),
+    "vp8.webm": lambda to, _: write_film(to, codec="libvpx", options=VP8),
     "av1.webm": lambda to, _: write_film(to, codec="libsvtav1", options={"preset": "13"}),
     "prores.mov": lambda to, _: write_film(to, codec="prores_ks", options={}, pix_fmt="yuv422p10le"),
     "mjpeg.mov": lambda to, _: write_film(to, codec="mjpeg", options={}, pix_fmt="yuvj420p"),
@@ -100,6 +102,8 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "cut_uneven.mp4": lambda to, source: cut(source("uneven.mp4"), to, 0.35),
     "cut_uneven_late.mov": lambda to, source: cut(source("uneven.mov"), to, 1.601),
     "cut_hevc.mp4": lambda to, source: cut(source("hevc.mp4"), to, 0.75),
+    "cut_av1.mp4": lambda to, source: cut(source("av1.mp4"), to, 1.03),
+    "av1.mp4": lambda to, _: write_film(to, codec="libsvtav1", options={"preset": "13", "svtav1-params": "keyint=8"}),
     "cut_matroska.mkv": lambda to, source: cut(source("uneven.mp4"), to, 0.35),
     "cut_twice.mp4": lambda to, source: cut(source("cut_uneven.mp4"), to, 0.9),
     # Edit lists: hidden tails, parts, a late start.
@@ -118,6 +122,8 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "open_hevc_cut.mp4": lambda to, source: from_key(source("open_hevc.mp4"), to, 1),
     "open_hevc_cut.mkv": lambda to, source: from_key(source("open_hevc.mp4"), to, 1),
     "no_key.mkv": lambda to, source: from_key(source("open.mp4"), to, 0, 3),
+    "refresh_cut.mp4": lambda to, source: from_key(source("refresh.mp4"), to, 1),
+    "refresh.mp4": lambda to, _: write_film(to, options=X264 | {"x264-params": "intra-refresh=1:keyint=8:bframes=0"}),
     # Starts and sounds.
     "negative.mp4": lambda to, source: earlier(source("no_list.mp4"), to, 0.45),
     "no_list.mp4": lambda to, _: write_film(to, options=B_FRAMES, muxer={"use_editlist": "0"}),
@@ -137,6 +143,8 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "ten_times.mp4": lambda to, source: with_durations(source("bframes.mp4"), to, 10),
     "half.mp4": lambda to, source: with_durations(source("bframes.mp4"), to, 0.5),
     "no_length.mp4": lambda to, source: with_durations(source("bframes.mp4"), to, 0),
+    "unshown.webm": lambda to, source: unshown(source("vp8.webm"), to, 9),
+    "unshown_last.webm": lambda to, source: unshown(source("vp8.webm"), to, 23),
     "cover.mp4": lambda to, _: write_film(to, more=cover),
     "second.mkv": lambda to, _: write_film(to, more=second_film),
     "lost.mp4": lambda to, source: without_picture(source("open_hevc.mp4"), to, 6),
@@ -413,6 +421,36 @@ def test_a_film_without_a_clock_is_refused_by_name(make, said, film, reader, tmp
         with pytest.raises(VideoError, match=said) as caught:
             ask()
         assert caught.value.video == str(tmp_path / "odd.mp4")
+
+
+def test_a_truncated_film_is_as_long_as_what_can_be_decoded(film, reader, tmp_path):
+    """The index stands in front and promises all of it; the file ends within a packet."""
+    whole = write_film(tmp_path / "whole.mp4", options=SHORT, muxer={"movflags": "faststart"}).read_bytes()
+    (tmp_path / "part.mp4").write_bytes(whole[: len(whole) * 3 // 5])
+    length = reader.duration(str(tmp_path / "part.mp4"))
+    assert 0.5 < length < 2.0
+    clip = reader.read(str(tmp_path / "part.mp4"), 0.0, math.inf, 100, chunk_seconds=0.1)
+    assert len(clip.frames) == math.ceil(length / 0.1 - 1e-6)
+    frames = decoded(film("short.mp4"))
+    for time, picture in zip(clip.frame_times.ravel(), clip.frames.reshape(-1, SIDE, SIDE, 3), strict=True):
+        assert np.array_equal(picture, shown_at(frames, time))
+    with pytest.raises(VideoError, match=rf"lasts until .* s but the file holds {length:.2f} s"):
+        reader.read(str(tmp_path / "part.mp4"), 0.0, length + 0.7, 2)
+
+
+def test_titles_and_names_do_not_matter(film, reader, tmp_path):
+    """A title in Latin-1, a name that looks like a protocol or a pattern."""
+    (tmp_path / "a:%03d?.mkv").write_bytes(film("plain.mkv").read_bytes().replace(b"Lavf", b"caf\xe9", 1))
+    assert reader.duration(str(tmp_path / "a:%03d?.mkv")) == reader.duration(str(film("plain.mkv")))
+
+
+def test_a_film_whose_frames_change_size_is_refused(film, reader, tmp_path):
+    """Another size from the second film on: its key frame brings its own parameters."""
+    other = write_film(tmp_path / "other.mp4", options=SHORT, size=(96, 128))
+    joined(film("short.mp4"), other, tmp_path / "joined.mp4")
+    assert len(reader.read(str(tmp_path / "joined.mp4"), 0.0, 2.0, 2).frames) == 2
+    with pytest.raises(VideoError, match="its frames change size on the way"):
+        reader.read(str(tmp_path / "joined.mp4"), 0.0, 4.0, 4)
 
 
 def test_a_film_that_only_has_a_cover_holds_no_video(reader, tmp_path):
