@@ -111,6 +111,8 @@ def _shown(config: RunConfig) -> WatchedFile:
         raise ValueError(
             f"watch.seconds={watching.seconds:g} ends before the first picture of {video}, which appears at {film.first:.2f} s"
         )
+    if film.late:
+        print(f"warning: the first picture of {video} appears at {film.first:.2f} s: black until then", file=sys.stderr)
     query = (TimedQuery(watching.at, watching.query),) if watching.query and watching.at < end else ()
     return WatchedFile(video, end, query, length=length)
 

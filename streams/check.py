@@ -23,8 +23,6 @@ from streams.presentation import Presentation
 from streams.task import StreamTask
 from streams.video import ClipReader, VideoConfig, VideoError
 
-NOTICED_S = 0.25
-"""The first frame of a stream by default (two in each second). Film that starts with B-frames is often late by less."""
 _CONTROL = re.compile("|".join([r"<\|[a-z_]+\|>", *map(re.escape, STREAMING_TOKENS)]))
 
 
@@ -57,9 +55,7 @@ def check(path: Path, *, format: str = "auto", ignore_fields: tuple[str, ...] = 
             except ValueError as error:
                 found.skipped.append(SkippedSample(f"task {task.id} ({task.video})", str(error)))
     found.videos = len(films)
-    found.late = {
-        video: film.first for video, film in films.items() if isinstance(film, Presentation) and film.first > NOTICED_S
-    }
+    found.late = {video: film.first for video, film in films.items() if isinstance(film, Presentation) and film.late}
     return found
 
 

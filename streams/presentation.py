@@ -36,6 +36,8 @@ NOT_CODED_BYTES = 24
 """A packet of MPEG-4 below this size may say that its picture is not coded; then the decoder returns none."""
 DURATION_SLACK_S = 0.5
 """A row's end may exceed the end of the film by one frame and this much."""
+NOTICED_S = 0.25
+"""The first frame of a stream by default (two in each second). Films that begin with B-frames are often late by less."""
 DISORDER = (
     "its frames are not decoded in the order of their times, as with some edit lists of several parts "
     "(encode it again: `ffmpeg -i IN OUT.mp4`)"
@@ -72,6 +74,11 @@ class Presentation:
     def latest_end(self) -> float:
         """How late a row's `end` may be: durations are often rounded up."""
         return self.end + self.usual + DURATION_SLACK_S
+
+    @property
+    def late(self) -> bool:
+        """Whether the first frames of a stream are black, by default."""
+        return self.first > NOTICED_S
 
     def check_span(self, end: float) -> None:
         """Raise DecodeError if a stream that ends at `end` (which may be infinite) is not in this film."""

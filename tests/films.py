@@ -45,6 +45,7 @@ def write_film(
     muxer: dict[str, str] | None = None,
     sound_s: float = 0.0,
     colour: tuple[int, int] | None = None,
+    title: str = "",
     more: Callable[[av.container.OutputContainer], list[av.Packet]] | None = None,
 ) -> Path:
     """A film whose pictures appear at `times` (milliseconds).
@@ -52,6 +53,7 @@ def write_film(
     size: (height, width). colour: (colorspace, range). sound_s: seconds of silence beside it. more: other streams.
     """
     with av.open(str(path), "w", options=muxer or {}) as container:
+        container.metadata["title"] = title
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt

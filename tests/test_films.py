@@ -344,12 +344,13 @@ def test_an_end_that_the_checker_accepts_is_read_to_its_last_chunk(seconds, film
 
 
 @pytest.mark.parametrize("name", ["sound.mkv", "sound.webm", "cut_last.mp4", "late.mp4", "no_length.mp4"])
-def test_watch_takes_the_same_length_and_reads_all_of_it(name, film, reader):
+def test_watch_takes_the_same_length_and_reads_all_of_it(name, film, reader, capsys):
     from evals.watch import _shown
     from tests.test_config import composed
 
     shown = _shown(composed("job=watch", f"watch.video='{film(name)}'"))
     assert shown.length == shown.end == reader.duration(str(film(name)))
+    assert ("appears at 2.00 s: black until then" in capsys.readouterr().err) == (name == "late.mp4")
     chunks = math.ceil(shown.end - 1e-6)
     assert len(reader.read(shown.video, 0.0, shown.end, chunks).frames) == chunks
 
@@ -440,7 +441,8 @@ def test_a_truncated_film_is_as_long_as_what_can_be_decoded(film, reader, tmp_pa
 
 def test_titles_and_names_do_not_matter(film, reader, tmp_path):
     """A title in Latin-1, a name that looks like a protocol or a pattern."""
-    (tmp_path / "a:%03d?.mkv").write_bytes(film("plain.mkv").read_bytes().replace(b"Lavf", b"caf\xe9", 1))
+    titled = write_film(tmp_path / "titled.mkv", title="cafX!").read_bytes()
+    (tmp_path / "a:%03d?.mkv").write_bytes(titled.replace(b"cafX!", b"caf\xe9!"))
     assert reader.duration(str(tmp_path / "a:%03d?.mkv")) == reader.duration(str(film("plain.mkv")))
 
 
