@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from PIL import Image
 
-from streams.presentation import DISORDER, REMUX, DecodeError, Presentation, opened, presentation
+from streams.presentation import DISORDER, REMUX, DecodeError, Presentation, Survey, opened, presentation, refused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
 
@@ -121,53 +123,80 @@ def clip_chunks(film: Presentation, request: ClipRequest) -> int:
 
 def decode_clip(request: ClipRequest) -> np.ndarray:
     """The clip's frames, resized: uint8 [num_chunks, frames_per_chunk, H, W, 3]."""
-    film = presentation(request.video)
+    import av
+
+    times = frame_times(request.start, request.num_chunks, request.chunk_seconds, request.frames_per_chunk)
+    limits = causal_limits(times, request.end).ravel().tolist()
+    failure: DecodeError | None = None
+    clip = _Clip(limits, request)
+    # One pass: decoding stops at the last picture that is asked for, the film's length comes from the packets after it.
+    with opened(request.video, "it cannot be decoded") as (container, stream):
+        survey = Survey(container, stream)
+        try:
+            clip.fill(survey.frames())
+        except DecodeError as error:
+            failure = error
+        except MemoryError:
+            raise
+        except av.FFmpegError as error:
+            failure = refused("it cannot be decoded", error)
+        film = survey.presentation(request.video)
+    # A row that is longer than its film is told first: it may be why the film could not be decoded as far.
     chunks = clip_chunks(film, request)
-    times = frame_times(request.start, chunks, request.chunk_seconds, request.frames_per_chunk)
-    pictures = pictures_at(film, causal_limits(times, request.end).ravel().tolist(), request)
+    pictures = clip.finish(film, failure)[: chunks * request.frames_per_chunk]
     if len({picture.shape for picture in pictures}) != 1:
         raise DecodeError("its frames change size on the way")
-    return np.stack(pictures).reshape(*times.shape, *pictures[0].shape)
+    return np.stack(pictures).reshape(chunks, request.frames_per_chunk, *pictures[0].shape)
 
 
-def pictures_at(film: Presentation, limits: list[float], request: ClipRequest) -> list[np.ndarray]:
+class _Clip:
     """For every limit the last picture that appears by then, resized; black before the first one.
 
-    limits: seconds on the film's clock, ascending. Raises DecodeError.
+    limits: seconds on the film's clock, ascending.
     """
-    from av.video.reformatter import VideoReformatter
 
-    shown: list[np.ndarray] = []
-    current: _Picture | None = None
-    # Forwards from the beginning: with open GOPs, and with B-frames in fragmented MP4 or in FLV, a seek lands on other
-    # pictures, often later ones, and reports nothing. Only pictures that are asked for are converted to RGB.
-    try:
-        with opened(request.video, "it cannot be decoded") as (container, stream):
-            convert = VideoReformatter()
-            for frame in container.decode(stream):
-                after = _Picture(frame, convert, request)
-                if current is not None and after.time < current.time:
-                    raise DecodeError(DISORDER)
-                while len(shown) < len(limits) and limits[len(shown)] < after.time:
-                    shown.append(np.zeros_like(after.pixels) if current is None else current.pixels)
-                if len(shown) == len(limits):
-                    return shown
-                current = after
-    except DecodeError:
-        # What cannot be decoded after the last picture is no part of the film: the end of a truncated file.
-        if not _complete(current, film):
-            raise
-    if current is None or not _complete(current, film):
-        held = "nothing" if current is None else f"the frame of {current.time:.2f} s"
-        raise DecodeError(
-            f"the file promises frames until {film.last:.2f} s but ends after {held}, it is truncated or damaged"
-        )
-    return shown + [current.pixels] * (len(limits) - len(shown))
+    def __init__(self, limits: list[float], request: ClipRequest) -> None:
+        self._limits, self._request = limits, request
+        self._shown: list[np.ndarray] = []
+        self._latest: _Picture | None = None
 
+    def fill(self, frames: Iterable[VideoFrame]) -> None:
+        """Take what is asked for, as far as the frames go. They come forwards from the beginning of the file.
 
-def _complete(latest: _Picture | None, film: Presentation) -> bool:
-    """Whether the last picture of the film has been decoded."""
-    return latest is not None and latest.time >= film.last - TIME_TOLERANCE_S
+        With open GOPs, and with B-frames in fragmented MP4 or in FLV, a seek lands on other pictures, often later ones, and
+        reports nothing. Only pictures that are asked for are converted to RGB.
+        """
+        from av.video.reformatter import VideoReformatter
+
+        convert = VideoReformatter()
+        for frame in frames:
+            after = _Picture(frame, convert, self._request)
+            before = self._latest
+            if before is not None and after.time < before.time:
+                raise DecodeError(DISORDER)
+            while self._wants and self._limits[len(self._shown)] < after.time:
+                self._shown.append(np.zeros_like(after.pixels) if before is None else before.pixels)
+            self._latest = after
+            if not self._wants:
+                return
+
+    @property
+    def _wants(self) -> bool:
+        return len(self._shown) < len(self._limits)
+
+    def finish(self, film: Presentation, failure: DecodeError | None) -> list[np.ndarray]:
+        """One picture for every limit: the last one stays on screen. failure: why decoding ended, if it was refused.
+
+        Raises DecodeError if a picture is missing.
+        """
+        latest = self._latest
+        if latest is None or (self._wants and latest.time < film.last - TIME_TOLERANCE_S):
+            held = "nothing" if latest is None else f"the frame of {latest.time:.2f} s"
+            raise failure or DecodeError(
+                f"the file promises frames until {film.last:.2f} s but ends after {held}, it is truncated or damaged"
+            )
+        # What is refused after the last picture is no part of the film: the end of a truncated file.
+        return self._shown + [latest.pixels] * (len(self._limits) - len(self._shown))
 
 
 class _Picture:

@@ -10,7 +10,6 @@ moved to the first picture. Invariants:
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -46,6 +45,10 @@ BEYOND_S = 1e6
 """No film lasts that long: the timestamps are nonsense."""
 LENGTH_UNKNOWN = "its length cannot be read"
 REMUX = "remux it: `ffmpeg -fflags +genpts -i IN -c copy OUT.mp4`"
+
+
+KEPT = 4096
+"""Films whose presentation a process remembers."""
 
 
 class DecodeError(ValueError):
@@ -93,6 +96,9 @@ class Presentation:
                 "nothing to see (choose a later end, or start the file's clock with its picture: "
                 "`ffmpeg -i IN -an -c copy -avoid_negative_ts make_zero OUT.mkv`)"
             )
+
+
+_known: dict[tuple[str, int, int], Presentation] = {}
 
 
 class _Shown(NamedTuple):
@@ -164,7 +170,12 @@ def opened(video: str, failure: str) -> Iterator[tuple[InputContainer, VideoStre
     except MemoryError:
         raise  # FFmpeg's, too: it says nothing about the file
     except av.FFmpegError as error:
-        raise DecodeError(f"{failure}, the file is truncated or damaged ({short(error)})") from None
+        raise refused(failure, error) from None
+
+
+def refused(failure: str, error: Exception) -> DecodeError:
+    """FFmpeg's error in words. failure: what is impossible, the beginning of the message."""
+    return DecodeError(f"{failure}, the file is truncated or damaged ({short(error)})")
 
 
 def _film(container: InputContainer) -> VideoStream:
@@ -184,43 +195,85 @@ def _film(container: InputContainer) -> VideoStream:
     return stream
 
 
-def presentation(video: str) -> Presentation:
-    """What a player shows of the file; kept until the file changes. Raises DecodeError."""
+class Survey:
+    """Reads a film once: decodes it as far as it is asked to, and learns from all its packets what is shown when."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self._stream = stream
+        self._demuxed = container.demux(stream)
+        self._codec = stream.codec_context.codec.canonical_name
+        self._packets: list[_Packet] = []
+        self._head: int | None = None
+        self._whole = False
+
+    def _next(self) -> Iterator[Packet]:
+        for packet in self._demuxed:
+            if packet.size:
+                # Not the packet itself: its payload would stay in memory.
+                self._packets.append(_Packet.of(packet, self._codec))
+            else:
+                self._whole = True  # the empty packet at the end of the file
+            yield packet
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """The frames that the decoder returns, in its order. Raises what FFmpeg does, and DecodeError."""
+        for packet in self._next():
+            for frame in self._stream.decode(packet):
+                if self._head is None:
+                    self._head = _ticks(frame)
+                yield frame
+
+    def presentation(self, video: str) -> Presentation:
+        """What is shown, after reading the rest. Raises DecodeError."""
+        known = _known.get(_key(video))
+        if known is not None:
+            return known
+        if self._head is None:
+            next(self.frames(), None)
+        for _ in self._next():
+            pass
+        if not self._whole:
+            raise DecodeError("it cannot be read to its end, the file is truncated or damaged")
+        shown = _from_packets(self._packets, self._head, self._codec)
+        if shown is None:
+            shown = _from_decoder(video)
+        if not shown:
+            hidden = any(packet.hidden for packet in self._packets)
+            raise DecodeError(
+                "its edit list hides every picture (remux it: `ffmpeg -ignore_editlist 1 -i IN -c copy OUT.mp4`)"
+                if hidden
+                else "it holds no picture that can be decoded, the file is truncated or damaged"
+            )
+        if len(_known) >= KEPT:
+            _known.clear()
+        found = _known[_key(video)] = _summary(shown, self._stream.time_base or Fraction(0))
+        return found
+
+
+def _key(video: str) -> tuple[str, int, int]:
     try:
         status = os.stat(video)
     except OSError as error:
         raise DecodeError(f"the file cannot be read ({error.strerror})") from None
-    return _presentation(video, status.st_mtime_ns, status.st_size)
+    return video, status.st_mtime_ns, status.st_size
+
+
+def presentation(video: str) -> Presentation:
+    """What a player shows of the file; kept until the file changes. Raises DecodeError."""
+    known = _known.get(_key(video))
+    if known is None:
+        with opened(video, LENGTH_UNKNOWN) as (container, stream):
+            known = Survey(container, stream).presentation(video)
+    return known
 
 
 def forget() -> None:
     """Look at every file anew (to measure how long that takes)."""
-    _presentation.cache_clear()
+    _known.clear()
 
 
-@functools.lru_cache(maxsize=4096)
-def _presentation(video: str, changed_ns: int, size: int) -> Presentation:
-    with opened(video, LENGTH_UNKNOWN) as (container, stream):
-        codec = stream.codec_context.codec.canonical_name
-        packets: list[_Packet] = []
-        head: int | None = None
-        for packet in container.demux(stream):
-            if packet.size:
-                packets.append(_Packet.of(packet, codec))  # not the packet: its payload would stay in memory
-            if head is None:
-                head = next((_ticks(frame) for frame in stream.decode(packet)), None)
-        shown = _from_packets(packets, head, codec)
-        tick = stream.time_base or Fraction(0)
-    if shown is None:
-        shown = _from_decoder(video)
-    if not shown:
-        hidden = any(packet.hidden for packet in packets)
-        raise DecodeError(
-            "its edit list hides every picture (remux it: `ffmpeg -ignore_editlist 1 -i IN -c copy OUT.mp4`)"
-            if hidden
-            else "it holds no picture that can be decoded, the file is truncated or damaged"
-        )
-    shown.sort()
+def _summary(shown: list[_Shown], tick: Fraction) -> Presentation:
+    shown = sorted(shown)
     gaps = [after.at - before.at for before, after in pairwise(shown)]
     usual = Fraction(statistics.median(gaps)) if gaps else Fraction(0)
     # Some files give the last picture no length; the usual distance between pictures stands in.
