@@ -107,10 +107,17 @@ def _shown(config: RunConfig) -> WatchedFile:
     watching = config.watch
     video = str(Path(watching.video).absolute())
     with ClipReader(config.data.video) as reader:
-        length = reader.duration(video)
+        film = reader.presentation(video)
+    length = film.end
     if watching.query and watching.at >= length:
         raise ValueError(f"watch.at={watching.at:g} lies after the end of {video} ({length:.1f} s)")
     end = min(length, watching.seconds or length)
+    if end <= film.first:
+        raise ValueError(
+            f"watch.seconds={watching.seconds:g} ends before the first picture of {video}, which appears at {film.first:.2f} s"
+        )
+    if film.late:
+        print(f"warning: the first picture of {video} appears at {film.first:.2f} s: black until then", file=sys.stderr)
     query = (TimedQuery(watching.at, watching.query),) if watching.query and watching.at < end else ()
     return WatchedFile(video, end, query, length=length)
 

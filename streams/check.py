@@ -24,10 +24,10 @@ from rewards.contradictions import contradiction
 from rewards.correctness import is_correct
 from streams.answerable import CERTAIN_TOKENS, lost, overlap, spelled_token, texts_of, too_long, untimely
 from streams.dataset import FORMATS, Reason, SkippedSample, load_tasks, write_tasks
-from streams.decode import DURATION_SLACK_S
-from streams.durations import bounded, video_seconds
+from streams.durations import bounded, known_presentation
 from streams.layout import Layout, LayoutConfig, OverBudget
 from streams.paths import user_path
+from streams.presentation import Presentation
 from streams.task import StreamTask
 from streams.terminal import escape_unprintable_output, one_line
 from streams.video import ClipReader, VideoConfig, VideoError
@@ -49,6 +49,8 @@ class Checked:
     warned: list[SkippedSample] = field(default_factory=list)
     suspects: list[tuple[StreamTask, str]] = field(default_factory=list)
     videos: int = 0
+    late: dict[str, float] = field(default_factory=dict)
+    """Videos whose first picture is missed by the first frames of a stream, and when it appears."""
 
 
 def check(
@@ -68,23 +70,24 @@ def check(
     video = video or VideoConfig()
     loaded = load_tasks(path, format=format, ignore_fields=ignore_fields, contradiction=contradiction)
     found = Checked(skipped=list(loaded.skipped))
-    lengths: dict[str, float | str] = {}
+    films: dict[str, Presentation | str] = {}
     with ClipReader(video) as reader:
         for task in loaded.tasks:
-            if task.video not in lengths:
-                lengths[task.video] = _opened(reader, task.video)
-            length = lengths[task.video]
+            if task.video not in films:
+                films[task.video] = _opened(reader, task.video)
+            film = films[task.video]
             try:
-                if isinstance(length, str):
-                    raise ValueError(length)
-                fitted = _within(task, length)
+                if isinstance(film, str):
+                    raise ValueError(film)
+                fitted = _within(task, film)
                 _refuse_unread(reader, task, fitted)
             except ValueError as error:
                 reason = error.reason if isinstance(error, VideoError) else str(error)
                 found.skipped.append(_sample(task, reason, Reason.VIDEO))
                 continue
             _judge(found, fitted, video, max_turns, layout)
-    found.videos = len(lengths)
+    found.videos = len(films)
+    found.late = {video: film.first for video, film in films.items() if isinstance(film, Presentation) and film.late}
     return found
 
 
@@ -131,23 +134,20 @@ def _judge(found: Checked, task: StreamTask, video: VideoConfig, max_turns: int,
             break
 
 
-def _opened(reader: ClipReader, video: str) -> float | str:
-    """The video's length, or why it cannot be used."""
+def _opened(reader: ClipReader, video: str) -> Presentation | str:
+    """What the video shows, or why it cannot be used."""
     try:
-        seconds = video_seconds(reader, video)
+        film = known_presentation(reader, video)
         reader.read(video, 0.0, math.inf, 1)
     except VideoError as error:
         return error.reason
-    return seconds
+    return film
 
 
-def _within(task: StreamTask, seconds: float) -> StreamTask:
+def _within(task: StreamTask, film: Presentation) -> StreamTask:
     """The task, once it fits into its video; its end is known afterwards."""
-    if not math.isfinite(task.end):
-        return bounded(task, seconds)
-    if task.end > seconds + DURATION_SLACK_S:
-        raise ValueError(f"the row says the clip lasts until {task.end:g} s but the file holds {seconds:.2f} s")
-    return task
+    film.check_span(task.end)
+    return task if math.isfinite(task.end) else bounded(task, film.end)
 
 
 def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:
@@ -156,6 +156,12 @@ def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:
     lines += [f"warning: {sample.source}: {sample.reason}" for sample in found.warned]
     rows = f"{len(found.usable)} rows usable, {len(found.skipped)} skipped, {found.videos} videos opened"
     lines.append(f"{path}: {rows}" + (f", {len(found.warned)} warnings" if found.warned else ""))
+    if found.late:
+        latest = max(found.late, key=found.late.__getitem__)
+        lines.append(
+            f"{len(found.late)} videos whose picture starts later than 0 s "
+            f"(the latest at {found.late[latest]:.2f} s: {latest}): black until then"
+        )
     if not found.usable:
         return lines
     answers = [answer for task in found.usable for answer in task.answers]

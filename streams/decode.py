@@ -1,45 +1,43 @@
-"""The decode process: reads clips with decord, one request at a time, until its pipe closes.
+"""The decode process: reads clips with PyAV, one request at a time, until its pipe closes.
 
 Owner: streams. Started by `streams.video.ClipReader` as `python -m streams.decode <fd>`; native decoding can
 block for ever while it holds the interpreter, so only a process of its own can be given a deadline. Imports
-stay light. Invariants: a frame is never later than the time it was asked for (to 1 ms); decord is only ever
-read forwards from frame 0; the process ends when its parent does (end of file on the pipe, or the alarm while
-it is stuck in native code).
+stay light. Invariants: a frame is never later than the time it was asked for (to 1 ms), by the presentation time that
+it was decoded with; files are only ever read forwards from their beginning; the process ends when its parent does (end
+of file on the pipe, or the alarm while it is stuck in native code).
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-import re
 import signal
-import stat
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from streams.presentation import DISORDER, REMUX, DecodeError, Presentation, Survey, opened, presentation, refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
+
 MAX_ASPECT_RATIO = 200
-DURATION_SLACK_S = 0.5
-"""A row's end may exceed the file's last frame by one frame and this much: durations are often rounded up."""
 TIME_TOLERANCE_S = 1e-3
-"""decord gives float32 timestamps: without a tolerance a frame at 0.3 s (0.30000001) is missed when asked at
-0.3.
-"""
+"""MKV, WebM and FLV round times to milliseconds: a frame at 2/3 s is at 0.667 s in the file, and belongs to 2/3 s."""
 ORPHAN_GRACE_S = 5
 READY = "ready"
 
 
-class DecodeError(ValueError):
-    """Why a clip cannot be read, in words for the user; the parent adds the file's name."""
-
-
 @dataclass(frozen=True)
 class DurationRequest:
-    """Ask for the length of a video. deadline_s: how long the parent will wait."""
+    """Ask what a player shows of a video, its length among it. deadline_s: how long the parent will wait."""
 
     kind: ClassVar[str] = "duration"
     video: str
@@ -103,139 +101,118 @@ def frame_times(start: float, num_chunks: int, chunk_seconds: float, frames_per_
     return start + chunks * chunk_seconds + (parts + 0.5) * (chunk_seconds / frames_per_chunk)
 
 
-def causal_indices(timestamps: np.ndarray, times: np.ndarray, end: float) -> np.ndarray:
-    """For every time the last frame that had been shown by then, and before the segment's `end`."""
-    found = np.searchsorted(timestamps, times + TIME_TOLERANCE_S, side="right") - 1
-    last = np.searchsorted(timestamps, end - TIME_TOLERANCE_S, side="left") - 1
-    return np.maximum(np.minimum(found, last), 0)
-
-
-def check_container(video: str) -> None:
-    """Rejects missing and empty files, and containers for which decord's frames are not those of their
-    timestamps.
-
-    Measured with decord2 3.4: in MPEG-TS and MPEG-PS it drops the frames of the first second and shows later
-    ones in their place; AVI has no timestamps. MP4, MOV, MKV, WebM and FLV are exact when they are read
-    forwards.
+def causal_limits(times: np.ndarray, end: float) -> np.ndarray:
+    """For every time asked for, the latest presentation time of a picture that may be shown: it appeared by then, and
+    before the segment's `end`.
     """
-    try:
-        status = os.stat(video)
-    except OSError as error:
-        raise DecodeError(f"the file cannot be read ({error.strerror})") from None
-    if stat.S_ISDIR(status.st_mode):
-        raise DecodeError("it is a folder, not a video file")
-    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
-        raise DecodeError("the file is empty (0 bytes)")
-    try:
-        with open(video, "rb") as file:
-            head = file.read(12)
-    except OSError as error:
-        raise DecodeError(f"the file cannot be read ({error.strerror})") from None
-    boxes = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
-    if head[4:8] in boxes or head.startswith((b"\x1aE\xdf\xa3", b"FLV")):
-        return
-    raise DecodeError(
-        f"not a supported video: it starts with {head[:8]!r}, not like MP4, MOV, MKV, WebM or FLV "
-        "(other containers can be converted with `ffmpeg -i IN -c copy OUT.mkv`)"
-    )
+    return np.minimum(times + TIME_TOLERANCE_S, np.nextafter(end - TIME_TOLERANCE_S, -np.inf))
 
 
-def plain_frame(raw: np.ndarray) -> np.ndarray:
-    """A uint8 [h, w, 3] frame out of what decord returned.
-
-    At widths where its padded rows hold a whole multiple of w bytes (16, 24, 48, 72), decord calls the
-    padding extra channels: [h, w, 4 or 6]. The pixels are all there, at the beginning of each row.
-    """
-    if raw.dtype != np.uint8 or raw.ndim != 3 or raw.shape[2] < 3:
-        raise DecodeError(f"decord returned a frame of shape {list(raw.shape)} and type {raw.dtype}")
-    height, width, channels = raw.shape
-    if channels == 3:
-        return raw
-    return raw.reshape(height, width * channels)[:, : width * 3].reshape(height, width, 3)
-
-
-def clip_timestamps(reader: Any, request: ClipRequest) -> tuple[np.ndarray, int]:
-    """(start times of the file's frames, in seconds after its first frame; chunks to show), once they are known to
-    cover the clip.
-    """
-    starts, held = frame_starts(reader)
-    # Some files give the last frame no length; the usual distance between frames stands in.
-    usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 0.0
-    held = max(held, float(starts[-1]) + usual)
-    slack = usual + DURATION_SLACK_S
-    chunks = request.num_chunks
-    if math.isinf(request.end):
-        whole = math.ceil((held - request.start) / request.chunk_seconds - 1e-6)
-        chunks = max(request.min_chunks, min(chunks, whole))
-    elif request.end > held + slack:
-        raise DecodeError(
-            f"the row says the clip lasts until {request.end:g} s "
-            f"but the file holds {held:.2f} s ({len(starts)} frames)"
-        )
-    last_chunk = request.start + (chunks - 1) * request.chunk_seconds
-    if last_chunk > held + usual:
-        raise DecodeError(f"chunk {chunks - 1} starts at {last_chunk:g} s but the file holds {held:.2f} s")
-    return starts, chunks
-
-
-def frame_starts(reader: Any) -> tuple[np.ndarray, float]:
-    """(start times of all frames, end of the last one), in seconds after the file's first frame."""
-    spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)
-    starts = spans[:, 0] - spans[0, 0]
-    if not np.isfinite(spans).all() or abs(spans[0, 0]) > 1e6 or (np.diff(starts) < 0).any():
-        raise DecodeError(
-            "its frames have no usable timestamps (remux it: `ffmpeg -fflags +genpts -i IN -c copy OUT.mp4`)"
-        )
-    return starts, float(spans[-1, 1] - spans[0, 0])
-
-
-def video_duration(video: str) -> float:
-    """Seconds of video, from the container's header; a file whose header does not say is read through."""
-    import av
-    import decord
-
-    check_container(video)
-    try:
-        with av.open(video) as container:
-            if not container.streams.video:
-                raise DecodeError("it holds no video")
-            stream = container.streams.video[0]
-            if stream.duration and stream.time_base:
-                return float(stream.duration * stream.time_base)
-            if container.duration:
-                return float(container.duration / av.time_base)
-        return frame_starts(decord.VideoReader(video, num_threads=1))[1]
-    except (av.FFmpegError, decord.DECORDError, RuntimeError) as error:
-        raise DecodeError(f"its length cannot be read, the file is truncated or damaged ({short(error)})") from None
+def clip_chunks(film: Presentation, request: ClipRequest) -> int:
+    """How many chunks of the clip the film has, once it is known to cover them. Raises DecodeError."""
+    film.check_span(request.end)
+    if math.isfinite(request.end):
+        return request.num_chunks
+    whole = math.ceil((film.end - request.start) / request.chunk_seconds - 1e-6)
+    chunks = max(request.min_chunks, min(request.num_chunks, whole))
+    last = request.start + (chunks - 1) * request.chunk_seconds
+    if last > film.end + film.usual:
+        raise DecodeError(f"chunk {chunks - 1} starts at {last:g} s but the file holds {film.end:.2f} s")
+    return chunks
 
 
 def decode_clip(request: ClipRequest) -> np.ndarray:
     """The clip's frames, resized: uint8 [num_chunks, frames_per_chunk, H, W, 3]."""
-    import decord
+    import av
 
-    check_container(request.video)
-    try:
-        reader = decord.VideoReader(request.video, num_threads=1)
-        starts, chunks = clip_timestamps(reader, request)
-        times = frame_times(request.start, chunks, request.chunk_seconds, request.frames_per_chunk)
-        indices = causal_indices(starts, times, request.end)
-        frames: dict[int, np.ndarray] = {}
-        wanted = set(indices.ravel().tolist())
-        # Forwards from frame 0, without seek or skip_frames: with open GOPs, and with B-frames in fragmented
-        # MP4 or in FLV, both land on other frames, often LATER ones, and report nothing. Reading on runs at
-        # thousands of frames a second. decord decodes ahead: in a damaged file, frames shortly before the
-        # damage may be refused or given.
-        for index in range(max(wanted) + 1):
-            frame = reader.next()
-            if index in wanted:
-                frames[index] = resize_frame(plain_frame(frame.asnumpy()), request)
-    except StopIteration:
-        raise DecodeError(f"the file promises {len(starts)} frames but ends after {index}") from None
-    except (decord.DECORDError, RuntimeError, AssertionError) as error:
-        raise DecodeError(f"decord cannot decode it, the file is truncated or damaged ({short(error)})") from None
-    if len({frame.shape for frame in frames.values()}) != 1:
+    times = frame_times(request.start, request.num_chunks, request.chunk_seconds, request.frames_per_chunk)
+    limits = causal_limits(times, request.end).ravel().tolist()
+    failure: DecodeError | None = None
+    clip = _Clip(limits, request)
+    # One pass: decoding stops at the last picture that is asked for, the film's length comes from the packets after it.
+    with opened(request.video, "it cannot be decoded") as (container, stream):
+        survey = Survey(container, stream)
+        try:
+            clip.fill(survey.frames())
+        except DecodeError as error:
+            failure = error
+        except MemoryError:
+            raise
+        except av.FFmpegError as error:
+            failure = refused("it cannot be decoded", error)
+        film = survey.presentation(request.video)
+    # A row that is longer than its film is told first: it may be why the film could not be decoded as far.
+    chunks = clip_chunks(film, request)
+    pictures = clip.finish(film, failure)[: chunks * request.frames_per_chunk]
+    if len({picture.shape for picture in pictures}) != 1:
         raise DecodeError("its frames change size on the way")
-    return np.stack([np.stack([frames[int(i)] for i in row]) for row in indices])
+    return np.stack(pictures).reshape(chunks, request.frames_per_chunk, *pictures[0].shape)
+
+
+class _Clip:
+    """For every limit the last picture that appears by then, resized; black before the first one.
+
+    limits: seconds on the film's clock, ascending.
+    """
+
+    def __init__(self, limits: list[float], request: ClipRequest) -> None:
+        self._limits, self._request = limits, request
+        self._shown: list[np.ndarray] = []
+        self._latest: _Picture | None = None
+
+    def fill(self, frames: Iterable[VideoFrame]) -> None:
+        """Take what is asked for, as far as the frames go. They come forwards from the beginning of the file.
+
+        With open GOPs, and with B-frames in fragmented MP4 or in FLV, a seek lands on other pictures, often later ones, and
+        reports nothing. Only pictures that are asked for are converted to RGB.
+        """
+        from av.video.reformatter import VideoReformatter
+
+        convert = VideoReformatter()
+        for frame in frames:
+            after = _Picture(frame, convert, self._request)
+            before = self._latest
+            if before is not None and after.time < before.time:
+                raise DecodeError(DISORDER)
+            while self._wants and self._limits[len(self._shown)] < after.time:
+                self._shown.append(np.zeros_like(after.pixels) if before is None else before.pixels)
+            self._latest = after
+            if not self._wants:
+                return
+
+    @property
+    def _wants(self) -> bool:
+        return len(self._shown) < len(self._limits)
+
+    def finish(self, film: Presentation, failure: DecodeError | None) -> list[np.ndarray]:
+        """One picture for every limit: the last one stays on screen. failure: why decoding ended, if it was refused.
+
+        Raises DecodeError if a picture is missing.
+        """
+        latest = self._latest
+        if latest is None or (self._wants and latest.time < film.last - TIME_TOLERANCE_S):
+            held = "nothing" if latest is None else f"the frame of {latest.time:.2f} s"
+            raise failure or DecodeError(
+                f"the file promises frames until {film.last:.2f} s but ends after {held}, it is truncated or damaged"
+            )
+        # What is refused after the last picture is no part of the film: the end of a truncated file.
+        return self._shown + [latest.pixels] * (len(self._limits) - len(self._shown))
+
+
+class _Picture:
+    """A decoded frame and, once they are asked for, its pixels: upright, as a player shows it, and resized."""
+
+    def __init__(self, frame: VideoFrame, convert: VideoReformatter, request: ClipRequest) -> None:
+        if frame.time is None:
+            raise DecodeError(f"its frames have no usable timestamps ({REMUX})")
+        self.time = frame.time
+        self._frame, self._convert, self._request = frame, convert, request
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """uint8 [H, W, 3]. The display matrix is a turn by a multiple of 90 degrees; others are not applied."""
+        plain = self._convert.reformat(self._frame, format="rgb24", threads=1).to_ndarray()
+        return resize_frame(np.rot90(plain, round(self._frame.rotation / 90)), self._request)
 
 
 def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:
@@ -252,14 +229,9 @@ def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:
     return np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
 
 
-def short(error: BaseException) -> str:
-    """The last statement of a decord message, without its C++ source positions."""
-    text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", str(error)).split("\n\n")[0]
-    return " ".join(text.rsplit("Thread worker: ", 1)[-1].split())[-160:] or type(error).__name__
-
-
 def serve(connection: Connection) -> None:
-    """Answers requests until the parent closes its end: ("frames", array), ("seconds", number) or ("error", reason)."""
+    """Answers requests until the parent closes its end: ("frames", array), ("presentation", what is shown) or
+    ("error", reason)."""
     connection.send(READY)
     while True:
         try:
@@ -276,7 +248,7 @@ def serve(connection: Connection) -> None:
             if isinstance(request, ClipRequest):
                 reply = ("frames", decode_clip(request))
             else:
-                reply = ("seconds", video_duration(request.video))
+                reply = ("presentation", presentation(request.video))
         except DecodeError as error:
             reply = ("error", str(error))
         except MemoryError:
@@ -289,11 +261,8 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-    import decord
-
     # The parent handles Ctrl-C and closes the pipe; a traceback from here would only hide its message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    decord.logging.set_level(decord.logging.QUIET)
     serve(Connection(int(sys.argv[1])))
 
 

@@ -1,8 +1,8 @@
 """How long the videos are, for tasks whose rows do not say.
 
 Owner: streams. Only asked for where something depends on it (`data.video.max_chunks`, `python -m streams.check`):
-opening every video of a large file takes a while. The length is the one in the container's header; a file without one
-is read through. Invariants: a video is opened once; one that cannot be read costs its tasks, by name.
+every video is read through, which takes a while for a large file. Invariants: the length is that of
+`streams.presentation`, as in a run; a video is opened once; one that cannot be read costs its tasks, by name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
+from streams.presentation import Presentation
 from streams.task import StreamTask
 from streams.video import ClipReader, VideoConfig, VideoError
 
@@ -20,7 +21,7 @@ END_SLACK_S = 1.0
 """Items up to this long after the video's end belong to its last chunk: timestamps are often rounded up."""
 _LAST_INSTANT_S = 1e-3
 
-_known: dict[tuple[str, int, int], float] = {}
+_known: dict[tuple[str, int, int], Presentation] = {}
 
 
 def bounded(task: StreamTask, video_seconds: float) -> StreamTask:
@@ -56,7 +57,7 @@ def measured(
                 continue
             if task.video not in failed:
                 try:
-                    found.append((source, bounded(task, video_seconds(reader, task.video))))
+                    found.append((source, bounded(task, known_presentation(reader, task.video).end)))
                     continue
                 except VideoError as error:
                     failed[task.video] = str(error)
@@ -67,13 +68,13 @@ def measured(
     return found
 
 
-def video_seconds(reader: ClipReader, video: str) -> float:
-    """The video's length; asked again only when the file has changed. Raises VideoError."""
+def known_presentation(reader: ClipReader, video: str) -> Presentation:
+    """What a player shows of the video; asked again only when the file has changed. Raises VideoError."""
     try:
         status = os.stat(video)
         key = (video, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise VideoError(video, f"the file cannot be read ({error.strerror})") from None
     if key not in _known:
-        _known[key] = reader.duration(video)
+        _known[key] = reader.presentation(video)
     return _known[key]

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from streams.decode import READY, ClipRequest, DurationRequest, frame_times, smart_resize
+from streams.presentation import Presentation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,7 +136,7 @@ class Clip:
     frames_per_chunk].
 
     The times are those asked for, in seconds on the video's clock; the frame shown is the last one up to that
-    time.
+    time, black before the first one.
     """
 
     frames: np.ndarray
@@ -355,12 +356,16 @@ class ClipReader:
         needed = min(num_chunks, task.due_turns(seconds))
         return self.read(task.video, task.start, task.end, num_chunks, chunk_seconds=seconds, min_chunks=needed)
 
-    def duration(self, video: str) -> float:
-        """How many seconds of video the file holds. Raises VideoError."""
-        kind, payload = self._ask(DurationRequest(video, self.config.decode_timeout_s))
-        if kind != "seconds":
+    def presentation(self, video: str) -> Presentation:
+        """What a player shows of the file, and when. Raises VideoError."""
+        _, payload = self._ask(DurationRequest(video, self.config.decode_timeout_s))
+        if not isinstance(payload, Presentation):
             raise VideoError(video, str(payload))
-        return float(payload)
+        return payload
+
+    def duration(self, video: str) -> float:
+        """The end of the last picture that the file shows, in seconds on its clock. Raises VideoError."""
+        return self.presentation(video).end
 
     def _ask(self, request: ClipRequest | DurationRequest) -> tuple[str, Any]:
         with self._turn:

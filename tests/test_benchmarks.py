@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import block_mask
+from benchmarks import block_mask, reading
 from benchmarks.attention import Heads, disagreements, learner_row
 from benchmarks.environment import result_target
 from benchmarks.smoke import main, result_of
@@ -117,7 +117,17 @@ def test_a_block_mask_counts_as_faster_only_if_it_is_torchs_own(tmp_path, capsys
     assert "--tokens 1000 is not a multiple of 128" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["attention", "block_mask", "consistency", "endless"])
+def test_a_reader_counts_as_fast_only_if_its_pixels_are_the_former_ones(tmp_path):
+    row = reading.measure(tmp_path, 56, 56, 10, 3, 1)
+    assert row["equal"]
+    assert min(row["first_ms"], row["again_ms"], row["former_ms"]) > 0
+    fast = row | {"first_ratio": reading.BAR, "again_ratio": 0.5}
+    assert reading.missed(fast) == []
+    assert "first_ratio 1.2 is above 1.1" in reading.missed(fast | {"first_ratio": 1.2})[0]
+    assert "pixels differ" in reading.missed(fast | {"equal": False})[0]
+
+
+@pytest.mark.parametrize("name", ["attention", "block_mask", "consistency", "endless", "reading"])
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(name, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     given = ["--json", str(tmp_path / "file" / "x.json")]
