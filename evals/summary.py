@@ -19,11 +19,11 @@ from rich.text import Text
 
 from evals.categories import ALL
 from evals.heldout import EvalResult
-from rl.tracking import visible
 from streams.dataset import SkippedSample, counted
 from streams.messages import ScoreReport
 from streams.strict_json import dumps
 from streams.synthetic import MODES
+from streams.terminal import visible
 
 CONDITIONS = ("empty_thoughts", "recent_frames")
 OWN_RESULTS = ("sft", "rl", *CONDITIONS)

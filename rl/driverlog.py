@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from conf.redact import redact
+from streams.terminal import escape_unprintable_output
 
 FILE = "driver.log"
 MAX_BYTES = 16 * 2**20
@@ -50,6 +51,7 @@ class DriverLog:
 
     def install(self) -> None:
         """Put this log behind sys.stdout and sys.stderr."""
+        escape_unprintable_output()  # a category in a script that the terminal does not know must not end a run
         self._tees = [Tee(sys.stdout, self), Tee(sys.stderr, self)]
         sys.stdout, sys.stderr = self._tees
 
@@ -108,9 +110,6 @@ class Tee(io.TextIOBase):
         self._stream, self._log = stream, log
         self._lock = threading.RLock()
         self._begun, self._rewritten_at = "", 0.0
-        if isinstance(stream, io.TextIOWrapper):
-            # A category in a script that the terminal does not know must not end a run.
-            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         shown = redact(text)

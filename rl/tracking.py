@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import queue
-import re
 import sys
 import threading
 import time
@@ -27,13 +26,13 @@ from conf.redact import public_setting, public_uri, redact
 from conf.schema import TrackingConfig
 from rl.journal import JournalLine
 from rl.metric_names import metric_name
+from streams.terminal import visible
 
 log = logging.getLogger("sightline.tracking")
 CLOSE_TIMEOUT_S = 60.0
 PLAIN_LINES = 40
 """Lines that one stage prints at most, where there is no terminal to rewrite."""
 RUN_FILE = "tracking.json"
-_UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow's codes for an entry that it does not take, as against a store that cannot be written."""
 
@@ -250,13 +249,6 @@ def _first_line(error: Exception) -> str:
 
 def _finite(values: dict[str, float | None]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-
-
-def visible(text: str) -> str:
-    """Text for a terminal: what rows and files are called may hold characters that would move its cursor or clear it. They
-    are shown by their code points. A line's end stays.
-    """
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Progress:

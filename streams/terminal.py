@@ -7,7 +7,11 @@ from a data file stays on its line and sends no control sequence.
 from __future__ import annotations
 
 import io
+import re
 import sys
+
+# Control characters but the line feed, and those that turn the direction of writing round.
+_UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def escape_unprintable_output() -> None:
@@ -20,3 +24,8 @@ def escape_unprintable_output() -> None:
 def one_line(text: str) -> str:
     """Return the text with line breaks, escape sequences and other unprintable characters as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def visible(text: str) -> str:
+    """Return the text with characters that would move the terminal's cursor or clear it as escapes. A line's end stays."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
