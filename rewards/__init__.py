@@ -7,12 +7,13 @@ Owner: rewards. Pure functions over `StreamOutcome`, composed from config; impor
 
 from rewards.brevity import ResponseCount, ThinkLength
 from rewards.compose import AnswerResult, Reward, RewardConfig, RewardResult
-from rewards.correctness import Correctness, correct_answers, is_correct
+from rewards.correctness import Correctness, correct_answers
 from rewards.format import Format, format_score
 from rewards.outcome import AnswerMatch, StreamOutcome, match_answers, spare_responses
 from rewards.registry import Term, get, register
 from rewards.scripted import oracle_turns, silent_turns
 from rewards.timing import Timing, timing_score
+from streams.answers.judge import is_correct
 
 __all__ = [
     "AnswerMatch",

@@ -11,7 +11,6 @@ from pathlib import Path
 from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from evals.best import check_best
-from rewards.contradictions import contradiction
 from rl.buffer import age_bound
 from rl.stages import StagePlan, replaced_by
 from streams.dataset import load_tasks
@@ -211,7 +210,7 @@ def _check_data(config: RunConfig) -> None:
                 raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
             # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
             data = config.data
-            loaded = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields, contradiction=contradiction)
+            loaded = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields)
             if split == "heldout":
                 check_best(config, loaded.tasks)
         elif split == "heldout":

@@ -18,10 +18,10 @@ import numpy as np
 
 from conf.schema import RunConfig
 from rewards.compose import RewardResult
-from rewards.correctness import is_correct
 from rl.cluster import Session
 from sft.demonstrations import script_for
 from streams.answerable import Finding, lost, overlap, too_long, untimely
+from streams.answers.judge import is_correct
 from streams.dataset import Reason, SkippedSample, at_row, counted
 from streams.messages import RowTexts, RowWords, ScriptedJob, ScriptedTurn
 from streams.task import StreamTask

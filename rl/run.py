@@ -25,7 +25,6 @@ from evals.summary import (
     write_json,
 )
 from learner.config import LearnerConfig
-from rewards.contradictions import contradiction
 from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
 from rl.cluster import Session
 from rl.disk import check_disk, checkpoint_size
@@ -361,11 +360,7 @@ class Run:
             data = self.config.data
             path = getattr(data, split) or self.root / "data" / f"{split}.jsonl"
             self._splits[split] = load_tasks(
-                path,
-                format=data.format,
-                video=data.video,
-                ignore_fields=data.ignore_fields,
-                contradiction=contradiction,
+                path, format=data.format, video=data.video, ignore_fields=data.ignore_fields
             )
         return self._splits[split]
 

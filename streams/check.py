@@ -20,9 +20,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rewards.contradictions import contradiction
-from rewards.correctness import is_correct
 from streams.answerable import CERTAIN_TOKENS, lost, overlap, spelled_token, texts_of, too_long, untimely
+from streams.answers.judge import is_correct
 from streams.dataset import FORMATS, Reason, SkippedSample, load_tasks, write_tasks
 from streams.durations import bounded, known_presentation
 from streams.layout import Layout, LayoutConfig, OverBudget
@@ -68,7 +67,7 @@ def check(
     Raises ValueError or OSError if the file holds nothing usable.
     """
     video = video or VideoConfig()
-    loaded = load_tasks(path, format=format, ignore_fields=ignore_fields, contradiction=contradiction)
+    loaded = load_tasks(path, format=format, ignore_fields=ignore_fields)
     found = Checked(skipped=list(loaded.skipped))
     films: dict[str, Presentation | str] = {}
     with ClipReader(video) as reader:

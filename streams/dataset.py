@@ -21,6 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from streams.answers.contradictions import contradiction
 from streams.durations import measured
 from streams.records import Fields, parse_line
 from streams.task import AnswerKind, ExpectedAnswer, StreamTask, TimedQuery, TimedThought
@@ -98,14 +99,13 @@ def load_tasks(
     format: str = "auto",
     video: VideoConfig | None = None,
     ignore_fields: Collection[str] = (),
-    contradiction: Callable[[StreamTask], str | None] | None = None,
 ) -> TaskFile:
     """Reads a JSONL file of tasks. Relative video paths count from the file's folder.
 
     on_bad: a bad row is listed in `skipped`, or raises ValueError. A file without any usable row always raises.
     format: one of `FORMATS`; `auto` goes by the fields of the first row. video: where its chunk length depends on a
     task's length, videos of unknown length are opened to ask. ignore_fields: fields that rows may hold without meaning.
-    contradiction: says what in a task contradicts itself (`rewards.contradictions`); such a row is a bad row.
+    A row that contradicts itself (see `streams.answers.contradictions`) is a bad row.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r} must be 'raise' or 'skip'")
@@ -125,12 +125,11 @@ def load_tasks(
         skipped.append((number, reason, kind))
 
     tasks = _parsed(path, format, ignore_fields, bad)
-    if contradiction is not None:
-        found = [(number, task, contradiction(task)) for number, task in tasks]
-        for number, task, reason in found:
-            if reason is not None:
-                bad(number, f"task {task.id}: {reason}", Reason.CONTRADICTORY)
-        tasks = [(number, task) for number, task, reason in found if reason is None]
+    found = [(number, task, contradiction(task)) for number, task in tasks]
+    for number, task, reason in found:
+        if reason is not None:
+            bad(number, f"task {task.id}: {reason}", Reason.CONTRADICTORY)
+    tasks = [(number, task) for number, task, reason in found if reason is None]
     if video is not None and video.max_chunks:
         tasks = measured(tasks, video, lambda number, reason: bad(number, reason, Reason.VIDEO))
     reasons = tuple(SkippedSample(f"{path}:{number}", reason, kind) for number, reason, kind in sorted(skipped))

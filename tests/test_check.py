@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from rewards import is_correct
-from rewards.contradictions import contradiction
 from streams.check import main
 from streams.dataset import load_tasks
 from streams.tiny import build_tiny
@@ -120,7 +119,7 @@ def test_a_row_that_contradicts_itself_is_named_by_its_line_and_left_out(folder,
     said = capsys.readouterr().out
     assert f"skipped {path}:2: task odd: " in said
     assert reason in said
-    assert [task.id for task in load_tasks(path, contradiction=contradiction).tasks] == ["whole"]
+    assert [task.id for task in load_tasks(path).tasks] == ["whole"]
 
 
 @pytest.mark.parametrize("text", ["B", "(c)", "B. car", "a red car", "Option B"])

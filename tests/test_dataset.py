@@ -188,8 +188,13 @@ class Odd:
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="�"), min_size=1).filter(str.strip)
 
 
+FITTING = {"text": TEXT, "choice": st.sampled_from("ABCDE"), "yes_no": st.sampled_from(["Yes.", "no", "不是"])}
+FITTING["integer"] = st.integers().map(str)
+
+
 @st.composite
 def tasks(draw):
+    """Tasks that do not contradict themselves: texts fit their kinds, a question that closes has one answer in its time."""
     times = st.floats(1.0, 9.0)
     queries = []
     for time in sorted(draw(st.lists(times, min_size=1, max_size=3))):
@@ -197,10 +202,10 @@ def tasks(draw):
         until = draw(st.none() | st.floats(9.5, 20.0)) if stay else None
         queries.append(TimedQuery(time, draw(TEXT), stay, until))
     answers = []
-    for _ in range(draw(st.integers(1, 3))):
-        index = draw(st.integers(0, len(queries) - 1))
-        time = draw(st.floats(queries[index].time, 9.5))
-        answers.append(ExpectedAnswer(time, draw(TEXT), draw(st.sampled_from(ANSWER_KINDS)), index))
+    for index in draw(st.lists(st.integers(0, len(queries) - 1), min_size=1, max_size=3)):
+        if queries[index].stay_open or index not in [answer.query for answer in answers]:
+            kind = draw(st.sampled_from(ANSWER_KINDS))
+            answers.append(ExpectedAnswer(draw(st.floats(queries[index].time, 9.5)), draw(FITTING[kind]), kind, index))
     thoughts = tuple(TimedThought(time, draw(st.just("") | TEXT)) for time in draw(st.lists(times, max_size=2)))
     category = draw(st.sampled_from(["", "now"]))
     return StreamTask(draw(TEXT), "/v/x.mp4", 0.5, 10.0, tuple(queries), tuple(answers), thoughts, category)

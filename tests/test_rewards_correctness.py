@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rewards import correct_answers, is_correct
-from rewards.choices import letters
-from rewards.numerals import integers
+from streams.answers.choices import letters
+from streams.answers.numerals import integers
 from tests.test_rewards_lib import make_task, outcome
 
 RIGHT = {

@@ -8,10 +8,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rewards import correct_answers, is_correct
-from rewards.choices import letters, polarity
-from rewards.han_numerals import value_of
-from rewards.numerals import integers
 from rewards.thinkstream import literal_answer
+from streams.answers.choices import letters, polarity
+from streams.answers.han_numerals import value_of
+from streams.answers.numerals import integers
 from tests.test_rewards_correctness import cases
 from tests.test_rewards_lib import make_task, outcome
 

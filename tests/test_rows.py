@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from conf.schema import DataConfig, JobConfig, RunConfig, SftConfig
 from rewards import RewardConfig
-from rewards.contradictions import contradiction
 from rewards.scorer import Scorer
 from rl.rows import GOOD_ORACLE, OracleReport, judged, row_texts, tell_oracle, tell_overlap, tell_rows
 from streams.answerable import read_words, untimely
@@ -362,7 +361,7 @@ TABLE = {
 
 def run_verdicts(path, layout, service):
     """ids of the rows that a run of RL uses to the end: read, judged at its start, and rolled out by a real worker."""
-    loaded = load_tasks(path, video=CONFIG.data.video, contradiction=contradiction)
+    loaded = load_tasks(path, video=CONFIG.data.video)
     usable = set()
     for found in judge(loaded.tasks, layout).tasks:
         request = RolloutTask(f"0/{found.id}", 0, found, 1, CONFIG.data.turns_of(found), 1.0)
@@ -440,7 +439,7 @@ def test_on_random_rows_the_checker_calls_usable_what_the_run_uses(folder, layou
     path = folder / "random.jsonl"
     path.write_text("\n".join(json.dumps(row(str(i), **fields)) for i, fields in enumerate(drawn)))
     try:
-        loaded = load_tasks(path, video=CONFIG.data.video, contradiction=contradiction).tasks
+        loaded = load_tasks(path, video=CONFIG.data.video).tasks
     except ValueError:
         with pytest.raises(ValueError, match="no usable row"):
             check(path, max_turns=CONFIG.data.max_turns, layout=layout)

@@ -1,13 +1,13 @@
 """What in a row contradicts itself, so that no response could be right as the row says.
 
-Owner: rewards. Pure. Read with the rules that responses are read with: an expected answer must name what its kind
+Pure. Read with the rules that responses are read with: an expected answer must name what its kind
 compares, and must not be due after its question has closed. Such a row is left out when its file is read.
 """
 
 from __future__ import annotations
 
-from rewards.choices import expected_letter, letters, polarity
-from rewards.numerals import integers
+from streams.answers.choices import expected_letter, letters, polarity
+from streams.answers.numerals import integers
 from streams.task import ExpectedAnswer, StreamTask
 
 

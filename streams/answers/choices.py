@@ -1,6 +1,6 @@
 """Which option letters, and which of yes and no, a response mentions.
 
-Owner: rewards. Pure, and blind to case. The rules for a lone letter, in order:
+Pure, and blind to case. The rules for a lone letter, in order:
 - a letter inside a word, a contraction ("I'd", "A's"), a hyphenated word ("T-shirt") or an abbreviation
   ("e.g.") never counts;
 - any other letter standing alone counts, except A and I, which are English words;
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import re
 
-from rewards.cjk_polarity import said_by
-from rewards.phrases import fold
-from rewards.scripts import EDGE, apart
+from streams.answers.cjk_polarity import said_by
+from streams.answers.phrases import fold
+from streams.answers.scripts import EDGE, apart
 
 YES = frozenset(("yes", "y", "yeah", "yep", "yup"))
 NO = frozenset(("no", "n", "nope", "nah"))

@@ -1,6 +1,6 @@
 """Numbers written in Chinese characters, in kana and in Hangul.
 
-Owner: rewards. Pure. Characters for numbers are also parts of ordinary words (一起, 三明治, 十分), and nothing but the words
+Pure. Characters for numbers are also parts of ordinary words (一起, 三明治, 十分), and nothing but the words
 around tells them apart. So a numeral counts only where it can be nothing else: before a measure word (三个, 十二分钟), or
 standing by itself, between the ends of a phrase and the few words that introduce, join or follow a number (是三, 三或四,
 三です). A numeral anywhere else is no mention: it makes no response right, and it does not spoil one. 一个 is "one" as well
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.scripts import HANGUL
+from streams.answers.scripts import HANGUL
 
 
 def _longest_first(words: str) -> str:

@@ -1,6 +1,6 @@
 """Short texts brought to one form, so that equal answers are equal strings.
 
-Owner: rewards. Pure. Equality after this normalisation is the whole rule for `text` answers: containing the
+Pure. Equality after this normalisation is the whole rule for `text` answers: containing the
 expected phrase is not enough, or a model that lists every colour would be right about all of them.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from rewards.scripts import closed_up
+from streams.answers.scripts import closed_up
 
 _APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ`´"), "'")
 _MINUS = dict.fromkeys(map(ord, "−–‒"), "-")

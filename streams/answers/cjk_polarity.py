@@ -1,6 +1,6 @@
 """Yes and no in Chinese, Japanese and Korean.
 
-Owner: rewards. Pure. A phrase (between punctuation) says yes or no if, up to its particles, it is one of the known
+Pure. A phrase (between punctuation) says yes or no if, up to its particles, it is one of the known
 answers, or if it denies by its own words (没有猫, 不是红色, "there is no ..."). Anything else says nothing: 有可能, 也许是,
 不知道. A question put back (是不是, 有没有) says nothing either.
 """

@@ -1,6 +1,6 @@
 """Scripts that write words without spaces between them: Han, kana, Hangul, Thai, Lao, Khmer, Myanmar.
 
-Owner: rewards. Pure. A Latin letter or a digit beside such a character is a word of its own ("选B", "有3个"), which `\\w`
+Pure. A Latin letter or a digit beside such a character is a word of its own ("选B", "有3个"), which `\\w`
 does not know. Hangul has spaces, but its particles are written onto the word before ("B입니다"). Invariant: `apart` keeps
 every character's place, and texts without these scripts as they are.
 """

@@ -1,10 +1,10 @@
 """The whole numbers that a response mentions, in digits or in words.
 
-Owner: rewards. Pure. Values are canonical decimal strings ("-3", "1000"), because Python refuses to convert
+Pure. Values are canonical decimal strings ("-3", "1000"), because Python refuses to convert
 very long integers and answers may have any size. A number that is no integer ("3.5", "1,2", "1e5") or is
 not read ("two thousand") is a mention too, of the value None, so that a response with it can equal no
 integer. Digits that end a name ("B2") are no number. Digits beside a script without spaces stand alone ("有3个"); numerals
-of those scripts are read by `rewards.han_numerals`.
+of those scripts are read by `streams.answers.han_numerals`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from rewards.han_numerals import han_integers
-from rewards.phrases import fold
-from rewards.scripts import apart
+from streams.answers.han_numerals import han_integers
+from streams.answers.phrases import fold
+from streams.answers.scripts import apart
 
 _UNITS = {
     "one": 1,
