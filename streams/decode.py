@@ -9,7 +9,6 @@ of file on the pipe, or the alarm while it is stuck in native code).
 
 from __future__ import annotations
 
-import functools
 import math
 import signal
 import sys
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from av.video.frame import VideoFrame
-    from av.video.reformatter import VideoReformatter
 
 MAX_ASPECT_RATIO = 200
 TIME_TOLERANCE_S = 1e-3
@@ -156,9 +154,13 @@ class _Clip:
     """
 
     def __init__(self, limits: list[float], request: ClipRequest) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self._limits, self._request = limits, request
+        self._convert = VideoReformatter()
         self._shown: list[np.ndarray] = []
-        self._latest: _Picture | None = None
+        self._latest: VideoFrame | None = None
+        self._time = -math.inf
 
     def fill(self, frames: Iterable[VideoFrame]) -> None:
         """Take what is asked for, as far as the frames go. They come forwards from the beginning of the file.
@@ -166,53 +168,42 @@ class _Clip:
         With open GOPs, and with B-frames in fragmented MP4 or in FLV, a seek lands on other pictures, often later ones, and
         reports nothing. Only pictures that are asked for are converted to RGB.
         """
-        from av.video.reformatter import VideoReformatter
-
-        convert = VideoReformatter()
+        due = iter(self._limits)
+        limit = next(due)
         for frame in frames:
-            after = _Picture(frame, convert, self._request)
-            before = self._latest
-            if before is not None and after.time < before.time:
+            time = frame.time
+            if time is None:
+                raise DecodeError(f"its frames have no usable timestamps ({REMUX})")
+            if time < self._time:
                 raise DecodeError(DISORDER)
-            while self._wants and self._limits[len(self._shown)] < after.time:
-                self._shown.append(np.zeros_like(after.pixels) if before is None else before.pixels)
-            self._latest = after
-            if not self._wants:
+            if limit < time:
+                before = self._latest
+                picture = np.zeros_like(self._pixels(frame)) if before is None else self._pixels(before)
+                while limit < time:
+                    self._shown.append(picture)
+                    limit = next(due, math.inf)
+            self._latest, self._time = frame, time
+            if limit == math.inf:
                 return
-
-    @property
-    def _wants(self) -> bool:
-        return len(self._shown) < len(self._limits)
 
     def finish(self, film: Presentation, failure: DecodeError | None) -> list[np.ndarray]:
         """One picture for every limit: the last one stays on screen. failure: why decoding ended, if it was refused.
 
         Raises DecodeError if a picture is missing.
         """
-        latest = self._latest
-        if latest is None or (self._wants and latest.time < film.last - TIME_TOLERANCE_S):
-            held = "nothing" if latest is None else f"the frame of {latest.time:.2f} s"
+        missing = len(self._limits) - len(self._shown)
+        if self._latest is None or (missing and self._time < film.last - TIME_TOLERANCE_S):
+            held = "nothing" if self._latest is None else f"the frame of {self._time:.2f} s"
             raise failure or DecodeError(
                 f"the file promises frames until {film.last:.2f} s but ends after {held}, it is truncated or damaged"
             )
         # What is refused after the last picture is no part of the film: the end of a truncated file.
-        return self._shown + [latest.pixels] * (len(self._limits) - len(self._shown))
+        return self._shown + ([self._pixels(self._latest)] * missing if missing else [])
 
-
-class _Picture:
-    """A decoded frame and, once they are asked for, its pixels: upright, as a player shows it, and resized."""
-
-    def __init__(self, frame: VideoFrame, convert: VideoReformatter, request: ClipRequest) -> None:
-        if frame.time is None:
-            raise DecodeError(f"its frames have no usable timestamps ({REMUX})")
-        self.time = frame.time
-        self._frame, self._convert, self._request = frame, convert, request
-
-    @functools.cached_property
-    def pixels(self) -> np.ndarray:
-        """uint8 [H, W, 3]. The display matrix is a turn by a multiple of 90 degrees; others are not applied."""
-        plain = self._convert.reformat(self._frame, format="rgb24", threads=1).to_ndarray()
-        return resize_frame(np.rot90(plain, round(self._frame.rotation / 90)), self._request)
+    def _pixels(self, frame: VideoFrame) -> np.ndarray:
+        """uint8 [H, W, 3], upright as a player shows it, and resized. Only turns by multiples of 90 degrees are applied."""
+        plain = self._convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        return resize_frame(np.rot90(plain, round(frame.rotation / 90)), self._request)
 
 
 def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:
