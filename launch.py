@@ -33,8 +33,8 @@ from yaml import YAMLError
 
 from conf.paths import PATH_KEYS
 from conf.redact import redact
-from rl.driverlog import DriverLog
-from rl.stop import REQUEUE_STATUS, Requeue, StopSignal
+from runtime.stop import REQUEUE_STATUS, Requeue, StopSignal
+from runtime.tracking.driver_log import DriverLog
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -110,16 +110,11 @@ def _innermost(error: BaseException) -> str:
 
 
 def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
-    from rl.checks import (
-        check_cold_start,
-        check_memory,
-        check_nothing_needed_is_replaced,
-        preflight,
-        respect_checkpoint,
-    )
-    from rl.runlock import RunLock
-    from rl.stages import StageStore
-    from rl.tracking import Progress
+    from runtime.checks import check_memory, check_nothing_needed_is_replaced, preflight
+    from runtime.starting_point import check_cold_start, respect_checkpoint
+    from runtime.store.manifests import StageStore
+    from runtime.store.runlock import RunLock
+    from runtime.tracking.progress import Progress
 
     progress = Progress()
     warn = logging.getLogger("sightline").warning
@@ -133,7 +128,7 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
             store = StageStore(config.root.resolve(), config, progress.say)
             check_nothing_needed_is_replaced(config, store.plan())
             check_cold_start(config, store.plans)
-            from rl.run import Run
+            from runtime.run import Run
 
             run = Run(config, store, progress, lock, stop)
         except (

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT, write_result
-from rl.journal import journal_path, read_lines
-from rl.usage import USAGE_FILE
+from runtime.planning.usage import USAGE_FILE
+from runtime.store.journal import journal_path, read_lines
 from streams.scoring.stats import LogpDiff
 
 STEPS = 3

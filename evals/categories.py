@@ -5,7 +5,7 @@ Owner: evals. Pure, and quick to import. Invariant: one name each, none of them 
 
 from __future__ import annotations
 
-from rl.metric_names import apart
+from runtime.tracking.metric_names import apart
 
 ALL = "all"
 """The mean over every category, beside the categories' own."""
@@ -14,5 +14,5 @@ UNCATEGORISED = "uncategorised"
 
 
 def category_name(category: str) -> str:
-    """The name of a row's category in tables and in summary.json; `rl.metric_names.metric_name` makes metrics of it."""
+    """The name of a row's category in tables and in summary.json; `runtime.tracking.metric_names.metric_name` makes metrics of it."""
     return apart(category, (ALL, UNCATEGORISED), " (category)") or UNCATEGORISED

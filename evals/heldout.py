@@ -18,10 +18,10 @@ from conf.schema import RunConfig
 from evals.categories import ALL, category_name
 from rewards.compose import RewardResult
 from rewards.scripted import silent_turns
-from rl.cluster import Session
-from rl.monitor import Monitor
-from rl.rows import play_oracle
-from rl.tracking import Progress
+from runtime.cluster.session import Session
+from runtime.mismatch_gate import Monitor
+from runtime.rows import play_oracle
+from runtime.tracking.progress import Progress
 from streams.dataset import SkippedSample, at_row
 from streams.memory import MemoryConfig
 from streams.messages import GroupSummary, RewardJob, RolloutTask

@@ -15,9 +15,10 @@ from conf.schema import RunConfig
 from evals.heldout import Condition, EvalResult, chance, evaluate, scripted_rewards
 from evals.summary import heldout_fields, mismatch_fields
 from evals.transcripts import write_transcripts
-from rl.cluster import Session
-from rl.metric_names import metric_name
-from rl.tracking import Progress, Tracker
+from runtime.cluster.session import Session
+from runtime.tracking.metric_names import metric_name
+from runtime.tracking.progress import Progress
+from runtime.tracking.tracker import Tracker
 from streams.messages import LearnerSetup, ScoreReport, WorkerSetup
 from streams.task import StreamTask
 
@@ -35,7 +36,7 @@ def run_evaluation(
 ) -> tuple[dict[str, Any], ScoreReport | None]:
     """Evaluate `checkpoints` (name -> folder, in order); returns the summary's fields, and the mismatch if it was measured.
 
-    fits: of answers longer than a turn, by task id and index, what a turn can hold (`rl.rows`).
+    fits: of answers longer than a turn, by task id and index, what a turn can hold (`runtime.rows`).
     """
     if not tasks:
         raise ValueError("there is no usable held-out task (see the skipped lines above, and data.heldout)")

@@ -21,7 +21,6 @@ from evals.categories import ALL
 from evals.heldout import EvalResult
 from streams.dataset import SkippedSample, counted
 from streams.messages import ScoreReport
-from streams.strict_json import dumps
 from streams.synthetic import MODES
 from streams.terminal import visible
 
@@ -31,28 +30,6 @@ OWN_RESULTS = ("sft", "rl", *CONDITIONS)
 MAX_LABEL = 100
 """Characters of a checkpoint's label: it is part of file names and of metric names."""
 COLUMNS = {"sft": "after SFT", "rl": "after RL"}
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Written aside, renamed: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_bytes(encoded(text))
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def encoded(text: str) -> bytes:
-    """UTF-8. Half a surrogate pair, which JSON rows may hold, stays the escape that JSON reads it from."""
-    return text.encode("utf-8", errors="backslashreplace")
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Strict JSON: a number that is not finite is null, there as everywhere "not measured"."""
-    write_atomic(path, dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.summary import encoded, write_atomic
 from evals.transcript_frames import read_strips
 from streams.strict_json import dumps
+from streams.support.files import encoded, write_atomic
 from streams.video import VideoConfig
 
 FORMAT = 1

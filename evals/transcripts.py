@@ -18,16 +18,17 @@ from conf.schema import RunConfig
 from evals.categories import category_name
 from evals.heldout import EvalResult, ScoredStream
 from evals.occupancy import TurnMemory, lives, turn_memory
-from evals.summary import write_atomic
 from evals.transcript_choice import choose
 from evals.transcript_page import write_page
 from rewards.compose import AnswerResult, Reward
 from rewards.outcome import due_answers
 from rewards.timing import Timing, timing_score
-from rl.cluster import Session
-from rl.tracking import Progress, Tracker
+from runtime.cluster.session import Session
+from runtime.tracking.progress import Progress
+from runtime.tracking.tracker import Tracker
 from streams.log import ChunkRecord, Kind, StreamLog
 from streams.strict_json import dumps
+from streams.support.files import write_atomic
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
-from rl.checks import check_memory
+from runtime.checks import check_memory
 from streams.pretrained import resolve_checkpoint
 from streams.strict_json import dumps
 from streams.task import TimedQuery

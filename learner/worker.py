@@ -1,6 +1,6 @@
 """The learner's Ray actors: thin shells that resolve object references and call the engine.
 
-Owner: learner. One actor per rank; the driver calls the same method on all of them (see `rl.learners`). Invariants: media
+Owner: learner. One actor per rank; the driver calls the same method on all of them (see `runtime.cluster.learners`). Invariants: media
 are fetched from the object store here, so they never pass through the driver; a rank fetches only its own share.
 """
 
@@ -37,7 +37,7 @@ FAILURE_GRACE_S = 3.0
 
 
 class Learner:
-    """Actor class of a rank; made a Ray actor by `rl.cluster` with the placement's resources."""
+    """Actor class of a rank; made a Ray actor by `runtime.cluster.session` with the placement's resources."""
 
     def __init__(self, fetch_timeout_s: float) -> None:
         open_actor_log()

@@ -18,7 +18,7 @@ from streams.messages import RewardJob, ScriptedJob
 
 
 class Scorer:
-    """Actor class; made a Ray actor by `rl.cluster`."""
+    """Actor class; made a Ray actor by `runtime.cluster.session`."""
 
     def __init__(self, config: RewardConfig) -> None:
         open_actor_log()

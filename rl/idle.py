@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from conf.schema import RunConfig
-from rl.report import TOTAL, ZERO_STD, term_metric
+from rl.metrics import TOTAL, ZERO_STD, term_metric
 
 Values = Mapping[str, float | None]
 

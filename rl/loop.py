@@ -2,7 +2,7 @@
 
 Owner: rl. The driver only moves references and small summaries. It waits for whichever comes first of: a group rolled
 out, a group scored, an optimiser step, a worker's swap, a checkpoint, an evaluation's stream. Invariants: the age bound
-of `rl.buffer`; the two live versions of `rl.weights`; every group admitted is trained, dropped by name, or left over at
+of `rl.buffer`; the two live versions of `rl.versions`; every group admitted is trained, dropped by name, or left over at
 the end; a group is in a checkpoint's `consumed` exactly if its weights have seen it.
 `algorithm.mode=sync` is the same loop with the capacity of one step and no lag. `deterministic=true` also fixes which
 worker gets which group and lets each worker run one group at a time, so that no batch depends on timing.
@@ -16,25 +16,25 @@ from typing import Any
 
 import numpy as np
 
+from conf.age import age_bound
 from evals.best import named_best
 from rewards.compose import RewardResult
 from rl.advantages import group_advantages
-from rl.buffer import GroupBuffer, age_bound
-from rl.checkpoint import CheckpointState, promote, read_best, step_name
-from rl.evaluating import PeriodicEvaluation
-from rl.events import Events
+from rl.buffer import GroupBuffer
 from rl.idle import IdleWatch
-from rl.journal import StepJournal, journal_path
-from rl.monitor import Monitor
-from rl.report import StepClock, mean_reward, step_metrics
+from rl.metrics import StepClock, mean_reward, step_metrics
+from rl.periodic_eval import PeriodicEvaluation
 from rl.results import ReadyGroup, RLResult
-from rl.saving import FINAL, Checkpointer
-from rl.source import epochs, group_id
-from rl.stage import StageContext
-from rl.stages import plain
-from rl.stop import Requeue
-from rl.weights import WeightLedger
-from rollout.vision import ByteBudgetCache
+from rl.versions import WeightLedger
+from runtime.checkpointer import FINAL, Checkpointer
+from runtime.cluster.events import Events
+from runtime.context import StageContext
+from runtime.mismatch_gate import Monitor
+from runtime.stop import Requeue
+from runtime.store.checkpoint import CheckpointState, promote, read_best, step_name
+from runtime.store.journal import StepJournal, journal_path
+from runtime.store.manifests import plain
+from runtime.task_order import epochs, group_id
 from streams.dataset import Reason, SkippedSample, at_row
 from streams.messages import (
     GroupSummary,
@@ -47,6 +47,7 @@ from streams.messages import (
     TrainReport,
 )
 from streams.scoring.stats import LogpDiff, OffToken
+from streams.support.byte_cache import ByteBudgetCache
 from streams.task import StreamTask
 
 

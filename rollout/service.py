@@ -26,7 +26,6 @@ from rollout.demonstrations import write_demonstration
 from rollout.engine import Engine, StreamRequest
 from rollout.promises import Promises
 from rollout.sampler import stream_seed
-from rollout.vision import ByteBudgetCache
 from rollout.weights import StagedWeights
 from streams.backbone import Backbone, to_array, to_tensor
 from streams.inputs import clip_key, turn_inputs
@@ -47,6 +46,7 @@ from streams.messages import (
 from streams.meter import Meter
 from streams.scoring.logprobs import behaviour_differences
 from streams.scoring.stats import LogpDiff, OffToken, most_telling
+from streams.support.byte_cache import ByteBudgetCache
 from streams.task import StreamTask
 from streams.video import Clip, ClipReader, ReaderClosedError
 from streams.writer import StreamWriter, check_timestamps_kept

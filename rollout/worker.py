@@ -48,7 +48,7 @@ log = logging.getLogger("sightline.rollout")
 
 
 class RolloutWorker:
-    """Actor class; made a Ray actor by `rl.cluster` with the placement's resources."""
+    """Actor class; made a Ray actor by `runtime.cluster.session` with the placement's resources."""
 
     def __init__(self, worker: int, threads: int, deadline_s: float, cache_mb: int) -> None:
         open_actor_log()

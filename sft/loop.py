@@ -15,12 +15,12 @@ from typing import Any
 import ray
 
 from conf.schema import RunConfig
-from rl.checkpoint import CheckpointState
-from rl.journal import StepJournal, journal_path
-from rl.saving import Checkpointer
-from rl.source import epochs, group_id
-from rl.stage import StageContext
-from rl.stop import Requeue
+from runtime.checkpointer import Checkpointer
+from runtime.context import StageContext
+from runtime.stop import Requeue
+from runtime.store.checkpoint import CheckpointState
+from runtime.store.journal import StepJournal, journal_path
+from runtime.task_order import epochs, group_id
 from sft.demonstrations import script_for
 from streams.dataset import SkippedSample, at_row
 from streams.messages import GroupSummary, ScriptTask, TrainBatch, TrainGroup, TrainReport

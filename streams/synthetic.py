@@ -36,6 +36,8 @@ JITTER = 0.08
 NOTHING = "nothing"
 MANIFEST = "manifest.json"
 VERSION = 1
+MADE_BY = "streams.synthetic"
+"""Written in every manifest, and never changed: it tells our folders from anybody else's."""
 """Raised whenever the same config would give other data."""
 LATEST_ALERT = 9
 SHORTEST_RECALL = 2
@@ -296,7 +298,7 @@ def _write_all(folder: Path, config: SyntheticConfig) -> None:
         write_tasks(folder / f"{split}.jsonl", tasks)
         sizes[f"{split}.jsonl"] = (folder / f"{split}.jsonl").stat().st_size
     manifest = {
-        "made_by": __name__,
+        "made_by": MADE_BY,
         "version": VERSION,
         "config": asdict(config),
         "hash": _config_hash(config),
@@ -316,7 +318,7 @@ def _manifest(root: Path) -> dict[str, object]:
         found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and found.get("made_by") == __name__ else {}
+    return found if isinstance(found, dict) and found.get("made_by") == MADE_BY else {}
 
 
 def _ours(root: Path) -> bool:

@@ -19,13 +19,13 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from streams.decode import READY, ClipRequest, DurationRequest, frame_times, smart_resize
 from streams.presentation import Presentation
+from streams.support.files import PROJECT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -209,7 +209,7 @@ class _Child:
     def __init__(self) -> None:
         self.connection, theirs = Pipe(duplex=True)
         self._end = ""
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(PROJECT)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._noise: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         try:

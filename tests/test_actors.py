@@ -13,9 +13,9 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from conf.schema import ClusterConfig, RunConfig
 from rewards.compose import RewardConfig
-from rl.actors import ActorBook, named_class, run_id, short_name, tail
-from rl.cluster import Session
 from rollout.config import RolloutConfig
+from runtime.cluster.actors import ActorBook, named_class, run_id, short_name, tail
+from runtime.cluster.session import Session
 from streams.memory import MemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent

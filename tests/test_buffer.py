@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.buffer import AgeBound, GroupBuffer
+from conf.age import AgeBound
+from rl.buffer import GroupBuffer
 
 
 class Simulation:

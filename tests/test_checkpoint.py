@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from rl.checkpoint import (
+from runtime.store.checkpoint import (
     OPTIMIZER_FOLDER,
     STATE_FILE,
     CheckpointState,

@@ -123,7 +123,7 @@ import sys
 from pathlib import Path
 import ray
 from conf.schema import ClusterConfig
-from rl.connect import connect
+from runtime.cluster.connect import connect
 try:
     connect(ClusterConfig(address=sys.argv[1], num_cpus=int(sys.argv[2])), "test", Path("/nowhere"))
     print("CPUs", ray.cluster_resources()["CPU"])

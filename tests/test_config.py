@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 
 import launch
 from conf.schema import RunConfig, load_config
-from rl.checks import check_nothing_needed_is_replaced, preflight
+from runtime.checks import check_nothing_needed_is_replaced, preflight
 from streams.tiny_spec import QWEN3_SPEC
 
 launch.register_schema()
@@ -37,7 +37,7 @@ def test_one_job_alone_can_be_run_from_any_preset():
 def test_a_command_line_is_answered_and_a_run_driven_without_torch():
     """Loading torch and transformers takes several seconds: a typo must not cost them, and a driver needs neither."""
     code = (
-        "import launch, sys; launch.register_schema(); import rl.run, rl.preflight, evals.job; "
+        "import launch, sys; launch.register_schema(); import runtime.run, runtime.cluster.preflight, evals.job; "
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'mlflow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

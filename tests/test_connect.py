@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rl.connect import bootstrap_address, check_answers, cluster_environment
+from runtime.cluster.connect import bootstrap_address, check_answers, cluster_environment
 from tests.test_run import launch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from conf.streaming import streaming_settings
-from rl.checks import check_memory, describe
 from rollout.engine import Engine
+from runtime.checks import check_memory, describe
 from streams.log import Kind
 from streams.memory import POLICIES, Lanes, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
 from streams.tiny import build_tiny

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rl import driverlog
-from rl.driverlog import DriverLog, Tee
+from runtime.tracking import driver_log as driverlog
+from runtime.tracking.driver_log import DriverLog, Tee
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
@@ -22,14 +22,14 @@ STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 PROGRAM = """
 import logging, sys, warnings
 from pathlib import Path
-from rl.driverlog import DriverLog
+from runtime.tracking.driver_log import DriverLog
 said = DriverLog()
 said.install()
 said.outlives_readers = True
 logging.basicConfig(format="%(levelname)s %(message)s")
 print("before the folder is known")
 said.open(Path(sys.argv[1]), "launch.py tracking.uri=http://bob:hunter2@host")
-from rl.tracking import Progress
+from runtime.tracking.tracker import Progress
 progress = Progress()
 {body}
 said.close()

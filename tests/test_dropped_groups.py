@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from conf.age import AgeBound
 from rewards import RewardResult
-from rl.buffer import AgeBound, GroupBuffer
+from rl.buffer import GroupBuffer
 from rl.loop import RLLoop
 from rl.results import RLResult
 

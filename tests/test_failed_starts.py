@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import AlgorithmConfig, RunConfig, SftConfig
-from rl.checkpoint import by_age
-from rl.stages import StageStore, clear, settings
+from runtime.store.checkpoint import by_age
+from runtime.store.manifests import StageStore, clear, settings
 from streams.memory import MemoryConfig
 from tests.test_stages import begun, checkpoint, config, store, with_data
 

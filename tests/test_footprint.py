@@ -15,10 +15,9 @@ from learner.batching import idle_rows
 from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from rl.fit import MARGIN, PoolNeed, Process, plan_memory, plan_run
-from rl.footprint import (
+from rollout.engine import Engine
+from runtime.planning.footprint import (
     Footprint,
-    StreamSize,
     gib,
     layer_bytes,
     learner_footprint,
@@ -27,7 +26,8 @@ from rl.footprint import (
     trained_numbers,
     worker_footprint,
 )
-from rollout.engine import Engine
+from runtime.planning.plan import MARGIN, PoolNeed, Process, plan_memory, plan_run
+from runtime.planning.stream_size import StreamSize
 from streams.backbone import Backbone
 from streams.geometry import ModelGeometry
 from streams.layout import LayoutConfig

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from rl.footprint import StreamSize, learner_footprint, self_check_bytes, trained_numbers
 from rollout.config import SELF_CHECK_HEAD
+from runtime.planning.footprint import learner_footprint, self_check_bytes, trained_numbers
+from runtime.planning.stream_size import StreamSize
 from streams.backbone import Backbone, to_array
 from streams.geometry import ModelGeometry
 from streams.layout import LayoutConfig

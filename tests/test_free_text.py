@@ -159,7 +159,7 @@ def test_what_ends_before_a_run_keeps_its_words_where_there_is_a_run_root_and_hi
 
 def test_another_attempt_goes_on_in_the_same_mlflow_run_whatever_the_password_is_now(server, tmp_path):
     from conf.schema import TrackingConfig
-    from rl.tracking import Tracker
+    from runtime.tracking.tracker import Tracker
 
     ids = set()
     for user in ("bob:other", "alice:third", f"bob:{PASSWORD}"):

@@ -11,9 +11,9 @@ import torch
 from conf.schema import DataConfig, JobConfig, ModelConfig, RunConfig
 from learner.config import LearnerConfig
 from learner.forward import encode_media
-from rl.disk import OPTIMIZER_BYTES, checkpoint_size
-from rl.features import check_features, chunk_size
-from rl.footprint import BYTES
+from runtime.planning.clip_cache import check_features, chunk_size
+from runtime.planning.disk import OPTIMIZER_BYTES, checkpoint_size
+from runtime.planning.footprint import BYTES
 from streams.backbone import Backbone, to_array
 from streams.freezing import FREEZE_MODES, trained
 from streams.geometry import ModelGeometry

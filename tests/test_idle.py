@@ -6,7 +6,7 @@ import pytest
 
 from rewards.compose import RewardResult
 from rl.idle import IdleWatch
-from rl.report import StepClock, step_metrics
+from rl.metrics import StepClock, step_metrics
 from rl.results import ReadyGroup
 from streams.messages import GroupSummary, TrainReport
 from tests.test_config import composed

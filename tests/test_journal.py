@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.journal import StepJournal
+from runtime.store.journal import StepJournal
 
 
 def fill(journal, first, last, evals=()):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evals.occupancy import lives, turn_memory
-from rl.footprint import MEMORY_TEMPLATE
+from runtime.planning.stream_size import MEMORY_TEMPLATE
 from streams import lanes
 from streams.layout import Layout, LayoutConfig
 from streams.log import ChunkRecord, Kind, LogHeader

@@ -12,9 +12,9 @@ import ray
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
 from rewards.compose import RewardConfig
-from rl.cluster import Session, wait_for
-from rl.placement import plan_bundles
 from rollout.config import RolloutConfig
+from runtime.cluster.placement import plan_bundles
+from runtime.cluster.session import Session, wait_for
 from streams.memory import MemoryConfig
 from streams.messages import LearnerSetup, TrainBatch, TrainGroup
 from tests.ranks_lib import GRPO, LAYOUT, checkpoint, groups, learner_values

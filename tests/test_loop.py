@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from rl import loop
-from rl.checkpoint import CheckpointState, commit, partial_path
-from rl.journal import StepJournal
 from rl.loop import RLLoop
 from rl.results import RLResult
+from runtime.store.checkpoint import CheckpointState, commit, partial_path
+from runtime.store.journal import StepJournal
 
 
 @pytest.fixture

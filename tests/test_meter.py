@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rl.fit import MemoryPlan
-from rl.footprint import Footprint
-from rl.usage import usage_lines, usage_report
+from runtime.planning.footprint import Footprint
+from runtime.planning.plan import MemoryPlan
+from runtime.planning.usage import usage_lines, usage_report
 from streams import meter
 from streams.messages import DeviceInfo, PhaseUsage, ProcessUsage
 

@@ -13,9 +13,9 @@ from mlflow.utils.validation import _validate_length_limit, _validate_metric_nam
 from evals.best import best_metric, check_best
 from evals.categories import category_name
 from evals.summary import checkpoint_label
-from rl.checks import preflight
-from rl.metric_names import MAX_BYTES, apart, metric_name, readable
-from rl.report import term_metric
+from rl.metrics import term_metric
+from runtime.checks import preflight
+from runtime.tracking.metric_names import MAX_BYTES, apart, metric_name, readable
 from tests.test_config import composed
 
 AWKWARD = (

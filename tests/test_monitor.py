@@ -17,8 +17,8 @@ import torch
 from conf.monitor import MonitorConfig
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
-from rl.journal import journal_path, read_lines
-from rl.monitor import Monitor
+from runtime.mismatch_gate import Monitor
+from runtime.store.journal import journal_path, read_lines
 from streams.log import NEVER
 from streams.memory import MemoryConfig
 from streams.model_config import ModelConfig

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from conf.paths import PATH_KEYS, with_home
 from conf.schema import RunConfig
 from launch import plain_words
-from rl.stages import StageStore, settings
+from runtime.store.manifests import StageStore, settings
 from streams.dataset import load_tasks, write_tasks
 from streams.paths import expand_home
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
-from rl.placement import placement_note, plan_bundles
-from rl.preflight import Bundle, Node, check_resources, unplaced
 from rollout.config import RolloutConfig
+from runtime.cluster.placement import placement_note, plan_bundles
+from runtime.cluster.preflight import Bundle, Node, check_resources, unplaced
 from streams.memory import MemoryConfig
 from tests.test_run import launch
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import ClusterConfig, DataConfig, ModelConfig, RunConfig
-from rl.nodes import (
+from runtime.cluster.nodes import (
     DRIVER_FILE,
     PACKAGES,
     NeededPath,
@@ -27,7 +27,14 @@ from rl.nodes import (
     reply_file,
     stamp,
 )
-from rl.preflight import PreflightError, check_checkpoint_names, check_disk, check_nodes, needed_paths, sample_videos
+from runtime.cluster.preflight import (
+    PreflightError,
+    check_checkpoint_names,
+    check_disk,
+    check_nodes,
+    needed_paths,
+    sample_videos,
+)
 from streams.memory import MemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +172,7 @@ def test_the_digest_changes_with_the_code_and_with_nothing_else(tmp_path):
 
 def test_a_node_answers_without_importing_a_package():
     """Otherwise a node that lacks torch could not say so, and one that has it would take seconds."""
-    code = "import rl.nodes, sys; print([m for m in ('torch', 'numpy', 'ray', 'omegaconf') if m in sys.modules])"
+    code = "import runtime.cluster.nodes, sys; print([m for m in ('torch', 'numpy', 'ray', 'omegaconf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert set(installed_versions()) == {"python", *PACKAGES}

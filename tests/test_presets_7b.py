@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from conf.age import AgeBound
 from rewards import Reward
-from rl.buffer import AgeBound
-from rl.checks import check_memory, describe
-from rl.features import check_features
-from rl.fit import plan_run
-from rl.footprint import StreamSize, slot_bytes
+from runtime.checks import check_memory, describe
+from runtime.planning.clip_cache import check_features
+from runtime.planning.footprint import slot_bytes
+from runtime.planning.plan import plan_run
+from runtime.planning.stream_size import StreamSize
 from streams.messages import DeviceInfo
 from streams.synthetic import SyntheticConfig, generate
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery

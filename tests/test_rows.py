@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conf.schema import DataConfig, JobConfig, RunConfig, SftConfig
 from rewards import RewardConfig
 from rewards.scorer import Scorer
-from rl.rows import GOOD_ORACLE, OracleReport, judged, row_texts, tell_oracle, tell_overlap, tell_rows
+from runtime.rows import GOOD_ORACLE, OracleReport, judged, row_texts, tell_oracle, tell_overlap, tell_rows
 from streams.answerable import read_words, untimely
 from streams.backbone import text_layout
 from streams.check import check

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from rl import runlock
-from rl.runlock import RunLock, RunRootBusyError
+from runtime.store import runlock
+from runtime.store.runlock import RunLock, RunRootBusyError
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path
-from rl.runlock import RunLock
+from runtime.store.runlock import RunLock
 with RunLock(Path(sys.argv[1]), beat_s=0.1, stale_s=1.0):
     print("held", flush=True)
     time.sleep(60)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rollout import sampler
 from rollout.cache import KVPool
 from rollout.sampler import pick, stream_seed, uniforms
-from rollout.vision import ByteBudgetCache
+from streams.support.byte_cache import ByteBudgetCache
 
 SEEDS = st.integers(0, 2**64 - 1)
 INDICES = st.integers(0, 2**31)

@@ -11,9 +11,17 @@ import shutil
 import pytest
 
 from conf.schema import AlgorithmConfig, JobConfig, MemoryConfig, RunConfig, SftConfig
-from rl.checkpoint import OPTIMIZER_FOLDER, CheckpointState, by_age, commit, newest_usable, partial_path, prune
-from rl.checks import check_cold_start, reference_of_branch
-from rl.stages import StageStore, clear, settings
+from runtime.starting_point import check_cold_start, reference_of_branch
+from runtime.store.checkpoint import (
+    OPTIMIZER_FOLDER,
+    CheckpointState,
+    by_age,
+    commit,
+    newest_usable,
+    partial_path,
+    prune,
+)
+from runtime.store.manifests import StageStore, clear, settings
 
 
 def config(root, *, stages=("data", "sft", "rl", "eval"), **changes):

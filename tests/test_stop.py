@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys, time
-from rl.stop import Requeue, StopSignal
+from runtime.stop import Requeue, StopSignal
 stop = StopSignal(grace_s={grace}, status=75)
 stop.install()
 stop.last_checkpoint = "here"

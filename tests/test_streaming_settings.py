@@ -9,7 +9,8 @@ import pytest
 
 from conf.schema import JobConfig, MemoryConfig, RunConfig
 from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
-from rl.checks import check_memory, respect_checkpoint
+from runtime.checks import check_memory
+from runtime.starting_point import respect_checkpoint
 from streams.layout import LayoutConfig
 from streams.video import VideoConfig
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.summary import write_json
-from rl.checkpoint import CheckpointState, commit, partial_path, read_state
-from rl.journal import StepJournal, read_lines
+from runtime.store.checkpoint import CheckpointState, commit, partial_path, read_state
+from runtime.store.journal import StepJournal, read_lines
 from streams.strict_json import dumps, loads
+from streams.support.files import write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

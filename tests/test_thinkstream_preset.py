@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.age import AgeBound
 from conf.schema import optimiser_steps, warmup_steps
 from rewards import Reward
-from rl.buffer import AgeBound
 from tests.test_config import composed
 
 PRESET = ["experiment=thinkstream_qwen2_5_vl_3b", "data.train=a.jsonl", "data.heldout=b.jsonl"]

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 
 from conf.schema import MemoryConfig, RunConfig, TrackingConfig
-from rl.stages import flat
-from rl.tracking import CLOSE_TIMEOUT_S, Tracker
+from runtime.store.manifests import flat
+from runtime.tracking.tracker import CLOSE_TIMEOUT_S, Tracker
 
 pytestmark = pytest.mark.timeout(180)
 

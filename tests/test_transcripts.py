@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evals.heldout import ScoredStream
-from evals.summary import write_atomic
 from evals.transcript_choice import choose
 from evals.transcript_frames import THUMB_PIXELS, read_strips
 from evals.transcript_page import main, write_page
 from evals.transcripts import OUTCOMES, outcome
 from rewards.compose import AnswerResult, RewardResult
 from streams.log import Kind
+from streams.support.files import write_atomic
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from tests.clips import solid, write_clip
 from tests.transcripts_lib import HOSTILE, LONG, VIDEO, WINDOW, make

@@ -21,7 +21,8 @@ from evals.heldout import Condition, EvalResult, evaluate
 from evals.transcript_page import main
 from evals.transcripts import write_transcripts
 from rewards.scorer import Scorer
-from rl.tracking import Progress, Tracker
+from runtime.tracking.progress import Progress
+from runtime.tracking.tracker import Tracker
 from streams.dataset import load_tasks
 from streams.layout import LayoutConfig
 from streams.memory import MemoryConfig
@@ -51,7 +52,7 @@ class Remote:
 
 
 class Here:
-    """The part of rl.cluster.Session that an evaluation uses."""
+    """The part of runtime.cluster.session.Session that an evaluation uses."""
 
     def __init__(self, service: Any, scorer: Scorer) -> None:
         self.worker = SimpleNamespace(rollout=Remote(lambda task: service.submit(task).result(timeout=WAIT_S)))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.weights import WeightLedger
+from rl.versions import WeightLedger
 
 
 def alive(ledger: WeightLedger) -> set[int]:

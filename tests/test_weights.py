@@ -19,7 +19,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 from conf.schema import RunConfig
-from rl.checks import preflight
+from runtime.checks import preflight
 from streams.backbone import Backbone
 from streams.freezing import parameter_name
 from streams.geometry import ModelGeometry

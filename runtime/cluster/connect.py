@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from conf.platform import RAY_JOB_VARIABLE, ClusterConfig
+from streams.support.files import PROJECT
 
 ANSWER_TIMEOUT_S = 10.0
 UPLOAD_EXCLUDES = (".git/", ".venv/", "venv/", "__pycache__/", "/outputs/", "/.*_cache/", "/.hypothesis/")
@@ -99,7 +100,7 @@ def cluster_environment(run_root: Path) -> dict[str, Any]:
     if RAY_JOB_VARIABLE in os.environ:
         # The job's own working directory holds; Ray puts it on every process's path.
         return {"env_vars": environment}
-    root = Path(__file__).resolve().parent.parent
+    root = PROJECT
     excludes = list(UPLOAD_EXCLUDES)
     if run_root.is_relative_to(root):
         excludes.append(f"/{run_root.relative_to(root)}/")
@@ -109,6 +110,6 @@ def cluster_environment(run_root: Path) -> dict[str, Any]:
 
 
 def _project_path() -> str:
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(PROJECT)
     inherited = os.environ.get("PYTHONPATH", "")
     return f"{root}{os.pathsep}{inherited}" if inherited else root

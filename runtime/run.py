@@ -15,38 +15,33 @@ from typing import Any
 from conf.schema import RunConfig
 from conf.streaming import streaming_settings
 from evals.job import run_evaluation
-from evals.summary import (
-    checkpoint_label,
-    print_table,
-    rows_fields,
-    samples,
-    stages_behind,
-    training_fields,
-    write_json,
-)
+from evals.summary import checkpoint_label, print_table, rows_fields, samples, stages_behind, training_fields
 from learner.config import LearnerConfig
-from rl.checks import cold_start, describe, own_checkpoints, reference_of_branch
-from rl.cluster import Session
-from rl.disk import check_disk, checkpoint_size
-from rl.features import check_features
-from rl.fit import MemoryPlan, plan_run
-from rl.journal import journal_path, read_lines
 from rl.loop import RLLoop
-from rl.monitor import Monitor
 from rl.results import RLResult
-from rl.rows import ORACLE_SECONDS, JudgedRows, judge_rows, play_oracle, tell_oracle, tell_overlap, tell_rows
-from rl.runlock import RunLock
-from rl.stage import StageContext
-from rl.stages import TRAINING, StageStore, clear, flat, plain
-from rl.stop import Requeue, StopSignal
-from rl.tracking import Progress, Tracker
-from rl.usage import usage_lines, usage_report, write_usage
+from runtime.checks import describe
+from runtime.cluster.session import Session
+from runtime.context import StageContext
+from runtime.mismatch_gate import Monitor
+from runtime.planning.clip_cache import check_features
+from runtime.planning.disk import check_disk, checkpoint_size
+from runtime.planning.plan import MemoryPlan, plan_run
+from runtime.planning.usage import usage_lines, usage_report, write_usage
+from runtime.rows import ORACLE_SECONDS, JudgedRows, judge_rows, play_oracle, tell_oracle, tell_overlap, tell_rows
+from runtime.starting_point import cold_start, own_checkpoints, reference_of_branch
+from runtime.stop import Requeue, StopSignal
+from runtime.store.journal import journal_path, read_lines
+from runtime.store.manifests import TRAINING, StageStore, clear, flat, plain
+from runtime.store.runlock import RunLock
+from runtime.tracking.progress import Progress
+from runtime.tracking.tracker import Tracker
 from sft.loop import SftLoop, SftResult
 from streams.dataset import SkippedSample, TaskFile, counted, load_tasks
 from streams.geometry import ModelGeometry
 from streams.messages import DeviceInfo, LearnerSetup, WorkerSetup
 from streams.pretrained import resolve_checkpoint
 from streams.scoring.stats import LogpDiff
+from streams.support.files import write_json
 from streams.synthetic import generate
 from streams.task import StreamTask
 from streams.terminal import one_line
@@ -97,7 +92,7 @@ class Run:
             raise
 
     def run(self) -> None:
-        """Run every stage. Raises rl.stop.Requeue if the run was asked to stop."""
+        """Run every stage. Raises runtime.stop.Requeue if the run was asked to stop."""
         status = "FAILED"
         try:
             for stage in self.config.job.stages:

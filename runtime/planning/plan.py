@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
-from rl.footprint import (
+from runtime.planning.footprint import (
     SELF_CHECK,
     Footprint,
-    StreamSize,
     gib,
     learner_footprint,
     scorer_footprint,
@@ -24,6 +23,7 @@ from rl.footprint import (
     trained_numbers,
     worker_footprint,
 )
+from runtime.planning.stream_size import StreamSize
 from streams.geometry import ModelGeometry
 from streams.kernels import HALF, choose_learner_attention, choose_rollout_attention, choose_vision_attention
 from streams.memory import check_text_tells_time, make_policy

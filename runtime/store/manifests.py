@@ -20,7 +20,7 @@ from typing import Any
 
 from conf.paths import with_home
 from conf.schema import JobConfig, RunConfig
-from rl.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
+from runtime.store.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
 from streams.memory import CUSTOM
 from streams.strict_json import dumps
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import ray
 
-from rl.checkpoint import CheckpointState, commit, partial_path, prune, step_name
-from rl.stage import StageContext
-from rl.stages import settings
+from runtime.context import StageContext
+from runtime.store.checkpoint import CheckpointState, commit, partial_path, prune, step_name
+from runtime.store.manifests import settings
 
 FINAL = "final"
 

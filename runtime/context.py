@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.schema import RunConfig
-from rl.checkpoint import CheckpointState
-from rl.cluster import Session
-from rl.stop import StopSignal
-from rl.tracking import Progress, Tracker
+from runtime.cluster.session import Session
+from runtime.stop import StopSignal
+from runtime.store.checkpoint import CheckpointState
+from runtime.tracking.progress import Progress
+from runtime.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any
 from conf.schema import RunConfig
 from evals.best import evaluated
 from evals.heldout import Condition, ScoredStream, collect, failed_turns, stream_request
-from rl.cluster import Session
-from rl.events import Events
-from rl.metric_names import metric_name
-from rl.monitor import Monitor
-from rl.weights import WeightLedger
+from rl.versions import WeightLedger
+from runtime.cluster.events import Events
+from runtime.cluster.session import Session
+from runtime.mismatch_gate import Monitor
+from runtime.tracking.metric_names import metric_name
 from streams.messages import GroupSummary, RewardJob, ScoreReport
 from streams.scoring.stats import LogpDiff
 from streams.task import StreamTask

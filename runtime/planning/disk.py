@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conf.schema import CheckpointConfig
 from learner.config import LearnerConfig
-from rl.footprint import BYTES, gib, trained_numbers
+from runtime.planning.footprint import BYTES, gib, trained_numbers
 from streams.geometry import ModelGeometry
 
 OPTIMIZER_BYTES = 12

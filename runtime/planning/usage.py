@@ -11,11 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from evals.summary import write_json
-from rl.fit import MemoryPlan
-from rl.footprint import Footprint, gib
+from runtime.planning.footprint import Footprint, gib
+from runtime.planning.plan import MemoryPlan
 from streams.messages import DeviceInfo, ProcessUsage
 from streams.scoring.stats import LogpDiff
+from streams.support.files import write_json
 
 USAGE_FILE = "usage.json"
 

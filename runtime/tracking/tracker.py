@@ -13,25 +13,19 @@ import logging
 import math
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from conf.redact import public_setting, public_uri, redact
 from conf.schema import TrackingConfig
-from rl.journal import JournalLine
-from rl.metric_names import metric_name
-from streams.terminal import visible
+from runtime.store.journal import JournalLine
+from runtime.tracking.metric_names import metric_name
 
 log = logging.getLogger("sightline.tracking")
 CLOSE_TIMEOUT_S = 60.0
-PLAIN_LINES = 40
-"""Lines that one stage prints at most, where there is no terminal to rewrite."""
 RUN_FILE = "tracking.json"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow's codes for an entry that it does not take, as against a store that cannot be written."""
@@ -249,37 +243,3 @@ def _first_line(error: Exception) -> str:
 
 def _finite(values: dict[str, float | None]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-
-
-class Progress:
-    """One line per event: rewritten in place on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self.console = Console(highlight=False)
-        self._live = sys.stdout.isatty()
-        self._began = time.monotonic()
-        self._open = False
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self._close_line()
-        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {visible(text)}", markup=False, soft_wrap=True)
-
-    def step(self, stage: str, done: int, total: int, values: dict[str, float | None]) -> None:
-        """Where a stage stands."""
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if v is not None)
-        text = f"[{time.monotonic() - self._began:6.1f}s] {stage} {done}/{total}  {shown}"
-        if not self._live:
-            if done == 1 or done == total or done % max(1, total // PLAIN_LINES) == 0:
-                self.console.print(text, markup=False, soft_wrap=True)
-            return
-        sys.stdout.write("\r\x1b[2K" + text[: self.console.width - 1])
-        sys.stdout.flush()
-        self._open = True
-        if done == total:
-            self._close_line()
-
-    def _close_line(self) -> None:
-        if self._open:
-            sys.stdout.write("\n")
-            self._open = False

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from streams.support.files import PROJECT
+
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "numpy")
 """Beside Python and this project's own code: what must be the same on every node."""
-SOURCES = ("streams", "rollout", "learner", "rewards", "sft", "rl", "evals", "conf")
+SOURCES = ("streams", "rollout", "learner", "rewards", "sft", "rl", "evals", "runtime", "conf")
 SHARED_WAIT_S = 5.0
 """A network file system may show a new file late."""
 SHARED_POLL_S = 0.1
@@ -61,7 +63,7 @@ DRIVER_FILE = "driver"
 
 def probe(node: str, request: ProbeRequest) -> NodeReport:
     """The report of the machine that this runs on."""
-    root = Path(__file__).resolve().parent.parent
+    root = PROJECT
     return NodeReport(
         node=node,
         versions=installed_versions(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from conf.schema import RunConfig
-from rl.preflight import Bundle
+from runtime.cluster.preflight import Bundle
 
 RANK_SHARE = 0.6
 """Of a GPU that a learner rank shares: more than half, so that Ray never puts two ranks on one."""

@@ -32,7 +32,7 @@ class CheckpointState:
 
     step: optimiser steps; version: of the learner's weights. consumed: ids of all groups trained so far; dropped: ids
     that were given up. group_size: streams of a group. counters: the stage's result so far. tracking_run: MLflow's id.
-    settings: what the stage runs under (see rl.stages), {} if it did not say.
+    settings: what the stage runs under (see runtime.store.manifests), {} if it did not say.
     """
 
     stage: str

@@ -13,18 +13,13 @@ from dataclasses import dataclass
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from rollout.config import SELF_CHECK_HEAD
+from runtime.planning.stream_size import StreamSize
 from streams.freezing import trained
 from streams.geometry import ModelGeometry
 from streams.kernels import FLASHINFER_WORKSPACE, REGION_SCORES
-from streams.memory import CONTIGUOUS, NATIVE, Lanes, live_bound, make_policy
-from streams.task import StreamTask
+from streams.memory import CONTIGUOUS, NATIVE
 
 BYTES = {"float32": 4, "bfloat16": 2}
-SCAFFOLD = 13
-TIMESTAMP = 11
-"""Tokens of a turn's scaffold, and of a timestamp with its own vision tags (one for every temporal patch), at most."""
-MEMORY_TEMPLATE = 24
-"""Tokens of a copied turn beside its words, at most (see streams.lanes)."""
 ZERO_BUCKET = 500_000_000
 """Numbers in DeepSpeed's gradient bucket at most (see learner.engine), in the learner's dtype."""
 GATHERED = 2 * 2**28
@@ -32,55 +27,6 @@ GATHERED = 2 * 2**28
 
 SELF_CHECK = "self-check"
 """The part of a rollout worker's footprint where re-scoring a stream takes more than a step of the engine."""
-
-
-@dataclass(frozen=True)
-class StreamSize:
-    """The largest stream of a run: turns, video and other tokens of one turn, tokens outside of turns. tasks: of the run."""
-
-    turns: int
-    video: int
-    text: int
-    fixed: int
-    tasks: int = 1
-
-    @classmethod
-    def largest(cls, config: RunConfig, tasks: tuple[StreamTask, ...], geometry: ModelGeometry) -> StreamSize:
-        """Upper bound over the tasks; frames count as data.video.max_pixels."""
-        patches = config.data.video.frames_per_chunk // geometry.temporal_patch_size
-        stamps = TIMESTAMP * patches if geometry.deepstack_levels else 0
-        queries = max((sum(len(q.text.encode()) for q in task.queries) for task in tasks), default=0)
-        turns = max((config.data.turns_of(task) for task in tasks), default=1)
-        copies = 0
-        if make_policy(config.memory).lanes is Lanes.MEMORY:
-            copies = (turns - 1) * (MEMORY_TEMPLATE + config.layout.max_new_tokens)
-        return cls(
-            turns=turns,
-            video=patches * (config.data.video.max_pixels // geometry.token_side**2),
-            text=SCAFFOLD + stamps + config.layout.max_new_tokens,
-            # Byte-level BPE: a text of n bytes has about n / 4 tokens.
-            fixed=8 + len(config.layout.system_prompt.encode()) // 4 + queries // 4 + copies,
-            tasks=len(tasks),
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Of the whole log."""
-        return self.fixed + self.turns * (self.video + self.text)
-
-    @property
-    def text_share(self) -> float:
-        return self.text / max(1, self.video + self.text)
-
-    def live(self, config: RunConfig) -> int:
-        """At most in memory at once."""
-        return live_bound(
-            make_policy(config.memory),
-            per_turn=self.video + self.text,
-            fixed=self.fixed,
-            video_per_turn=self.video,
-            turns=self.turns,
-        )
 
 
 @dataclass(frozen=True)

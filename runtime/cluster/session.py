@@ -21,12 +21,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from conf.schema import RunConfig
 from learner.worker import LeadLearner, Learner
 from rewards.scorer import Scorer
-from rl.actors import ActorBook, named_class, run_id, short_name
-from rl.connect import connect
-from rl.learners import LearnerGroup
-from rl.placement import placement_note, plan_bundles
-from rl.preflight import Bundle, run_preflight
 from rollout.worker import RolloutWorker
+from runtime.cluster.actors import ActorBook, named_class, run_id, short_name
+from runtime.cluster.connect import connect
+from runtime.cluster.learners import LearnerGroup
+from runtime.cluster.placement import placement_note, plan_bundles
+from runtime.cluster.preflight import Bundle, run_preflight
 from streams.messages import DeviceInfo, LearnerSetup, ProcessUsage, WorkerInfo, WorkerSetup
 from streams.tiny_spec import TinySpec
 

@@ -1,7 +1,7 @@
 """What must hold on every node of a cluster, asked before any actor with weights starts.
 
 Owner: rl. Invariants: all problems are found and reported at once, each with its node and what to do; every wait has a
-timeout and names the node; a pure core judges what `rl.nodes` reports. Nothing is left behind in run_root.
+timeout and names the node; a pure core judges what `runtime.cluster.nodes` reports. Nothing is left behind in run_root.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from conf.schema import DataConfig, RunConfig
-from rl.nodes import (
+from runtime.cluster.nodes import (
     DRIVER_FILE,
     NeededPath,
     NodeReport,
@@ -33,6 +33,7 @@ from rl.nodes import (
 )
 from streams.dataset import sample_tasks
 from streams.pretrained import is_hub_id
+from streams.support.files import PROJECT
 
 SAMPLED_VIDEOS = 16
 SHOWN_PATHS = 3
@@ -281,7 +282,7 @@ def ask_nodes(root: Path, nodes: Sequence[Node], needed: tuple[NeededPath, ...],
     try:
         request = ProbeRequest(str(folder), nonce, needed)
         reports, problems = _collect(nodes, request, timeout_s)
-        source = Path(__file__).resolve().parent.parent
+        source = PROJECT
         driver = NodeReport("driver", installed_versions(), code_digest(source), str(source))
         problems += check_nodes(reports, driver)
         for report in reports:

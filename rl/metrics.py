@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rl.metric_names import apart, metric_name
 from rl.results import ReadyGroup
+from runtime.tracking.metric_names import apart, metric_name
 from streams.messages import SwapReport, TrainReport
 from streams.scoring.stats import LogpDiff
 

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from rl.stop import StopSignal
+from runtime.stop import StopSignal
 
 SLICE_S = 1.0
 """How long one look at the pending calls lasts: Python runs signal handlers only between two of them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.schema import RunConfig
-from rl.footprint import BYTES, gib
+from runtime.planning.footprint import BYTES, gib
 from streams.freezing import MEDIA_KINDS
 from streams.geometry import ModelGeometry
 from streams.video import VideoConfig

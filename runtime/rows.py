@@ -18,7 +18,7 @@ import numpy as np
 
 from conf.schema import RunConfig
 from rewards.compose import RewardResult
-from rl.cluster import Session
+from runtime.cluster.session import Session
 from sft.demonstrations import script_for
 from streams.answerable import Finding, lost, overlap, too_long, untimely
 from streams.answers.judge import is_correct

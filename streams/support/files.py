@@ -1,0 +1,33 @@
+"""Files that are written aside and renamed, so that a reader finds an old or a new one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+"""The folder that holds our packages."""
+from streams.strict_json import dumps
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Written aside, renamed: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_bytes(encoded(text))
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8. Half a surrogate pair, which JSON rows may hold, stays the escape that JSON reads it from."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Strict JSON: a number that is not finite is null, there as everywhere "not measured"."""
+    write_atomic(path, dumps(values, indent=2) + "\n")
