@@ -38,6 +38,7 @@ from runtime.tracking.driver_log import DriverLog
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
+    from runtime.run import Stage
 
 WATCH_WORDS = ("video", "query", "at", "seconds")
 
@@ -120,9 +121,12 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
     warn = logging.getLogger("sightline").warning
     with contextlib.ExitStack() as held:
         try:
-            preflight(config)
+            rows = preflight(config)
             config = respect_checkpoint(config, overrides, progress.say, warn)
             check_memory(config)
+            stages = _stages()
+            for name in config.job.stages:
+                stages[name].check(config, rows)
             lock = held.enter_context(RunLock(config.root.resolve()))
             said.open(config.root, " ".join(sys.argv))
             store = StageStore(config.root.resolve(), config, progress.say)
@@ -130,7 +134,7 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
             check_cold_start(config, store.plans)
             from runtime.run import Run
 
-            run = Run(config, store, progress, lock, stop)
+            run = Run(config, stages, store, progress, lock, stop)
         except (
             ValueError,
             OSError,
@@ -146,6 +150,16 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
             sys.exit(config.checkpoint.requeue_status)
         except (ValueError, OSError, RuntimeError) as error:
             _fail(config, error, stop)
+
+
+def _stages() -> dict[str, Stage]:
+    """The table of contents: what each stage of a job is. Imported here: `--help` must not wait for Ray."""
+    from evals.stage import EVAL
+    from rl.stage import RL
+    from runtime.make_data import DATA
+    from sft.stage import SFT
+
+    return {"data": DATA, "sft": SFT, "rl": RL, "eval": EVAL}
 
 
 def _fail(config: RunConfig, error: Exception, stop: StopSignal) -> NoReturn:

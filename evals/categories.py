@@ -14,5 +14,5 @@ UNCATEGORISED = "uncategorised"
 
 
 def category_name(category: str) -> str:
-    """The name of a row's category in tables and in summary.json; `runtime.tracking.metric_names.metric_name` makes metrics of it."""
+    """The name of a row's category in tables and in summary.json; `metric_name` makes metrics of it."""
     return apart(category, (ALL, UNCATEGORISED), " (category)") or UNCATEGORISED

@@ -5,17 +5,18 @@ Owner: rl. Invariant: whatever fails here has cost nothing yet and deleted nothi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from conf.age import age_bound
 from conf.schema import RunConfig
-from evals.best import check_best
 from runtime.starting_point import model_folder, own_checkpoints
 from runtime.store.manifests import StagePlan, replaced_by
 from streams.dataset import load_tasks
 from streams.log import BYTES_PER_TOKEN
 from streams.memory import check_args_taken, check_text_tells_time, live_bound, make_policy
 from streams.pretrained import FAMILIES, is_hub_id, model_type, token_side
+from streams.task import StreamTask
 from streams.weights import check_weights
 
 
@@ -73,12 +74,16 @@ def check_memory(config: RunConfig) -> None:
     live_bound(policy, per_turn=turn, fixed=0, video_per_turn=chunk, turns=config.data.max_turns)
 
 
-def preflight(config: RunConfig) -> None:
-    """Raises ValueError or FileNotFoundError for what would fail later."""
+Rows = Mapping[str, tuple[StreamTask, ...] | None]
+"""By split, the rows of a file that a job reads; None = they are still to be generated."""
+
+
+def preflight(config: RunConfig) -> Rows:
+    """Raise ValueError or FileNotFoundError for what would fail later. Returns the rows of the files that the job reads."""
     if config.root.exists() and not config.root.is_dir():
         raise ValueError(f"run_root={config.run_root} is a file: name a folder, new or of an earlier run")
     age_bound(config)
-    _check_data(config)
+    rows = _check_data(config)
     for key, value in _named_checkpoints(config):
         folder = Path(value)
         if not folder.is_dir() and not is_hub_id(value):
@@ -95,6 +100,7 @@ def preflight(config: RunConfig) -> None:
     best = config.root / "checkpoints" / "rl" / "best" / "hf"
     if config.eval.checkpoint == "best" and "rl" not in config.job.stages and not best.is_dir():
         raise FileNotFoundError(f"eval.checkpoint=best: there is no {best}; train with eval.every=N first")
+    return rows
 
 
 def _check_folder(key: str, folder: Path) -> None:
@@ -105,12 +111,15 @@ def _check_folder(key: str, folder: Path) -> None:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _check_data(config: RunConfig) -> None:
+def _check_data(config: RunConfig) -> Rows:
+    """The rows by split. Raises FileNotFoundError or ValueError for a file that holds none."""
     stages = set(config.job.stages)
     needed = [split for split, by in (("train", {"sft", "rl"}), ("heldout", {"eval"})) if stages & by]
     if config.eval.every and "rl" in stages and "heldout" not in needed:
         needed.append("heldout")
+    rows: dict[str, tuple[StreamTask, ...] | None] = {}
     for split in needed:
+        rows[split] = None
         given = getattr(config.data, split)
         path = Path(given) if given else config.root / "data" / f"{split}.jsonl"
         if given or "data" not in stages:
@@ -119,11 +128,8 @@ def _check_data(config: RunConfig) -> None:
                 raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
             # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
             data = config.data
-            loaded = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields)
-            if split == "heldout":
-                check_best(config, loaded.tasks)
-        elif split == "heldout":
-            check_best(config, None)
+            rows[split] = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields).tasks
+    return rows
 
 
 def check_nothing_needed_is_replaced(config: RunConfig, plans: dict[str, StagePlan]) -> None:

@@ -9,9 +9,8 @@ counts as wrong. What only a video can tell is found when it is read, and is cou
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ import numpy as np
 from conf.schema import RunConfig
 from rewards.compose import RewardResult
 from runtime.cluster.session import Session
-from sft.demonstrations import script_for
 from streams.answerable import Finding, lost, overlap, too_long, untimely
 from streams.answers.judge import is_correct
 from streams.dataset import Reason, SkippedSample, at_row, counted
@@ -36,6 +34,29 @@ EXACT_TERMS = ("correctness", "thinkstream_correctness")
 """Terms that ask for the expected words themselves: under others, a shorter answer of the model's own may be as good."""
 
 
+Script = Callable[[RunConfig, StreamTask], tuple[tuple[int, ScriptedTurn], ...]]
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """What a stage does with the rows of a task file.
+
+    Attributes:
+        name: the use, in messages: the stage's name.
+        split: `train` or `heldout`: which file.
+        trains: a row of which nothing can be answered is left out. False: it stays, and counts as wrong.
+        script: the turns with words that a demonstration of a row has, by turn. None: the model finds its own words.
+        own_checkpoint: whether the stage starts from a checkpoint that the run does not make. Its tokenizer may be another
+            one, so the rows are judged when it starts.
+    """
+
+    name: str
+    split: str
+    trains: bool
+    script: Script | None = None
+    own_checkpoint: Callable[[RunConfig], bool] = lambda config: False
+
+
 @dataclass(frozen=True)
 class JudgedRows:
     """tasks: what the stage uses. skipped: rows left out. kept: used, though not all of it can be answered.
@@ -50,28 +71,28 @@ class JudgedRows:
 
 
 def judge_rows(
-    config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], checkpoint: Path, stage: str
+    config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], checkpoint: Path, use: RowUse
 ) -> JudgedRows:
-    """Judge the rows of a file for stage `sft`, `rl` or `eval`, which starts from the folder `checkpoint`."""
-    rows = row_texts(config, tasks, stage)
+    """Judge the rows of a file for a stage that starts from the folder `checkpoint`."""
+    rows = row_texts(config, tasks, use)
     reply = session.workers[0].read_rows.remote(str(checkpoint), config.layout, rows)
-    return judged(config, tasks, session.call(reply, f"the tokenizer of {checkpoint} to read {len(rows)} rows"), stage)
+    return judged(config, tasks, session.call(reply, f"the tokenizer of {checkpoint} to read {len(rows)} rows"), use)
 
 
-def row_texts(config: RunConfig, tasks: tuple[StreamTask, ...], stage: str) -> tuple[RowTexts, ...]:
-    """What the tokenizer is asked about: in a cold start also the demonstrations."""
-    return tuple(RowTexts(task, _script(config, task) if stage == "sft" else ()) for task in tasks)
+def row_texts(config: RunConfig, tasks: tuple[StreamTask, ...], use: RowUse) -> tuple[RowTexts, ...]:
+    """What the tokenizer is asked about: the rows' own texts and, if there are any, the demonstrations."""
+    return tuple(RowTexts(task, use.script(config, task) if use.script else ()) for task in tasks)
 
 
-def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWords, ...], stage: str) -> JudgedRows:
+def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWords, ...], use: RowUse) -> JudgedRows:
     """The verdict on every row, from its times and from what the tokenizer said about it."""
     used: list[StreamTask] = []
     skipped: list[SkippedSample] = []
     kept: list[SkippedSample] = []
     for task, said in zip(tasks, words, strict=True):
-        findings = _findings(config, task, said, stage)
+        findings = _findings(config, task, said, use)
         samples = [SkippedSample.of(task, finding.reason, finding.kind) for finding in findings]
-        if stage != "eval" and (said.refused is not None or lost(task, findings)):
+        if use.trains and (said.refused is not None or lost(task, findings)):
             # One entry a row: the counts are of rows.
             skipped.append(samples[0])
             continue
@@ -81,12 +102,12 @@ def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWor
     return JudgedRows(tuple(used), tuple(skipped), tuple(kept), fits)
 
 
-def _findings(config: RunConfig, task: StreamTask, said: RowWords, stage: str) -> list[Finding]:
+def _findings(config: RunConfig, task: StreamTask, said: RowWords, use: RowUse) -> list[Finding]:
     """Everything that cannot be answered, a refusal of the whole row first."""
     chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
     found = [Finding(*said.refused)] if said.refused is not None else []
     found += untimely(task, chunk, turns, config.data.max_turns)
-    if stage == "sft" or not asks_for_the_words(config):
+    if use.script or not asks_for_the_words(config):
         return found  # a demonstration that is too long is refused as a whole
     for i, text in said.fits.items():
         answer = task.answers[i]
@@ -99,21 +120,6 @@ def asks_for_the_words(config: RunConfig) -> bool:
     """Whether the reward compares responses with the expected text."""
     terms = config.reward.terms
     return any(params.get("target", name) in EXACT_TERMS for name, params in terms.items())
-
-
-def _script(config: RunConfig, task: StreamTask) -> tuple[tuple[int, ScriptedTurn], ...]:
-    """The turns with words of the demonstration that is in time: every epoch's holds at least these words."""
-    prompt = replace(config.sft, late_probability=0.0)
-    chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
-    script = script_for(task, turns, chunk, prompt, seed=config.seed, epoch=0)
-    due = Counter(task.chunk_of(answer.time, chunk) for answer in task.answers)
-    found = []
-    for turn, words in enumerate(script):
-        if due[turn] > 1 and config.sft.late_probability:
-            words = replace(words, response=None)  # said in one turn only if none comes late
-        if words.thought or words.response is not None:
-            found.append((turn, words))
-    return tuple(found)
 
 
 def tell_rows(say: Callable[[str], None], what: str, judged: JudgedRows) -> None:

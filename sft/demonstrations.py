@@ -7,10 +7,12 @@ chunks after the answer became due (uniformly). Invariant: the script of (seed, 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
-from conf.schema import SftConfig
+from conf.schema import RunConfig, SftConfig
 from streams.messages import ScriptedTurn
 from streams.task import StreamTask
 
@@ -47,3 +49,18 @@ def script_for(
     return tuple(
         ScriptedTurn(thoughts.get(turn, ""), " ".join(said[turn]) if turn in said else None) for turn in range(turns)
     )
+
+
+def scripted_words(config: RunConfig, task: StreamTask) -> tuple[tuple[int, ScriptedTurn], ...]:
+    """The turns with words of the demonstration that is in time: every epoch's holds at least these words."""
+    prompt = replace(config.sft, late_probability=0.0)
+    chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
+    script = script_for(task, turns, chunk, prompt, seed=config.seed, epoch=0)
+    due = Counter(task.chunk_of(answer.time, chunk) for answer in task.answers)
+    found = []
+    for turn, words in enumerate(script):
+        if due[turn] > 1 and config.sft.late_probability:
+            words = replace(words, response=None)  # said in one turn only if none comes late
+        if words.thought or words.response is not None:
+            found.append((turn, words))
+    return tuple(found)

@@ -14,6 +14,7 @@ from evals.best import best_metric, check_best
 from evals.categories import category_name
 from evals.summary import checkpoint_label
 from rl.metrics import term_metric
+from rl.stage import RL
 from runtime.checks import preflight
 from runtime.tracking.metric_names import MAX_BYTES, apart, metric_name, readable
 from tests.test_config import composed
@@ -153,23 +154,28 @@ def write_rows(path, categories):
             file.write(json.dumps(row) + "\n")
 
 
+def start(config):
+    """As launch.py does before anything starts."""
+    RL.check(config, preflight(config))
+
+
 def test_it_is_checked_before_anything_starts_against_the_rows_that_are_evaluated(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ["one", "two", "two"])
     data = [f"data.train={tmp_path / 'rows.jsonl'}", f"data.heldout={tmp_path / 'rows.jsonl'}"]
     words = ["job=rl", *data, "eval.best=accuracy_two", f"run_root={tmp_path / 'run'}"]
-    preflight(composed(*words, "eval.every=1"))
-    preflight(composed(*words, "eval.every=1", "eval.tasks=2"))
+    start(composed(*words, "eval.every=1"))
+    start(composed(*words, "eval.every=1", "eval.tasks=2"))
     with pytest.raises(
         ValueError, match=r"eval\.best='accuracy_two'.*the first 1 held-out rows \(eval\.tasks\).*accuracy_one"
     ):
-        preflight(composed(*words, "eval.every=1", "eval.tasks=1"))
+        start(composed(*words, "eval.every=1", "eval.tasks=1"))
     # Without evaluations while training nothing is kept as the best, whatever the name.
-    preflight(composed(*words, "eval.tasks=1"))
+    start(composed(*words, "eval.tasks=1"))
 
 
 def test_of_data_yet_to_be_generated_the_categories_are_known_too(tmp_path):
     words = ["eval.every=1", f"run_root={tmp_path / 'run'}"]
-    preflight(composed(*words, "eval.best=accuracy_recall"))
+    start(composed(*words, "eval.best=accuracy_recall"))
     with pytest.raises(ValueError, match=r"did you mean accuracy_recall\?"):
-        preflight(composed(*words, "eval.best=accuracy_recal"))
+        start(composed(*words, "eval.best=accuracy_recal"))
     check_best(composed("job=sft", *words, "eval.best=accuracy_recal"), None)

@@ -68,7 +68,8 @@ def test_text_that_leaves_before_the_video_whose_time_it_tells_is_refused_for_ev
     for model in ("model=tiny_qwen3_vl", f"model.path={folder(tmp_path / 'qwen3')}"):
         with pytest.raises(ValueError, match=TIMES_LEAVE):
             check_memory(composed(*composed_memory, model))
-    # Qwen2.5-VL tells time by positions; a hub id says what it is when its config.json is there (runtime.planning.plan asks again).
+    # Qwen2.5-VL tells time by positions; a hub id says what it is when its config.json is there
+    # (runtime.planning.plan asks again).
     other = folder(tmp_path / "qwen2", model_type="qwen2_5_vl", vision_config={"patch_size": 14})
     for model in ("model=tiny", f"model.path={other}", "model=qwen3_vl_2b"):
         check_memory(composed(*composed_memory, model))

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import DataConfig, JobConfig, RunConfig, SftConfig
+from evals.stage import ROWS as EVAL
 from rewards import RewardConfig
 from rewards.scorer import Scorer
+from rl.stage import ROWS as RL
 from runtime.rows import GOOD_ORACLE, OracleReport, judged, row_texts, tell_oracle, tell_overlap, tell_rows
+from sft.stage import ROWS as SFT
 from streams.answerable import read_words, untimely
 from streams.backbone import text_layout
 from streams.check import check
@@ -33,6 +36,7 @@ CONFIG = RunConfig(
     reward=RewardConfig.quickstart(),
     sft=SftConfig(late_probability=0.0),
 )
+USES = {use.name: use for use in (SFT, RL, EVAL)}
 LONG = "a red square, a green circle, a blue triangle, a yellow square"
 
 
@@ -62,8 +66,8 @@ def folder(tmp_path_factory):
 
 
 def judge(tasks, layout, stage="rl", config=CONFIG):
-    words = tuple(read_words(row, layout) for row in row_texts(config, tuple(tasks), stage))
-    return judged(config, tuple(tasks), words, stage)
+    words = tuple(read_words(row, layout) for row in row_texts(config, tuple(tasks), USES[stage]))
+    return judged(config, tuple(tasks), words, USES[stage])
 
 
 def task(*answers, name="a", query="what?", stay_open=True, thoughts=(), end=10.0):

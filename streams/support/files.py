@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from streams.strict_json import dumps
+
 PROJECT = Path(__file__).resolve().parent.parent.parent
 """The folder that holds our packages."""
-from streams.strict_json import dumps
 
 
 def write_atomic(path: Path, text: str) -> None:

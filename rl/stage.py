@@ -1,0 +1,72 @@
+"""Stage `rl`: reinforcement learning, with evaluations while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+from evals.best import check_best
+from evals.stage import ROWS as HELDOUT
+from rl.loop import RLLoop
+from runtime.rows import RowUse
+from runtime.run import Run, Stage
+from runtime.starting_point import cold_start, reference_of_branch
+from streams.pretrained import resolve_checkpoint
+
+ROWS = RowUse("rl", "train", trains=True, own_checkpoint=lambda config: config.algorithm.init != "auto")
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Train on rollouts of the rows that can be answered."""
+    config = run.config
+    checkpoint, tasks = run.start_from(ROWS, lambda: _start(run))
+    steps = config.rl_steps(len(tasks))
+    reference = _reference(run) if config.algorithm.kl_coef else None
+    context = run.prepare("rl", checkpoint, config.rl_learner(steps), steps, tasks, reference=reference)
+    loop = RLLoop(context, tasks, run.files.tasks("heldout") if config.eval.every else ())
+    with run.stop.deferred():
+        result = loop.run()
+    run.report_usage("rl", result.published_by_kind)
+    run.files.note(ROWS, result)
+    run.progress.say(
+        f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {_shown(result.mean_reward_first)} -> "
+        f"{_shown(result.mean_reward_last)}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
+    )
+    run.monitor.judge("learner, on the published weights", result.published, loop.published_off)
+    return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["rl"].kept]}
+
+
+def _start(run: Run) -> Path:
+    """The weights that RL begins with."""
+    if run.config.algorithm.init != "auto":
+        return resolve_checkpoint(run.config.algorithm.init)
+    return cold_start(run.root) or run.initial_model()
+
+
+def _reference(run: Run) -> Path:
+    """What RL's KL is measured against: where RL started, also after a resume."""
+    given = run.config.algorithm.reference
+    if given != "auto":
+        return resolve_checkpoint(given)
+    origin = run.store.read("rl").get("origin")
+    if origin and run.config.algorithm.init == "auto":
+        return reference_of_branch(Path(origin)) or run.initial_model()
+    return _start(run)
+
+
+def _uses(config: RunConfig) -> tuple[RowUse, ...]:
+    return (ROWS, HELDOUT) if config.eval.every else (ROWS,)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+RL = Stage(
+    run,
+    uses=_uses,
+    learner=lambda config: config.rl_learner(1),
+    check=lambda config, rows: check_best(config, rows.get("heldout")),
+)
