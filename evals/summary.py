@@ -6,7 +6,6 @@ Owner: evals. Invariant: what was not measured is null, never 0.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -30,10 +29,6 @@ OWN_RESULTS = ("sft", "rl", *CONDITIONS)
 MAX_LABEL = 100
 """Characters of a checkpoint's label: it is part of file names and of metric names."""
 COLUMNS = {"sft": "after SFT", "rl": "after RL"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def checkpoint_label(path: str | Path) -> str:

@@ -21,7 +21,6 @@ from runtime.cluster.nodes import (
     NodeReport,
     ProbeRequest,
     code_digest,
-    free_bytes,
     installed_versions,
     probe,
     reply_file,
@@ -30,7 +29,6 @@ from runtime.cluster.nodes import (
 from runtime.cluster.preflight import (
     PreflightError,
     check_checkpoint_names,
-    check_disk,
     check_nodes,
     needed_paths,
     sample_videos,
@@ -89,13 +87,6 @@ def test_all_problems_are_in_one_message():
         "  1. first: do this",
         "  2. second: do that",
     ]
-
-
-def test_a_disk_that_is_too_small_is_said_with_both_figures(tmp_path):
-    assert check_disk(2**30, 0, tmp_path) == []
-    (problem,) = check_disk(2**30, 3 * 2**30, tmp_path)
-    assert "1.0 GiB free, the run is predicted to write 3.0 GiB" in problem
-    assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.1)
 
 
 # ---- what a node reports ----

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import platform
-import shutil
 import socket
 import time
 from dataclasses import dataclass, field
@@ -101,14 +100,6 @@ def stamp(path: str) -> str:
         files = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file())
         return f"folder of {len(files)} files, {hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
     return f"{os.path.getsize(path)} bytes"
-
-
-def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Free disk space where `path` is or will be."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def reply_file(node: str) -> str:

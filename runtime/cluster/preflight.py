@@ -25,7 +25,6 @@ from runtime.cluster.nodes import (
     ProbeRequest,
     await_content,
     code_digest,
-    free_bytes,
     installed_versions,
     probe,
     reply_file,
@@ -153,16 +152,6 @@ def check_nodes(reports: Sequence[NodeReport], driver: NodeReport) -> list[str]:
     return [f"{_nodes(nodes)}: {problem}" for problem, nodes in found.items()]
 
 
-def check_disk(free: int, needed: int, root: Path) -> list[str]:
-    """needed: what the run is predicted to write below run_root; 0 if unknown."""
-    if free >= needed:
-        return []
-    return [
-        f"run_root={root} has {free / 2**30:.1f} GiB free, the run is predicted to write {needed / 2**30:.1f} GiB: free "
-        "some, lower what checkpoints keep, or choose a run_root on a larger disk"
-    ]
-
-
 def _first_of_each_key(missing: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """At most SHOWN_PATHS of a key; the rest as a count."""
     by_key: dict[str, list[str]] = {}
@@ -254,13 +243,12 @@ def live_nodes() -> list[Node]:
     return sorted(found, key=lambda node: node.name)
 
 
-def run_preflight(config: RunConfig, bundles: Sequence[Bundle], *, needed_bytes: int = 0) -> None:
+def run_preflight(config: RunConfig, bundles: Sequence[Bundle]) -> None:
     """Raises PreflightError with every problem. A local Ray has one node, the driver's: nothing is asked remotely."""
     nodes = live_nodes()
     problems = check_resources(bundles, nodes)
     root = config.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    problems += check_disk(free_bytes(root), needed_bytes, root)
     if config.cluster.existing:
         # Nodes that can hold no actor (a head without CPUs) need not see anything.
         hosts = [node for node in nodes if any(node.holds(bundle) for bundle in bundles)]

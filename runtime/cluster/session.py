@@ -54,12 +54,9 @@ class Session:
     def __init__(
         self,
         config: RunConfig,
-        needed_bytes: int = 0,
         connecting: AbstractContextManager[None] | None = None,
     ) -> None:
-        """needed_bytes: what the run is predicted to write below run_root (0 = unknown). connecting: entered while Ray
-        is joined or started.
-        """
+        """connecting: entered while Ray is joined or started."""
         self.config = config
         self.worker_infos: tuple[WorkerInfo, ...] = ()
         root = config.root.resolve()
@@ -72,7 +69,7 @@ class Session:
             bundles = plan_bundles(config, gpus)
             if note := placement_note(config, gpus):
                 log.warning(note)
-            run_preflight(config, bundles, needed_bytes=needed_bytes)
+            run_preflight(config, bundles)
             self._start_actors(bundles)
         except BaseException:
             self.close()

@@ -21,7 +21,7 @@ from streams.scoring.region_rows import RegionRows, native_until, pack_regions
 class Rows:
     """R rows of L tokens, with N target tokens in the order of the logs.
 
-    ids int64 [R, L]; positions int64 [3, R, L]; expiry, lane int64 [R, L]; video bool [R, L];
+    ids int64 [R, L]; positions int64 [3, R, L]; expiry, lane int64 [R, L];
     predictor int64 [N]: flat row index of the token before each target; target_ids int64 [N];
     stream int64 [N]: which of the packed logs a target belongs to; target_index int64 [N]: its index in that log.
     video_index int64 [M]: flat row index of every video token, log by log, in append order.
