@@ -213,7 +213,10 @@ def mirrored(frame: VideoFrame) -> bool:
     """Whether the display matrix mirrors the picture, as some front cameras have it."""
     from av.sidedata.sidedata import SideData
 
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        return False  # PyAV lists none of it where FFmpeg attached a kind that it has no name for (Exif)
     if not isinstance(matrix, SideData):
         return False
     # Nine native 32-bit integers, row by row: the first two of the first two rows turn, scale and mirror.

@@ -72,6 +72,7 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "av1.webm": lambda to, _: write_film(to, codec="libsvtav1", options={"preset": "13"}),
     "prores.mov": lambda to, _: write_film(to, codec="prores_ks", options={}, pix_fmt="yuv422p10le"),
     "mjpeg.mov": lambda to, _: write_film(to, codec="mjpeg", options={}, pix_fmt="yuvj420p"),
+    "exif.mov": lambda to, _: write_film(to, codec="tiff", options={}, pix_fmt="rgb24"),
     "mpeg4.mp4": lambda to, _: write_film(to, codec="mpeg4", options={"bf": "2"}),
     # Pixels.
     "ten_bit.mp4": lambda to, _: write_film(to, pix_fmt="yuv420p10le"),
@@ -153,7 +154,7 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "second.mkv": lambda to, _: write_film(to, more=second_film),
     "lost.mp4": lambda to, source: without_picture(source("open_hevc.mp4"), to, 6),
 }
-ORDINARY = [*list(FILMS)[:15], "uneven.mp4", "screen.webm", "sound.mkv", "turned90.mp4", "turned180.mov"]
+ORDINARY = [*list(FILMS)[:16], "uneven.mp4", "screen.webm", "sound.mkv", "turned90.mp4", "turned180.mov"]
 RESIZED = {"odd.mp4"}
 
 
