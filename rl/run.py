@@ -380,7 +380,7 @@ class Run:
 
     def _rl_start(self) -> Path:
         if self.config.algorithm.init != "auto":
-            return resolve_checkpoint(self.config.algorithm.init)
+            return resolve_checkpoint(self.config.algorithm.init, "algorithm.init")
         return cold_start(self.root) or self._initial_model()
 
     def _eval_checkpoints(self) -> dict[str, Path]:
@@ -388,7 +388,7 @@ class Run:
         if chosen == "best":
             return {"best": self.root / "checkpoints" / "rl" / "best" / "hf"}
         if chosen != "auto":
-            return {checkpoint_label(chosen): resolve_checkpoint(chosen)}
+            return {checkpoint_label(chosen): resolve_checkpoint(chosen, "eval.checkpoint")}
         found = own_checkpoints(self.root)
         if found:
             return found
@@ -424,7 +424,7 @@ class Run:
         """What RL's KL is measured against: where RL started, also after a resume."""
         given = self.config.algorithm.reference
         if given != "auto":
-            return resolve_checkpoint(given)
+            return resolve_checkpoint(given, "algorithm.reference")
         origin = self.store.read("rl").get("origin")
         if origin and self.config.algorithm.init == "auto":
             return reference_of_branch(Path(origin)) or self._initial_model()
