@@ -206,8 +206,8 @@ def tell_oracle(say: Callable[[str], None], what: str, report: OracleReport, jud
     why: dict[str, str] = {}
     for found in judged.kept:
         why.setdefault(found.source, f"{found.kind}: {found.reason}")
-    for reward, task, cause in costly[:NAMED]:
-        reason = cause or why.get(
+    for reward, task, raised in costly[:NAMED]:
+        reason = raised or why.get(
             SkippedSample.of(task, "", Reason.STREAM).source, f"by the reward's own rule{at_row(task)}"
         )
         say(one_line(f"{what}: task {task.id} earns {reward:.3f}: {reason}"))
