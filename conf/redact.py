@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import unquote, unquote_plus
 
 MASK = "***"
 
@@ -22,18 +23,22 @@ _USER = (
 _NAME = (
     r"(?:[\w.-]*[._-])?(?:pass|passwd|password|passphrase|pwd|secret|token|api_?key|access_?key|signature|credentials?)"
 )
-_NAMED = re.compile(rf"((?:^|[\s?&;'\"+]){_NAME}=)[^\s&;#'\"]+", re.IGNORECASE | re.MULTILINE)
+_NAMED = re.compile(rf"((?:^|[\s?&;#'\"+]){_NAME}=)[^\s&;#'\"]+", re.IGNORECASE | re.MULTILINE)
 _SECRET_KEY = re.compile(_NAME, re.IGNORECASE)
 _QUERY = re.compile(r"(?<==)[^&;#]+")
+_PARAMETERS = re.compile(r"(://[^\s?'\"<>]*\?)([^\s'\"<>]+)")
+"""An address in a text, and its parameters."""
 
 
 def redact(text: str) -> str:
-    """Free text (a log line, an error, a command line) without what stands before the @ of an address, and without the
-    values of parameters that are named like secrets. Ports, hosts, paths and other parameters stay.
+    """Free text (a log line, an error, a command line) without what stands before the @ of an address, without the values of
+    an address's parameters, whatever they are called, and without those of other parameters that are named like secrets.
+    Ports, hosts, paths and other settings stay.
     """
     if "://" in text:
         for pattern in _USER:
             text = pattern.sub(rf"\g<1>{MASK}@", text)
+        text = _PARAMETERS.sub(lambda found: found[1] + _QUERY.sub(MASK, found[2]), text)
     return _NAMED.sub(rf"\g<1>{MASK}", text) if "=" in text else text
 
 
@@ -43,6 +48,15 @@ def public_uri(uri: str) -> str:
     """
     address, mark, query = redact(uri).partition("?")
     return address + mark + _QUERY.sub(MASK, query)
+
+
+def public_words(text: str, uri: str) -> str:
+    """Free text about an address, such as the error of a library that cuts the address up and shows its parts."""
+    text = redact(text)
+    for value in _QUERY.findall(uri.partition("?")[2]):
+        for shown in {value, unquote(value), unquote_plus(value)}:
+            text = text.replace(f"={shown}", f"={MASK}")
+    return text
 
 
 def public_setting(key: str, value: Any) -> str:

@@ -77,7 +77,7 @@ def _checkpoints(run: Run) -> dict[str, Path]:
     if config.eval.checkpoint == "best":
         return {"best": run.root / "checkpoints" / "rl" / "best" / "hf"}
     if config.eval.checkpoint != "auto":
-        return {checkpoint_label(config.eval.checkpoint): resolve_checkpoint(config.eval.checkpoint)}
+        return {checkpoint_label(config.eval.checkpoint): resolve_checkpoint(config.eval.checkpoint, "eval.checkpoint")}
     if found := own_checkpoints(run.root):
         return found
     if config.model.path:

@@ -41,7 +41,7 @@ def run(run: Run) -> dict[str, Any]:
 def _start(run: Run) -> Path:
     """The weights that RL begins with."""
     if run.config.algorithm.init != "auto":
-        return resolve_checkpoint(run.config.algorithm.init)
+        return resolve_checkpoint(run.config.algorithm.init, "algorithm.init")
     return cold_start(run.root) or run.initial_model()
 
 
@@ -49,7 +49,7 @@ def _reference(run: Run) -> Path:
     """What RL's KL is measured against: where RL started, also after a resume."""
     given = run.config.algorithm.reference
     if given != "auto":
-        return resolve_checkpoint(given)
+        return resolve_checkpoint(given, "algorithm.reference")
     origin = run.store.read("rl").get("origin")
     if origin and run.config.algorithm.init == "auto":
         return reference_of_branch(Path(origin)) or run.initial_model()

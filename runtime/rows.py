@@ -201,7 +201,8 @@ def tell_oracle(say: Callable[[str], None], what: str, report: OracleReport, jud
     if not report.played or report.reward >= GOOD_ORACLE:
         return
     costly = sorted(
-        ((result.total, task) for task, result in report.played if result.total < GOOD_ORACLE), key=lambda row: row[0]
+        ((result.total, task, result.failed) for task, result in report.played if result.total < GOOD_ORACLE),
+        key=lambda row: row[0],
     )
     sample = "" if len(report.played) == total else f" of {total} (more would have taken over {ORACLE_SECONDS:g} s)"
     say(
@@ -211,6 +212,8 @@ def tell_oracle(say: Callable[[str], None], what: str, report: OracleReport, jud
     why: dict[str, str] = {}
     for found in judged.kept:
         why.setdefault(found.source, f"{found.kind}: {found.reason}")
-    for reward, task in costly[:NAMED]:
-        reason = why.get(SkippedSample.of(task, "", Reason.STREAM).source, f"by the reward's own rule{at_row(task)}")
+    for reward, task, raised in costly[:NAMED]:
+        reason = raised or why.get(
+            SkippedSample.of(task, "", Reason.STREAM).source, f"by the reward's own rule{at_row(task)}"
+        )
         say(one_line(f"{what}: task {task.id} earns {reward:.3f}: {reason}"))

@@ -219,7 +219,7 @@ def refuse_loss(out: Path, path: Path, videos: set[str]) -> None:
         )
     if out.exists() and not os.access(out, os.W_OK):
         raise PermissionError(f"--write {out} exists and is read-only: name another file")
-    if any(os.path.exists(video) and out.samefile(video) for video in videos):
+    if out.exists() and any(os.path.exists(video) and out.samefile(video) for video in videos):
         raise ValueError(f"--write {out} is a video of the checked rows: name another file")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import signal
+import struct
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -201,9 +202,26 @@ class _Clip:
         return self._shown + ([self._pixels(self._latest)] * missing if missing else [])
 
     def _pixels(self, frame: VideoFrame) -> np.ndarray:
-        """uint8 [H, W, 3], upright as a player shows it, and resized. Only turns by multiples of 90 degrees are applied."""
+        """uint8 [H, W, 3], upright as a player shows it, and resized. Turns by multiples of 90 degrees and mirrors apply."""
         plain = self._convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        return resize_frame(np.rot90(plain, round(frame.rotation / 90)), self._request)
+        # The angle says where the rows go; if the picture is mirrored, the columns go the other way.
+        turned = np.rot90(plain[::-1] if mirrored(frame) else plain, round(frame.rotation / 90))
+        return resize_frame(turned, self._request)
+
+
+def mirrored(frame: VideoFrame) -> bool:
+    """Whether the display matrix mirrors the picture, as some front cameras have it."""
+    from av.sidedata.sidedata import SideData
+
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        return False  # PyAV lists none of it where FFmpeg attached a kind that it has no name for (Exif)
+    if not isinstance(matrix, SideData):
+        return False
+    # Nine native 32-bit integers, row by row: the first two of the first two rows turn, scale and mirror.
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    return bool(a * d < b * c)
 
 
 def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:

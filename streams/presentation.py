@@ -246,7 +246,8 @@ class Survey:
             )
         if len(_known) >= KEPT:
             _known.clear()
-        found = _known[_key(video)] = _summary(shown, self._stream.time_base or Fraction(0))
+        rate = self._stream.guessed_rate
+        found = _known[_key(video)] = _summary(shown, self._stream.time_base or Fraction(0), 1 / rate if rate else None)
         return found
 
 
@@ -272,12 +273,14 @@ def forget() -> None:
     _known.clear()
 
 
-def _summary(shown: list[_Shown], tick: Fraction) -> Presentation:
+def _summary(shown: list[_Shown], tick: Fraction, frame_s: Fraction | None) -> Presentation:
+    """tick: seconds. frame_s: how long a frame lasts at the rate that FFmpeg takes the film to have, None if it has none."""
     shown = sorted(shown)
     gaps = [after.at - before.at for before, after in pairwise(shown)]
     usual = Fraction(statistics.median(gaps)) if gaps else Fraction(0)
-    # Some files give the last picture no length; the usual distance between pictures stands in.
-    end = shown[-1].at + (shown[-1].length or usual)
+    # Some files give the last picture no length; the usual distance between pictures stands in. FLV gives a film of one
+    # picture no length at all: without any, nothing could be shown of it.
+    end = shown[-1].at + (shown[-1].length or usual or (frame_s / tick if frame_s and tick else 1))
     found = Presentation(
         first=float(shown[0].at * tick),
         last=float(shown[-1].at * tick),
@@ -297,13 +300,20 @@ def _from_packets(packets: list[_Packet], head: int | None, codec: str) -> list[
     """
     shown = [_Shown(packet.at, packet.length) for packet in packets if packet.at is not None and not packet.hidden]
     times = {picture.at for picture in shown}
+    first, last = min(times, default=None), max(times, default=0)
+    # An edit list of several parts hides packets between those that it shows. At such a seam the decoder may lose pictures,
+    # or return them out of order.
+    parts = first is not None and any(
+        packet.hidden and packet.at is not None and first < packet.at < last for packet in packets
+    )
     if (
         codec not in ONE_PICTURE_A_PACKET
         or any(packet.unclear for packet in packets)
         # Two packets of one time may be two fields of one picture.
         or len(times) != len(shown)
         # Without a key frame, or the reference that an open GOP begins with, a decoder passes over the first packets.
-        or head != min(times, default=None)
+        or head != first
+        or parts
     ):
         return None
     return shown

@@ -162,13 +162,24 @@ def is_hub_id(path: str) -> bool:
     return not path.startswith((".", "/", "~")) and path.count("/") == 1
 
 
-def resolve_checkpoint(path: str) -> Path:
-    """A local folder as it is, a hub id through the hub's cache (downloads on first use)."""
+def resolve_checkpoint(path: str, key: str = "model.path") -> Path:
+    """A local folder as it is, a hub id through the hub's cache (downloads on first use).
+
+    key: what named it, for messages. Raises FileNotFoundError for what is neither, or a hub id that cannot be had.
+    """
     local = Path(path)
     if local.is_dir():
         return local
     if not is_hub_id(path):
-        raise FileNotFoundError(f"model.path={path}: no such folder, and not a hub id of the form owner/name")
+        raise FileNotFoundError(f"{key}={path}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
-    return Path(snapshot_download(path))
+    try:
+        return Path(snapshot_download(path))
+    except (OSError, HFValidationError) as error:  # also what the hub answers, and what is not there while offline
+        raise FileNotFoundError(
+            f"{key}={path}: no such folder, and the hub gives no model of that name: "
+            f"{str(error).strip().splitlines()[0]} Check the name and the connection, log in (`hf auth login`) for a model "
+            "that needs it, or name a folder"
+        ) from error

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -107,6 +109,15 @@ class Fields:
     def path(self, key: str) -> str:
         """A text that is a path; a leading `~` is the home folder."""
         text = self.text(key)
+        if "\0" in text:
+            raise ValueError(f"{self._name(key)}={shown(text)} holds a NUL, which no path can")
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{self._name(key)}={shown(text)} cannot be a file here: Python takes file names for "
+                f"{sys.getfilesystemencoding()} (set LC_ALL=C.UTF-8, or PYTHONUTF8=1)"
+            ) from None
         try:
             return expand_home(text)
         except ValueError as error:

@@ -63,7 +63,7 @@ def read_weight_files(folder: Path) -> StoredWeights:
         raise FileNotFoundError(_without_weights(folder))
     tensors: dict[str, Tensor] = {}
     for name in files:
-        for key, tensor in _read_header(folder / name).items():
+        for key, tensor in _read_header(folder, name).items():
             if key in tensors:
                 raise ValueError(f"{folder}: both {tensors[key].file} and {name} hold {key}: keep it in one of them")
             tensors[key] = tensor
@@ -88,6 +88,15 @@ def check_no_pointer(file: Path) -> None:
         )
 
 
+def check_json(file: Path) -> None:
+    """Refuse a file that is no JSON object: cut short, empty, a page of HTML. Raises ValueError."""
+    try:
+        if not isinstance(json.loads(file.read_bytes()), dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({file.stat().st_size:,} bytes; {error}): download it again") from error
+
+
 def listed(names: list[str]) -> str:
     """The names, the first few of them if they are many."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -98,7 +107,8 @@ def _read_index(index: Path) -> dict[str, str]:
     """File name by tensor name."""
     check_no_pointer(index)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        whole = json.loads(index.read_text())
+        weight_map, _ = whole["weight_map"], whole["metadata"]  # transformers reads both
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is damaged ({error!r}): download it again") from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
@@ -108,7 +118,8 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(file: Path) -> dict[str, Tensor]:
+def _read_header(folder: Path, name: str) -> dict[str, Tensor]:
+    file = folder / name
     check_no_pointer(file)
     size = file.stat().st_size
     if not size:
@@ -116,7 +127,7 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
-            return {key: Tensor(tuple(s.get_shape()), s.get_dtype(), file.name) for key, s in slices.items()}
+            return {key: Tensor(tuple(s.get_shape()), s.get_dtype(), name) for key, s in slices.items()}
     except SafetensorError as error:
         # safetensors compares the length of the file with what the header promises.
         what = "is truncated or damaged" if "not fully covered" in str(error) else "is damaged, or no safetensors file"

@@ -20,7 +20,15 @@ from typing import Any
 
 from streams.freezing import parameter_name
 from streams.pretrained import FAMILIES, PROCESSOR_FILES, SUPPORTED_MODEL_TYPES
-from streams.weight_files import StoredWeights, Tensor, check_no_pointer, listed, only_an_adapter, read_weight_files
+from streams.weight_files import (
+    StoredWeights,
+    Tensor,
+    check_json,
+    check_no_pointer,
+    listed,
+    only_an_adapter,
+    read_weight_files,
+)
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -72,6 +80,13 @@ _DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What transformers takes for a key that a config.json leaves out, as far as shapes depend on it."""
+
+_PARSED = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
+    *PROCESSOR_FILES,
+)
+"""Files in JSON, each an object, that loading reads or an export copies."""
+_TEXTS = (*_PARSED, "generation_config.json", "chat_template.jinja", "merges.txt")
 
 _LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers that older releases saved and transformers drops without a word."""
@@ -241,11 +256,14 @@ def _qwen3_tower(vision: dict[str, Any]) -> Shapes:
 
 
 def _check_small_files(folder: Path) -> None:
-    """The tokenizer must be there: transformers would make an empty one without a word."""
-    texts = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", *PROCESSOR_FILES)
-    present = {name for name in texts if (folder / name).is_file()}
+    """Every text file is what its name says, and the tokenizer is there: transformers would make an empty one without a
+    word, and a pointer in place of a chat template would be exported as one.
+    """
+    present = {name for name in _TEXTS if (folder / name).is_file()}
     for name in sorted(present):
         check_no_pointer(folder / name)
+        if name in _PARSED:
+            check_json(folder / name)
     if "tokenizer.json" not in present and not {"vocab.json", "merges.txt"} <= present:
         raise ValueError(
             f"{folder} has no tokenizer (neither tokenizer.json nor vocab.json with merges.txt): copy the tokenizer's files "

@@ -207,6 +207,16 @@ def with_durations(source: Path, path: Path, factor: float) -> Path:
     return path
 
 
+def with_matrix(source: Path, path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """An MP4 under another display matrix: a point (x, y) of the picture is shown at (ax + cy, bx + dy)."""
+    data = bytearray(source.read_bytes())
+    for name, start, _ in list(boxes(bytes(data), 0, len(data))):
+        if name == b"tkhd":
+            struct.pack_into(">9i", data, start + 48, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
 def earlier(source: Path, path: Path, by_s: float) -> Path:
     """An MP4 without an edit list whose pictures appear earlier than they did, the first ones before 0 s."""
     data = bytearray(source.read_bytes())

@@ -39,6 +39,42 @@ def write(folder, *rows):
     return path
 
 
+def test_a_video_name_that_no_file_can_have_costs_its_row(folder, capsys):
+    nul = json.dumps({"video_path": "a\0.mp4", "conversations": []})
+    path = write(folder, row("whole", "good.mp4"), row("nul", "a\0.mp4"))
+    assert main([str(path)]) == 1
+    said = capsys.readouterr().out
+    assert f'skipped {path}:2: video="a\\u0000.mp4" holds a NUL' in said
+    assert "1 rows usable, 1 skipped" in said
+    assert main([str(write(folder, nul))]) == 2
+    assert "video_path=" in capsys.readouterr().err
+
+
+def test_a_video_name_that_the_locale_cannot_write_costs_its_row(folder):
+    path = write(folder, row("whole", "good.mp4"), row("other", "\u732b.mp4"))
+    bare = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "streams.check", str(path)],
+        cwd=ROOT,
+        env=bare,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "1 rows usable, 1 skipped" in done.stdout
+    assert "rows.jsonl:2: video=" in done.stdout
+    assert "set LC_ALL=C.UTF-8" in done.stdout
+
+
+def test_written_where_a_link_leads_nowhere(folder):
+    """Replaced as any older file: what was to be lost, is nowhere."""
+    path, out = write(folder, row("whole", "good.mp4"), "{oops"), folder / "link.jsonl"
+    out.symlink_to(folder / "nowhere.jsonl")
+    assert main([str(path), "--write", str(out)]) == 1
+    assert len(load_tasks(out).tasks) == 1
+
+
 def test_what_is_usable_and_what_is_not(folder, capsys):
     path = write(
         folder,

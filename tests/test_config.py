@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 import launch
 from conf.schema import RunConfig, load_config
 from runtime.checks import check_nothing_needed_is_replaced, preflight
+from streams.pretrained import resolve_checkpoint
 from streams.tiny_spec import QWEN3_SPEC
 
 launch.register_schema()
@@ -186,6 +187,14 @@ def test_own_data_without_files_do_not_fall_back_to_generated_ones(data):
 def test_a_model_that_is_nowhere_is_named():
     with pytest.raises(FileNotFoundError, match=r"model\.path=/nonexistent/model: no such folder, and not a hub id"):
         preflight(composed("model.path=/nonexistent/model"))
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no body/x", "nobody/.."])
+def test_a_hub_id_that_cannot_be_had_is_named_with_its_key(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = rf"algorithm\.init={re.escape(name)}: no such folder, and the hub gives no model of that name: \S.*name a folder"
+    with pytest.raises(FileNotFoundError, match=said):
+        resolve_checkpoint(name, "algorithm.init")
 
 
 @pytest.mark.parametrize("key", ["eval.checkpoint", "algorithm.init", "model.path"])

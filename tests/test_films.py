@@ -43,6 +43,7 @@ from tests.films import (
     unshown,
     with_durations,
     with_edits,
+    with_matrix,
     without_picture,
     write_film,
 )
@@ -71,6 +72,7 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "av1.webm": lambda to, _: write_film(to, codec="libsvtav1", options={"preset": "13"}),
     "prores.mov": lambda to, _: write_film(to, codec="prores_ks", options={}, pix_fmt="yuv422p10le"),
     "mjpeg.mov": lambda to, _: write_film(to, codec="mjpeg", options={}, pix_fmt="yuvj420p"),
+    "exif.mov": lambda to, _: write_film(to, codec="tiff", options={}, pix_fmt="rgb24"),
     "mpeg4.mp4": lambda to, _: write_film(to, codec="mpeg4", options={"bf": "2"}),
     # Pixels.
     "ten_bit.mp4": lambda to, _: write_film(to, pix_fmt="yuv420p10le"),
@@ -93,6 +95,8 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "screen.webm": lambda to, _: write_film(to, SCREEN, codec="libvpx-vp9", options=VP9),
     "one.mp4": lambda to, _: write_film(to, [0]),
     "one.mkv": lambda to, _: write_film(to, [0]),
+    "one.flv": lambda to, _: write_film(to, [0]),
+    "keys.mp4": lambda to, _: write_film(to, UNEVEN, options=B_FRAMES | {"g": "6"}),
     "two.mp4": lambda to, _: write_film(to, [0, 100]),
     # Cuts that hide their beginning.
     "cut_even.mp4": lambda to, source: cut(source("bframes.mp4"), to, 0.45),
@@ -112,6 +116,7 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "middle.mp4": lambda to, source: with_edits(source("bframes.mp4"), to, [(0.8, 0.7)]),
     "parts.mp4": lambda to, source: with_edits(source("short.mp4"), to, [(0.5, 0.2), (0.7, 1.2)]),
     "swapped.mp4": lambda to, source: with_edits(source("short.mp4"), to, [(0.5, 1.2), (0.7, 0.4)]),
+    "parts_hevc.mp4": lambda to, source: with_edits(source("open_hevc.mp4"), to, [(0.7, 0.35), (0.7, 1.35)]),
     "nothing_first.mp4": lambda to, source: with_edits(source("bframes.mp4"), to, [(0.5, -1), (1.0, 0.2)]),
     # Open GOPs, whole and cut.
     "open.mp4": lambda to, _: write_film(to, options=OPEN_GOP),
@@ -149,7 +154,7 @@ FILMS: dict[str, Callable[[Path, Source], object]] = {
     "second.mkv": lambda to, _: write_film(to, more=second_film),
     "lost.mp4": lambda to, source: without_picture(source("open_hevc.mp4"), to, 6),
 }
-ORDINARY = [*list(FILMS)[:15], "uneven.mp4", "screen.webm", "sound.mkv", "turned90.mp4", "turned180.mov"]
+ORDINARY = [*list(FILMS)[:16], "uneven.mp4", "screen.webm", "sound.mkv", "turned90.mp4", "turned180.mov"]
 RESIZED = {"odd.mp4"}
 
 
@@ -227,7 +232,7 @@ def test_the_length_is_the_end_of_the_last_picture(name, film, reader):
     found = reader.presentation(str(film(name)))
     assert (found.first, found.last) == (frames[0][0], frames[-1][0])
     assert found.pictures == len(frames) + (3 if name == "lost.mp4" else 0)
-    usual = float(np.median(np.diff([at for at, _, _ in frames]))) if len(frames) > 1 else 0.0
+    usual = float(np.median(np.diff([at for at, _, _ in frames]))) if len(frames) > 1 else 0.1
     end = frames[-1][1] if frames[-1][1] > frames[-1][0] else frames[-1][0] + usual
     assert found.end == pytest.approx(end, abs=1e-3)
     assert found.end > 0
@@ -409,6 +414,10 @@ def test_watch_refuses_to_end_before_the_first_picture(film):
     ("make", "said"),
     [
         (lambda to, film: with_edits(film("bframes.mp4"), to, [(0.5, 1.0), (0.7, 0.2)]), "not decoded in the order"),
+        (
+            lambda to, film: with_edits(film("keys.mp4"), to, [(1.0, 0.0), (1.0, 1.0), (1.0, 2.0)]),
+            "not decoded in the order",
+        ),
         (lambda to, film: with_edits(film("bframes.mp4"), to, [(0.0, 90.0)]), "edit list hides every picture"),
         (lambda to, film: to.write_bytes(film("plain.mp4").read_bytes()[:-600]), "truncated or damaged"),
     ],
@@ -437,6 +446,24 @@ def test_a_truncated_film_is_as_long_as_what_can_be_decoded(film, reader, tmp_pa
         assert np.array_equal(picture, shown_at(frames, time))
     with pytest.raises(VideoError, match=rf"lasts until .* s but the file holds {length:.2f} s"):
         reader.read(str(tmp_path / "part.mp4"), 0.0, length + 0.7, 2)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "as_shown"),
+    [
+        ((-1, 0, 0, 1), lambda picture: picture[:, ::-1]),
+        ((1, 0, 0, -1), lambda picture: picture[::-1]),
+        ((0, 1, 1, 0), lambda picture: picture.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda picture: picture[::-1, ::-1].transpose(1, 0, 2)),
+        ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
+        ((-2, 0, 0, -2), lambda picture: picture[::-1, ::-1]),
+    ],
+)
+def test_mirrored_films_are_not_turned_upside_down(matrix, as_shown, film, reader, tmp_path):
+    path = with_matrix(film("wide.mp4"), tmp_path / "mirrored.mp4", *matrix)
+    clip = reader.read(str(path), 0.0, math.inf, 1)
+    wanted = as_shown(shown_at(decoded(film("wide.mp4")), clip.frame_times[0, 0]))
+    assert np.array_equal(clip.frames[0, 0], wanted)
 
 
 def test_titles_and_names_do_not_matter(film, reader, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.redact import public_setting, public_uri, redact
+from conf.redact import public_setting, public_uri, public_words, redact
 
 SECRET = "hunter2"
 
@@ -47,6 +47,10 @@ def test_an_address_is_shown_without_what_lets_one_in(address, shown):
         ("MLFLOW_TRACKING_PASSWORD=hunter2 launch.py", "MLFLOW_TRACKING_PASSWORD=*** launch.py"),
         ("GET /x?access_token=hunter2&page=2", "GET /x?access_token=***&page=2"),
         ("+reward.terms.judge.api_key=hunter2", "+reward.terms.judge.api_key=***"),
+        ("tracking.uri=http://h:1/x?api=hunter2&n=3 seed=3", "tracking.uri=http://h:1/x?api=***&n=*** seed=3"),
+        ("tracking.uri='sqlite:///x.db?key=hunter2' seed=3", "tracking.uri='sqlite:///x.db?key=***' seed=3"),
+        ("http://h/#access_token=hunter2", "http://h/#access_token=***"),
+        ("what is 3=x? see http://h/x and y=4", "what is 3=x? see http://h/x and y=4"),
         ("compass=3 layout.max_new_tokens=30 rl 3/4", "compass=3 layout.max_new_tokens=30 rl 3/4"),
         ("see http://h:80, mail a@b", "see http://h:80, mail a@b"),
         ("eval of clip 12: what is 3=x@y?", "eval of clip 12: what is 3=x@y?"),
@@ -54,6 +58,16 @@ def test_an_address_is_shown_without_what_lets_one_in(address, shown):
 )
 def test_free_text_loses_its_secrets_and_nothing_else(text, shown):
     assert redact(text) == shown
+
+
+@pytest.mark.parametrize("given", ["hunter2", "hunter%402", "hunter+2"])
+def test_an_address_in_pieces_keeps_the_values_of_its_parameters_to_itself(given):
+    uri = f"http://host:1/x?api={given}&n=3"
+    for shown in (given, given.replace("%40", "@"), given.replace("+", " ")):
+        said = public_words(f"no answer (url: /x?n=3&api={shown}/api/2.0, {uri}/api)", uri)
+        assert "hunter" not in said
+        assert said.startswith("no answer (url: /x?n=***&api=***")
+    assert public_words("n=4 hunter2", uri) == "n=4 hunter2"
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=6, max_size=20)
@@ -68,7 +82,7 @@ def test_no_password_of_a_valid_address_is_ever_shown(word, scheme):
         f"{scheme}://h/x?key={secret}",
     ):
         assert "S3CRET" not in public_uri(address)
-    assert "S3CRET" not in redact(f"error: {scheme}://bob:{secret}@host:5000/db is away")
+        assert "S3CRET" not in redact(f"error: {address} is away")
 
 
 def test_settings_that_are_named_like_secrets_are_masked_and_others_stored_as_they_are():

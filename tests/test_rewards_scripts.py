@@ -54,6 +54,41 @@ RIGHT = {
     ("赤", "text"): "赤|赤です|赤。|答えは赤です",
     ("빨간색", "text"): "빨간색|빨간색입니다.|정답은 빨간색입니다",
 }
+RIGHT_OF_THE_FORMS_AROUND = {
+    ("B", "choice"): "B没错|要不选B|B不错|B是对的，没有别的",
+    ("B. 红色的车", "choice"): "应该是红色的车",
+    ("yes", "yes_no"): "确实|确实是|的确是|会的",
+    ("no", "yes_no"): "不存在|无|선수 없습니다|没有显示猫",
+    (
+        "3",
+        "integer",
+    ): "三盏灯|三顶帽子|敲了三下|三面旗|三桶|三声|3个半圆|三个半圆|3个多边形|三个多边形|3个左右|3명 있고 다른 사람이 없습니다",
+    ("2", "integer"): "ふたり|ふたりです",
+    ("1", "integer"): "ひとり",
+    ("0", "integer"): "ゼロ",
+    ("红色", "text"): "应该是红色的",
+}
+DENIED_OR_INEXACT = {
+    (
+        "B",
+        "choice",
+    ): "不是B|不选B|没选B|并非B|B不对|B是错的|B错误|B选项不正确|排除B|B以外|Bではない|Bではありません|Bじゃない"
+    "|B 아닙니다|B가 아니에요|B번은 틀렸습니다|ไม่ใช่ B|不是选项B|不是“B”",
+    ("B. 红色", "choice"): "不是B|不是红色|B不对",
+    (
+        "3",
+        "integer",
+    ): "不是3个|不是三个|没有三个|没有3个|不到三个|不到3个|超过三个|不止3个|少于3个|多于三个|至少三个|3个以上|三人以上"
+    "|3匹未満|3匹ではない|三匹ではありません|3개 이상|세 개 이상|3개 미만|3개가 아닙니다"
+    "|3个半|3点半|3个多|3多个|3几个|周三下午|周三面试",
+    ("20", "integer"): "20多个|20几个|20余人",
+    ("1", "integer"): "没有一个|不止一个|ひとりもいない|一面走一面说",
+    (
+        "no",
+        "yes_no",
+    ): "알 수 없습니다|판단할 수 없습니다|정보가 없습니다|情報がありません"
+    "|没有看清|没有足够的信息|沒有辦法判斷|没有把握|没有明确的答案",
+}
 WRONG = {
     (
         "B",
@@ -88,6 +123,16 @@ WRONG = {
     ("什么", "text"): "为什么",
     ("否", "text"): "是否",
 }
+
+
+@pytest.mark.parametrize(("response", "expected", "kind"), cases(RIGHT_OF_THE_FORMS_AROUND))
+def test_more_spellings_that_are_right(response, expected, kind):
+    assert is_correct(response, expected, kind)
+
+
+@pytest.mark.parametrize(("response", "expected", "kind"), cases(DENIED_OR_INEXACT))
+def test_what_is_denied_or_no_certain_number_or_cannot_be_told_is_wrong(response, expected, kind):
+    assert not is_correct(response, expected, kind)
 
 
 @pytest.mark.parametrize(("response", "expected", "kind"), cases(RIGHT))

@@ -450,3 +450,16 @@ def test_on_random_rows_the_checker_calls_usable_what_the_run_uses(folder, layou
         return
     used = [task.id for task in judge(loaded, layout).tasks]
     assert [task.id for task in check(path, max_turns=CONFIG.data.max_turns, layout=layout).usable] == used
+
+
+def _raises(outcome):
+    raise RuntimeError("boom")
+
+
+def test_a_row_on_which_the_reward_failed_is_not_said_to_be_judged_by_its_rule(layout):
+    rows = [task((2, "red", "text"))]
+    said = []
+    own = RewardConfig("product", {"mine": {"target": f"{__name__}:_raises"}})
+    tell_oracle(said.append, "rl: train", oracle(own, rows), judge(rows, layout))
+    assert any(line.startswith("rl: train: task a earns 0.000: ") and "boom" in line for line in said)
+    assert not any("own rule" in line for line in said)

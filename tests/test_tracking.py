@@ -69,7 +69,7 @@ def test_params_metrics_and_artifacts_arrive_and_what_was_not_measured_is_left_o
 def test_a_dead_tracker_is_reported_once_and_stops_and_raises_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    tracker = Tracker(TrackingConfig(uri="http://127.0.0.1:9"), tmp_path, "rl-seed0")
+    tracker = Tracker(TrackingConfig(uri="http://bob:S3CRET-a@127.0.0.1:9/x?api=S3CRET%40b"), tmp_path, "rl-seed0")
     began = time.monotonic()
     tracker.params({"seed": 0})
     while tracker.failed is None and time.monotonic() - began < 60:
@@ -77,6 +77,7 @@ def test_a_dead_tracker_is_reported_once_and_stops_and_raises_nothing(tmp_path, 
         time.sleep(0.05)
     assert tracker.failed is not None
     assert "127.0.0.1" in tracker.failed
+    assert "S3CRET" not in tracker.failed
     # Later calls cost nothing, however many.
     waiting = tracker._queue.qsize()
     for step in range(1000):
@@ -89,6 +90,7 @@ def test_a_dead_tracker_is_reported_once_and_stops_and_raises_nothing(tmp_path, 
     said = [record for record in caplog.records if record.name == "sightline.tracking"]
     assert len(said) == 1
     assert "training goes on" in said[0].getMessage()
+    assert "S3CRET" not in said[0].getMessage()
 
 
 @pytest.mark.slow

@@ -183,6 +183,22 @@ def test_a_config_that_cannot_be_used_is_named(folder_of, text, said):
             load(folder)
 
 
+def test_shards_may_lie_in_a_folder_below(folder_of):
+    folder, names = sharded(folder_of())
+    (folder / "parts").mkdir()
+    for name in names:
+        (folder / name).rename(folder / "parts" / name)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {key: f"parts/{name}" for key, name in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert check_weights(folder).warnings == ()
+    Backbone.load(folder, LayoutConfig())
+    del index["metadata"]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json is damaged \(KeyError\('metadata'\)\)"):
+        Backbone.load(folder, LayoutConfig())
+
+
 def test_a_folder_without_a_tokenizer_is_refused_and_other_forms_of_one_load(folder_of):
     folder = folder_of()
     loaded = Backbone.load(folder, LayoutConfig())
@@ -199,6 +215,32 @@ def test_a_folder_without_a_tokenizer_is_refused_and_other_forms_of_one_load(fol
     (folder / "tokenizer_config.json").unlink()
     assert Backbone.load(folder, LayoutConfig()).layout.banned == loaded.layout.banned
     assert model["vocab"]
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "preprocessor_config.json"]
+)
+@pytest.mark.parametrize("content", ["", "{", "[]", "<!DOCTYPE html><html>404</html>", '{"a": "\udcff"}'])
+def test_a_small_file_that_is_damaged_is_named_before_anything_loads(folder_of, name, content):
+    folder = folder_of()
+    (folder / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=rf"{folder / name} is damaged \(\d+ bytes; .*download it again"):
+        check_weights(folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json", "generation_config.json"])
+def test_a_small_file_of_which_only_the_pointer_is_there_is_named(folder_of, name):
+    folder = folder_of()
+    (folder / name).write_text(LFS)
+    with pytest.raises(ValueError, match=rf"{folder / name} is a Git LFS pointer"):
+        Backbone.load(folder, LayoutConfig())
+
+
+def test_a_pointer_that_nothing_loads_is_no_reason_to_refuse(folder_of):
+    folder = folder_of()
+    for name in ("trainer_state.json", "training_args.bin", "README.md"):
+        (folder / name).write_text(LFS)
+    assert Backbone.load(folder, LayoutConfig()).layout.banned
 
 
 def test_a_tokenizer_of_a_larger_model_is_refused(folder_of):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.redact import public_setting, public_uri, redact
+from conf.redact import public_setting, public_uri, public_words
 from conf.schema import TrackingConfig
 from runtime.store.journal import JournalLine
 from runtime.tracking.metric_names import metric_name
@@ -97,7 +97,7 @@ class Tracker:
         try:
             self._drain()
         except Exception as error:  # noqa: BLE001 - named boundary: the tracker
-            self.failed = redact(f"{type(error).__name__}: {error}")
+            self.failed = public_words(f"{type(error).__name__}: {error}", self._address)
             log.warning("tracking to %s stopped, training goes on: %s", self.uri, self.failed.splitlines()[0])
 
     def _drain(self) -> None:
@@ -127,7 +127,12 @@ class Tracker:
         """A single thing that the store does not take costs itself, and is named once."""
         if what not in self.refused:
             self.refused.add(what)
-            log.warning("tracking: %s is left out, %s refused it: %s", what, self.uri, redact(_first_line(error)))
+            log.warning(
+                "tracking: %s is left out, %s refused it: %s",
+                what,
+                self.uri,
+                public_words(_first_line(error), self._address),
+            )
 
     def _open_run(self, client: Any) -> tuple[str, bool]:
         """(id, whether it is continued) of the MLflow run to write to."""
@@ -137,7 +142,12 @@ class Tracker:
             try:
                 client.update_run(known, status="RUNNING")
             except MlflowException as error:
-                log.warning("tracking: %s does not know run %s any more: %s", self.uri, known, redact(str(error)))
+                log.warning(
+                    "tracking: %s does not know run %s any more: %s",
+                    self.uri,
+                    known,
+                    public_words(str(error), self._address),
+                )
             else:
                 self.run_id = known
                 self._keep(known)

@@ -10,6 +10,7 @@ Pure, and blind to case. The rules for a lone letter, in order:
   "I," is a pronoun;
 - in scripts without spaces a letter beside another character stands alone ("选B", "Bです", "B번"), and A and I count before
   such a character ("选A吧") and after 选项 and the like; a few words that begin or end with a letter are words (T恤, 维生素C).
+A letter that such a script denies ("不是B", "Bではない") is mentioned, but chosen by nobody: see `denied`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ _EXPECTED = re.compile(rf"(?:[^\w{EDGE}]|_)*([a-z])(?![^\W_]|[-'][^\W_])")
 _EXPECTED_LEAD = re.compile(
     r"[\W_]*(?:(?:正确|正確)?答案(?:是|为|為)?|选项|選項|选|選|選択肢|答えは?|정답은?)(?=[\W_]*[a-z])"
 )
+_LETTER = r"(?<![a-z0-9])[a-z](?![a-z0-9])"
+_DENIED = re.compile(
+    rf"(?:(?<!要)不(?:应该|應該|可能)?(?:是|会是|會是|选|選)|(?:没|沒)有?[选選]|(?:并|並)非|除了|排除|ไม่(?:ใช่|เลือก))"
+    rf"(?:选项|選項|答案|ข้อ)?[\W_]*{_LETTER}"
+    rf"|{_LETTER}[\W_]*(?:选项|選項|[项項番번])?[\W_]*(?:[也都]|肯定|一定|应该|應該)?"
+    r"(?:不(?:对|對|是|正确|正確|可能)|是?[错錯](?!不)|以外|除外|(?:で|じゃ)は?(?:ありません|な[いく](?!か))"
+    r"|[이가은는]?\s*(?:아니|아닙|아닌|아님|틀렸|틀린|틀립))"
+)
 _EXPECTED_TAIL = re.compile(r"[项項]|选项|選項|번")
 
 
@@ -43,6 +52,11 @@ def letters(text: str) -> frozenset[str]:
     folded = _ABBREVIATION.sub(" ", _CJK_WORDS.sub(EDGE, fold(text)))
     parted = apart(folded)
     return frozenset(m[1] for m in _LONE_LETTER.finditer(parted) if _is_letter(folded, parted, m))
+
+
+def denied(text: str) -> bool:
+    """Whether `text` denies a letter that it mentions, in a script without spaces: "不是B", "B不对", "Bではない"."""
+    return _DENIED.search(fold(text)) is not None
 
 
 def _is_letter(folded: str, text: str, match: re.Match[str]) -> bool:

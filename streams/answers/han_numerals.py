@@ -5,7 +5,8 @@ around tells them apart. So a numeral counts only where it can be nothing else: 
 standing by itself, between the ends of a phrase and the few words that introduce, join or follow a number (是三, 三或四,
 三です). A numeral anywhere else is no mention: it makes no response right, and it does not spoil one. 一个 is "one" as well
 as "a", and counts as 1: a response that offers it beside another number hedges. What is a number but no certain whole one
-(三四个, 三点五, 三分之一, 十几个, 三个半) is a mention of the value None.
+(三四个, 三点五, 三分之一, 十几个, 三个半) is a mention of the value None, and so is a number that is denied or only a bound
+(不是三个, 不到3个, 3匹以上, 20多人).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _MEASURE = _longest_first(
     "间 間 家 扇 把 杯 瓶 盒 箱 袋 包 碗 盘 盤 双 雙 对 對 副 套 组 組 群 排 列 行 页 頁 篇 首 幅 部 架 艘 种 種 类 類 样 樣 "
     "次 回 遍 场 場 趟 步 岁 歲 歳 才 年 天 日 周 週 星期 小时 小時 時間 时 時 分钟 分鐘 分 秒 刻 元 円 圆 圓 美元 点 點 月 "
     "米 公尺 厘米 毫米 公里 千米 厘 毫 英 平方 立方 克 千克 公斤 斤 吨 噸 升 毫升 度 倍 号 號 楼 樓 门 門 道 句 字 点钟 點鐘 "
-    "月份 つ 冊 杯 羽 軒 階 番 株 着 足 通 機 丁 头 員 口 笔 筆 节 節 课 課 项 項 格 轮 輪 圈 串 束 堆 份 滴 阵 陣 代 届 级 級"
+    "月份 つ 冊 杯 羽 軒 階 番 株 着 足 通 機 丁 头 員 口 笔 筆 节 節 课 課 项 項 格 轮 輪 圈 串 束 堆 份 滴 阵 陣 代 届 级 級 "
+    r"盏 盞 顶 頂 罐 壶 壺 桶 篮 籃 筐 盆 册 款 声 聲 票 局 下(?=\W|$) 面(?=[旗镜鏡墙牆鼓]) 所(?=[学學大医醫])"
 )
 """Not 角 and 边: 五角星 and 六边形 are shapes."""
 
@@ -47,7 +49,7 @@ _ORDINARY = re.compile(
     r"|(?:两|兩)(?:边|邊|侧|側|旁|者|样|樣)"
     r"|三(?:明治|角|轮车|輪車|脚架|文鱼)|四(?:周|川|处|處|季)|五(?:官|星|金)|七夕|八(?:卦|爪)|九州|十(?:字|足)|百(?:合|货|貨)"
     # Not even one: 一个也没有, 一つもない.
-    rf"|一(?:{_MEASURE})?(?:[也都](?=[没沒不无無])|も)|ひとつも"
+    rf"|一(?:{_MEASURE})?(?:[也都](?=[没沒不无無])|も)|ひと[つり]も"
     r")"
     # Ordinals and days of the week name a place in a row, and count nothing.
     rf"|第\s*[{_ONE}]+|(?:周|週|星期|礼拜|禮拜)[一二三四五六](?!(?:{_MEASURE}))"
@@ -60,14 +62,16 @@ _BEFORE = "是为為有共计計等于於得到至或者和与與及跟加还還
 _AFTER = "是或者和与與及跟到至还還吧呢了啊呀哦哈嘛か"
 _AFTER_WORDS = re.compile("です|でした|である|だ|입니다|이에요|예요")
 
+# 三个半圆 and 三个多边形 are three shapes.
+_AND_A_HALF = "半(?![圆圓球径徑透身])|多(?![余餘边邊彩云雲])"
 _NUMBER = re.compile(
     rf"(?P<minus>minus )?(?P<before>几|幾|数|數|好几)?"
     rf"(?P<run>[{_ONE}]+)"
     rf"(?P<more>[多几幾余餘来來](?=(?:{_MEASURE}|[{'万萬亿億'}])))?"
     rf"(?P<fraction>(?:分之|点|點|・)[{_ONE}]+)?"
-    rf"(?P<measure>(?:{_MEASURE})(?P<half>半|多(?!余|餘))?)?"
+    rf"(?P<measure>(?:{_MEASURE})(?P<half>{_AND_A_HALF})?)?"
 )
-_HALF = re.compile(rf"一半|(?<![多大上下前后後左右])半(?=(?:{_MEASURE}))")
+_HALF = re.compile(rf"一半|(?<![多大上下前后後左右])半(?![圆圓径徑])(?=(?:{_MEASURE}))")
 _PAIRS = {"俩": 2, "倆": 2, "仨": 3}
 _UNITS_OF_THOUSANDS = "克米瓦卡帕赫焦"
 _THOUSANDS_OF = tuple(_UNITS_OF_THOUSANDS)
@@ -86,6 +90,9 @@ _KANA = {
     "ななつ": 7,
     "やっつ": 8,
     "ここのつ": 9,
+    "ひとり": 1,
+    "ふたり": 2,
+    "ゼロ": 0,
 }
 _KANA_WORD = re.compile("|".join(_KANA))
 _HANGUL_ALONE = {"하나": 1, "둘": 2, "셋": 3, "넷": 4, "다섯": 5, "여섯": 6, "일곱": 7, "여덟": 8, "아홉": 9, "열": 10}
@@ -98,6 +105,14 @@ _HANGUL_NUMBER = re.compile(
     rf"|(?P<tens>{'|'.join(_HANGUL_TENS)}|스무)?(?P<unit>{'|'.join(_HANGUL_UNITS)})?(?:\s+|(?<=[섯곱덟홉열무물른흔])|(?=개|명|마리))"
     rf"(?:{_COUNTERS})(?:{_PARTICLES})?(?![{HANGUL}]))"
 )
+_INEXACT = re.compile(
+    rf"(?:不(?:是|到|足|止|只|超过|超過)|[没沒]有|超过|超過|[多少大小高低][于於]|至少|起码|起碼)[是有]?\s*(?=[{_ONE}\d])"
+    rf"|(?:[{_ONE}\d]|(?<![{HANGUL}])(?:{'|'.join(_HANGUL_UNITS)}|열|스무)\s)\s*(?:{_MEASURE}|{_COUNTERS})?"
+    r"(?:以[上下内內]|未[満满滿]|で(?:は|も)?(?:ない|ありません)|じゃ(?:ない|ありません)"
+    r"|\s*(?:이상|이하|미만)|[이가은는도]\s*(?:아니|아닙|아닌|없))"
+    rf"|\d(?:{_MEASURE})?(?:{_AND_A_HALF})|\d(?:[几幾余餘]|[来來](?={_MEASURE}))"
+)
+"""A number that is denied, or a bound, or more than the digits before it: 不是3个, 3개 이상, 20多个."""
 
 
 def han_integers(folded: str) -> tuple[frozenset[str | None], str]:
@@ -119,7 +134,8 @@ def han_integers(folded: str) -> tuple[frozenset[str | None], str]:
         return frozenset(found), text
     plain = _ORDINARY.sub(lambda match: _PLACEHOLDER * len(match[0]), text)
     found |= {_number(plain, match) for match in _NUMBER.finditer(plain) if _counts(plain, match)}
-    found |= {None for _ in _HALF.finditer(plain)}
+    if _HALF.search(plain) or _INEXACT.search(plain):
+        found.add(None)
     found |= {str(value) for pair, value in _PAIRS.items() if pair in plain}
     found |= {str(_KANA[match[0]]) for match in _KANA_WORD.finditer(plain)}
     found |= {value for match in _HANGUL_NUMBER.finditer(plain) if (value := _hangul(match)) is not None}

@@ -9,7 +9,7 @@ An expected text that does not fit its kind (a `choice` with no letter) is compa
 
 from __future__ import annotations
 
-from streams.answers.choices import expected_letter, letters, polarity
+from streams.answers.choices import denied, expected_letter, letters, polarity
 from streams.answers.numerals import integers
 from streams.answers.phrases import normalise
 from streams.task import ANSWER_KINDS, AnswerKind
@@ -18,7 +18,7 @@ from streams.task import ANSWER_KINDS, AnswerKind
 def is_correct(response: str, expected: str, kind: AnswerKind) -> bool:
     """Whether `response` says `expected`.
 
-    choice: mentions the expected letter and no other (see `choices`); or mentions no letter and is
+    choice: mentions the expected letter and no other, and does not deny it (see `choices`); or mentions no letter and is
     exactly the expected option's text, where the task gives it ("C. red").
     yes_no: says yes or no as a whole word, and not both; in Chinese, Japanese and Korean see `cjk_polarity`.
     integer: mentions that number and no other, in digits or words (see `numerals`, `han_numerals`).
@@ -43,6 +43,6 @@ def _same_choice(response: str, expected: str) -> bool:
         (letter,) = named  # "Option B"
     mentioned = letters(response)
     if letter is not None and mentioned:
-        return mentioned == {letter}
+        return mentioned == {letter} and not denied(response)
     option = normalise(option)
     return bool(option) and normalise(response) == option
