@@ -5,7 +5,7 @@
     python launch.py job=watch video=FILE query="..." at=SECONDS model=DIR
     python launch.py --help
 
-Owner: launch. Invariant: a bad configuration or missing data stops before any actor starts. Exit status: 0 done,
+Invariant: a bad configuration or missing data stops before any actor starts. Exit status: 0 done,
 1 failed, 2 nothing was started (configuration), 130 stopped by Ctrl-C, checkpoint.requeue_status stopped by SIGTERM and
 ready to go on. What is said is also in `run_root/logs/driver.log`, as soon as there is a run_root.
 """

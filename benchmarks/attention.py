@@ -7,7 +7,7 @@ Learner: FlexAttention on the block mask of `rcsm` streams (20 chunks of 192 vid
 stream) against SDPA with the dense mask of the same predicate, and against the same kernel under a plain causal mask: how
 many of the blocks that eviction saves became saved time. Forward and backward on CUDA, forward on CPU. Engine: FlashInfer
 against the torch backend, one decode and one prefill step at the shape of a 3B model (CUDA only). Both sides of a ratio
-are measured in the same run, and exit 1 says that they computed different things. Owner: benchmarks.
+are measured in the same run, and exit 1 says that they computed different things.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 Both are measured on the CPU, in turns in one run, median of several; `create_block_mask` runs eagerly, as torch ships it, on
 the whole row. Rows are streams of 20 chunks of 192 video tokens, written by a StreamWriter under each policy and packed end
 to end; those of `text_memory` have two lanes. Exit 1: a mask differs from torch's in any block, or at 32,768 tokens it is
-built less than 50 times faster. Owner: benchmarks.
+built less than 50 times faster.
 """
 
 from __future__ import annotations

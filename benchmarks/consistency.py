@@ -5,7 +5,7 @@
 
 For each policy, backbone and dtype: random streams run through the real engine on tiny models with loud weights and scored
 again by the learner's own function. Then the same with a defect planted, one column for each. docs/exactness.md says how to
-read the table. Exit 1: a bar is missed. Owner: benchmarks.
+read the table. Exit 1: a bar is missed.
 """
 
 from __future__ import annotations

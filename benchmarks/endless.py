@@ -6,7 +6,7 @@ A real engine and a tiny random backbone, turns pushed one by one into a feed, t
 one chunk and generates the same number of tokens (the end is forced), now and then a query comes that a response or its
 `until` closes: so whatever is not constant is age. Time: a second, young stream runs in the same engine; in the end the old
 one's last turns and the young one's turns from 100 on are timed in turns, first the one, then the other, so that what else the
-machine does hits both alike. Exit 1 says that a bar is missed. Owner: benchmarks.
+machine does hits both alike. Exit 1 says that a bar is missed.
 """
 
 from __future__ import annotations

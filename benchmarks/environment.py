@@ -1,4 +1,4 @@
-"""What a measurement was made on: hardware and versions, for the files in benchmarks/results. Owner: benchmarks."""
+"""What a measurement was made on: hardware and versions, for the files in benchmarks/results."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [NAME...]      names: tests attention smoke (default: all)
 
 Each writes benchmarks/results/gpu_<name>.json with the hardware and the versions. Without a CUDA device it says so and
-exits 2; it exits 1 if a part failed. Owner: benchmarks.
+exits 2; it exits 1 if a part failed.
 """
 
 from __future__ import annotations

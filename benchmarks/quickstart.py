@@ -6,7 +6,7 @@
 Variants carry other names: `make quickstart ARGS="model=tiny_qwen3_vl"` -> quickstart_cpu_tiny_qwen3_vl.json,
 `ARGS="learner.ranks=2 learner.zero_stage=3 sft.learner.threads=1"` -> quickstart_cpu_zero3_two_ranks.json; of those the wall
 time is only reported.
-Prints a table and writes it beside the first file as quickstart_cpu.md. Exit 1 when a bar is missed. Owner: benchmarks.
+Prints a table and writes it beside the first file as quickstart_cpu.md. Exit 1 when a bar is missed.
 """
 
 from __future__ import annotations

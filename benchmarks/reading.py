@@ -7,7 +7,7 @@ Whole clips at 2 frames a second out of ordinary H.264 films (textured, moving; 
 open, find the length, decode, convert, resize. Both in turns in one process, the least of several: other processes only add
 to it. "first" reads a file that the process has not seen, "again" one whose length it knows, as in the next epoch. Pixels
 must be equal, bit for bit. Exit 1: pixels differ, or ours takes more than 1.1 times as long in any row. Needs decord2 (extra
-`dev`). Owner: benchmarks.
+`dev`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m benchmarks.smoke outputs/gpu_smoke                         of a run that is already there
 
 Per process the bytes that were estimated before loading beside the peak, time and peak of every phase, kernels compiled;
-mismatch of learner and engine by kind of token; time of every step. Owner: benchmarks. Invariant: `passed` says that the
+mismatch of learner and engine by kind of token; time of every step. Invariant: `passed` says that the
 steps were taken, the weights swapped and the learner compared with the engine; a run that did none of it cannot pass.
 """
 

@@ -1,4 +1,4 @@
-"""How old a sample may get: the bound that follows from the configuration."""
+"""How old a sample may get: the bound that follows from the configuration, printed and checked before a buffer exists."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What Hydra says about a command line that it cannot compose, as one line that names value, key and what to do.
 
-Owner: conf. Pure: the error and the words that were typed in, a sentence out. Without it Hydra prints a page about its own
+Pure: the error and the words that were typed in, a sentence out. Without it Hydra prints a page about its own
 search path, and "expecting <EOF>" without the word that it stumbled over.
 """
 

@@ -1,7 +1,7 @@
 """What a run watches itself for (Hydra key `monitor`): how often engine and learner are compared, when their mismatch stops
 the run, and after how many steps without anything to learn it says so.
 
-Owner: conf. Invariant: limits that are not given are the bars that the exactness design sets for the run's dtypes.
+Invariant: limits that are not given are the bars that the exactness design sets for the run's dtypes.
 """
 
 from __future__ import annotations

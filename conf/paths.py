@@ -1,6 +1,6 @@
 """Which keys of the configuration are paths, and `~` in them: the one place where the configuration's `~` is expanded.
 
-Owner: conf. Invariant: nothing behind a loaded configuration expands anything.
+Invariant: nothing behind a loaded configuration expands anything.
 """
 
 from __future__ import annotations

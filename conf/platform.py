@@ -1,6 +1,6 @@
 """Typed settings of the platform a run stands on: weights on their way, checkpoints, tracking, cluster.
 
-Owner: conf. Part of the schema; `conf.schema` assembles it.
+Part of the schema; `conf.schema` assembles it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Passwords and tokens in addresses: what is printed or stored in place of them.
 
-Owner: conf. Pure. Invariant: the address that connects stays in `TrackingConfig.uri` alone; whatever is shown, logged, or
+Pure. Invariant: the address that connects stays in `TrackingConfig.uri` alone; whatever is shown, logged, or
 written below run_root or into MLflow has been through one of these functions.
 """
 

@@ -1,6 +1,6 @@
 """The typed schema of a run: every Hydra key, its type and what it must satisfy.
 
-Owner: conf. Worker-level settings stand next to the class they configure; this module adds the jobs' own and assembles
+Worker-level settings stand next to the class they configure; this module adds the jobs' own and assembles
 them. Invariants: an unknown key is an error that names it; impossible combinations are refused here, before any actor.
 """
 

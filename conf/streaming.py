@@ -1,6 +1,6 @@
 """streaming.json: how a checkpoint must be run, and what happens when the configuration says otherwise.
 
-Owner: conf. Written into every exported checkpoint; read by evaluation, watch, and RL that starts from a folder. Rule:
+Written into every exported checkpoint; read by evaluation, watch, and RL that starts from a folder. Rule:
 the checkpoint's value is used unless the user overrode that key on the command line; then the override is used and a
 warning names both values (an error where a stage is resumed).
 """

@@ -1,6 +1,6 @@
 """Which result of the evaluations while training `eval.best` names: checked before anything starts, by the held-out rows.
 
-Owner: evals. Pure. Invariant: a run that is to keep its best checkpoint has the metric that decides.
+Pure. Invariant: a run that is to keep its best checkpoint has the metric that decides.
 """
 
 from __future__ import annotations

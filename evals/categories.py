@@ -1,6 +1,6 @@
 """How the categories of rows, which are anybody's words, are called in results.
 
-Owner: evals. Pure, and quick to import. Invariant: one name each, none of them empty or the name of the mean over all.
+Pure, and quick to import. Invariant: one name each, none of them empty or the name of the mean over all.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Held-out evaluation: every held-out task watched once, greedily, by the rollout workers.
 
-Owner: evals. Strict protocol: nothing after a turn's own chunk is shown; an unanswered or failed question counts wrong
+Strict protocol: nothing after a turn's own chunk is shown; an unanswered or failed question counts wrong
 and its stream's reward 0; accuracy takes the first response at or after the query, whatever its time. Results keep the
 order of the tasks, whichever stream ends first.
 """

@@ -1,6 +1,6 @@
 """The evaluation stage: every checkpoint of the run on the held-out tasks, the conditions, and the mismatch check.
 
-Owner: evals. The logs of the last checkpoint's evaluation are scored by the learner at the same weights: that is the
+The logs of the last checkpoint's evaluation are scored by the learner at the same weights: that is the
 mismatch of exactness between engine and learner on streams nobody trained on.
 """
 

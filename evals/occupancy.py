@@ -1,6 +1,6 @@
 """What was in memory at each turn of a stream, computed from its log alone.
 
-Owner: evals. Pure. A token counts as live at a turn if the turn's last prefilled token may attend to it (lanes aside):
+Pure. A token counts as live at a turn if the turn's last prefilled token may attend to it (lanes aside):
 `k <= q < expiry[k]` for that token q, so eviction has happened and generation has not begun. Invariant: eviction is
 counted in the turn whose prefill comes next (at the latest in the last), and every evicted token once.
 """

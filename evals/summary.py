@@ -1,6 +1,6 @@
 """The summary of a run: one JSON file under run_root, and the table that a person sees.
 
-Owner: evals. Invariant: what was not measured is null, never 0.
+Invariant: what was not measured is null, never 0.
 """
 
 from __future__ import annotations

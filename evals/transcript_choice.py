@@ -1,6 +1,6 @@
 """Which held-out streams get a transcript: few, of every category, failures and successes alike.
 
-Owner: evals. Pure and deterministic. Rule: categories take turns, in alphabetical order; within a category the picks are,
+Pure and deterministic. Rule: categories take turns, in alphabetical order; within a category the picks are,
 again and again, the lowest reward that is left, the largest change against the checkpoint before (where there is one and
 anything changed), and the highest reward; ties go by task id. Streams that could not be run come last: they show nothing.
 """

@@ -1,6 +1,6 @@
 """Small frames of the chosen streams, as data URIs under a byte budget.
 
-Owner: evals. Videos are read again here, at thumbnail size. Invariants: a video that cannot be read costs its own frames;
+Videos are read again here, at thumbnail size. Invariants: a video that cannot be read costs its own frames;
 what a strip lacks, it says; a strip is never larger than its share.
 """
 

@@ -2,7 +2,7 @@
 
     python -m evals.transcript_page OUT.html A.jsonl [B.jsonl ...]      # also across runs, e.g. two seeds
 
-Owner: evals. Invariants: the file stays under its byte budget and names what it leaves out; everything from data is
+Invariants: the file stays under its byte budget and names what it leaves out; everything from data is
 inert: it sits in one JSON block without `<`, is shown as text only, and a content policy with the hashes of the page's
 own script and style forbids any other, and the network.
 """

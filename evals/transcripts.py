@@ -1,6 +1,6 @@
 """Transcripts: what a model saw, held in memory, thought and said at every turn of some held-out streams.
 
-Owner: evals. `run_root/transcripts/<result>.jsonl` holds one stream a line in format 1, written down in
+`run_root/transcripts/<result>.jsonl` holds one stream a line in format 1, written down in
 docs/transcripts.md; `<last checkpoint>.html` shows all results of the evaluation side by side. Invariants: files are
 replaced whole or not at all; only logs travel to the driver, frames of the chosen streams are read again from their
 videos; a transcript that cannot be made costs itself, never the evaluation.

@@ -1,6 +1,6 @@
 """job=watch: stream one file through the engine and print, second by second, what the model thinks and says.
 
-Owner: evals. One stream, greedy, in this process: no Ray, no learner. Layout, memory, chunk length and pixel budget come
+One stream, greedy, in this process: no Ray, no learner. Layout, memory, chunk length and pixel budget come
 from the checkpoint's streaming.json; an override that contradicts it is used and named. What is printed of a turn:
 its time, thought, answer or silence, tokens in memory after it, and the seconds that the engine took for it. What can
 be refused is refused here, before `evals.watch_stream` loads torch and the model.

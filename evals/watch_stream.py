@@ -1,6 +1,6 @@
 """One greedy stream of job=watch: a file's chunks through the engine, each turn reported as soon as it is over.
 
-Owner: evals. Invariant: the same engine, layout and inputs as a rollout; only the features come chunk by chunk.
+Invariant: the same engine, layout and inputs as a rollout; only the features come chunk by chunk.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the logs of an optimiser step become micro-batches, the same number of them on every rank.
 
-Owner: learner. Invariants: groups are shared out by tokens, always in the same way for the same batch; every rank runs
+Invariants: groups are shared out by tokens, always in the same way for the same batch; every rank runs
 the same forwards in the same order (under ZeRO-3 each of them gathers parameters collectively), so a rank with less work
 runs idle micro-batches that contribute exactly nothing; the normaliser is that of all ranks together.
 """

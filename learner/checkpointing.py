@@ -1,6 +1,6 @@
 """Activation checkpointing: a layer's activations are computed again in the backward pass instead of being kept.
 
-Owner: learner. Invariants: results are the same to the last bit (no module draws random numbers: `Backbone.load` refuses
+Invariants: results are the same to the last bit (no module draws random numbers: `Backbone.load` refuses
 dropout); text layers always, vision blocks where the tower trains. transformers' layers checkpoint themselves while they
 are in training mode, which changes nothing else in them.
 """

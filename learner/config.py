@@ -1,7 +1,4 @@
-"""Typed settings of the learner (Hydra key `learner`, with `sft.learner` overriding single values for the cold start).
-
-Owner: learner.
-"""
+"""Typed settings of the learner (Hydra key `learner`, with `sft.learner` overriding single values for the cold start)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The learner's engine: DeepSpeed around the shared scoring function, one optimiser step at a time, on one of N ranks.
 
-Owner: learner. It holds no ray import: payloads arrive resolved. Invariants: it trains only from logs; ids, masks,
+It holds no ray import: payloads arrive resolved. Invariants: it trains only from logs; ids, masks,
 positions and turns are taken as logged; gradient and metrics of a step are independent of the micro-batch cut and of the
 number of ranks; every rank makes the same calls in the same order; `version` counts optimiser steps since the weights
 that the run started from; a step with a loss or gradient that is not finite is refused on all ranks and changes nothing.

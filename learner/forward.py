@@ -1,6 +1,6 @@
 """What one micro-batch computes: log-probs under the policy (inside DeepSpeed) and under the frozen reference.
 
-Owner: learner. Invariants: the policy's forward calls the tower and the head exactly as often as its `Shape` says, on
+Invariants: the policy's forward calls the tower and the head exactly as often as its `Shape` says, on
 every rank; the reference is a plain copy that no optimiser and no checkpoint ever touches, scored under the same mask,
 ban list and temperature.
 """

@@ -1,6 +1,6 @@
 """The linear layer of ZeRO-3, rounded as torch's own is.
 
-Owner: learner. At stage 3 DeepSpeed replaces `torch.nn.functional.linear` for the whole process by one that gathers a
+At stage 3 DeepSpeed replaces `torch.nn.functional.linear` for the whole process by one that gathers a
 weight again in the backward instead of keeping it. Invariant: what it computes is what torch, and so the engine, computes.
 """
 

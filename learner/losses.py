@@ -1,6 +1,6 @@
 """Losses: pure functions of log-probs that return (loss, metrics).
 
-Owner: learner. Invariants: a loss is a sum over this micro-batch divided by the whole step's normaliser, so the
+Invariants: a loss is a sum over this micro-batch divided by the whole step's normaliser, so the
 gradient of a step does not depend on how it was cut into micro-batches; metrics are sums, divided by the caller; no
 exponential overflows, so a single token that is far off costs neither the step's loss nor its gradient.
 """

@@ -1,6 +1,6 @@
 """Whole parameters out of a partitioned model: for publication and for export.
 
-Owner: learner. Invariants: under ZeRO-3 gathering is collective, so every rank runs these functions between two optimiser
+Invariants: under ZeRO-3 gathering is collective, so every rank runs these functions between two optimiser
 steps, in the order of `named_parameters`; at most `CHUNK_BYTES` of gathered parameters (or the largest single one, the
 embedding) exist on a rank beyond its partition; only rank 0 copies out, into host memory.
 """

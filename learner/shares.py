@@ -1,6 +1,6 @@
 """Which groups of a step each learner rank trains.
 
-Owner: learner. Pure, and without torch: the driver shares the groups out. Invariant: the same tokens give the same shares.
+Pure, and without torch: the driver shares the groups out. Invariant: the same tokens give the same shares.
 """
 
 from __future__ import annotations

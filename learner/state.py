@@ -1,6 +1,6 @@
 """The learner's own half of a checkpoint: everything that the next optimiser step depends on.
 
-Owner: learner. Layout below `deepspeed/`: `state/` (DeepSpeed: model, optimiser and scheduler, one file per rank where
+Layout below `deepspeed/`: `state/` (DeepSpeed: model, optimiser and scheduler, one file per rank where
 partitioned), `rng_rank00000.pt` ... (random states of every rank), `learner.json` (how it was partitioned, version).
 Invariants: what is loaded continues bit for bit; a checkpoint of another number of ranks, ZeRO stage or dtype is refused.
 """

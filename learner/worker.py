@@ -1,6 +1,6 @@
 """The learner's Ray actors: thin shells that resolve object references and call the engine.
 
-Owner: learner. One actor per rank; the driver calls the same method on all of them (see `runtime.cluster.learners`).
+One actor per rank; the driver calls the same method on all of them (see `runtime.cluster.learners`).
 Invariants: media are fetched from the object store here, so they never pass through the driver; a rank fetches only its own
 share.
 """

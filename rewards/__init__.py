@@ -1,6 +1,6 @@
 """Rewards: what a stream's responses are worth, in content, in time and in form.
 
-Owner: rewards. Pure functions over `StreamOutcome`, composed from config; imports only `streams`, never ray
+Pure functions over `StreamOutcome`, composed from config; imports only `streams`, never ray
 (the actor around it is `rewards.scorer`). Your own term:
 `register` it, or point `reward.terms.<name>.target` at it.
 """

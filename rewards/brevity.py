@@ -1,6 +1,6 @@
 """Saying no more than was asked for, and thinking no longer than is allowed.
 
-Owner: rewards. Pure. Invariants: with any settings, one more response that answers nothing never raises
+Pure. Invariants: with any settings, one more response that answers nothing never raises
 `response_count`; with any settings, a longer thought never raises `think_length`: nothing is paid for length.
 """
 

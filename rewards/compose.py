@@ -1,6 +1,6 @@
 """The reward of a stream: configured terms, multiplied or summed per expected answer, then averaged.
 
-Owner: rewards. Invariants: a total lies in [0, 1] and does not depend on the order of the terms; a term
+Invariants: a total lies in [0, 1] and does not depend on the order of the terms; a term
 that raises, or returns something else than one value in [0, 1] per answer, costs that stream (total 0,
 `failed` names the cause), never the run; settings that cannot work are refused when the config is made.
 """

@@ -1,6 +1,6 @@
 """Does the stream keep to the turn layout?
 
-Owner: rewards. Pure. A property of the whole stream, given to every one of its answers alike.
+Pure. A property of the whole stream, given to every one of its answers alike.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which response answers which expected answer: the one matching rule that every reward term reads.
 
-Owner: rewards. Turn indices are chunk indices of `StreamTask.chunk_of`. Invariants: a response belongs to
+Turn indices are chunk indices of `StreamTask.chunk_of`. Invariants: a response belongs to
 one answer at most and an answer to one response at most; no response before its query's turn is ever
 matched; only turns that the stream really had count, so an answer due after the last turn stays unanswered
 unless it was answered early.

@@ -1,6 +1,6 @@
 """Reward terms by name, or by the dotted path of a user's own.
 
-Owner: rewards. A term is `(outcome: StreamOutcome) -> array of one value in [0, 1] per expected answer`: an
+A term is `(outcome: StreamOutcome) -> array of one value in [0, 1] per expected answer`: an
 instance of a class that is constructed with the term's parameters, or a function that takes them as keyword
 arguments after the outcome. Invariants: one factory per name; a wrong name, path or parameter is a
 ValueError that carries the config key.

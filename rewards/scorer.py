@@ -1,6 +1,6 @@
 """The scorer's Ray actor: a thin shell around the composed reward.
 
-Owner: rewards. One reward call's failure costs that stream (see `rewards.compose`), never the run.
+One reward call's failure costs that stream (see `rewards.compose`), never the run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Streams played from a script: the perfect one and the silent one.
 
-Owner: rewards. They show the range of a reward, through the same scoring code as a model's stream.
+They show the range of a reward, through the same scoring code as a model's stream.
 """
 
 from __future__ import annotations

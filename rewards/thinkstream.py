@@ -1,6 +1,6 @@
 """The rewards of ThinkStream's streaming RLVR (arXiv 2603.12938), formula by formula, odd corners included.
 
-Owner: rewards. Pure. For reproduction; `rewards.correctness`, `rewards.timing` and `rewards.brevity` are what we would
+Pure. For reproduction; `rewards.correctness`, `rewards.timing` and `rewards.brevity` are what we would
 use. Oddities kept on purpose: only the first expected answer counts; time and correctness look at the first response
 that *parses*, whatever was said before it and even if the question came later; an answer in other words ("C. red",
 "Yes.", "10") does not parse; longer thoughts pay. All are properties of the stream, so every answer gets the same

@@ -1,6 +1,6 @@
 """How well a response's turn fits the turn in which its answer became due.
 
-Owner: rewards. Pure. Invariants: a score lies in [0, 1]; it is 1 in the due turn; moving a response away from
+Pure. Invariants: a score lies in [0, 1]; it is 1 in the due turn; moving a response away from
 the due turn, in either direction, never raises it; no response, or one before its query, scores 0.
 """
 

@@ -1,6 +1,6 @@
 """Advantages from the rewards of a group.
 
-Owner: rl. Pure functions; a group whose rewards are all equal has advantage 0 everywhere.
+Pure functions; a group whose rewards are all equal has advantage 0 everywhere.
 """
 
 from __future__ import annotations

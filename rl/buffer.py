@@ -1,6 +1,6 @@
 """The sample buffer: who is admitted, who is ready, how old a sample may be. Pure bookkeeping, no Ray, no tensors.
 
-Owner: rl. Proof of the bound. Groups are numbered in admission order and trained in that order, B per step. Let a group
+Proof of the bound. Groups are numbered in admission order and trained in that order, B per step. Let a group
 be admitted when the learner stands at version v. At most C groups are admitted and not yet trained, this one included,
 so at most C - 1 stand before it, and it is trained after at most floor((C - 1) / B) further full steps: the learner
 then stands at most at v + floor((C - 1) / B). The worker that got it was at most `lag` versions behind, so its oldest

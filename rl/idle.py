@@ -1,6 +1,6 @@
 """Steps that taught nothing, because every stream of each group earned the same: counted, and said with what to look at.
 
-Owner: rl. Pure. It reads what the journal holds of every step, so a resumed stage goes on counting. Invariant: a notice, never
+Pure. It reads what the journal holds of every step, so a resumed stage goes on counting. Invariant: a notice, never
 a stop; the first after `monitor.idle_steps` steps in a row, the next after twice as many, and so on.
 """
 

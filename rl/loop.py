@@ -1,6 +1,6 @@
 """The asynchronous RL loop: event-driven, no pause, bounded age.
 
-Owner: rl. The driver only moves references and small summaries. It waits for whichever comes first of: a group rolled
+The driver only moves references and small summaries. It waits for whichever comes first of: a group rolled
 out, a group scored, an optimiser step, a worker's swap, a checkpoint, an evaluation's stream. Invariants: the age bound
 of `rl.buffer`; the two live versions of `rl.versions`; every group admitted is trained, dropped by name, or left over at
 the end; a group is in a checkpoint's `consumed` exactly if its weights have seen it.

@@ -1,6 +1,6 @@
 """The metrics of one RL step, by their documented names (docs/metrics.md).
 
-Owner: rl. Pure. A quantity that had no sample is None, never 0.
+Pure. A quantity that had no sample is None, never 0.
 """
 
 from __future__ import annotations

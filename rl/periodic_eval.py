@@ -1,6 +1,6 @@
 """Evaluation while training: held-out streams on the rollout workers, between the training groups.
 
-Owner: rl. Nothing stops for it: the streams share the engines with the rollouts, a few at a time, and start on a worker
+Nothing stops for it: the streams share the engines with the rollouts, a few at a time, and start on a worker
 once it runs the version under evaluation. A worker may swap while such a stream runs; each stream's versions are known,
 and the span of all of them is logged beside the result (with `algorithm.mode=sync` it is one version).
 While the learner still stands at a stream's one version, and does not train, it scores that stream's log: the mismatch of

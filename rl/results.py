@@ -1,6 +1,6 @@
 """What the RL stage keeps and reports.
 
-Owner: rl. `RLResult` travels in every checkpoint: a resumed stage goes on counting where it stood.
+`RLResult` travels in every checkpoint: a resumed stage goes on counting where it stood.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weights on the driver's side: which version every worker runs, and which it fetches next.
 
-Owner: rl. Pure bookkeeping. Invariants: a worker fetches one version at a time, always the newest; at most two
+Pure bookkeeping. Invariants: a worker fetches one version at a time, always the newest; at most two
 published versions are alive (the newest, and one older that is still being fetched), so a step waits with publishing
 while a fetch of an older version is under way; a worker more than `max_lag` versions behind gets no task.
 """

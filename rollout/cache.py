@@ -1,6 +1,6 @@
 """KV pool: token-granular slots (page size 1) shared by all streams of one engine.
 
-Owner: rollout. A stream is a list of slots, parallel to its live tokens; eviction gives slots back; no key or value ever moves.
+A stream is a list of slots, parallel to its live tokens; eviction gives slots back; no key or value ever moves.
 Streams with contiguous positions need their keys un-rotated, too: once a turn those that stand elsewhere are rotated anew,
 in place.
 Invariant: a slot has one owner at a time, and is given out again only after `free`.

@@ -1,6 +1,6 @@
 """Typed settings of the rollout workers (Hydra key `rollout`).
 
-Owner: rollout. Sampling that the learner cannot score exactly is refused here, before any actor starts.
+Sampling that the learner cannot score exactly is refused here, before any actor starts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a step rotates itself: the rows of streams with contiguous positions, and their older keys at the start of a turn.
 
-Owner: rollout. Streams of both kinds share a step: transformers rotates native rows by their position ids and contiguous ones
+Streams of both kinds share a step: transformers rotates native rows by their position ids and contiguous ones
 by 0; the plan rotates the latter by their native ids and the former by 0, which changes nothing. Invariants: the pool's keys
 are always those that attention reads; a key of a contiguous stream is also kept un-rotated and rotated anew from that, so
 no error adds up; the distance of a query to a RETAINED key never changes, so only keys in other regions are rotated anew.

@@ -1,6 +1,6 @@
 """A demonstration written as a log: the turns of a clip with the words of a script, as if a model had said them.
 
-Owner: rollout. Invariant: layout, memory and positions are those of a rollout, because the same StreamWriter makes them.
+Invariant: layout, memory and positions are those of a rollout, because the same StreamWriter makes them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The streaming engine: many streams at once, continuous batching, eviction by editing slot lists.
 
-Owner: rollout. One `step` forwards, in one packed row, whatever every running stream has next: a decode token, or the
+One `step` forwards, in one packed row, whatever every running stream has next: a decode token, or the
 end of one turn and the prefill of the next. Invariants: END (and any token not yet forwarded) goes through under its
 own turn's slot list before the next turn's eviction takes effect (with contiguous positions in a step of its own, as it
 must also see that turn's keys where they stood); freed slots are reused only after the forward that

@@ -1,6 +1,6 @@
 """Where an engine gets a stream's turns from: a sequence that is known, or a feed whose end is not.
 
-Owner: rollout. Both answer the same questions, so the engine runs them alike. Invariants: a turn is taken once, in order,
+Both answer the same questions, so the engine runs them alike. Invariants: a turn is taken once, in order,
 and is not kept here after that; how much a stream may hold is known before its first turn.
 """
 

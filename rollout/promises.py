@@ -1,6 +1,6 @@
 """Futures that a rollout service owes: work accepted and not answered yet.
 
-Owner: rollout. Invariants: a future is settled once, by its result, by its error, or by the end of the service; whoever
+Invariants: a future is settled once, by its result, by its error, or by the end of the service; whoever
 waits for one never waits for a service that is gone.
 """
 

@@ -1,6 +1,6 @@
 """Sampler: one uniform number per (stream seed, token index) and our own inverse CDF.
 
-Owner: rollout. Invariant: which token is drawn depends on the stream's seed, the token's index in its log and its
+Invariant: which token is drawn depends on the stream's seed, the token's index in its log and its
 logits, never on the batch row or on what else is running.
 """
 

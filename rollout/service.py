@@ -1,6 +1,6 @@
 """The rollout worker without Ray: reads clips, feeds the engine, swaps weights, answers with logs.
 
-Owner: rollout. Two threads: `prepare` reads and lays out (a slow file delays no running stream), `engine` encodes, steps
+Two threads: `prepare` reads and lays out (a slow file delays no running stream), `engine` encodes, steps
 and swaps. Invariants: only the engine thread touches backbone and engine; new weights are copied in between two steps;
 one task's failure is that task's result, with its cause, and never the worker's end; every future that was handed out is
 settled: what `close` leaves undone ends in ServiceClosedError, which is no task's failure.

@@ -1,6 +1,6 @@
 """Weights on the worker's side: staged in the background, copied into place between two engine steps.
 
-Owner: rollout. Invariants: the running weights change only in `StagedWeights.apply`, called between steps; a version
+Invariants: the running weights change only in `StagedWeights.apply`, called between steps; a version
 older than the running one is never applied.
 """
 

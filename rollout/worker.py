@@ -1,6 +1,6 @@
 """The rollout worker's Ray actor: a thin asynchronous shell around `RolloutService`.
 
-Owner: rollout. Every call returns when its own work is done and blocks no other: groups, demonstrations, weights and
+Every call returns when its own work is done and blocks no other: groups, demonstrations, weights and
 counters overlap. Weights are fetched in a thread of their own, so no stream waits for a transfer. The driver imports this
 module, too: torch and the engine are imported by the constructor, in the worker's process.
 """

@@ -1,6 +1,6 @@
 """Writes one stage's checkpoints in the background: the learner saves, a Ray task checks, flushes and renames.
 
-Owner: rl. Invariants: neither learner nor driver waits for the disk's flush; a checkpoint that could not be written is
+Invariants: neither learner nor driver waits for the disk's flush; a checkpoint that could not be written is
 named and costs itself, the last one of a stage costs the stage; old ones are deleted only after a new one is complete.
 """
 

@@ -1,6 +1,6 @@
 """What can be known before any actor starts: derived quantities, missing inputs, settings that a checkpoint brings.
 
-Owner: rl. Invariant: whatever fails here has cost nothing yet and deleted nothing.
+Invariant: whatever fails here has cost nothing yet and deleted nothing.
 """
 
 from __future__ import annotations

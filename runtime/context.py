@@ -1,7 +1,4 @@
-"""What every training stage gets: the session, where to report, and the state to go on from.
-
-Owner: rl.
-"""
+"""What every training stage gets: the session, where to report, and the state to go on from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The mismatch monitor: stops a run whose learner does not compute the log-probs that its tokens were sampled with.
 
-Owner: rl. Pure. It is told of every sample that is compared: streams re-scored by the worker that ran them, training streams
+Pure. It is told of every sample that is compared: streams re-scored by the worker that ran them, training streams
 of age 0, held-out logs scored by the learner. Invariants: what is not finite stops the run whatever the limits; samples of
 one place are never averaged with another's; an empty sample says nothing.
 """

@@ -1,6 +1,6 @@
 """Which rows of a file a stage can use: judged before the stage starts, named with counts by reason.
 
-Owner: rl. The clock is judged here, the texts by the tokenizer of the checkpoint (in a rollout worker), what a perfect
+The clock is judged here, the texts by the tokenizer of the checkpoint (in a rollout worker), what a perfect
 stream earns by the run's own reward (in the scorer). Invariants: a training row of which nothing can be answered is left
 out; one that can be answered in part is kept and named; a held-out row is always kept, whatever it cannot be answered for
 counts as wrong. What only a video can tell is found when it is read, and is counted with the rest.

@@ -1,4 +1,4 @@
-"""Which checkpoint a job starts from, and what that checkpoint says about how it runs."""
+"""Which checkpoint a job starts from, and what that checkpoint says about how it must be run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A polite end: SIGTERM asks for a checkpoint and an exit status that means "run me again".
 
-Owner: rl. Invariants: while a training loop runs, the first SIGTERM only sets a flag on which it acts between two steps;
+Invariants: while a training loop runs, the first SIGTERM only sets a flag on which it acts between two steps;
 anywhere else there is nothing to save and it ends the run at once; after the grace time the process ends whatever it is
 doing, with the same status.
 """

@@ -1,6 +1,6 @@
 """Which task comes next: seeded epochs over the dataset, with identities.
 
-Owner: rl. Invariant: the order depends only on seed and epoch; every group has the id `epoch/task`, every stream
+Invariant: the order depends only on seed and epoch; every group has the id `epoch/task`, every stream
 `epoch/task/stream`, and its random seed derives from that id. A resumed stage walks the same order and leaves out what
 its checkpoint names as done.
 """

@@ -1,6 +1,6 @@
 """Demonstrations: what a task's stream should think and say, turn by turn, in words.
 
-Owner: sft. Pure. A demonstration thinks and answers rightly; with `late_probability` it speaks `late_min`..`late_max`
+Pure. A demonstration thinks and answers rightly; with `late_probability` it speaks `late_min`..`late_max`
 chunks after the answer became due (uniformly). Invariant: the script of (seed, epoch, task) is always the same.
 """
 

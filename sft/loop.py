@@ -1,6 +1,6 @@
 """The cold start: demonstrations are laid out on the rollout workers and trained on by the learner.
 
-Owner: sft. Workers read clips and write logs ahead of the learner; frames travel with the log by object reference and
+Workers read clips and write logs ahead of the learner; frames travel with the log by object reference and
 the learner encodes them, so the vision tower can train. Invariants: a demonstration that cannot be laid out costs that
 sample, is named, and the batch is filled with the next one; the order of samples depends on the seed alone, and a
 resumed stage goes on with the first sample that its checkpoint does not name.

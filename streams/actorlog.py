@@ -1,6 +1,6 @@
 """The log of one actor, in a file that bears the actor's name: run_root/logs/<actor>.log.
 
-Owner: streams. `runtime.cluster.session` names the actor and the folder in its environment; each actor's constructor calls
+`runtime.cluster.session` names the actor and the folder in its environment; each actor's constructor calls
 `open_actor_log`. Invariants: crashes of the interpreter (segmentation fault, abort) leave their stack in the same file;
 the file rotates; a folder that cannot be written costs the log, never the actor.
 """

@@ -1,6 +1,6 @@
 """Which rows a stream can answer under a run's settings: shared by the run's start and `python -m streams.check`.
 
-Owner: streams. Pure, but for the tokenizer behind a Layout. A finding concerns one answer of a row or all of them; a row
+Pure, but for the tokenizer behind a Layout. A finding concerns one answer of a row or all of them; a row
 is left out if nothing in it can be answered, otherwise it is kept and named (`Finding.answer` says which part is lost).
 Invariants: the clock is `StreamTask.chunk_of`, as rewards and layout use it; texts are judged by `Layout.query_ids` and
 `Layout.text_ids`, as a run judges them when it lays out a stream.

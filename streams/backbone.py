@@ -1,6 +1,6 @@
 """The backbone: a Qwen2.5-VL or Qwen3-VL checkpoint through transformers, as engine, learner and scorers run it.
 
-Owner: streams. One class for rollout and learner, so weight names are the same on both sides and any Hugging Face
+One class for rollout and learner, so weight names are the same on both sides and any Hugging Face
 checkpoint loads. Invariants: attention of the text model always goes through a plan that says who sees whom (a missing
 plan raises, never means full attention); position ids are ours; no KV cache of transformers is used; the embedding is
 never shrunk and no trained row is re-initialised; what the tower makes of one video token is one row of numbers, from the

@@ -1,6 +1,6 @@
 """Look at a task file before training on it: `python -m streams.check FILE`.
 
-Owner: streams; a command, above the layers as launch.py is. Reads every row, opens every distinct video and decodes its
+Reads every row, opens every distinct video and decodes its
 first frame, by the same code as a run, and judges the rows as a run does when it starts. Prints what a run would use, what
 it would leave out and what it would warn about, each with file and line. Exit status: 0 if there is nothing to mend, 1 if
 there is, 2 if no row is usable or a file cannot be read or written. `--write OUT` keeps the usable rows, in our own format

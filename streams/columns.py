@@ -1,6 +1,6 @@
 """Columns: arrays of one length that grow at their end without copying what is there.
 
-Owner: streams. The log of a stream and its live tokens are such columns. Invariants: `append` costs amortised O(appended);
+The log of a stream and its live tokens are such columns. Invariants: `append` costs amortised O(appended);
 what `column` returned stays as it was when something is appended, kept or cut, and cannot be written through.
 """
 

@@ -1,6 +1,6 @@
 """Task files: JSONL, one StreamTask per line, read row by row so that a bad row costs that row only.
 
-Owner: streams. Two formats (`FORMATS`): our own, written and read here, and ThinkStream's (`streams.thinkstream`).
+Two formats (`FORMATS`): our own, written and read here, and ThinkStream's (`streams.thinkstream`).
 Invariants: every message names file, line and field; nothing is guessed (unknown keys, wrong types and non-finite
 numbers are errors); ids are unique; a file is always read afresh, never from a cache of an older version. Whether a
 video exists is not asked here, unless its length is needed: a missing one costs its sample when it is read.

@@ -1,6 +1,6 @@
 """The decode process: reads clips with PyAV, one request at a time, until its pipe closes.
 
-Owner: streams. Started by `streams.video.ClipReader` as `python -m streams.decode <fd>`; native decoding can
+Started by `streams.video.ClipReader` as `python -m streams.decode <fd>`; native decoding can
 block for ever while it holds the interpreter, so only a process of its own can be given a deadline. Imports
 stay light. Invariants: a frame is never later than the time it was asked for (to 1 ms), by the presentation time that
 it was decoded with; files are only ever read forwards from their beginning; the process ends when its parent does (end

@@ -1,6 +1,6 @@
 """How long the videos are, for tasks whose rows do not say.
 
-Owner: streams. Only asked for where something depends on it (`data.video.max_chunks`, `python -m streams.check`):
+Only asked for where something depends on it (`data.video.max_chunks`, `python -m streams.check`):
 every video is read through, which takes a while for a large file. Invariants: the length is that of
 `streams.presentation`, as in a run; a video is opened once; one that cannot be read costs its tasks, by name.
 """

@@ -1,6 +1,6 @@
 """Which parameters train: the freeze modes, and shell-style patterns over parameter names.
 
-Owner: streams. Light: the driver counts with it what a learner will train, from the names in a checkpoint's files. Names
+Light: the driver counts with it what a learner will train, from the names in a checkpoint's files. Names
 are those of `model.named_parameters()`. Invariant: one function decides, for the learner and for every estimate.
 """
 

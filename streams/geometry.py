@@ -1,6 +1,6 @@
 """The shape of a checkpoint's model, as its config.json and the headers of its weights say it.
 
-Owner: streams. The driver plans memory from it before anything is loaded. Invariants: importing and reading it loads
+The driver plans memory from it before anything is loaded. Invariants: importing and reading it loads
 neither torch nor transformers; sizes are those that the loaded modules have.
 """
 

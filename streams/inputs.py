@@ -1,6 +1,6 @@
 """From a task and its clip to the turns that a stream is shown.
 
-Owner: streams. The one place that decides which query arrives in which turn; rollout and SFT both use it.
+The one place that decides which query arrives in which turn; rollout and SFT both use it.
 """
 
 from __future__ import annotations

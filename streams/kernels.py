@@ -1,6 +1,6 @@
 """Which attention kernel runs where: the learner's, the engine's, the vision tower's. Chosen alike, named, forced alike.
 
-Owner: streams. Invariants: `auto` never fails; a kernel that is asked for by name and cannot run is a ValueError that says
+Invariants: `auto` never fails; a kernel that is asked for by name and cannot run is a ValueError that says
 why; importing this module loads neither torch nor a kernel package (the driver checks configurations with it).
 """
 

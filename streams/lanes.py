@@ -1,6 +1,6 @@
 """Lanes: how a turn is spread over the two lanes of a stream, and the copy of a turn that outlives it.
 
-Owner: streams. Lane 0 never attends to lane 1. Invariants: light; the words of a copy are the model's own ids, never
+Lane 0 never attends to lane 1. Invariants: light; the words of a copy are the model's own ids, never
 re-tokenised, and none of them is a control token: what a model wrote cannot pass for a turn.
 Source: VST's memory of thoughts with their time span (arXiv 2603.12262).
 """

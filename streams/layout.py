@@ -1,6 +1,6 @@
 """Watch-Think-Speak layout: the tokens of a turn, the ban list, forced tokens, and parsing what was generated.
 
-Owner: streams. Token ids in, token ids out: text is tokenised once, when a turn is laid out, and generated ids are
+Token ids in, token ids out: text is tokenised once, when a turn is laid out, and generated ids are
 never re-tokenised. Layout of turn t (Qwen2.5-VL), equal to `apply_chat_template` on the same conversation:
 
     [\\n <|im_start|> user \\n <|vision_start|>] [video] [<|vision_end|> (\\n query) <|im_end|> \\n <|im_start|> assistant \\n]

@@ -1,6 +1,6 @@
 """What a stream remembers of itself between turns: its live tokens, and a few numbers for every turn.
 
-Owner: streams. The writer keeps both beside the log, so that an eviction reads what is live and never the whole log.
+The writer keeps both beside the log, so that an eviction reads what is live and never the whole log.
 Invariants: live tokens stand in log order; the numbers of a turn are written when it starts (closed_in: when it closes).
 """
 

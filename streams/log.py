@@ -1,6 +1,6 @@
 """StreamLog: the record of what was done to one stream, token by token, in append order.
 
-Owner: streams. It is the only thing the learner trains from, and the one contract between rollout and learner.
+It is the only thing the learner trains from, and the one contract between rollout and learner.
 Invariants (asserted by LogBuilder): tokens are only appended; `expiry` is never raised and is lowered only to the
 start of a segment that has not begun; turns, segments never decrease; `behaviour_logp` is NaN unless `sampled`.
 """

@@ -1,6 +1,6 @@
 """Every dataclass that crosses a process boundary: frozen, in one place.
 
-Owner: streams. Invariants: a message is a value (nobody changes it after sending); large arrays sit in payloads that
+Invariants: a message is a value (nobody changes it after sending); large arrays sit in payloads that
 travel by object reference from the process that made them to the one that needs them, never through the driver.
 `MESSAGES_VERSION` changes with any field; actors refuse a setup of another version.
 """

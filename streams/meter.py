@@ -1,6 +1,6 @@
 """What a process's device holds, and where its time and memory go, phase by phase.
 
-Owner: streams. On CUDA: torch's own allocator, exact. Elsewhere: the process's resident memory, which counts Python and
+On CUDA: torch's own allocator, exact. Elsewhere: the process's resident memory, which counts Python and
 its libraries, too. Phases of one meter do not nest; they belong to one thread.
 """
 

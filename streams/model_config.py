@@ -1,6 +1,6 @@
 """Typed settings of the model (Hydra key `model`).
 
-Owner: streams. Importing it loads neither torch nor transformers.
+Importing it loads neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`~` in paths that a user wrote: the home folder, wherever the shell has not put it in already.
 
-Owner: streams. Used once for each kind of input: where the configuration is loaded (`conf.paths`), where a row is read, where
+Used once for each kind of input: where the configuration is loaded (`conf.paths`), where a row is read, where
 a command line is parsed. Invariant: what comes out is what a file is opened by, so nobody further on has to think of homes.
 """
 

@@ -1,6 +1,6 @@
 """A stream's log in pieces: what an endless stream has done is written out and dropped, and joined when it is read.
 
-Owner: streams. `LogBuilder.cut` makes a LogPiece; a PieceSink takes it; `join_pieces` gives the StreamLog back, field for
+`LogBuilder.cut` makes a LogPiece; a PieceSink takes it; `join_pieces` gives the StreamLog back, field for
 field. A token may leave memory long after its piece was written: a later piece then amends its expiry. Invariants: pieces
 follow one another without gap; an amendment only lowers, and never to before the piece that brings it. So the pieces read
 so far are exact for the tokens they hold, whatever comes later.

@@ -1,6 +1,6 @@
 """Streaming M-RoPE: the position ids of a stream, chunk by chunk, with a running offset.
 
-Owner: streams. The project owns this rule because `get_rope_index` differs between transformers releases.
+The project owns this rule because `get_rope_index` differs between transformers releases.
 Invariant: positions depend only on what was appended before (causal), and eviction never changes them.
 Sources: Qwen2.5-VL technical report (arXiv 2502.13923), section 2.1.2: the temporal id is time; Qwen3-VL technical
 report (arXiv 2511.21631): time is written as text, every temporal patch is a vision block of its own. In both the offset

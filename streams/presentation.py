@@ -1,6 +1,6 @@
 """What a player shows of a film file: which pictures, when, and until when.
 
-Owner: streams. The clock is the file's presentation clock after its edit list: `frame.time` as PyAV decodes it, not
+The clock is the file's presentation clock after its edit list: `frame.time` as PyAV decodes it, not
 moved to the first picture. Invariants:
 - Checker, run, watch and `data.video.max_chunks` know a film's length from `presentation` alone. It is the end of the
   last picture that is shown: neither the header's claim nor the length of the sound.

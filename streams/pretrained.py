@@ -1,6 +1,6 @@
 """A checkpoint before it is loaded: families, processor files, and what its folder says.
 
-Owner: streams. The driver reads this much of a checkpoint. Invariants: importing it loads neither torch nor transformers;
+The driver reads this much of a checkpoint. Invariants: importing it loads neither torch nor transformers;
 a folder that would be read in another way than it was written is refused by name.
 """
 

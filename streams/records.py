@@ -1,6 +1,6 @@
 """Strict reading of one JSON line: every value is fetched by type, every message names its field.
 
-Owner: streams. Shared by the formats of `streams.dataset`. Invariants: nothing is guessed; unknown and repeated
+Shared by the formats of `streams.dataset`. Invariants: nothing is guessed; unknown and repeated
 fields, wrong types, NaN and infinity are ValueErrors; the caller adds file and line.
 """
 

@@ -1,6 +1,6 @@
 """Regions: where the live tokens of a contiguous stream stand, so that their positions never leave the window's length.
 
-Owner: streams. Pure numpy. Every token starts in RETAINED, at its native position ids; at the start of a turn it may move
+Pure numpy. Every token starts in RETAINED, at its native position ids; at the start of a turn it may move
 to an earlier region, where it stands at the next free coordinate (one number, for text). Laid out one after the other, the
 regions give every live key its position; a token leaves no gap behind unless others of its region stand on both sides of
 it. Invariants: inside a region relative positions never change; so one integer offset per turn and region turns a query at

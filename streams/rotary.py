@@ -1,6 +1,6 @@
 """M-RoPE outside of the model, for streams whose keys move: keys and queries are rotated by the plan, not by transformers.
 
-Owner: streams. The model itself rotates such rows by position 0, that is not at all but for its `attention_scaling`, which
+The model itself rotates such rows by position 0, that is not at all but for its `attention_scaling`, which
 it applies there; so these tables carry no scaling. Invariants: angles are computed in float64 from the checkpoint's own
 frequencies and cast at the end, so that equal distances give equal angles however far a stream has gone; a row of position
 ids (temporal, height, width) turns the same frequencies as in the model.

@@ -1,6 +1,6 @@
 """Drawing and writing of the synthetic clips: one coloured shape on grey, as small H.264 files.
 
-Owner: streams. Invariants: the same scene and seed give the same frames; a shape is shown from the first
+Invariants: the same scene and seed give the same frames; a shape is shown from the first
 frame of its first chunk to the last frame of its last chunk; at most one shape is visible at a time.
 """
 

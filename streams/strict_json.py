@@ -1,6 +1,6 @@
 """JSON as the standard has it: no NaN and no infinity, which Python writes and other readers refuse.
 
-Owner: streams. Invariant: whatever numbers a value holds, what is written can be read by any JSON reader. A number that is
+Invariant: whatever numbers a value holds, what is written can be read by any JSON reader. A number that is
 not finite becomes null, "there is no such number"; where it must come back, in a checkpoint's state, it is written as
 `{"$float": "inf"}` and read by `loads`.
 """

@@ -1,6 +1,6 @@
 """The quickstart's data: clips with one coloured shape at a time, and questions about now, before and next.
 
-Owner: streams. Each clip has one query and one answer. Modes (StreamTask.category), in equal numbers:
+Each clip has one query and one answer. Modes (StreamTask.category), in equal numbers:
 now    - the colour of the shape that is visible; alert - the colour of the next shape, as soon as it appears;
 recall - the colour of the last shape, asked when it vanished more than `window` chunks ago.
 Invariants: colours of a clip's shapes are independent; answers are balanced over the colours within a mode;

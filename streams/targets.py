@@ -1,6 +1,6 @@
 """A user's own class or function by its dotted path, with parameters from the configuration.
 
-Owner: streams. Reward terms and memory policies are found this way. Invariant: a wrong path or parameter, and whatever a
+Reward terms and memory policies are found this way. Invariant: a wrong path or parameter, and whatever a
 user's constructor raises, is a ValueError that carries the config key.
 """
 

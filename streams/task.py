@@ -1,6 +1,6 @@
 """What one dataset row says: a video, timed queries, timed expected answers.
 
-Owner: streams. Times are seconds on the video's own clock; chunk indices are counted from `StreamTask.start`.
+Times are seconds on the video's own clock; chunk indices are counted from `StreamTask.start`.
 Invariants (checked by the constructors, so every StreamTask in the program holds them):
 start < end, and end is infinite where the row does not know how long its video is (the stream then ends with
 the video at the latest); queries are sorted by time and lie in [start, end); every answer names an existing query, is due no

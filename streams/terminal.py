@@ -1,6 +1,6 @@
 """Text for a terminal, whatever its encoding and whatever the data hold.
 
-Owner: streams. Invariants: printing never raises for a character that the terminal cannot show, it is escaped; a text
+Invariants: printing never raises for a character that the terminal cannot show, it is escaped; a text
 from a data file stays on its line and sends no control sequence.
 """
 

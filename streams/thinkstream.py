@@ -1,6 +1,6 @@
 """ThinkStream's JSONL records (arXiv 2603.12938; repository CASIA-IVA-Lab/ThinkStream), for cold start and RLVR alike.
 
-Owner: streams. One record is a video with a timed conversation:
+One record is a video with a timed conversation:
 
     {"video_path": "a.mp4",
      "conversations": [{"role": "user", "content": "...", "timestamp": 3.0},

@@ -1,6 +1,6 @@
 """Tiny backbones: a random Qwen2.5-VL or Qwen3-VL with its own small tokenizer, in the standard Hugging Face format.
 
-Owner: streams. Everything that loads a real checkpoint loads these, through the same code. The tokenizer follows
+Everything that loads a real checkpoint loads these, through the same code. The tokenizer follows
 Qwen's pre-tokenizer rules and has merges over newlines and leading spaces, so that tokenisation at the seams of a
 turn is exercised. Weights are Xavier-initialised: with the default 0.02 a model this small does not learn colours.
 """

@@ -1,6 +1,6 @@
 """Shape of a random backbone, tiny unless told otherwise (Hydra key `model.tiny`); `streams.tiny` builds it.
 
-Owner: streams. Importing it loads neither torch nor transformers: the configuration needs it on every command line.
+Importing it loads neither torch nor transformers: the configuration needs it on every command line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The vision tower: clips to features, and the boundary before its mergers.
 
-Owner: streams. Per video token the mergers turn `merge_size ** 2` hidden vectors of the tower into one row of the text
+Per video token the mergers turn `merge_size ** 2` hidden vectors of the tower into one row of the text
 model: `visual.merger` into its embedding, Qwen3-VL's `visual.deepstack_merger_list[i]` into DeepStack level i. Pre-merger
 rows are those hidden vectors side by side, first the merger's, then every level's. Invariants: rows of both sorts are in
 raster order of the video tokens, whatever order the tower works in; merging pre-merger rows gives the tower's own

@@ -1,6 +1,6 @@
 """A generated turn after parsing: what the model thought and whether, and what, it said.
 
-Owner: streams. Made by `layout.parse_turn` from token ids; read by rewards, evaluation and transcripts.
+Made by `layout.parse_turn` from token ids; read by rewards, evaluation and transcripts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Video clips as pixels: causal frame grid, resizing to a pixel budget, patches for the vision tower.
 
-Owner: streams. Decoding happens in a child process (`streams.decode`) under a deadline, so that no file can
+Decoding happens in a child process (`streams.decode`) under a deadline, so that no file can
 stop a job. Invariants: a chunk's frames depend only on the video and the chunk's place in the stream, never
 on what follows; pixels stay uint8 until `normalize_patches`; a file that cannot be read costs a VideoError
 and, at most, the child process.

@@ -1,6 +1,6 @@
 """StreamWriter: writes one stream's log, turn by turn; the one place where layout, memory and positions meet.
 
-Owner: streams. The rollout engine drives it with sampled tokens, SFT with demonstrated ones: both write the same log.
+The rollout engine drives it with sampled tokens, SFT with demonstrated ones: both write the same log.
 Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment. With two
 lanes the copy of a turn follows its own eviction, when the next turn begins. A lane change starts a new segment.
 Invariants: a turn starts at its first prefilled token; eviction happens only between segments; queries are closed by

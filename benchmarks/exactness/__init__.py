@@ -1,4 +1,4 @@
 """What it takes to show that engine and learner agree: loud backbones, random streams, planted defects.
 
-Owner: benchmarks. `benchmarks.consistency` and the tests use the same ones.
+`benchmarks.consistency` and the tests use the same ones.
 """

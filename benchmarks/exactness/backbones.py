@@ -1,6 +1,6 @@
 """Tiny backbones with loud weights, of both families, for proofs that engine and learner agree.
 
-Owner: benchmarks. Loud weights (Xavier gain 2, embeddings of std 1) matter: with default initialisation real mask defects
+Loud weights (Xavier gain 2, embeddings of std 1) matter: with default initialisation real mask defects
 hide under 1e-4. Invariant: the patch of the norms ends with its context.
 """
 

@@ -1,6 +1,6 @@
 """Defects that real systems have had, planted in the real engine or in what the real learner is given.
 
-Owner: benchmarks. Each acts on the general mechanism, so that it applies to any policy: a log whose expiry is wrong, a log
+Each acts on the general mechanism, so that it applies to any policy: a log whose expiry is wrong, a log
 written again under wrong knobs, an engine that forwards END too late, a learner without the ban list. A bar that a planted
 defect also passes would prove nothing.
 """

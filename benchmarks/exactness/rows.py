@@ -1,6 +1,6 @@
 """The rows of `benchmarks.consistency`: which policies, what is measured of each, and which bars it must reach.
 
-Owner: benchmarks. Invariants: an empty sample is None, never 0, and misses its bar; so does NaN. A stream counts once.
+Invariants: an empty sample is None, never 0, and misses its bar; so does NaN. A stream counts once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Random streams that exercise every edge, and how they are run and scored again.
 
-Owner: benchmarks. Invariants: a stream is a function of its name, its turns and its policy; every slot comes back.
+Invariants: a stream is a function of its name, its turns and its policy; every slot comes back.
 """
 
 from __future__ import annotations

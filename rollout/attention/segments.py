@@ -1,6 +1,6 @@
 """A segment as the attention backends see it.
 
-Owner: rollout. Invariant: the last `rows` slots of a segment are its own tokens, in order; its i-th token sees every
+Invariant: the last `rows` slots of a segment are its own tokens, in order; its i-th token sees every
 slot before its own.
 """
 

@@ -1,6 +1,6 @@
 """The portable backend: gathers each segment's slots, pads, and calls SDPA once per bucket and layer.
 
-Owner: rollout. Segments of one token (decode) and longer ones (prefill) are padded apart, so that a mixed step does
+Segments of one token (decode) and longer ones (prefill) are padded apart, so that a mixed step does
 not pad every decode token to the longest prefill. Index tensors are built once per step and used by every layer.
 """
 

@@ -1,1 +1,1 @@
-"""x"""
+"""Ray: connecting, placing and starting the actors, and waiting for them."""

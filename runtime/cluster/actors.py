@@ -1,6 +1,6 @@
 """Names of the actors of a run, where their logs are, and what to say when one dies.
 
-Owner: rl. Invariants: an actor has one short name everywhere (Ray's name, process title, log file, messages); two runs on
+Invariants: an actor has one short name everywhere (Ray's name, process title, log file, messages); two runs on
 one cluster never share a name.
 """
 

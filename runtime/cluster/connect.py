@@ -1,6 +1,6 @@
 """Joining an existing Ray cluster, or starting a local one: addresses, tokens, and which code the actors import.
 
-Owner: rl. Invariants: a local run never lands on somebody's cluster (RAY_ADDRESS, a running head); an address where nobody
+Invariants: a local run never lands on somebody's cluster (RAY_ADDRESS, a running head); an address where nobody
 answers is an error within seconds; actors import the driver's code: the checkout itself on a local Ray, a copy of it,
 named by its content, on a cluster. (Ray starts new processes for new content, so no worker keeps an older module.)
 """

@@ -1,6 +1,6 @@
 """What a loop waits for: pending calls, each with a handler and words that say what it is.
 
-Owner: rl. Invariants: every wait has a timeout and names what did not come; a request to stop is noticed within about a
+Invariants: every wait has a timeout and names what did not come; a request to stop is noticed within about a
 second, whatever is pending; a dead actor is reported by what it was doing.
 """
 

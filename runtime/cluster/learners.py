@@ -1,6 +1,6 @@
 """The learner's ranks as the driver sees them: one call, one reference to wait on.
 
-Owner: rl. Invariants: a call goes to every rank, in the same order (their collectives must meet); a step's groups are
+Invariants: a call goes to every rank, in the same order (their collectives must meet); a step's groups are
 shared out by tokens, always in the same way; the reference that a call returns is ready when all ranks have replied and
 carries rank 0's reply, or fails as soon as any rank failed, with an error that names the rank.
 """

@@ -1,6 +1,6 @@
 """What one node of the cluster sees: runs there in a small task, before any actor with weights starts.
 
-Owner: rl. Invariants: imports the standard library only, so that it answers within a moment and even where torch is
+Invariants: imports the standard library only, so that it answers within a moment and even where torch is
 missing; it never raises, whatever it finds is in the report; everything it writes lies in the preflight's own folder.
 """
 

@@ -1,6 +1,6 @@
 """Which actor gets how much of a GPU.
 
-Owner: rl. Pure. Invariants: Ray never puts two learner ranks on one GPU (NCCL refuses that); a placement that was asked for
+Pure. Invariants: Ray never puts two learner ranks on one GPU (NCCL refuses that); a placement that was asked for
 by name is what the run gets, or the run stops with the arithmetic.
 """
 

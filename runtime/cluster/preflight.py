@@ -1,6 +1,6 @@
 """What must hold on every node of a cluster, asked before any actor with weights starts.
 
-Owner: rl. Invariants: all problems are found and reported at once, each with its node and what to do; every wait has a
+Invariants: all problems are found and reported at once, each with its node and what to do; every wait has a
 timeout and names the node; a pure core judges what `runtime.cluster.nodes` reports. Nothing is left behind in run_root.
 """
 

@@ -1,6 +1,6 @@
 """The Ray session: one for all stages of a run; it places the actors and names what every wait waits for.
 
-Owner: rl. Invariants: no actor starts before the preflight has passed; all actors are placed or the run stops with the
+Invariants: no actor starts before the preflight has passed; all actors are placed or the run stops with the
 arithmetic; every wait has a timeout; an actor that died is reported with its name, node, cause and log. Actors are
 separate processes (workers, scorer, learner) that end with the driver, however it ends.
 """

@@ -1,6 +1,6 @@
 """What a clip weighs at the freeze boundary, compared with the byte budget of the caches before any model is loaded.
 
-Owner: rl. Pure arithmetic on a checkpoint's geometry. The driver keeps references to what rollouts ship, every
+Pure arithmetic on a checkpoint's geometry. The driver keeps references to what rollouts ship, every
 worker the clips that it encoded, each up to `data.cache_mb`. A chunk's tokens are bounded by `data.video.max_pixels`;
 only a frame of extreme aspect ratio, one token high, can be rounded to more.
 """

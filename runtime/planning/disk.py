@@ -1,6 +1,6 @@
 """What checkpoints will weigh, compared with the free disk before anything is loaded.
 
-Owner: rl. Parameters are those of the checkpoint's geometry; nothing is read but headers.
+Parameters are those of the checkpoint's geometry; nothing is read but headers.
 """
 
 from __future__ import annotations

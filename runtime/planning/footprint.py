@@ -1,6 +1,6 @@
 """Bytes that the processes of a run will hold on their devices, known before any weight is loaded.
 
-Owner: rl. Pure. Weights, KV pool, optimiser and feature sizes are exact; what a forward and a backward hold is a count of
+Pure. Weights, KV pool, optimiser and feature sizes are exact; what a forward and a backward hold is a count of
 the tensors that autograd keeps (checked against it in the tests) and of the largest temporaries behind them. CUDA's own
 context is no part of it: devices are asked what is free once every process has opened its own.
 """

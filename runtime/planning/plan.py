@@ -1,6 +1,6 @@
 """Whether what a run will hold fits its devices, and how large the KV pools may be.
 
-Owner: rl. Pure: judges footprints against what the actors report of their devices, before any of them loads a weight.
+Pure: judges footprints against what the actors report of their devices, before any of them loads a weight.
 Invariants: what cannot fit is refused with the arithmetic and ways out; a pool holds at least the largest stream; all
 workers get pools of one size; a pool is never larger than its streams can fill.
 """

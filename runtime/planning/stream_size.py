@@ -1,4 +1,4 @@
-"""How many tokens a stream can have."""
+"""How many tokens a stream can have, by its settings and the sizes of its model."""
 
 from __future__ import annotations
 

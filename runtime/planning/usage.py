@@ -1,6 +1,6 @@
 """Where the time and memory of a run's actors went, beside what was estimated before they loaded anything.
 
-Owner: rl. Pure but for one file, `run_root/usage.json`. On a GPU memory is torch's own count, exact; on a CPU it is what
+Pure but for one file, `run_root/usage.json`. On a GPU memory is torch's own count, exact; on a CPU it is what
 the process has grown by, libraries that were loaded on the way included.
 """
 

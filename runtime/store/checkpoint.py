@@ -1,6 +1,6 @@
 """Checkpoints: atomic directories with everything a stage made.
 
-Owner: rl. Layout of one: `hf/` (an exported checkpoint that `from_pretrained` loads, with tokenizer, processors, chat
+Layout of one: `hf/` (an exported checkpoint that `from_pretrained` loads, with tokenizer, processors, chat
 template and streaming.json), `deepspeed/` (model, optimiser, scheduler and RNG state), `state.json` (CheckpointState),
 `files.json` (size and CRC of every file). Invariants: a directory under its final name is complete: it is written
 aside, flushed, and renamed; what is read back is checked against `files.json` first.

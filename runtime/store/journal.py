@@ -1,6 +1,6 @@
 """The steps of a stage, one JSON line each, in `run_root/stages/<stage>.steps.jsonl`.
 
-Owner: rl. Lines are written as steps happen; a resumed stage rewinds the file to its checkpoint's step, so the file
+Lines are written as steps happen; a resumed stage rewinds the file to its checkpoint's step, so the file
 always tells one history. The tracker takes lines only up to a step that a checkpoint holds: what a crash undoes was
 never in the charts.
 """

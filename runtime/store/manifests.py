@@ -1,6 +1,6 @@
 """Which stages of a run are finished, and with which settings: the manifests under `run_root/stages`.
 
-Owner: rl. One JSON file per stage: `status` begun or finished, `settings` (every key that the stage's outcome depends
+One JSON file per stage: `status` begun or finished, `settings` (every key that the stage's outcome depends
 on), `attempts`, `result`; `origin` if it went on from a checkpoint of another run_root. Invariants: `resume=auto` runs a
 finished stage again only if its last checkpoint is lost and still needed; a stage is only continued under the settings
 that it began with; a start that left no checkpoint binds nothing; keys that change how fast, not what, are free; planning

@@ -1,6 +1,6 @@
 """One run at a time in a run_root: a lock that dies with its holder, and a lease for file systems that cannot lock.
 
-Owner: rl. `run_root/.lock` names the holder (host, pid, start, command) and beats while it lives. Invariants: on one
+`run_root/.lock` names the holder (host, pid, start, command) and beats while it lives. Invariants: on one
 machine the kernel decides, so a killed holder is replaced at once; across machines, or where the file system does not
 lock, a holder that still beats is never replaced, one that has stopped for STALE_S is; a holder that lost it notices.
 """

@@ -1,1 +1,1 @@
-"""x"""
+"""What a run tells: the terminal, the driver's log, MLflow."""

@@ -1,6 +1,6 @@
 """What the driver says, on the terminal and in `run_root/logs/driver.log`: progress, warnings, errors, of every attempt.
 
-Owner: rl. `launch.py` puts a `Tee` in place of stdout and stderr before anything is said, and names the run_root once the
+`launch.py` puts a `Tee` in place of stdout and stderr before anything is said, and names the run_root once the
 run may write there. Invariants: passwords in addresses reach neither place (`conf.redact`); a terminal whose reader has
 gone, a full disk, and characters that the terminal does not know cost what was said, never the run; the file rotates.
 What native code writes to the file descriptors does not pass here.

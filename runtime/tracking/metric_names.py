@@ -1,6 +1,6 @@
 """Names of metrics that hold a user's words (categories, reward terms): whatever the words, one name each.
 
-Owner: rl. Pure. What a tracker takes is MLflow's rule: letters, digits, `_ - . / :` and spaces, at most 250 characters, a
+Pure. What a tracker takes is MLflow's rule: letters, digits, `_ - . / :` and spaces, at most 250 characters, a
 relative path in its shortest form. Invariants: two different names never become the same; a name of plain ASCII that
 MLflow takes (and every file system keeps) stays as it is; `readable` turns a name back unless it was too long.
 """

@@ -1,4 +1,4 @@
-"""What the driver tells the person at the terminal."""
+"""What the driver tells the person at the terminal: one line an event."""
 
 from __future__ import annotations
 

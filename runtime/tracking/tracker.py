@@ -1,6 +1,6 @@
 """Tracking: MLflow behind a thread of its own, and live progress on the terminal.
 
-Owner: rl. Named boundary: a tracker that fails is reported once and never stops or slows training; a single metric,
+Named boundary: a tracker that fails is reported once and never stops or slows training; a single metric,
 parameter or artifact that is refused costs itself alone. Metrics of a step are logged in one batch; their names are the
 list in docs/metrics.md. Invariants: a resumed run continues its own MLflow run; a metric has at most one value per step;
 steps reach the charts only when a checkpoint holds them; a password in `tracking.uri` is used to connect, never shown.

@@ -1,6 +1,6 @@
 """Memory policies: which tokens of a stream expire when the next turn starts.
 
-Owner: streams. `policy` says what a policy is; one module per family of policies; `config` is the Hydra side. Invariant:
+`policy` says what a policy is; one module per family of policies; `config` is the Hydra side. Invariant:
 light: no torch, the driver imports it.
 """
 

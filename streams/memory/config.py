@@ -1,6 +1,6 @@
 """`memory=NAME` of the Hydra config: which policy, with which knobs; or a user's own.
 
-Owner: streams. A policy's knobs are the parameters of its constructor, named as the fields of MemoryConfig. Invariants: what
+A policy's knobs are the parameters of its constructor, named as the fields of MemoryConfig. Invariants: what
 cannot work is refused when the config is made, by its key, and so is a policy of the user's that is named but not chosen; a
 knob that the policy does not take is ignored, and `notes` says so (a preset's knob may outlive a change of policy on the
 command line).

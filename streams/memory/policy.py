@@ -1,6 +1,6 @@
 """What a memory policy is: it looks at the live tokens before a turn's first segment and names those that leave.
 
-Owner: streams. The writer lowers the expiry of those tokens to that segment's start. Rule of every policy: eviction precedes
+The writer lowers the expiry of those tokens to that segment's start. Rule of every policy: eviction precedes
 prefill; windows include the turn that starts; video windows count video turns, text windows count every turn; an open
 query is pinned, whatever the policy says.
 """

@@ -1,6 +1,6 @@
 """random: any token may leave at any turn, by luck. For tests: whatever leaves, the learner must score it exactly.
 
-Owner: streams. Invariant: the draws depend on the seed, the turn and the token's place in the log, on nothing else.
+Invariant: the draws depend on the seed, the turn and the token's place in the log, on nothing else.
 """
 
 from __future__ import annotations

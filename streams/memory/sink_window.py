@@ -1,6 +1,6 @@
 """sink_window: recent turns, and of older generated text its beginning and its end.
 
-Owner: streams. Sources: StreamingLLM (arXiv 2309.17453) and StreamingVLM (arXiv 2510.09608), whose inference keeps 16
+Sources: StreamingLLM (arXiv 2309.17453) and StreamingVLM (arXiv 2510.09608), whose inference keeps 16
 vision turns, 16 text turns, 512 sink and 512 tail tokens. With native positions survivors keep those that they were
 rotated with; with contiguous ones, as in StreamingVLM, they are re-indexed once per turn, by the regions named here.
 """

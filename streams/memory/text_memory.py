@@ -1,6 +1,6 @@
 """text_memory: the current chunk, and in text what was asked, thought and said before it.
 
-Owner: streams. Source: VST (arXiv 2603.12262), which prompts anew at every clip with its memory of thoughts. Here that is
+Source: VST (arXiv 2603.12262), which prompts anew at every clip with its memory of thoughts. Here that is
 one log in two lanes: lane 0 is the memory, lane 1 the turn that is being watched.
 """
 

@@ -1,6 +1,6 @@
 """visual_budget: as many of the latest chunks as fit into a number of video tokens.
 
-Owner: streams. For chunks of uneven size, where a window of turns would bound no memory. Chunks leave whole, oldest first.
+For chunks of uneven size, where a window of turns would bound no memory. Chunks leave whole, oldest first.
 """
 
 from __future__ import annotations

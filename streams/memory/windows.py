@@ -1,6 +1,6 @@
 """Memory by windows of whole turns: full, rcsm, recent_frames.
 
-Owner: streams. Sources: rcsm is ThinkStream's Reasoning-Compressed Streaming Memory (arXiv 2603.12938); recent_frames is
+Sources: rcsm is ThinkStream's Reasoning-Compressed Streaming Memory (arXiv 2603.12938); recent_frames is
 the SimpleStream baseline (recent chunks, nothing else).
 """
 

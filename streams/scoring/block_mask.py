@@ -1,6 +1,6 @@
 """The block-sparse form of the attention mask, from expiry and lane alone: what a kernel skips, what it need not mask.
 
-Owner: streams.scoring. Plain numpy on the host. Per (block of keys, lane) the latest expiry, per (block of queries, lane) the
+Plain numpy on the host. Per (block of keys, lane) the latest expiry, per (block of queries, lane) the
 first index: of two blocks that do not overlap in time all keys precede all queries, so the key that lives longest and the
 query that comes first decide for every pair. Invariants: equal, block for block, to FlexAttention's `create_block_mask` on
 the predicate, for any expiry and lane; O(L + blocks^2) a lane, where evaluating the predicate is O(L^2).

@@ -1,6 +1,6 @@
 """FlexAttention, compiled once for every shape that training meets.
 
-Owner: streams.scoring. Invariants: where the compiler can run, nothing runs uncompiled in silence (`fullgraph`: hitting
+Invariants: where the compiler can run, nothing runs uncompiled in silence (`fullgraph`: hitting
 Dynamo's limit of recompilations raises); lengths are dynamic, so that the number of compilations depends on dtype, heads
 and whether gradients are on, not on data. `compile_count` counts them in this process.
 """

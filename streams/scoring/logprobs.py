@@ -1,6 +1,6 @@
 """Log-probs at target positions: one forward over packed rows, then a chunked LM head.
 
-Owner: streams.scoring. Invariants: logits exist only at target positions, `head_chunk` rows at a time; the ban list
+Invariants: logits exist only at target positions, `head_chunk` rows at a time; the ban list
 and the score temperature are applied before log-softmax, as in the engine; the predictor of a target is the log entry
 just before it.
 """

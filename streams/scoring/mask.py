@@ -1,6 +1,6 @@
 """The learner's attention mask, built from stream logs: one predicate, as a dense mask and as a FlexAttention block mask.
 
-Owner: streams.scoring. The predicate: visible(q, k) = k <= q < expiry[k] and lane[k] <= lane[q], in row coordinates.
+The predicate: visible(q, k) = k <= q < expiry[k] and lane[k] <= lane[q], in row coordinates.
 Invariants: in a packed row the expiry of a stream's tokens is capped at the stream's end, so that causality and expiry
 also keep streams apart; padding is a last stream of its own. FlexAttention sees the rows of a batch end to end as one row,
 by the same rule: one compiled kernel then serves any number of rows.

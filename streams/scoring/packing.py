@@ -1,6 +1,6 @@
 """Packing: several stream logs into rows of tokens that one forward scores.
 
-Owner: streams.scoring. Invariants: every token keeps its ids, positions, expiry and lane, offset to its place in the
+Invariants: every token keeps its ids, positions, expiry and lane, offset to its place in the
 row; expiry is capped at its stream's end; padding attends only to padding and never enters a loss.
 """
 

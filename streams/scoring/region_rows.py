@@ -1,6 +1,6 @@
 """Packed rows of contiguous streams: for every move of a token into a region, one more key at its place there.
 
-Owner: streams.scoring. Invariants: a token is seen through exactly one key by any query: at its native position until it
+Invariants: a token is seen through exactly one key by any query: at its native position until it
 moves for the first time, then through its copies, each from its entry to the next one or the token's expiry; row
 coordinates as in `packing`; logs with native positions have no copies and are rotated by the model.
 """

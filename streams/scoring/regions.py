@@ -1,6 +1,6 @@
 """Attention of contiguous streams in one forward: every region's keys at static angles, the query turned for each of them.
 
-Owner: streams.scoring. A query sees a RETAINED key by both native positions, and a key of another region by that key's
+A query sees a RETAINED key by both native positions, and a key of another region by that key's
 coordinate and its own native position plus its turn's offset for the region. The model itself rotates nothing (position 0).
 Invariants: same predicate as the plain mask, each token through one key at a time; on CPU one softmax over the scores of
 all regions, differentiable; FlexAttention takes the queries of all regions one after the other, each against its own

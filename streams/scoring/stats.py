@@ -1,6 +1,6 @@
 """Mismatch statistics: behaviour against re-scored log-probs, with their token counts, and which token to look at.
 
-Owner: streams.scoring. Invariant: an empty sample is None, never 0.
+Invariant: an empty sample is None, never 0.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""x"""
+"""Small tools without a subject of their own."""

@@ -1,6 +1,6 @@
 """Vision: clips read once, encoded once, kept under a byte budget.
 
-Owner: rollout. Invariants: every stream of a group embeds the same tensor: the very one that is shipped to the learner,
+Invariants: every stream of a group embeds the same tensor: the very one that is shipped to the learner,
 or, where only the tower is frozen, what the mergers of the day make of it; what is kept is forgotten when weights that
 made it change.
 """

@@ -1,4 +1,4 @@
-"""Files that are written aside and renamed, so that a reader finds an old or a new one."""
+"""Files that are written aside and renamed: a reader finds the old one or the new one."""
 
 from __future__ import annotations
 
