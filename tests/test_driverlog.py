@@ -29,7 +29,7 @@ said.outlives_readers = True
 logging.basicConfig(format="%(levelname)s %(message)s")
 print("before the folder is known")
 said.open(Path(sys.argv[1]), "launch.py tracking.uri=http://bob:hunter2@host")
-from runtime.tracking.tracker import Progress
+from runtime.tracking.progress import Progress
 progress = Progress()
 {body}
 said.close()
