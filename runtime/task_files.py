@@ -38,9 +38,11 @@ class Skipping(Protocol):
 
 @dataclass
 class TaskFiles:
-    """Attributes:
-    skipped: every sample that was left out so far, by any stage of this invocation.
-    judged: by the name of the use.
+    """What one invocation reads of `data.train` and `data.heldout`.
+
+    Attributes:
+        skipped: every sample that was left out so far, by any stage of this invocation.
+        judged: the verdicts on the rows, by the name of the use.
     """
 
     config: RunConfig
