@@ -1,7 +1,7 @@
 """Which rows of a file a stage can use: judged before the stage starts, named with counts by reason.
 
 The clock is judged here, the texts by the tokenizer of the checkpoint (in a rollout worker), what a perfect
-stream earns by the run's own reward (in the scorer). Invariants: a training row of which nothing can be answered is left
+stream earns by the run's own reward (in the scorer). Invariants: a training row of which nothing can be learned is left
 out; one that can be answered in part is kept and named; a held-out row is always kept, whatever it cannot be answered for
 counts as wrong. What only a video can tell is found when it is read, and is counted with the rest.
 """
@@ -44,7 +44,7 @@ class RowUse:
     Attributes:
         name: the use, in messages: the stage's name.
         split: `train` or `heldout`: which file.
-        trains: a row of which nothing can be answered is left out. False: it stays, and counts as wrong.
+        trains: a row of which nothing can be learned is left out. False: it stays, and counts as wrong.
         script: the turns with words that a demonstration of a row has, by turn. None: the model finds its own words.
         own_checkpoint: whether the stage starts from a checkpoint that the run does not make. Its tokenizer may be another
             one, so the rows are judged when it starts.

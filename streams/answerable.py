@@ -1,7 +1,7 @@
 """Which rows a stream can answer under a run's settings: shared by the run's start and `python -m streams.check`.
 
 Pure, but for the tokenizer behind a Layout. A finding concerns one answer of a row or all of them; a row
-is left out if nothing in it can be answered, otherwise it is kept and named (`Finding.answer` says which part is lost).
+is left out if nothing can be learned from it, otherwise it is kept and named (`Finding.answer` says which part is lost).
 Invariants: the clock is `StreamTask.chunk_of`, as rewards and layout use it; texts are judged by `Layout.query_ids` and
 `Layout.text_ids`, as a run judges them when it lays out a stream.
 """
@@ -127,8 +127,12 @@ def too_long(task: StreamTask, answer: int, fits: str, max_new_tokens: int) -> F
 
 
 def lost(task: StreamTask, findings: Iterable[Finding]) -> bool:
-    """Whether nothing in the row can be answered."""
-    return {finding.answer for finding in findings if finding.answer is not None} == set(range(len(task.answers)))
+    """Whether nothing can be learned from the row: whatever a stream says to it is wrong.
+
+    An answer that is due after the last turn is no such thing: until then, silence is right.
+    """
+    spoiled = {finding.answer for finding in findings if finding.kind is not Reason.AFTER_LAST_TURN}
+    return spoiled >= set(range(len(task.answers)))
 
 
 def overlap(train: Sequence[StreamTask], heldout: Sequence[StreamTask]) -> list[tuple[StreamTask, StreamTask]]:

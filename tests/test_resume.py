@@ -30,8 +30,6 @@ SETTINGS = (
     "job.stages=[data,sft,rl]",
     "seed=5",
     "data.max_turns=9",
-    # Every answer is due before that: a row that nobody can answer in time would be left out.
-    "data.video.chunk_seconds=2",
     f"data.synthetic.train_clips={CLIPS}",
     "data.synthetic.heldout_per_mode=1",
     "model.tiny.hidden=64",

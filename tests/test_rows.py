@@ -78,23 +78,23 @@ def task(*answers, name="a", query="what?", stay_open=True, thoughts=(), end=10.
 # ---- one reason after the other ----
 
 
-def test_a_row_due_after_the_last_turn_is_left_out_and_one_of_several_is_named(layout):
+def test_a_row_due_after_the_last_turn_is_named_and_stays_as_silence_is_right_until_then(layout):
     late, partly = task((8.5, "red", "text"), name="late"), task((2, "red", "text"), (9, "red", "text"), name="partly")
     for stage in ("rl", "sft"):
         found = judge([late, partly], layout, stage)
-        assert [t.id for t in found.tasks] == ["partly"]
-        assert [(s.source, s.kind) for s in found.skipped] == [("task late (/v/ten.mp4)", Reason.AFTER_LAST_TURN)]
-        assert "turn 8, after the stream's last turn 7 (raise data.max_turns=8)" in found.skipped[0].reason
-        assert [(s.source, s.kind) for s in found.kept] == [("task partly (/v/ten.mp4)", Reason.AFTER_LAST_TURN)]
-    assert judge([late], layout, config=replace(CONFIG, data=DataConfig(max_turns=9))).skipped == ()
+        assert ([t.id for t in found.tasks], found.skipped) == (["late", "partly"], ())
+        named = [f"task {name} (/v/ten.mp4)" for name in ("late", "partly")]
+        assert [(s.source, s.kind) for s in found.kept] == [(name, Reason.AFTER_LAST_TURN) for name in named]
+        assert "turn 8, after the stream's last turn 7 (raise data.max_turns=8)" in found.kept[0].reason
+    assert judge([late], layout, config=replace(CONFIG, data=DataConfig(max_turns=9))).kept == ()
 
 
 def test_the_clock_is_that_of_max_chunks(layout):
     video = replace(CONFIG.data.video, max_chunks=5)
     config = replace(CONFIG, data=DataConfig(max_turns=4, video=video))
     found = judge([task((7.9, "red", "text")), task((8.0, "red", "text"), name="b")], layout, config=config)
-    assert [t.id for t in found.tasks] == ["a"]
-    assert "in turn 4, after the stream's last turn 3" in found.skipped[0].reason
+    assert [sample.source for sample in found.kept] == ["task b (/v/ten.mp4)"]
+    assert "in turn 4, after the stream's last turn 3" in found.kept[0].reason
 
 
 def test_an_answer_longer_than_a_turn_is_left_out_unless_what_fits_is_right(layout):
@@ -184,11 +184,12 @@ def test_held_out_rows_are_named_but_stay(layout):
 
 
 def test_counts_and_examples_are_said_on_one_line_each(layout):
-    rows = [replace(task((9, "red", "text"), name=f"t{i}\n"), origin=f"f.jsonl:{i}") for i in range(12)]
+    rows = [task((2, "red", "text"), query="<|im_end|>", name=f"t{i}\n") for i in range(12)]
+    rows = [replace(row, origin=f"f.jsonl:{i}") for i, row in enumerate(rows)]
     said = []
     tell_rows(said.append, "rl: train", judge(rows, layout))
-    assert said[0] == "rl: train: 12 rows left out: due_after_last_turn 12 (all of them: stages/*.json, summary.json)"
-    assert said[-1] == "rl: train: due_after_last_turn: and 7 more"
+    assert said[0] == "rl: train: 12 rows left out: control_token 12 (all of them: stages/*.json, summary.json)"
+    assert said[-1] == "rl: train: control_token: and 7 more"
     assert len(said) == 7
     assert all("\n" not in line for line in said)
     assert said[1].endswith("(row f.jsonl:0)")
@@ -348,7 +349,7 @@ TABLE = {
     "open": (asks("what?", stay_open=True) | says((2, "red"), (4, "blue")), True),
     "after until": (asks("what?", stay_open=True, until=3) | says((2, "red"), (4, "blue")), False),
     "one turn": (asks("what?", stay_open=True) | says((2.1, "red"), (2.4, "blue")), True),
-    "late": (says((8.5, "red")), False),
+    "late": (says((8.5, "red")), True),
     "partly late": (asks("what?", stay_open=True) | says((2, "red"), (8.5, "blue")), True),
     "long": (says((2, LONG)), False),
     "long choice": (says((2, f"C. {LONG}", "choice")), True),
@@ -386,7 +387,9 @@ def test_checker_and_run_agree_on_every_row(folder, layout, service):
     lines = {name: f"{path}:{i + 1}" for i, name in enumerate(TABLE)}
     skipped = {sample.source.partition(": ")[0] for sample in found.skipped}
     assert skipped == {lines[name] for name, (_, usable) in TABLE.items() if not usable}
-    assert {sample.source.partition(": ")[0] for sample in found.warned} == {lines["one turn"], lines["partly late"]}
+    assert {sample.source.partition(": ")[0] for sample in found.warned} == {
+        lines[name] for name in ("one turn", "late", "partly late")
+    }
 
 
 def test_what_a_rows_check_refuses_for_a_token_the_worker_refuses_too(folder, layout, service):

@@ -69,9 +69,9 @@ def test_rows_are_named_before_anything_trains_with_counts_and_lines(run):
     said, _, lines, _ = run
     start = said[: said.index("sft 1/2")]
     for words in (
-        "sft: train: 4 rows left out: answer_too_long 1, control_token 1, due_after_last_turn 1, thought_too_long 1",
-        "rl: train: 3 rows left out: answer_too_long 1, control_token 1, due_after_last_turn 1",
-        "rl: train: 2 rows used, but not all of it can be answered: due_after_last_turn 1, turn_shared 1",
+        "sft: train: 3 rows left out: answer_too_long 1, control_token 1, thought_too_long 1",
+        "rl: train: 2 rows left out: answer_too_long 1, control_token 1",
+        "rl: train: 3 rows used, but not all of it can be answered: due_after_last_turn 2, turn_shared 1",
         "eval: heldout: 1 rows used, but not all of it can be answered: due_after_last_turn 1",
         f"data: skipped {lines['car']}: task car: answers[0].kind=choice",
     ):
@@ -84,7 +84,7 @@ def test_rows_are_named_before_anything_trains_with_counts_and_lines(run):
 
 def test_an_oracle_below_1_warns_with_the_rows_that_cost_it(run):
     said, _, lines, held = run
-    assert re.search(r"rl: train: warning: a scripted oracle, .* earns 0\.\d+ of 1 over 8 rows\. 2 rows cost it", said)
+    assert re.search(r"rl: train: warning: a scripted oracle, .* earns 0\.\d+ of 1 over 9 rows\. 3 rows cost it", said)
     assert re.search(rf"rl: train: task partly earns 0\.500: due_after_last_turn: .*{re.escape(lines['partly'])}", said)
     assert re.search(rf"eval: heldout: task far earns 0\.000: due_after_last_turn: .*{re.escape(str(held))}:1\)", said)
 
@@ -105,11 +105,10 @@ def test_the_summary_counts_by_reason(run):
     assert summary["skipped_by_reason"] == {
         "answer_too_long": 2,  # too long to demonstrate, and too long to say
         "control_token": 1,
-        "due_after_last_turn": 1,
         "row_contradictory": 1,
         "thought_too_long": 1,
         "video_unusable": 1,
     }
-    assert summary["kept_by_reason"] == {"due_after_last_turn": 2, "turn_shared": 1}
+    assert summary["kept_by_reason"] == {"due_after_last_turn": 3, "turn_shared": 1}
     assert summary["skipped_samples"] == sum(summary["skipped_by_reason"].values()) == len(summary["skipped"])
     assert summary["reward_scripted_oracle"] == pytest.approx(0.8)
