@@ -189,7 +189,7 @@ def write_tasks(path: str | Path, tasks: Iterable[StreamTask]) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             for task in tasks:
                 # ensure_ascii: the separators that some readers take for line breaks (U+2028) are escaped.
-                file.write(json.dumps(_row(task, folder), ensure_ascii=True, allow_nan=False) + "\n")
+                file.write(json.dumps(row_of(task, folder), ensure_ascii=True, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -239,7 +239,7 @@ def _answer(item: Fields) -> ExpectedAnswer:
         raise ValueError(f"{item.where}: {error}") from None
 
 
-def _row(task: StreamTask, folder: Path) -> dict[str, Any]:
+def row_of(task: StreamTask, folder: Path) -> dict[str, Any]:
     video = Path(task.video).absolute()
     name = str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video)
     row: dict[str, Any] = {
