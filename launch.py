@@ -197,7 +197,7 @@ def main(raw: DictConfig) -> None:
     _open_log(config.run_root, config.job.stages)
     overrides = list(HydraConfig.get().overrides.task)
     if config.job.stages == ["watch"]:
-        from evals.watch import watch
+        from evals.watch.job import watch
 
         watch(config, overrides)
         return

@@ -26,18 +26,18 @@ import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
 from rollout.attention import Segment, make_backend
-from rollout.cache import KVPool
-from streams.backbone import AttentionPlan
-from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
-from streams.log import ChunkRecord, LogHeader, StreamLog
+from rollout.engine.kv_pool import KVPool
+from streams.backbone.attention import AttentionPlan
+from streams.backbone.tiny import build_tokenizer
+from streams.layout.layout import STREAMING_TOKENS, Layout, LayoutConfig
+from streams.log.record import ChunkRecord, LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy
-from streams.positions import QWEN2_5_VL_CONVENTION, PositionCursor
+from streams.positions.mrope import QWEN2_5_VL_CONVENTION, PositionCursor
 from streams.scoring.block_mask import BLOCK
 from streams.scoring.compiled import compile_count
 from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack
-from streams.tiny import build_tokenizer
-from streams.writer import StreamWriter, TurnInput
+from streams.writing.writer import StreamWriter, TurnInput
 
 MEMORY = MemoryConfig("rcsm", 8)
 GRID = (1, 12, 16)

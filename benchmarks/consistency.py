@@ -38,7 +38,7 @@ from benchmarks.exactness.rows import (
     Size,
     measure,
 )
-from streams.kernels import choose_learner_attention
+from streams.backbone.kernel_choice import choose_learner_attention
 
 COLUMNS = ("policy", "backbone", "positions", "dtype", "tokens", "evicted", "video", "mean", "p99", "max", *DEFECTS)
 

@@ -27,16 +27,16 @@ import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
 from benchmarks.exactness.streams import stream_header
-from rollout.engine import Engine, StreamRequest
-from rollout.feed import TurnFeed
-from streams.backbone import Backbone
-from streams.layout import LayoutConfig
-from streams.log import ChunkRecord, Kind
+from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.feed import TurnFeed
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.layout.layout import LayoutConfig
+from streams.log.pieces import PieceFolder, join_pieces, read_pieces
+from streams.log.record import ChunkRecord, Kind
 from streams.memory import MemoryConfig, knobs, make_policy
-from streams.pieces import PieceFolder, join_pieces, read_pieces
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
-from streams.writer import QueryInput, TurnInput
+from streams.writing.writer import QueryInput, TurnInput
 
 MEMORIES = {
     "rcsm": MemoryConfig("rcsm", 8, text_window=16),

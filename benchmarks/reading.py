@@ -1,4 +1,4 @@
-"""Reading clips: `streams.decode` against the reader that it replaced, decord read forwards from its first frame.
+"""Reading clips: `streams.video.decode` against the reader that it replaced, decord read forwards from its first frame.
 
     python -m benchmarks.reading --json benchmarks/results/reading_cpu.json
     python -m benchmarks.reading --quick --json -
@@ -27,8 +27,8 @@ import av
 import numpy as np
 
 from benchmarks.environment import hardware, result_target, versions, write_result
-from streams import presentation
-from streams.decode import TIME_TOLERANCE_S, ClipRequest, decode_clip, frame_times, resize_frame
+from streams.video import presentation
+from streams.video.decode import TIME_TOLERANCE_S, ClipRequest, decode_clip, frame_times, resize_frame
 
 SIZES = ((56, 56, 10), (640, 360, 30), (1280, 720, 30))
 """(width, height, frames a second)"""

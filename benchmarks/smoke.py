@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.environment import ROOT, write_result
 from runtime.planning.usage import USAGE_FILE
 from runtime.store.journal import journal_path, read_lines
-from streams.scoring.stats import LogpDiff
+from streams.log.mismatch import LogpDiff
 
 STEPS = 3
 RUN_ROOT = ROOT / "outputs" / "gpu_smoke"

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from streams.paths import expand_home
+from streams.support.paths import expand_home
 
 PATH_KEYS = (
     "run_root",

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
-from streams.layout import LayoutConfig
+from streams.checkpoint.folder import STREAMING_FILE
+from streams.layout.layout import LayoutConfig
 from streams.memory import CUSTOM, MemoryConfig
-from streams.pretrained import STREAMING_FILE
 
 FORMAT = 1
 

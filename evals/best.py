@@ -13,7 +13,7 @@ from dataclasses import replace
 from conf.schema import RunConfig
 from evals.categories import ALL, category_name
 from runtime.tracking.metric_names import metric_name
-from streams.synthetic import MODES
+from streams.data.synthetic.questions import MODES
 from streams.task import StreamTask
 
 ACCURACY = "accuracy_"

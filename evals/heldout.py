@@ -22,7 +22,7 @@ from runtime.cluster.session import Session
 from runtime.mismatch_gate import Monitor
 from runtime.rows import play_oracle
 from runtime.tracking.progress import Progress
-from streams.dataset import SkippedSample, at_row
+from streams.data.dataset import SkippedSample, at_row
 from streams.memory import MemoryConfig
 from streams.messages import GroupSummary, RewardJob, RolloutTask
 from streams.task import StreamTask

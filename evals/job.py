@@ -14,12 +14,14 @@ from typing import Any
 from conf.schema import RunConfig
 from evals.heldout import Condition, EvalResult, chance, evaluate, scripted_rewards
 from evals.summary import heldout_fields, mismatch_fields
-from evals.transcripts import write_transcripts
+from evals.transcripts.record import write_transcripts
+from learner.setup import LearnerSetup
+from rollout.setup import WorkerSetup
 from runtime.cluster.session import Session
 from runtime.tracking.metric_names import metric_name
 from runtime.tracking.progress import Progress
 from runtime.tracking.tracker import Tracker
-from streams.messages import LearnerSetup, ScoreReport, WorkerSetup
+from streams.messages import ScoreReport
 from streams.task import StreamTask
 
 

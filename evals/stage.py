@@ -11,7 +11,7 @@ from evals.summary import checkpoint_label, print_table, rows_fields, samples, s
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
 from runtime.starting_point import own_checkpoints
-from streams.pretrained import resolve_checkpoint
+from streams.checkpoint.folder import resolve_checkpoint
 from streams.support.files import write_json
 
 ROWS = RowUse(

@@ -18,10 +18,10 @@ from rich.text import Text
 
 from evals.categories import ALL
 from evals.heldout import EvalResult
-from streams.dataset import SkippedSample, counted
+from streams.data.dataset import SkippedSample, counted
+from streams.data.synthetic.questions import MODES
 from streams.messages import ScoreReport
-from streams.synthetic import MODES
-from streams.terminal import visible
+from streams.support.terminal import visible
 
 CONDITIONS = ("empty_thoughts", "recent_frames")
 OWN_RESULTS = ("sft", "rl", *CONDITIONS)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from learner.losses import decision_weights
-from streams.layout import LayoutTokens
-from streams.log import Kind, StreamLog
+from streams.layout.layout import LayoutTokens
+from streams.log.mismatch import OffToken, most_telling
+from streams.log.record import Kind, StreamLog
 from streams.messages import GroupPayload
 from streams.scoring.packing import Rows, pack, plan_micro_batches
-from streams.scoring.stats import OffToken, most_telling
 
 IDLE_TOKENS = 128
 """Tokens of an idle row: one block of the attention mask."""

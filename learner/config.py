@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from streams.freezing import check_freeze_mode
-from streams.kernels import LEARNER_ATTENTION
+from streams.backbone.freezing import check_freeze_mode
+from streams.backbone.kernel_choice import LEARNER_ATTENTION
 
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)

@@ -31,22 +31,24 @@ from learner.batching import (
     TrainItem,
     common_shapes,
 )
-from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
-from learner.forward import PolicyForward, Reference, blank_media
-from learner.linear import replace_deepspeed_linear
+from learner.forward import PolicyForward, blank_media
+from learner.long_streams.activation_checkpointing import checkpoint_activations
 from learner.losses import Sums, grpo_loss, sft_loss
 from learner.publish import export_weights, full_shape, host_state_dict
 from learner.ranks import Ranks
+from learner.reference import Reference
+from learner.setup import LearnerSetup
 from learner.state import load_state, save_state
-from streams.backbone import Backbone
-from streams.kernels import choose_learner_attention, choose_vision_attention
-from streams.log import Kind
-from streams.messages import GroupPayload, LearnerSetup, ScoreReport, TrainReport, WeightsUpdate
-from streams.meter import Meter
+from learner.zero3_linear import replace_deepspeed_linear
+from streams.backbone.backbone import Backbone
+from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
+from streams.log.mismatch import LogpDiff, OffToken, most_telling
+from streams.log.record import Kind
+from streams.messages import GroupPayload, ScoreReport, TrainReport, WeightsUpdate
 from streams.scoring.compiled import compile_count
 from streams.scoring.packing import Rows
-from streams.scoring.stats import LogpDiff, OffToken, most_telling
+from streams.support.meter import Meter
 
 log = logging.getLogger("sightline.learner")
 

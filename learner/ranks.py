@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from streams.messages import RankPlace
+from learner.setup import RankPlace
 
 T = TypeVar("T")
 

@@ -15,19 +15,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from streams.actorlog import open_actor_log
-from streams.messages import (
-    MESSAGES_VERSION,
-    DeviceInfo,
-    GroupPayload,
-    LearnerSetup,
-    ProcessUsage,
-    RankPlace,
-    ScoreReport,
-    TrainBatch,
-    TrainReport,
-    WeightsUpdate,
-)
+from learner.setup import LearnerSetup, RankPlace
+from streams.messages import MESSAGES_VERSION, GroupPayload, ScoreReport, TrainBatch, TrainReport, WeightsUpdate
+from streams.support.actor_log import open_actor_log
+from streams.support.usage import DeviceInfo, ProcessUsage
 
 if TYPE_CHECKING:
     from learner.engine import LearnerEngine
@@ -58,7 +49,7 @@ class Learner:
 
     def device(self) -> DeviceInfo:
         """What this rank would load onto, before it does."""
-        from streams.meter import device_info
+        from streams.support.meter import device_info
 
         return device_info(ray.util.get_node_ip_address())
 

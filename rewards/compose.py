@@ -22,7 +22,7 @@ from rewards.correctness import correct_answers
 from rewards.outcome import StreamOutcome, match_answers
 from rewards.registry import Term, build
 from rewards.timing import Timing
-from streams.dataset import at_row
+from streams.data.dataset import at_row
 
 COMBINES = ("product", "weighted_sum")
 

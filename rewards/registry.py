@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rewards.outcome import StreamOutcome
-from streams.targets import check_params, construct, load, origin
+from streams.support.plugins import check_params, construct, load, origin
 
 Term = Callable[[StreamOutcome], np.ndarray]
 Factory = TypeVar("Factory", bound=Callable[..., Any])

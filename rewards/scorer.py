@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
 from rewards.scripted import oracle_turns
-from streams.actorlog import open_actor_log
 from streams.messages import RewardJob, ScriptedJob
+from streams.support.actor_log import open_actor_log
 
 
 class Scorer:

@@ -35,7 +35,8 @@ from runtime.store.checkpoint import CheckpointState, promote, read_best, step_n
 from runtime.store.journal import StepJournal, journal_path
 from runtime.store.manifests import plain
 from runtime.task_order import epochs, group_id
-from streams.dataset import Reason, SkippedSample, at_row
+from streams.data.dataset import Reason, SkippedSample, at_row
+from streams.log.mismatch import LogpDiff, OffToken
 from streams.messages import (
     GroupSummary,
     RewardJob,
@@ -46,7 +47,6 @@ from streams.messages import (
     TrainGroup,
     TrainReport,
 )
-from streams.scoring.stats import LogpDiff, OffToken
 from streams.support.byte_cache import ByteBudgetCache
 from streams.task import StreamTask
 

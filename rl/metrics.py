@@ -12,8 +12,8 @@ import numpy as np
 
 from rl.results import ReadyGroup
 from runtime.tracking.metric_names import apart, metric_name
+from streams.log.mismatch import LogpDiff
 from streams.messages import SwapReport, TrainReport
-from streams.scoring.stats import LogpDiff
 
 TOTAL, ZERO_STD = "reward/total", "reward/zero_std_groups"
 OWN = ("total", "group_std", "zero_std_groups", "failed_streams")

@@ -24,8 +24,8 @@ from runtime.cluster.events import Events
 from runtime.cluster.session import Session
 from runtime.mismatch_gate import Monitor
 from runtime.tracking.metric_names import metric_name
+from streams.log.mismatch import LogpDiff
 from streams.messages import GroupSummary, RewardJob, ScoreReport
-from streams.scoring.stats import LogpDiff
 from streams.task import StreamTask
 
 SHARE = 4

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.compose import RewardResult
-from streams.dataset import SkippedSample
+from streams.data.dataset import SkippedSample
+from streams.log.mismatch import LogpDiff
 from streams.messages import GroupSummary
-from streams.scoring.stats import LogpDiff
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rl.loop import RLLoop
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
 from runtime.starting_point import cold_start, reference_of_branch
-from streams.pretrained import resolve_checkpoint
+from streams.checkpoint.folder import resolve_checkpoint
 
 ROWS = RowUse("rl", "train", trains=True, own_checkpoint=lambda config: config.algorithm.init != "auto")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streams.kernels import ROLLOUT_ATTENTION
+from streams.backbone.kernel_choice import ROLLOUT_ATTENTION
 
 SELF_CHECK_HEAD = 256
 """Tokens whose logits exist at once when a worker re-scores a stream: the memory is missing in its KV pool."""

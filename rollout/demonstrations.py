@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streams.inputs import TurnInput
-from streams.log import StreamLog
+from streams.log.record import StreamLog
 from streams.messages import ScriptTask
-from streams.video import VideoError
-from streams.writer import StreamWriter
+from streams.video.reader import VideoError
+from streams.writing.inputs import TurnInput
+from streams.writing.writer import StreamWriter
 
 
 def write_demonstration(writer: StreamWriter, turns: Sequence[TurnInput], task: ScriptTask, version: int) -> StreamLog:

@@ -23,33 +23,25 @@ import torch
 
 from rollout.config import SELF_CHECK_HEAD
 from rollout.demonstrations import write_demonstration
-from rollout.engine import Engine, StreamRequest
+from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.sampler import stream_seed
 from rollout.promises import Promises
-from rollout.sampler import stream_seed
-from rollout.weights import StagedWeights
-from streams.backbone import Backbone, to_array, to_tensor
-from streams.inputs import clip_key, turn_inputs
-from streams.kernels import choose_learner_attention, choose_vision_attention
-from streams.layout import Layout
-from streams.log import LogHeader, StreamLog
+from rollout.setup import WorkerSetup
+from rollout.staging import StagedWeights
+from streams.backbone.backbone import Backbone, to_array, to_tensor
+from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
+from streams.layout.layout import Layout
+from streams.log.mismatch import LogpDiff, OffToken, most_telling
+from streams.log.record import LogHeader, StreamLog
 from streams.memory import CONTIGUOUS, MemoryConfig, knobs, make_policy
-from streams.messages import (
-    GroupPayload,
-    GroupSummary,
-    RolloutTask,
-    ScriptTask,
-    SwapReport,
-    WeightsUpdate,
-    WorkerSetup,
-    WorkerStats,
-)
-from streams.meter import Meter
+from streams.messages import GroupPayload, GroupSummary, RolloutTask, ScriptTask, SwapReport, WeightsUpdate, WorkerStats
 from streams.scoring.logprobs import behaviour_differences
-from streams.scoring.stats import LogpDiff, OffToken, most_telling
 from streams.support.byte_cache import ByteBudgetCache
+from streams.support.meter import Meter
 from streams.task import StreamTask
-from streams.video import Clip, ClipReader, ReaderClosedError
-from streams.writer import StreamWriter, check_timestamps_kept
+from streams.video.reader import Clip, ClipReader, ReaderClosedError
+from streams.writing.inputs import clip_key, turn_inputs
+from streams.writing.writer import StreamWriter, check_timestamps_kept
 
 log = logging.getLogger("sightline.rollout")
 

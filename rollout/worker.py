@@ -21,25 +21,23 @@ import numpy as np
 import ray
 
 from rollout.promises import ServiceClosedError
-from streams.actorlog import open_actor_log
-from streams.layout import LayoutConfig
+from rollout.setup import WorkerInfo, WorkerSetup
+from streams.backbone.tiny_spec import TinySpec
+from streams.layout.layout import LayoutConfig
 from streams.messages import (
     MESSAGES_VERSION,
-    DeviceInfo,
     GroupPayload,
     GroupSummary,
-    ProcessUsage,
     RolloutTask,
     RowTexts,
     RowWords,
     ScriptTask,
     SwapReport,
     WeightsUpdate,
-    WorkerInfo,
-    WorkerSetup,
     WorkerStats,
 )
-from streams.tiny_spec import TinySpec
+from streams.support.actor_log import open_actor_log
+from streams.support.usage import DeviceInfo, ProcessUsage
 
 if TYPE_CHECKING:
     from rollout.service import RolloutService
@@ -63,7 +61,7 @@ class RolloutWorker:
 
     async def device(self) -> DeviceInfo:
         """What this worker would load onto, before it does."""
-        from streams.meter import device_info
+        from streams.support.meter import device_info
 
         return await asyncio.to_thread(device_info, ray.util.get_node_ip_address())
 
@@ -76,7 +74,7 @@ class RolloutWorker:
         """Write the random checkpoint to `folder`. Here, because the driver loads no torch."""
         import torch
 
-        from streams.tiny import build_tiny
+        from streams.backbone.tiny import build_tiny
 
         return str(await asyncio.to_thread(build_tiny, Path(folder), spec, seed=seed, dtype=getattr(torch, dtype)))
 
@@ -84,8 +82,8 @@ class RolloutWorker:
         self, checkpoint: str, layout: LayoutConfig, rows: tuple[RowTexts, ...]
     ) -> tuple[RowWords, ...]:
         """What the checkpoint's tokenizer says about the rows' texts. Here, because the driver loads no tokenizer."""
-        from streams.answerable import read_words
-        from streams.backbone import text_layout
+        from streams.backbone.vocabulary import text_layout
+        from streams.data.answerable import read_words
 
         def read() -> tuple[RowWords, ...]:
             words = text_layout(checkpoint, layout)

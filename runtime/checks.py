@@ -12,12 +12,12 @@ from conf.age import age_bound
 from conf.schema import RunConfig
 from runtime.starting_point import model_folder, own_checkpoints
 from runtime.store.manifests import StagePlan, replaced_by
-from streams.dataset import load_tasks
-from streams.log import BYTES_PER_TOKEN
+from streams.checkpoint.folder import FAMILIES, is_hub_id, model_type, token_side
+from streams.checkpoint.weights import check_weights
+from streams.data.dataset import load_tasks
+from streams.log.record import BYTES_PER_TOKEN
 from streams.memory import check_args_taken, check_text_tells_time, live_bound, make_policy
-from streams.pretrained import FAMILIES, is_hub_id, model_type, token_side
 from streams.task import StreamTask
-from streams.weights import check_weights
 
 
 def describe(config: RunConfig) -> list[str]:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from runtime.run import Run, Stage
-from streams.synthetic import generate
+from streams.data.synthetic.questions import generate
 
 
 def run(run: Run) -> dict[str, Any]:

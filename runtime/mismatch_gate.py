@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from conf.schema import RunConfig
-from streams.scoring.stats import LogpDiff, OffToken, most_telling
+from streams.log.mismatch import LogpDiff, OffToken, most_telling
 
 
 class Monitor:

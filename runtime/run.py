@@ -17,6 +17,8 @@ from typing import Any
 from conf.schema import RunConfig
 from conf.streaming import streaming_settings
 from learner.config import LearnerConfig
+from learner.setup import LearnerSetup
+from rollout.setup import WorkerSetup
 from runtime.checks import Rows, describe
 from runtime.cluster.session import Session
 from runtime.context import StageContext
@@ -33,12 +35,12 @@ from runtime.store.runlock import RunLock
 from runtime.task_files import TaskFiles
 from runtime.tracking.progress import Progress
 from runtime.tracking.tracker import Tracker
-from streams.geometry import ModelGeometry
-from streams.messages import DeviceInfo, LearnerSetup, WorkerSetup
-from streams.pretrained import resolve_checkpoint
-from streams.scoring.stats import LogpDiff
+from streams.checkpoint.folder import resolve_checkpoint
+from streams.checkpoint.model_shape import ModelGeometry
+from streams.checkpoint.weights import check_weights
+from streams.log.mismatch import LogpDiff
+from streams.support.usage import DeviceInfo
 from streams.task import StreamTask
-from streams.weights import check_weights
 
 
 @dataclass(frozen=True)

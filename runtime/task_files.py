@@ -25,9 +25,9 @@ from runtime.rows import (
     tell_overlap,
     tell_rows,
 )
-from streams.dataset import SkippedSample, TaskFile, counted, load_tasks
+from streams.data.dataset import SkippedSample, TaskFile, counted, load_tasks
+from streams.support.terminal import one_line
 from streams.task import StreamTask
-from streams.terminal import one_line
 
 
 class Skipping(Protocol):

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from conf.schema import RunConfig, SftConfig
+from conf.schema import RunConfig
+from conf.training import SftConfig
 from streams.messages import ScriptedTurn
 from streams.task import StreamTask
 

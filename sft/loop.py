@@ -22,7 +22,7 @@ from runtime.store.checkpoint import CheckpointState
 from runtime.store.journal import StepJournal, journal_path
 from runtime.task_order import epochs, group_id
 from sft.demonstrations import script_for
-from streams.dataset import SkippedSample, at_row
+from streams.data.dataset import SkippedSample, at_row
 from streams.messages import GroupSummary, ScriptTask, TrainBatch, TrainGroup, TrainReport
 from streams.task import StreamTask
 

@@ -7,94 +7,19 @@ travel by object reference from the process that made them to the one that needs
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from streams.dataset import Reason
-from streams.layout import LayoutConfig
-from streams.log import StreamLog
+from streams.data.dataset import Reason
+from streams.log.mismatch import LogpDiff, OffToken
+from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
-from streams.scoring.stats import LogpDiff, OffToken
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
-from streams.video import VideoConfig
 
 MESSAGES_VERSION = 7
-
-
-@dataclass(frozen=True)
-class DeviceInfo:
-    """What an actor computes on. key: equal for actors that share it. free: bytes that nobody holds at the moment; held:
-    those that the actor itself does.
-    """
-
-    key: str
-    name: str
-    cuda: bool
-    total: int
-    free: int
-    held: int = 0
-
-
-@dataclass(frozen=True)
-class PhaseUsage:
-    """One kind of work of a process: seconds and calls so far; peak: most bytes held on the device at once meanwhile."""
-
-    seconds: float
-    calls: int
-    peak: int
-
-
-@dataclass(frozen=True)
-class ProcessUsage:
-    """Where the time and memory of an actor went since its setup. compiles: kernels compiled."""
-
-    process: str
-    phases: dict[str, PhaseUsage]
-    compiles: int = 0
-
-
-@dataclass(frozen=True)
-class WorkerSetup:
-    """What a rollout worker needs before its first group.
-
-    kv_slots: tokens of its KV pool. staging: where fetched weights wait, `device` or `host`. monitor_every: re-score every
-    N-th stream of one version; off_above: the difference from which on a token of it is named; scoring_attention: what the
-    learner is asked to score with.
-    """
-
-    checkpoint: str
-    dtype: str
-    layout: LayoutConfig
-    memory: MemoryConfig
-    video: VideoConfig
-    freeze: str
-    max_streams: int
-    kv_slots: int
-    monitor_every: int
-    run_seed: int
-    version: int = 0
-    off_above: float = math.inf
-    scoring_attention: str = "auto"
-    staging: str = "device"
-    attention: str = "auto"
-    vision_attention: str = "auto"
-    messages_version: int = MESSAGES_VERSION
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """What a worker answers to its setup. attention: the engine's attention backend, and why that one."""
-
-    worker: int
-    node: str
-    pid: int
-    kv_slots: int
-    parameters: int
-    attention: str
 
 
 @dataclass(frozen=True)
@@ -247,37 +172,6 @@ class WorkerStats:
     sampled_tokens: int
     engine_steps: int
     clips_encoded: int
-
-
-@dataclass(frozen=True)
-class RankPlace:
-    """Where a rank stands. host, port: rank 0's store (port 0 = a lone rank opens its own). timeout_s: of any collective."""
-
-    rank: int = 0
-    world: int = 1
-    host: str = "127.0.0.1"
-    port: int = 0
-    timeout_s: float = 600.0
-
-
-@dataclass(frozen=True)
-class LearnerSetup:
-    """What a learner rank needs before its first step. learner: its config, as plain values.
-
-    reference: the checkpoint that RL started from, for the KL to it (empty = none is held); a resume names the same one.
-    off_above: the difference of log-probs from which on a token is named.
-    """
-
-    checkpoint: str
-    layout: LayoutConfig
-    learner: dict[str, Any]
-    total_steps: int
-    seed: int
-    version: int = 0
-    reference: str = ""
-    off_above: float = math.inf
-    vision_attention: str = "auto"
-    messages_version: int = MESSAGES_VERSION
 
 
 @dataclass(frozen=True)

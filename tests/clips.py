@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streams.shapes import write_clip
+from streams.data.synthetic.scenes import write_clip
 
 __all__ = ["grey_ramp", "solid", "write_clip", "write_grey_ramp"]
 

@@ -32,7 +32,7 @@ def learner_process() -> Iterator[None]:
 def one_rank():
     """The lone learner rank of this process."""
     from learner.ranks import Ranks
-    from streams.messages import RankPlace
+    from learner.setup import RankPlace
 
     ranks = Ranks(RankPlace())
     yield ranks

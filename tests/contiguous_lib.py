@@ -12,12 +12,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from benchmarks.exactness.backbones import forward_as
-from rollout.engine import StreamRequest
-from streams.backbone import Backbone, VideoTokens
-from streams.log import GENERATED_TEXT, Kind, StreamLog
+from rollout.engine.engine import StreamRequest
+from streams.backbone.backbone import Backbone, VideoTokens
+from streams.log.record import GENERATED_TEXT, Kind, StreamLog
 from streams.memory import MemoryConfig
-from streams.regions import Region
-from streams.writer import TurnInput
+from streams.positions.regions import Region
+from streams.writing.writer import TurnInput
 
 
 def angles_in_float64():

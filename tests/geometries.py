@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streams.geometry import ModelGeometry
+from streams.checkpoint.model_shape import ModelGeometry
 
 
 def qwen2_5_vl(**language_model: Any) -> ModelGeometry:

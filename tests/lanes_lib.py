@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from streams.layout import Layout
-from streams.log import Kind, StreamLog
+from streams.layout.layout import Layout
+from streams.log.record import Kind, StreamLog
 from streams.memory import Lanes, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart
-from streams.writer import TurnInput
+from streams.writing.writer import TurnInput
 
 
 def brute_force_lanes(log: StreamLog, memory: MemoryConfig) -> np.ndarray:

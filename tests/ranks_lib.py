@@ -22,18 +22,19 @@ from unittest import mock
 import numpy as np
 import torch
 
+from learner.assign import share_out
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
-from learner.shares import share_out
-from rollout.engine import StreamRequest
-from streams.backbone import Backbone, to_array
-from streams.layout import LayoutConfig
-from streams.log import ChunkRecord
+from learner.setup import LearnerSetup
+from rollout.engine.engine import StreamRequest
+from streams.backbone.backbone import Backbone, to_array
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.layout.layout import LayoutConfig
+from streams.log.record import ChunkRecord
 from streams.memory import MemoryConfig
-from streams.messages import GroupPayload, LearnerSetup
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
-from streams.writer import QueryInput, TurnInput
+from streams.messages import GroupPayload
+from streams.writing.writer import QueryInput, TurnInput
 from tests.streams_lib import norms_in_input_dtype, request
 from tests.streams_lib import run as run_streams
 
@@ -215,7 +216,7 @@ def publish(path: Path, content: bytes) -> None:
 def main(folder: Path, rank: int, world: int, timeout_s: float) -> None:
     """The process of one rank. It ends when its launcher kills it, or is gone."""
     from learner.ranks import Ranks, open_store
-    from streams.messages import RankPlace
+    from learner.setup import RankPlace
 
     place = RankPlace(rank, world, "127.0.0.1", 0, timeout_s)
     store = None

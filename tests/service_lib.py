@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rollout.service import RolloutService, ServiceLimits
-from streams.layout import LayoutConfig
+from rollout.setup import WorkerSetup
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.messages import WorkerSetup
-from streams.video import VideoConfig
+from streams.video.config import VideoConfig
 
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 

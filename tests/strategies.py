@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 from hypothesis import strategies as st
 
-from rollout.engine import StreamRequest
-from streams.backbone import Backbone
+from rollout.engine.engine import StreamRequest
+from streams.backbone.backbone import Backbone
 from streams.memory import MemoryConfig
 from tests.streams_lib import random_turns, request
 from tests.test_policies import MEMORIES

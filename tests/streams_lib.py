@@ -16,10 +16,10 @@ from benchmarks.exactness.streams import (
     request,
     run,
 )
-from streams.layout import Layout
-from streams.log import NEVER, Kind, StreamLog
+from streams.layout.layout import Layout
+from streams.log.record import NEVER, Kind, StreamLog
 from streams.memory import MemoryConfig
-from streams.writer import TurnInput
+from streams.writing.writer import TurnInput
 
 __all__ = [
     "GRIDS",

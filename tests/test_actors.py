@@ -67,7 +67,7 @@ def test_an_error_without_any_detail_is_still_explained(tmp_path):
 
 LOGGING = """
 import logging, sys, threading, warnings
-from streams.actorlog import MAX_BYTES, open_actor_log
+from streams.support.actor_log import MAX_BYTES, open_actor_log
 path = open_actor_log()
 logging.getLogger("sightline.rollout").info("loaded")
 warnings.warn("careful")
@@ -105,7 +105,7 @@ def test_an_actors_log_holds_records_warnings_thread_errors_and_how_it_ended(tmp
 
 def test_a_folder_that_cannot_be_written_costs_the_log_not_the_actor(tmp_path):
     (tmp_path / "file").touch()
-    code = "from streams.actorlog import open_actor_log; print(open_actor_log())"
+    code = "from streams.support.actor_log import open_actor_log; print(open_actor_log())"
     environment = {**os.environ, "SIGHTLINE_ACTOR": "scorer", "SIGHTLINE_LOG_DIR": str(tmp_path / "file" / "logs")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "None\n")

@@ -12,19 +12,19 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from learner.forward import encode_media
-from rollout.weights import StagedWeights
-from streams.backbone import Backbone, to_array, to_tensor
-from streams.freezing import FREEZE_MODES
-from streams.layout import LayoutConfig
+from rollout.staging import StagedWeights
+from streams.backbone.backbone import Backbone, to_array, to_tensor
+from streams.backbone.freezing import FREEZE_MODES
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import QWEN3_SPEC, TinySpec
+from streams.checkpoint.folder import check_rope_theta, token_side
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.messages import WeightsUpdate
-from streams.positions import QWEN2_5_VL_CONVENTION, QWEN3_VL_CONVENTION
-from streams.pretrained import check_rope_theta, token_side
+from streams.positions.mrope import QWEN2_5_VL_CONVENTION, QWEN3_VL_CONVENTION
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
-from streams.tiny import build_tiny
-from streams.tiny_spec import QWEN3_SPEC, TinySpec
-from streams.writer import TurnInput
+from streams.writing.writer import TurnInput
 from tests.streams_lib import MODEL_TYPES, SPECS, chunk_record, loud_backbone, norms_in_input_dtype, request, run
 
 

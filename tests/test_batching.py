@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner.assign import share_out
 from learner.batching import SftWeights, Shape, TargetCounts, common_shapes
-from learner.shares import share_out
-from streams.log import Kind
+from streams.log.record import Kind
 
 TOKENS = st.lists(st.integers(0, 10_000), max_size=24)
 SHAPES = st.lists(st.builds(Shape, st.sampled_from(["", "pre_merger"]), st.integers(1, 9)), max_size=5).map(tuple)

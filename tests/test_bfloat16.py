@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from learner.linear import linear
-from streams.dataset import load_tasks
-from streams.messages import LearnerSetup, RolloutTask
-from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
+from learner.setup import LearnerSetup
+from learner.zero3_linear import linear
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.data.dataset import load_tasks
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.messages import RolloutTask
 from tests.service_lib import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from streams.log import NEVER
+from streams.log.record import NEVER
 from streams.memory import MemoryConfig
 from streams.scoring.block_mask import BLOCK, BlockLists, interval_block_lists, visible_blocks
 from streams.scoring.mask import block_mask, dense_mask, mask_mod

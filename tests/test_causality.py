@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.writer import QueryInput
+from streams.writing.writer import QueryInput
 from tests import test_exactness as exactness
 from tests.strategies import EVERY_MEMORY, for_backbone, layouts
 from tests.streams_lib import differences, random_turns, request, run

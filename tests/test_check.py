@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from rewards import is_correct
-from streams.check import main
-from streams.dataset import load_tasks
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.data.check import main
+from streams.data.dataset import load_tasks
 from tests.clips import write_grey_ramp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,7 @@ def test_a_video_name_that_the_locale_cannot_write_costs_its_row(folder):
     path = write(folder, row("whole", "good.mp4"), row("other", "\u732b.mp4"))
     bare = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "streams.check", str(path)],
+        [sys.executable, "-m", "streams.data.check", str(path)],
         cwd=ROOT,
         env=bare,
         capture_output=True,
@@ -336,7 +336,7 @@ def test_an_earlier_result_is_replaced(folder):
 
 def command(path, *words, env=None, **options):
     return subprocess.run(
-        [sys.executable, "-m", "streams.check", str(path), *words],
+        [sys.executable, "-m", "streams.data.check", str(path), *words],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         timeout=120,
@@ -401,7 +401,7 @@ def test_the_command(folder):
             "conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "B", "timestamp": 4}],
         },
     )
-    command = [sys.executable, "-m", "streams.check", str(path)]
+    command = [sys.executable, "-m", "streams.data.check", str(path)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2
     assert "unknown field x" in refused.stderr

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from learner.batching import TrainItem
-from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from streams.backbone import Backbone, to_array
-from streams.layout import LayoutConfig
+from learner.long_streams.activation_checkpointing import checkpoint_activations
+from learner.setup import LearnerSetup
+from streams.backbone.backbone import Backbone, to_array
+from streams.backbone.tiny import build_tiny
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.messages import GroupPayload, LearnerSetup
+from streams.messages import GroupPayload
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
-from streams.tiny import build_tiny
 from tests.streams_lib import MODEL_TYPES, joined_features, loud_backbone, random_turns, request, run
 
 LAYOUT = LayoutConfig(think_budget=5, max_new_tokens=10)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from streams.synthetic import SyntheticConfig, generate
+from streams.data.synthetic.questions import SyntheticConfig, generate
 from tests.ray_head import RayHead
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.cache import SlotList
-from streams.columns import Columns
-from streams.live import LiveSet, TurnHistory
-from streams.log import NEVER, Kind
+from rollout.engine.slots import SlotList
+from streams.log.columns import Columns
+from streams.log.record import NEVER, Kind
+from streams.memory.live import LiveSet, TurnHistory
 
 
 def columns() -> Columns:

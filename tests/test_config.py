@@ -15,8 +15,8 @@ from hydra.errors import HydraException
 import launch
 from conf.schema import RunConfig, load_config
 from runtime.checks import check_nothing_needed_is_replaced, preflight
-from streams.pretrained import resolve_checkpoint
-from streams.tiny_spec import QWEN3_SPEC
+from streams.backbone.tiny_spec import QWEN3_SPEC
+from streams.checkpoint.folder import resolve_checkpoint
 
 launch.register_schema()
 ROOT = Path(__file__).resolve().parent.parent

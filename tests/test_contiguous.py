@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rollout.engine import Engine
-from streams.log import Kind
+from rollout.engine.engine import Engine
+from streams.log.record import Kind
 from streams.memory import MemoryConfig, SinkWindow, knobs, make_policy
-from streams.positions import PositionCursor
-from streams.regions import Region
-from streams.rotary import Rotary
+from streams.positions.mrope import PositionCursor
+from streams.positions.regions import Region
+from streams.positions.rotary import Rotary
 from streams.scoring.block_mask import BLOCK
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
-from streams.writer import StreamWriter
+from streams.writing.writer import StreamWriter
 from tests import test_exactness as exactness
 from tests.contiguous_lib import angles_in_float64, layout_of, slow_logps
 from tests.strategies import ANY_MEMORY, contiguous, for_backbone, watched
@@ -185,7 +185,7 @@ class TestPlantedDefects:
 
     def test_keys_that_stay_as_they_were_rotated(self, fp64, evicting, monkeypatch):
         _, requests, _ = evicting
-        monkeypatch.setattr("rollout.contiguous.StepRotation.turn", lambda *_: None)
+        monkeypatch.setattr("rollout.engine.contiguous.StepRotation.turn", lambda *_: None)
         assert exactness.differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
 
@@ -237,7 +237,7 @@ def test_without_a_backward_not_all_scores_of_a_long_row_exist_at_once(fp64, evi
     features = joined_features(requests[longest])
     with torch.no_grad():
         whole = score_rows(fp64, rows, features, head_chunk=8).logp
-        monkeypatch.setattr("streams.scoring.regions.REGION_SCORES", 2**14)
+        monkeypatch.setattr("streams.scoring.contiguous.REGION_SCORES", 2**14)
         with LargestTensor() as largest:
             piecewise = score_rows(fp64, rows, features, head_chunk=8).logp
     assert (whole - piecewise).abs().max() <= FP64_BAR

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from rollout.attention import Segment, make_backend
-from rollout.cache import KVPool
-from streams.backbone import Backbone
-from streams.kernels import choose_vision_attention, has_module
-from streams.layout import LayoutConfig
+from rollout.engine.kv_pool import KVPool
+from streams.backbone.backbone import Backbone
+from streams.backbone.kernel_choice import choose_vision_attention, has_module
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.layout.layout import LayoutConfig
 from streams.scoring.block_mask import BLOCK
 from streams.scoring.compiled import compile_count
 from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow, pytest.mark.timeout(900)]
 

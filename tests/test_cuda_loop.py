@@ -9,22 +9,23 @@ import pytest
 import torch
 
 from learner.batching import TrainItem
-from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from rollout.engine import Engine
-from rollout.weights import StagedWeights
-from streams.backbone import Backbone, to_array
-from streams.kernels import has_module
-from streams.layout import LayoutConfig
-from streams.log import NEVER
+from learner.long_streams.activation_checkpointing import checkpoint_activations
+from learner.setup import LearnerSetup
+from rollout.engine.engine import Engine
+from rollout.staging import StagedWeights
+from streams.backbone.backbone import Backbone, to_array
+from streams.backbone.kernel_choice import has_module
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import QWEN3_SPEC, TinySpec
+from streams.layout.layout import LayoutConfig
+from streams.log.mismatch import LogpDiff
+from streams.log.record import NEVER
 from streams.memory import MemoryConfig
-from streams.messages import GroupPayload, LearnerSetup
+from streams.messages import GroupPayload
 from streams.scoring.logprobs import behaviour_differences, score_rows
 from streams.scoring.packing import pack
-from streams.scoring.stats import LogpDiff
-from streams.tiny import build_tiny
-from streams.tiny_spec import QWEN3_SPEC, TinySpec
 from tests.streams_lib import joined_features, random_turns, request
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from conf.streaming import streaming_settings
-from rollout.engine import Engine
+from rollout.engine.engine import Engine
 from runtime.checks import check_memory, describe
-from streams.log import Kind
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.log.record import Kind
 from streams.memory import POLICIES, Lanes, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
 from tests.service_lib import open_service, worker_setup
 from tests.streams_lib import loud_backbone, norms_in_input_dtype, random_turns, request
 from tests.test_config import composed

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.dataset import SkippedSample, load_tasks, write_tasks
+from streams.data.dataset import SkippedSample, load_tasks, write_tasks
 from streams.task import ANSWER_KINDS, ExpectedAnswer, StreamTask, TimedQuery, TimedThought
 
 ROW = {

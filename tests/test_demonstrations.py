@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.schema import SftConfig
+from conf.training import SftConfig
 from sft.demonstrations import script_for
 from streams.messages import ScriptedTurn
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery, TimedThought

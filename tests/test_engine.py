@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine import Engine, stream_bound
+from rollout.engine.engine import Engine, stream_bound
 from streams.memory import MemoryConfig
 from streams.turns import ParsedTurn
 from tests.streams_lib import MODEL_TYPES, loud_backbone, random_turns, request, run

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import AlgorithmConfig, RunConfig, SftConfig
+from conf.schema import RunConfig
+from conf.training import AlgorithmConfig, SftConfig
 from runtime.store.checkpoint import by_age
 from runtime.store.manifests import StageStore, clear, settings
 from streams.memory import MemoryConfig

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine import Engine, StreamRequest
-from rollout.feed import TurnFeed
+from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.feed import TurnFeed
+from streams.log.pieces import PieceFolder, join_pieces, read_pieces
 from streams.memory import MemoryConfig
-from streams.pieces import PieceFolder, join_pieces, read_pieces
 from streams.scoring.logprobs import behaviour_differences
-from streams.writer import QueryInput, TurnInput
+from streams.writing.writer import QueryInput, TurnInput
 from tests.streams_lib import (
     MODEL_TYPES,
     chunk_record,

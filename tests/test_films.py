@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.check import main
-from streams.dataset import load_tasks
-from streams.video import ClipReader, VideoConfig, VideoError
+from streams.data.check import main
+from streams.data.dataset import load_tasks
+from streams.video.config import VideoConfig
+from streams.video.reader import ClipReader, VideoError
 from tests.films import (
     B_FRAMES,
     EVEN,
@@ -350,7 +351,7 @@ def test_an_end_that_the_checker_accepts_is_read_to_its_last_chunk(seconds, film
 
 @pytest.mark.parametrize("name", ["sound.mkv", "sound.webm", "cut_last.mp4", "late.mp4", "no_length.mp4"])
 def test_watch_takes_the_same_length_and_reads_all_of_it(name, film, reader, capsys):
-    from evals.watch import _shown
+    from evals.watch.job import _shown
     from tests.test_config import composed
 
     shown = _shown(composed("job=watch", f"watch.video='{film(name)}'"))
@@ -400,7 +401,7 @@ def test_the_checker_tells_of_late_pictures_and_not_of_b_frames(film, tmp_path, 
 
 
 def test_watch_refuses_to_end_before_the_first_picture(film):
-    from evals.watch import _shown
+    from evals.watch.job import _shown
     from tests.test_config import composed
 
     with pytest.raises(ValueError, match=r"watch\.seconds=1 ends before the first picture of .*late\.mp4.* at 2\.00 s"):

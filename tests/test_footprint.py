@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from learner.batching import idle_rows
-from learner.checkpointing import checkpoint_activations
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from rollout.engine import Engine
+from learner.long_streams.activation_checkpointing import checkpoint_activations
+from learner.setup import LearnerSetup
+from rollout.engine.engine import Engine
 from runtime.planning.footprint import (
     Footprint,
     gib,
@@ -28,16 +29,16 @@ from runtime.planning.footprint import (
 )
 from runtime.planning.plan import MARGIN, PoolNeed, Process, plan_memory, plan_run
 from runtime.planning.stream_size import StreamSize
-from streams.backbone import Backbone
-from streams.geometry import ModelGeometry
-from streams.layout import LayoutConfig
-from streams.messages import DeviceInfo, LearnerSetup
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import QWEN3_SPEC, TinySpec
+from streams.checkpoint.model_shape import ModelGeometry
+from streams.layout.layout import LayoutConfig
+from streams.scoring.contiguous_rows import RegionRows
 from streams.scoring.logprobs import attention_plan
 from streams.scoring.mask import DensePlan, dense_mask
-from streams.scoring.region_rows import RegionRows
+from streams.support.usage import DeviceInfo
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from streams.tiny import build_tiny
-from streams.tiny_spec import QWEN3_SPEC, TinySpec
 from tests.test_config import composed
 from tests.test_freezing import THREE_B
 

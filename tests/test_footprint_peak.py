@@ -15,18 +15,19 @@ from torch.utils._pytree import tree_leaves
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
+from learner.setup import LearnerSetup
 from rollout.config import SELF_CHECK_HEAD
 from runtime.planning.footprint import learner_footprint, self_check_bytes, trained_numbers
 from runtime.planning.stream_size import StreamSize
-from streams.backbone import Backbone, to_array
-from streams.geometry import ModelGeometry
-from streams.layout import LayoutConfig
-from streams.log import Kind
+from streams.backbone.backbone import Backbone, to_array
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.checkpoint.model_shape import ModelGeometry
+from streams.layout.layout import LayoutConfig
+from streams.log.record import Kind
 from streams.memory import MemoryConfig
-from streams.messages import GroupPayload, LearnerSetup
+from streams.messages import GroupPayload
 from streams.scoring.logprobs import behaviour_differences
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
 from tests.streams_lib import joined_features, random_turns, request, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

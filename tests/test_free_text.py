@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from streams.synthetic import SyntheticConfig, generate
+from streams.data.synthetic.questions import SyntheticConfig, generate
 from tests.test_driverlog import kept
 from tests.test_run import ROOT, SETTINGS, launch
 

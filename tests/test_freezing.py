@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import DataConfig, JobConfig, ModelConfig, RunConfig
+from conf.data import DataConfig
+from conf.jobs import JobConfig
+from conf.schema import ModelConfig, RunConfig
 from learner.config import LearnerConfig
 from learner.forward import encode_media
 from runtime.planning.clip_cache import check_features, chunk_size
 from runtime.planning.disk import OPTIMIZER_BYTES, checkpoint_size
 from runtime.planning.footprint import BYTES
-from streams.backbone import Backbone, to_array
-from streams.freezing import FREEZE_MODES, trained
-from streams.geometry import ModelGeometry
-from streams.layout import LayoutConfig
+from streams.backbone.backbone import Backbone, to_array
+from streams.backbone.freezing import FREEZE_MODES, trained
+from streams.backbone.tiny import build_tiny
+from streams.checkpoint.model_shape import ModelGeometry
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
-from streams.tiny import build_tiny
-from streams.video import VideoConfig
-from streams.writer import TurnInput
+from streams.video.config import VideoConfig
+from streams.writing.writer import TurnInput
 from tests.geometries import qwen2_5_vl
 from tests.streams_lib import MODEL_TYPES, SPECS, chunk_record, loud_backbone, norms_in_input_dtype, request, run
 

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
-from rollout.engine import StreamRequest
-from streams.layout import LayoutConfig
-from streams.log import LogHeader
+from rollout.engine.engine import StreamRequest
+from streams.backbone.tiny_spec import TinySpec
+from streams.checkpoint.folder import token_side
+from streams.layout.layout import LayoutConfig
+from streams.log.record import LogHeader
 from streams.memory import MemoryConfig, knobs, make_policy
-from streams.positions import PositionCursor, TimestampCursor
-from streams.pretrained import token_side
-from streams.tiny_spec import TinySpec
-from streams.video import normalize_patches, patchify
-from streams.writer import QueryInput, TurnInput
+from streams.positions.mrope import PositionCursor, TimestampCursor
+from streams.video.patches import normalize_patches, patchify
+from streams.writing.writer import QueryInput, TurnInput
 from tests.streams_lib import SPECS, chunk_record, loud_backbone, norms_in_input_dtype, run
 
 SIZES = ((2, 2), (1, 2), (2, 1), (1, 1), (3, 2))

@@ -11,13 +11,15 @@ import pytest
 import ray
 import yaml
 
-from conf.schema import DataConfig, RunConfig
+from conf.data import DataConfig
+from conf.schema import RunConfig
 from rewards import Reward, RewardConfig, StreamOutcome
 from rewards.registry import _factories
 from rewards.scorer import Scorer
-from streams.dataset import _ROW_KEYS, load_tasks
+from streams.data.dataset import load_tasks
+from streams.data.formats.sightline import _ROW_KEYS
+from streams.data.formats.thinkstream import _ROW_KEYS as RECORD_KEYS
 from streams.messages import RewardJob
-from streams.thinkstream import _ROW_KEYS as RECORD_KEYS
 from tests.test_config import composed
 from tests.test_rewards_lib import one_answer, stream
 

@@ -14,14 +14,14 @@ import pytest
 from learner.config import LearnerConfig
 from rollout.attention.flashinfer_paged import find_ninja
 from rollout.config import RolloutConfig
-from streams.kernels import (
+from streams.backbone.config import ModelConfig
+from streams.backbone.kernel_choice import (
     FLASHINFER_HEAD_DIMS,
     choose_learner_attention,
     choose_rollout_attention,
     choose_vision_attention,
     has_module,
 )
-from streams.model_config import ModelConfig
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals.occupancy import lives, turn_memory
+from evals.transcripts.occupancy import lives, turn_memory
 from runtime.planning.stream_size import MEMORY_TEMPLATE
-from streams import lanes
-from streams.layout import Layout, LayoutConfig
-from streams.log import ChunkRecord, Kind, LogHeader
+from streams.backbone.tiny import build_tokenizer
+from streams.layout import lanes
+from streams.layout.layout import Layout, LayoutConfig
+from streams.log.record import ChunkRecord, Kind, LogHeader
 from streams.memory import MemoryConfig, make_policy
-from streams.positions import PositionCursor
-from streams.tiny import build_tokenizer
-from streams.writer import QueryInput, StreamWriter, TurnInput
+from streams.positions.mrope import PositionCursor
+from streams.writing.writer import QueryInput, StreamWriter, TurnInput
 
 TEXT_MEMORY = MemoryConfig("text_memory")
 CHUNK = ChunkRecord(0, "v", (0.0,), (1, 1, 2))

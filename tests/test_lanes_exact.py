@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.exactness.defects import written_again
-from rollout import engine
-from streams.log import NEVER, Kind, StreamLog
+from rollout.engine import engine
+from streams.log.record import NEVER, Kind, StreamLog
 from streams.memory import MemoryConfig, TextMemory
 from tests import test_exactness as exactness
 from tests.lanes_lib import brute_force_lanes

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.backbone import Backbone, add_streaming_tokens
-from streams.layout import MAX_STAMPS, STREAMING_TOKENS, Layout, LayoutConfig, TurnState
-from streams.log import ChunkRecord, Kind
-from streams.tiny import build_tiny, build_tokenizer
-from streams.tiny_spec import TinySpec
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny, build_tokenizer
+from streams.backbone.tiny_spec import TinySpec
+from streams.backbone.vocabulary import add_streaming_tokens
+from streams.layout.layout import MAX_STAMPS, STREAMING_TOKENS, Layout, LayoutConfig
+from streams.layout.turn_state import TurnState
+from streams.log.record import ChunkRecord, Kind
 
 QUERY = "What colour is the shape now?"
 ONE = ChunkRecord(0, "v", (0.0,), (1, 1, 1))

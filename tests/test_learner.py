@@ -17,16 +17,17 @@ from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.publish import chunks, full_bytes
-from rollout.weights import StagedWeights
-from streams.backbone import Backbone
-from streams.dataset import load_tasks
-from streams.log import NEVER
+from learner.setup import LearnerSetup
+from rollout.staging import StagedWeights
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.data.dataset import load_tasks
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.log.record import NEVER
 from streams.memory import MemoryConfig
-from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask
+from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
-from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
 from tests.service_lib import LAYOUT, open_service, worker_setup
 from tests.streams_lib import random_turns, request
 from tests.streams_lib import run as run_streams

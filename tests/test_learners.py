@@ -11,12 +11,13 @@ import ray
 
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
+from learner.setup import LearnerSetup
 from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
 from runtime.cluster.placement import plan_bundles
 from runtime.cluster.session import Session, wait_for
 from streams.memory import MemoryConfig
-from streams.messages import LearnerSetup, TrainBatch, TrainGroup
+from streams.messages import TrainBatch, TrainGroup
 from tests.ranks_lib import GRPO, LAYOUT, checkpoint, groups, learner_values
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streams.layout import Layout, LayoutConfig
-from streams.log import NEVER, ChunkRecord, Kind, LogBuilder, LogHeader
+from streams.backbone.tiny import build_tokenizer
+from streams.layout.layout import Layout, LayoutConfig
+from streams.log.builder import LogBuilder
+from streams.log.record import NEVER, ChunkRecord, Kind, LogHeader
 from streams.memory import MemoryConfig, knobs, make_policy
-from streams.positions import PositionCursor
-from streams.tiny import build_tokenizer
-from streams.writer import QueryInput, StreamWriter, TurnInput
+from streams.positions.mrope import PositionCursor
+from streams.writing.writer import QueryInput, StreamWriter, TurnInput
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import hashlib
 import typing
 
 from streams import messages
-from streams.layout import LayoutConfig
-from streams.log import ChunkRecord, LogHeader, StreamLog
+from streams.layout.layout import LayoutConfig
+from streams.log.record import ChunkRecord, LogHeader, StreamLog
 from streams.memory import MemoryConfig
-from streams.regions import RegionLog
+from streams.positions.regions import RegionLog
 
 FIELDS = {7: "05253b0fb2631174"}
 """Version -> digest of the fields of everything that is sent. On a change: a new version, and its digest alone."""

@@ -7,8 +7,8 @@ import pytest
 from runtime.planning.footprint import Footprint
 from runtime.planning.plan import MemoryPlan
 from runtime.planning.usage import usage_lines, usage_report
-from streams import meter
-from streams.messages import DeviceInfo, PhaseUsage, ProcessUsage
+from streams.support import meter
+from streams.support.usage import DeviceInfo, PhaseUsage, ProcessUsage
 
 MIB = 2**20
 

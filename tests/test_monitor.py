@@ -19,11 +19,11 @@ from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from runtime.mismatch_gate import Monitor
 from runtime.store.journal import journal_path, read_lines
-from streams.log import NEVER
+from streams.backbone.config import ModelConfig
+from streams.log.mismatch import LogpDiff, OffToken, most_telling
+from streams.log.record import NEVER
 from streams.memory import MemoryConfig
-from streams.model_config import ModelConfig
 from streams.scoring.logprobs import behaviour_differences
-from streams.scoring.stats import LogpDiff, OffToken, most_telling
 from tests.streams_lib import joined_features, loud_backbone, random_turns, request, run
 from tests.test_run import launch
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.occupancy import lives, turn_memory
-from streams.log import GENERATED, Kind, LogBuilder, LogHeader, StreamLog
+from evals.transcripts.occupancy import lives, turn_memory
+from streams.log.builder import LogBuilder
+from streams.log.record import GENERATED, Kind, LogHeader, StreamLog
 from streams.memory import MemoryConfig
 from tests.streams_lib import loud_backbone, random_turns, request, run
 

@@ -18,8 +18,8 @@ from conf.paths import PATH_KEYS, with_home
 from conf.schema import RunConfig
 from launch import plain_words
 from runtime.store.manifests import StageStore, settings
-from streams.dataset import load_tasks, write_tasks
-from streams.paths import expand_home
+from streams.data.dataset import load_tasks, write_tasks
+from streams.support.paths import expand_home
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from tests.test_config import composed
 
@@ -133,7 +133,7 @@ def test_rows_of_a_video_whose_name_begins_with_a_tilde_are_read_back_equal(tmp_
 
 def test_the_checkers_command_line_knows_the_home_folder(tmp_path):
     def check(*words):
-        command = [sys.executable, "-m", "streams.check", *words]
+        command = [sys.executable, "-m", "streams.data.check", *words]
         env = os.environ | {"HOME": str(tmp_path)}
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.log import ChunkRecord, LogPiece, StreamLog
+from streams.log.builder import LogPiece
+from streams.log.pieces import PieceFolder, join_pieces, read_pieces
+from streams.log.record import ChunkRecord, StreamLog
 from streams.memory import POLICIES, MemoryConfig, make_policy
-from streams.pieces import PieceFolder, join_pieces, read_pieces
-from streams.positions import PositionCursor
-from streams.regions import RegionLog
-from streams.writer import StreamWriter, TurnInput
+from streams.positions.mrope import PositionCursor
+from streams.positions.regions import RegionLog
+from streams.writing.writer import StreamWriter, TurnInput
 from tests.test_policies import LAYOUTS, MEMORIES, generate, header, plans
 
 RCSM = MemoryConfig("rcsm", 2, text_window=2)

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.engine import StreamRequest, stream_bound
-from streams.layout import Layout, LayoutConfig
-from streams.log import NEVER, ChunkRecord, Kind, LogHeader
+from rollout.engine.engine import StreamRequest, stream_bound
+from streams.backbone.tiny import build_tokenizer
+from streams.layout.layout import Layout, LayoutConfig
+from streams.log.record import NEVER, ChunkRecord, Kind, LogHeader
 from streams.memory import POLICIES, MemoryConfig, check_text_tells_time, knobs, make_policy
-from streams.positions import PositionCursor
-from streams.tiny import build_tokenizer
-from streams.writer import QueryInput, StreamWriter, TurnInput
+from streams.positions.mrope import PositionCursor
+from streams.writing.writer import QueryInput, StreamWriter, TurnInput
 from tests.lanes_lib import brute_force_copy, brute_force_lanes, brute_force_positions
 from tests.streams_lib import brute_force_expiry
 

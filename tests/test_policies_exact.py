@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.log import Kind
+from streams.log.record import Kind
 from streams.memory import MemoryConfig
 from tests import test_exactness as exactness
 from tests.strategies import ANY_MEMORY, EVERY_MEMORY, watched

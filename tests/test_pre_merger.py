@@ -13,13 +13,14 @@ import torch
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from streams.backbone import to_array, to_tensor
-from streams.dataset import load_tasks
-from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask
+from learner.setup import LearnerSetup
+from streams.backbone.backbone import to_array, to_tensor
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import QWEN3_SPEC, TinySpec
+from streams.data.dataset import load_tasks
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
-from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import build_tiny
-from streams.tiny_spec import QWEN3_SPEC, TinySpec
 from tests.ranks_lib import float64
 from tests.service_lib import LAYOUT, open_service, worker_setup
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import ClusterConfig, DataConfig, ModelConfig, RunConfig
+from conf.data import DataConfig
+from conf.schema import ClusterConfig, ModelConfig, RunConfig
 from runtime.cluster.nodes import (
     DRIVER_FILE,
     PACKAGES,

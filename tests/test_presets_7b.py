@@ -18,11 +18,11 @@ from runtime.planning.clip_cache import check_features
 from runtime.planning.footprint import slot_bytes
 from runtime.planning.plan import plan_run
 from runtime.planning.stream_size import StreamSize
-from streams.messages import DeviceInfo
-from streams.synthetic import SyntheticConfig, generate
+from streams.backbone.tiny import build_config, build_tokenizer
+from streams.backbone.tiny_spec import TinySpec
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.support.usage import DeviceInfo
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from streams.tiny import build_config, build_tokenizer
-from streams.tiny_spec import TinySpec
 from tests.geometries import qwen2_5_vl
 from tests.test_config import composed
 from tests.test_run import launch

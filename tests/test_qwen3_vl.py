@@ -14,14 +14,15 @@ import torch
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
-from streams.backbone import Backbone, to_tensor
-from streams.dataset import load_tasks
-from streams.log import Kind
-from streams.messages import LearnerSetup, RolloutTask, ScriptedTurn, ScriptTask
-from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import build_tiny
-from streams.tiny_spec import QWEN3_SPEC
-from streams.video import VideoConfig
+from learner.setup import LearnerSetup
+from streams.backbone.backbone import Backbone, to_tensor
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import QWEN3_SPEC
+from streams.data.dataset import load_tasks
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.log.record import Kind
+from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
+from streams.video.config import VideoConfig
 from tests.service_lib import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streams.backbone import Backbone
-from streams.freezing import FREEZE_MODES, below_boundary, parameter_name
+from streams.backbone.backbone import Backbone
+from streams.backbone.freezing import FREEZE_MODES, below_boundary, parameter_name
 from tests.ranks_lib import LAYOUT, Call, Job, RankProcesses, checkpoint, groups, learner_values, run, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

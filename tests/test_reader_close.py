@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from rollout.promises import Promises, ServiceClosedError
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
-from streams.video import ClipReader, ReaderClosedError, VideoConfig
+from streams.video.config import VideoConfig
+from streams.video.reader import ClipReader, ReaderClosedError
 from tests.clips import write_clip, write_grey_ramp
 from tests.service_lib import open_service, worker_setup
 from tests.test_run import launch

@@ -9,22 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.schema import DataConfig, JobConfig, RunConfig, SftConfig
+from conf.data import DataConfig
+from conf.jobs import JobConfig
+from conf.schema import RunConfig
+from conf.training import SftConfig
 from evals.stage import ROWS as EVAL
 from rewards import RewardConfig
 from rewards.scorer import Scorer
 from rl.stage import ROWS as RL
 from runtime.rows import GOOD_ORACLE, OracleReport, judged, row_texts, tell_oracle, tell_overlap, tell_rows
 from sft.stage import ROWS as SFT
-from streams.answerable import read_words, untimely
-from streams.backbone import text_layout
-from streams.check import check
-from streams.dataset import Reason, SkippedSample, counted, load_tasks, write_tasks
-from streams.layout import STREAMING_TOKENS, LayoutConfig
+from streams.backbone.tiny import QWEN_CONTROL_TOKENS, build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.backbone.vocabulary import text_layout
+from streams.data.answerable import read_words, untimely
+from streams.data.check import check
+from streams.data.dataset import Reason, SkippedSample, counted, load_tasks, write_tasks
+from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
 from streams.messages import RolloutTask, ScriptedJob
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery, TimedThought
-from streams.tiny import QWEN_CONTROL_TOKENS, build_tiny
-from streams.tiny_spec import TinySpec
 from tests.clips import write_grey_ramp
 from tests.service_lib import open_service, worker_setup
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from streams.synthetic import SyntheticConfig, generate
+from streams.data.synthetic.questions import SyntheticConfig, generate
 from tests.clips import write_grey_ramp
 from tests.test_run import SETTINGS, launch
 

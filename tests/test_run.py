@@ -20,10 +20,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
-from streams.backbone import Backbone
-from streams.layout import STREAMING_TOKENS, LayoutConfig
-from streams.positions import QWEN2_5_VL_CONVENTION
-from streams.synthetic import SyntheticConfig, generate
+from streams.backbone.backbone import Backbone
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
+from streams.positions.mrope import QWEN2_5_VL_CONVENTION
 from tests.clips import write_clip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

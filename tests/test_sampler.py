@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout import sampler
-from rollout.cache import KVPool
-from rollout.sampler import pick, stream_seed, uniforms
+from rollout.engine import sampler
+from rollout.engine.kv_pool import KVPool
+from rollout.engine.sampler import pick, stream_seed, uniforms
 from streams.support.byte_cache import ByteBudgetCache
 
 SEEDS = st.integers(0, 2**64 - 1)

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.log import NEVER
+from streams.log.mismatch import LogpDiff
+from streams.log.record import NEVER
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import score_rows
 from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import pack, plan_micro_batches, plan_rows
-from streams.scoring.stats import LogpDiff
 from tests.streams_lib import (
     MODEL_TYPES,
     joined_features,

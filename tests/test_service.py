@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from streams.dataset import load_tasks
-from streams.layout import LayoutConfig
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.data.dataset import load_tasks
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WeightsUpdate
 from streams.scoring.logprobs import behaviour_differences
-from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
 from tests.service_lib import open_service, worker_setup
 
 pytestmark = pytest.mark.slow

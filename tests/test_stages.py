@@ -10,7 +10,9 @@ import shutil
 
 import pytest
 
-from conf.schema import AlgorithmConfig, JobConfig, MemoryConfig, RunConfig, SftConfig
+from conf.jobs import JobConfig
+from conf.schema import MemoryConfig, RunConfig
+from conf.training import AlgorithmConfig, SftConfig
 from runtime.starting_point import check_cold_start, reference_of_branch
 from runtime.store.checkpoint import (
     OPTIMIZER_FOLDER,

@@ -7,12 +7,13 @@ import json
 
 import pytest
 
-from conf.schema import JobConfig, MemoryConfig, RunConfig
+from conf.jobs import JobConfig
+from conf.schema import MemoryConfig, RunConfig
 from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
 from runtime.checks import check_memory
 from runtime.starting_point import respect_checkpoint
-from streams.layout import LayoutConfig
-from streams.video import VideoConfig
+from streams.layout.layout import LayoutConfig
+from streams.video.config import VideoConfig
 
 VIDEO = VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from runtime.store.checkpoint import CheckpointState, commit, partial_path, read_state
 from runtime.store.journal import StepJournal, read_lines
-from streams.strict_json import dumps, loads
 from streams.support.files import write_json
+from streams.support.strict_json import dumps, loads
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

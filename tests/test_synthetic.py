@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams import synthetic
-from streams.dataset import load_tasks
-from streams.shapes import COLOURS, Scene, Shown, draw, write_clip
-from streams.synthetic import MODES, SyntheticConfig, generate, make_task, plan
-from streams.video import ClipReader, VideoConfig
+from streams.data.dataset import load_tasks
+from streams.data.synthetic import questions as synthetic
+from streams.data.synthetic.questions import MODES, SyntheticConfig, generate, make_task, plan
+from streams.data.synthetic.scenes import COLOURS, Scene, Shown, draw, write_clip
+from streams.video.config import VideoConfig
+from streams.video.reader import ClipReader
 
 SMALL = SyntheticConfig(train_clips=12, heldout_per_mode=4)
 
@@ -217,7 +218,7 @@ def test_a_file_that_cannot_grow_is_an_error(tmp_path):
     """A real write failure inside the muxer (here the process's file size limit) is not lost."""
     script = (
         "import resource, sys\n"
-        "from streams.synthetic import SyntheticConfig, generate\n"
+        "from streams.data.synthetic.questions import SyntheticConfig, generate\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.RLIM_INFINITY}))\n"
         "generate(sys.argv[1], SyntheticConfig(train_clips=3, heldout_per_mode=1))\n"
     )

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.dataset import load_tasks, write_tasks
-from streams.durations import END_SLACK_S, bounded
+from streams.data.dataset import load_tasks, write_tasks
+from streams.data.durations import END_SLACK_S, bounded
+from streams.data.formats.thinkstream import answer_kind, parse_record
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery, TimedThought
-from streams.thinkstream import answer_kind, parse_record
-from streams.video import ClipReader, VideoConfig, VideoError
+from streams.video.config import VideoConfig
+from streams.video.reader import ClipReader, VideoError
 from tests.clips import write_grey_ramp
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.age import AgeBound
-from conf.schema import optimiser_steps, warmup_steps
+from conf.training import optimiser_steps, warmup_steps
 from rewards import Reward
 from tests.test_config import composed
 

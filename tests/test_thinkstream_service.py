@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conf.schema import SftConfig
+from conf.training import SftConfig
 from sft.demonstrations import script_for
-from streams.dataset import load_tasks
+from streams.data.dataset import load_tasks
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from tests.clips import write_grey_ramp
 from tests.service_lib import open_service

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from streams.backbone import Backbone
-from streams.inputs import patch_times, turn_inputs
-from streams.layout import STREAMING_TOKENS, Layout, LayoutConfig
-from streams.log import ChunkRecord, Kind, LogHeader
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny, build_tokenizer
+from streams.backbone.tiny_spec import QWEN3_SPEC
+from streams.layout.layout import STREAMING_TOKENS, Layout, LayoutConfig
+from streams.log.record import ChunkRecord, Kind, LogHeader
 from streams.memory import Full, Rcsm, RecentFrames
-from streams.positions import TimestampCursor
+from streams.positions.mrope import TimestampCursor
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from streams.tiny import build_tiny, build_tokenizer
-from streams.tiny_spec import QWEN3_SPEC
-from streams.video import Clip, frame_times
-from streams.writer import StreamWriter, TurnInput, check_timestamps_kept
+from streams.video.reader import Clip, frame_times
+from streams.writing.inputs import patch_times, turn_inputs
+from streams.writing.writer import StreamWriter, TurnInput, check_timestamps_kept
 
 QUERY = "What colour is the shape now?"
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evals.heldout import ScoredStream
-from evals.transcript_choice import choose
-from evals.transcript_frames import THUMB_PIXELS, read_strips
-from evals.transcript_page import main, write_page
-from evals.transcripts import OUTCOMES, outcome
+from evals.transcripts.choose import choose
+from evals.transcripts.frames import THUMB_PIXELS, read_strips
+from evals.transcripts.page import main, write_page
+from evals.transcripts.record import OUTCOMES, outcome
 from rewards.compose import AnswerResult, RewardResult
-from streams.log import Kind
+from streams.log.record import Kind
 from streams.support.files import write_atomic
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from tests.clips import solid, write_clip

@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 
 from evals.heldout import Condition, EvalResult, evaluate
-from evals.transcript_page import main
-from evals.transcripts import write_transcripts
+from evals.transcripts.page import main
+from evals.transcripts.record import write_transcripts
 from rewards.scorer import Scorer
 from runtime.tracking.progress import Progress
 from runtime.tracking.tracker import Tracker
-from streams.dataset import load_tasks
-from streams.layout import LayoutConfig
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.data.dataset import load_tasks
+from streams.data.synthetic.questions import SyntheticConfig, generate
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.synthetic import SyntheticConfig, generate
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
 from tests.clips import solid, write_clip
 from tests.service_lib import open_service, worker_setup
 from tests.test_config import composed

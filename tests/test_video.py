@@ -16,17 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
-from streams.decode import ClipRequest, causal_limits, resize_frame
-from streams.presentation import DecodeError, check_container
-from streams.video import (
-    ClipReader,
-    VideoConfig,
-    VideoError,
-    frame_times,
-    normalize_patches,
-    patchify,
-    smart_resize,
-)
+from streams.video.config import VideoConfig
+from streams.video.decode import ClipRequest, causal_limits, resize_frame
+from streams.video.patches import normalize_patches, patchify
+from streams.video.presentation import DecodeError, check_container
+from streams.video.reader import ClipReader, VideoError, frame_times, smart_resize
 from tests.clips import frame_number, grey_ramp, solid, write_clip, write_grey_ramp
 
 
@@ -366,7 +360,7 @@ def test_a_child_that_dies(tmp_path):
 
 PARENT = """
 import sys, time
-from streams.video import ClipReader, VideoConfig
+from streams.video.reader import ClipReader, VideoConfig
 reader = ClipReader(VideoConfig(decode_timeout_s=1))
 reader.read(sys.argv[1], 0, 2, 2)
 assert "torch" not in sys.modules and "av" not in sys.modules

@@ -11,11 +11,11 @@ import pytest
 
 from conf.streaming import streaming_settings
 from launch import plain_words
-from rollout.engine import Engine
-from streams.backbone import Backbone
-from streams.layout import LayoutConfig
+from rollout.engine.engine import Engine
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.tiny import build_tiny
 from tests.clips import write_clip
 from tests.test_config import composed
 from tests.test_driverlog import interrupted
@@ -69,10 +69,10 @@ def test_memory_holds_the_window_of_video_and_all_text(turns):
 
 
 def test_it_says_what_the_engine_says_when_all_features_are_there_at_once(made, turns):
-    from evals.watch import WatchedFile
-    from evals.watch_stream import EncodedOnDemand, _request
+    from evals.watch.stream import EncodedOnDemand, _request
+    from evals.watch.watched import WatchedFile
     from streams.task import TimedQuery
-    from streams.video import ClipReader
+    from streams.video.reader import ClipReader
 
     model, video = made
     config = trained()
@@ -109,7 +109,7 @@ def test_a_contradicting_override_is_used_and_warned_about_with_both_values(made
     ],
 )
 def test_what_cannot_be_watched_is_said_in_one_line(made, capsys, words, message):
-    from evals.watch import watch
+    from evals.watch.job import watch
 
     model, video = made
     overrides = plain_words(["job=watch", *(word.format(model=model, video=video) for word in words)])

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from streams.backbone import Backbone
-from streams.geometry import ModelGeometry
-from streams.layout import LayoutConfig
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
-from streams.weights import check_weights
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.checkpoint.model_shape import ModelGeometry
+from streams.checkpoint.weights import check_weights
+from streams.layout.layout import LayoutConfig
 from tests.weights_lib import INDEX, LFS, SPECS, WHOLE, sharded
 
 

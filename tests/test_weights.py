@@ -20,14 +20,22 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 from conf.schema import RunConfig
 from runtime.checks import preflight
-from streams.backbone import Backbone
-from streams.freezing import parameter_name
-from streams.geometry import ModelGeometry
-from streams.layout import LayoutConfig
+from streams.backbone.backbone import Backbone
+from streams.backbone.freezing import parameter_name
+from streams.backbone.tiny import build_config, build_tiny, build_tokenizer
+from streams.backbone.tiny_spec import TinySpec
+from streams.checkpoint.model_shape import ModelGeometry
+from streams.checkpoint.weights import (
+    _DEFAULTS,
+    EMBEDDING,
+    HEAD,
+    ModelConfigFile,
+    check_weights,
+    expected_shapes,
+    summary,
+)
+from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.tiny import build_config, build_tiny, build_tokenizer
-from streams.tiny_spec import TinySpec
-from streams.weights import _DEFAULTS, EMBEDDING, HEAD, ModelConfigFile, check_weights, expected_shapes, summary
 from tests.weights_lib import SPECS, WHOLE, configured, rewrite, sharded, without
 
 
@@ -305,7 +313,7 @@ def test_a_run_that_names_such_a_folder_ends_before_ray_starts_with_the_key(fold
 
 def test_the_check_loads_neither_torch_nor_transformers(made):
     code = (
-        "import sys; from pathlib import Path; from streams.weights import check_weights; "
+        "import sys; from pathlib import Path; from streams.checkpoint.weights import check_weights; "
         f"check_weights(Path({str(made['qwen3_vl'])!r})); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from evals.heldout import EvalResult, ScoredStream, collect
-from evals.transcript_page import write_page
-from evals.transcripts import record
+from evals.transcripts.page import write_page
+from evals.transcripts.record import record
 from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.outcome import StreamOutcome
 from rewards.scripted import silent_turns
-from streams.layout import LayoutConfig
-from streams.log import StreamLog
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import TinySpec
+from streams.layout.layout import LayoutConfig
+from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from streams.tiny import build_tiny
-from streams.tiny_spec import TinySpec
-from streams.video import VideoConfig
+from streams.video.config import VideoConfig
 from tests.clips import solid, write_clip
 from tests.service_lib import open_service, worker_setup
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from streams.tiny_spec import QWEN3_SPEC, TinySpec
+from streams.backbone.tiny_spec import QWEN3_SPEC, TinySpec
 
 SPECS = {
     "qwen2_5_vl": TinySpec(hidden=64, layers=3, mlp=96),

@@ -16,10 +16,10 @@ import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from streams.backbone import Backbone
-from streams.layout import LayoutConfig
-from streams.tiny import build_tiny
-from streams.tiny_spec import QWEN3_SPEC, TinySpec
+from streams.backbone.backbone import Backbone
+from streams.backbone.tiny import build_tiny
+from streams.backbone.tiny_spec import QWEN3_SPEC, TinySpec
+from streams.layout.layout import LayoutConfig
 
 # Heads of Qwen3-VL are wider than hidden / heads, as in its real checkpoints.
 SPECS = {"qwen2_5_vl": TinySpec(), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}

@@ -14,11 +14,11 @@ import numpy as np
 
 from benchmarks.exactness.backbones import with_ban_list
 from benchmarks.exactness.streams import differences, run
-from rollout.engine import Engine, StreamRequest
-from streams.backbone import Backbone
-from streams.log import GENERATED, NEVER, Kind, StreamLog
+from rollout.engine.engine import Engine, StreamRequest
+from streams.backbone.backbone import Backbone
+from streams.log.record import GENERATED, NEVER, Kind, StreamLog
 from streams.memory import MemoryConfig, make_policy
-from streams.writer import StreamWriter
+from streams.writing.writer import StreamWriter
 
 WINDOW_KNOBS = ("window", "text_window", "sink_tokens", "tail_tokens", "video_tokens")
 """What bounds how much stays. A budget is off by one token, the size of the smallest chunk."""

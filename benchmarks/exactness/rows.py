@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.exactness.defects import DEFECTS, NOT_APPLICABLE, planted
 from benchmarks.exactness.streams import random_requests, run, signed_differences
-from rollout.engine import StreamRequest, stream_bound
-from streams.backbone import Backbone
-from streams.log import Kind, StreamLog
+from rollout.engine.engine import StreamRequest, stream_bound
+from streams.backbone.backbone import Backbone
+from streams.log.mismatch import LogpDiff
+from streams.log.record import Kind, StreamLog
 from streams.memory import CONTIGUOUS, MemoryConfig
-from streams.scoring.stats import LogpDiff
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rollout.engine import Engine, StreamRequest
-from rollout.sampler import stream_seed
-from streams.backbone import Backbone
-from streams.log import NEVER, ChunkRecord, LogHeader, StreamLog
+from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.sampler import stream_seed
+from streams.backbone.backbone import Backbone
+from streams.log.record import NEVER, ChunkRecord, LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy
 from streams.scoring.logprobs import behaviour_differences
-from streams.writer import QueryInput, TurnInput
+from streams.writing.writer import QueryInput, TurnInput
 
 QUERIES = (
     "What colour is the shape now?",

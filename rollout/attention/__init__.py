@@ -1,6 +1,6 @@
 """Attention backends of the engine: each turns a list of segments into a plan that the backbone runs.
 
-`torch` runs everywhere; `flashinfer` on CUDA in half precision. `streams.kernels` chooses.
+`torch` runs everywhere; `flashinfer` on CUDA in half precision. `streams.backbone.kernel_choice` chooses.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 
 from rollout.attention.segments import Segment
 from rollout.attention.torch_sdpa import TorchBackend
-from rollout.cache import KVPool
-from streams.backbone import AttentionPlan
+from rollout.engine.kv_pool import KVPool
+from streams.backbone.attention import AttentionPlan
 
 __all__ = ["AttentionBackend", "Segment", "make_backend"]
 
@@ -26,7 +26,7 @@ class AttentionBackend(Protocol):
 
 
 def make_backend(name: str, pool: KVPool, groups: int) -> AttentionBackend:
-    """name: as `streams.kernels.choose_rollout_attention` chose it; groups: query heads per KV head."""
+    """name: as `streams.backbone.kernel_choice.choose_rollout_attention` chose it; groups: query heads per KV head."""
     if name == "torch":
         return TorchBackend(pool, groups)
     # Imported here: the package compiles kernels, and most machines lack it.

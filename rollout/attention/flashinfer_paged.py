@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from rollout.attention.segments import Segment
-from rollout.cache import KVPool
-from streams.kernels import FLASHINFER_WORKSPACE
+from rollout.engine.kv_pool import KVPool
+from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE
 
 
 class FlashInferBackend:

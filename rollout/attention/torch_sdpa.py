@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rollout.attention.segments import Segment
-from rollout.cache import KVPool
+from rollout.engine.kv_pool import KVPool
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from streams.actorlog import ACTOR_VARIABLE, FOLDER_VARIABLE, STARTS, log_path
+from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STARTS, log_path
 
 TAIL_LINES = 15
 TAIL_BYTES = 65536
@@ -52,7 +52,7 @@ class ActorBook:
         return f"sightline/{self.run}/{name}"
 
     def environment(self, name: str) -> dict[str, str]:
-        """What `streams.actorlog` reads in the actor's process."""
+        """What `streams.support.actor_log` reads in the actor's process."""
         return {ACTOR_VARIABLE: name, FOLDER_VARIABLE: str(self.log_folder)}
 
     def add(self, name: str, handle: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from learner.shares import share_out
-from streams.messages import LearnerSetup, RankPlace, TrainBatch
+from learner.assign import share_out
+from learner.setup import LearnerSetup, RankPlace
+from streams.messages import TrainBatch
 
 
 class LearnerGroup:

@@ -17,7 +17,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from conf.schema import DataConfig, RunConfig
+from conf.data import DataConfig
+from conf.schema import RunConfig
 from runtime.cluster.nodes import (
     DRIVER_FILE,
     NeededPath,
@@ -30,8 +31,8 @@ from runtime.cluster.nodes import (
     reply_file,
     stamp,
 )
-from streams.dataset import sample_tasks
-from streams.pretrained import is_hub_id
+from streams.checkpoint.folder import is_hub_id
+from streams.data.dataset import sample_tasks
 from streams.support.files import PROJECT
 
 SAMPLED_VIDEOS = 16

@@ -19,16 +19,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from conf.schema import RunConfig
+from learner.setup import LearnerSetup
 from learner.worker import LeadLearner, Learner
 from rewards.scorer import Scorer
+from rollout.setup import WorkerInfo, WorkerSetup
 from rollout.worker import RolloutWorker
 from runtime.cluster.actors import ActorBook, named_class, run_id, short_name
 from runtime.cluster.connect import connect
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.placement import placement_note, plan_bundles
 from runtime.cluster.preflight import Bundle, run_preflight
-from streams.messages import DeviceInfo, LearnerSetup, ProcessUsage, WorkerInfo, WorkerSetup
-from streams.tiny_spec import TinySpec
+from streams.backbone.tiny_spec import TinySpec
+from streams.support.usage import DeviceInfo, ProcessUsage
 
 QUIET_WAIT_S = 2.0
 """How long to wait for resources before saying so."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from conf.schema import RunConfig
 from runtime.planning.footprint import BYTES, gib
-from streams.freezing import MEDIA_KINDS
-from streams.geometry import ModelGeometry
-from streams.video import VideoConfig
+from streams.backbone.freezing import MEDIA_KINDS
+from streams.checkpoint.model_shape import ModelGeometry
+from streams.video.config import VideoConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from conf.schema import CheckpointConfig
 from learner.config import LearnerConfig
 from runtime.planning.footprint import BYTES, gib, trained_numbers
-from streams.geometry import ModelGeometry
+from streams.checkpoint.model_shape import ModelGeometry
 
 OPTIMIZER_BYTES = 12
 """Per trained parameter: an fp32 master copy and AdamW's two moments."""

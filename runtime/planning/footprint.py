@@ -14,9 +14,9 @@ from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from rollout.config import SELF_CHECK_HEAD
 from runtime.planning.stream_size import StreamSize
-from streams.freezing import trained
-from streams.geometry import ModelGeometry
-from streams.kernels import FLASHINFER_WORKSPACE, REGION_SCORES
+from streams.backbone.freezing import trained
+from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, REGION_SCORES
+from streams.checkpoint.model_shape import ModelGeometry
 from streams.memory import CONTIGUOUS, NATIVE
 
 BYTES = {"float32": 4, "bfloat16": 2}

@@ -24,10 +24,15 @@ from runtime.planning.footprint import (
     worker_footprint,
 )
 from runtime.planning.stream_size import StreamSize
-from streams.geometry import ModelGeometry
-from streams.kernels import HALF, choose_learner_attention, choose_rollout_attention, choose_vision_attention
+from streams.backbone.kernel_choice import (
+    HALF,
+    choose_learner_attention,
+    choose_rollout_attention,
+    choose_vision_attention,
+)
+from streams.checkpoint.model_shape import ModelGeometry
 from streams.memory import check_text_tells_time, make_policy
-from streams.messages import DeviceInfo
+from streams.support.usage import DeviceInfo
 from streams.task import StreamTask
 
 MARGIN = 0.06

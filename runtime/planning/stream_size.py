@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.schema import RunConfig
-from streams.geometry import ModelGeometry
+from streams.checkpoint.model_shape import ModelGeometry
 from streams.memory import Lanes, live_bound, make_policy
 from streams.task import StreamTask
 
@@ -17,7 +17,7 @@ TIMESTAMP = 11
 
 
 MEMORY_TEMPLATE = 24
-"""Tokens of a copied turn beside its words, at most (see streams.lanes)."""
+"""Tokens of a copied turn beside its words, at most (see streams.layout.lanes)."""
 
 
 @dataclass(frozen=True)

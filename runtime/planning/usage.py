@@ -13,9 +13,9 @@ from typing import Any
 
 from runtime.planning.footprint import Footprint, gib
 from runtime.planning.plan import MemoryPlan
-from streams.messages import DeviceInfo, ProcessUsage
-from streams.scoring.stats import LogpDiff
+from streams.log.mismatch import LogpDiff
 from streams.support.files import write_json
+from streams.support.usage import DeviceInfo, ProcessUsage
 
 USAGE_FILE = "usage.json"
 

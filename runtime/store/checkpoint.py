@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streams.strict_json import dumps, loads
+from streams.support.strict_json import dumps, loads
 
 STATE_FILE = "state.json"
 FILES_FILE = "files.json"

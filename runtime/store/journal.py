@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streams.strict_json import dumps
+from streams.support.strict_json import dumps
 
 log = logging.getLogger("sightline.journal")
 

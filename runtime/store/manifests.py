@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.jobs import JobConfig
 from conf.paths import with_home
-from conf.schema import JobConfig, RunConfig
+from conf.schema import RunConfig
 from runtime.store.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
 from streams.memory import CUSTOM
-from streams.strict_json import dumps
+from streams.support.strict_json import dumps
 
 TRAINING = ("sft", "rl")
 MANIFESTS = ("data", *TRAINING)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from conf.redact import redact
-from streams.terminal import escape_unprintable_output
+from streams.support.terminal import escape_unprintable_output
 
 FILE = "driver.log"
 MAX_BYTES = 16 * 2**20

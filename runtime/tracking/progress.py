@@ -7,7 +7,7 @@ import time
 
 from rich.console import Console
 
-from streams.terminal import visible
+from streams.support.terminal import visible
 
 PLAIN_LINES = 40
 """Lines that one stage prints at most, where there is no terminal to rewrite."""

@@ -4,7 +4,8 @@
 light: no torch, the driver imports it.
 """
 
-from streams.lanes import Lanes
+from streams.layout.lanes import Lanes
+from streams.memory.boundary import check_text_tells_time, evicted, lane_one_start, live_bound, placed
 from streams.memory.config import CUSTOM, POLICIES, MemoryConfig, check_args_taken, knobs, make_policy
 from streams.memory.policy import (
     CONTIGUOUS,
@@ -13,13 +14,8 @@ from streams.memory.policy import (
     LiveTokens,
     MemoryPolicy,
     TurnStart,
-    check_text_tells_time,
-    evicted,
-    lane_one_start,
-    live_bound,
     old_text,
     old_video,
-    placed,
 )
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow

@@ -15,14 +15,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from streams import targets
-from streams.lanes import Lanes
-from streams.memory.policy import CONTIGUOUS, NATIVE, POSITIONS, MemoryPolicy, check_contiguous
+from streams.layout.lanes import Lanes
+from streams.memory.boundary import check_contiguous
+from streams.memory.policy import CONTIGUOUS, NATIVE, POSITIONS, MemoryPolicy
 from streams.memory.random_tokens import RandomTokens
 from streams.memory.sink_window import SinkWindow
 from streams.memory.text_memory import TextMemory
 from streams.memory.visual_budget import VisualBudget
 from streams.memory.windows import Full, Rcsm, RecentFrames
+from streams.support import plugins as targets
 
 POLICIES: dict[str, type[MemoryPolicy]] = {
     "full": Full,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.log import GENERATED_TEXT, Kind
+from streams.log.record import GENERATED_TEXT, Kind
 from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_text, old_video
-from streams.regions import Region
+from streams.positions.regions import Region
 
 
 class SinkWindow(MemoryPolicy):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.lanes import Lanes
-from streams.log import Kind
+from streams.layout.lanes import Lanes
+from streams.log.record import Kind
 from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
 
 STAYS = (Kind.SYSTEM, Kind.QUERY, Kind.MEMORY)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.log import Kind
+from streams.log.record import Kind
 from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
 
 

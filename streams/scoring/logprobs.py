@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from streams.backbone import AttentionPlan, Backbone, VideoTokens
-from streams.log import StreamLog
+from streams.backbone.attention import AttentionPlan
+from streams.backbone.backbone import Backbone, VideoTokens
+from streams.log.record import StreamLog
 from streams.scoring.block_mask import BLOCK
+from streams.scoring.contiguous import region_plan
 from streams.scoring.mask import MIN_FLEX_TOKENS, DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack, plan_micro_batches
-from streams.scoring.regions import region_plan
 
 
 @dataclass(frozen=True)

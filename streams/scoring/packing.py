@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from streams.log import NEVER, Kind, StreamLog
-from streams.scoring.region_rows import RegionRows, native_until, pack_regions
+from streams.log.record import NEVER, Kind, StreamLog
+from streams.scoring.contiguous_rows import RegionRows, native_until, pack_regions
 
 
 @dataclass(frozen=True)

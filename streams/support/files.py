@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from streams.strict_json import dumps
+from streams.support.strict_json import dumps
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 """The folder that holds our packages."""

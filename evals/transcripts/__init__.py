@@ -1,0 +1,1 @@
+"""Transcripts of evaluated streams: their records, and the page that shows them."""

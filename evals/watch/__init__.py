@@ -1,0 +1,1 @@
+"""job=watch: one film, one model, turn by turn."""

@@ -1,0 +1,116 @@
+"""job=watch: stream one file through the engine and print, second by second, what the model thinks and says.
+
+One stream, greedy, in this process: no Ray, no learner. Layout, memory, chunk length and pixel budget come
+from the checkpoint's streaming.json; an override that contradicts it is used and named. What is printed of a turn:
+its time, thought, answer or silence, tokens in memory after it, and the seconds that the engine took for it. What can
+be refused is refused here, before `evals.watch.stream` loads torch and the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from conf.schema import RunConfig
+from conf.streaming import apply_streaming, overridden_keys, read_streaming
+from evals.watch.watched import WatchedFile, WatchedTurn
+from runtime.checks import check_memory
+from streams.checkpoint.folder import resolve_checkpoint
+from streams.checkpoint.weights import check_weights
+from streams.support.strict_json import dumps
+from streams.task import TimedQuery
+from streams.video.reader import ClipReader
+
+
+def watch(config: RunConfig, overrides: list[str]) -> None:
+    """Run `job=watch`; a configuration or file that cannot be used ends the process with status 2."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        checkpoint, config = _resolve(config, overrides)
+        shown = _shown(config)
+        # Only now: it takes seconds to load, which a wrong path should not cost.
+        from evals.watch.stream import watch_file
+
+        turns = watch_file(config, checkpoint, shown)
+        _introduce(config, checkpoint, shown, console)
+        for turn in turns:
+            if config.watch.json:
+                print(dumps(asdict(turn), ensure_ascii=False), flush=True)
+            else:
+                _print_turn(turn, console)
+    except BrokenPipeError:
+        raise  # whoever read along has gone: no error of the configuration
+    except (ValueError, OSError) as error:
+        print(f"configuration error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
+    """The checkpoint folder, and the configuration with what its streaming.json says. Raises ValueError."""
+    if not config.watch.video:
+        raise ValueError("watch.video is empty: give the file to watch, as in job=watch video=FILE")
+    if not config.model.path:
+        raise ValueError("model.path is empty: give the checkpoint to watch with, as in job=watch model=FOLDER")
+    checkpoint = resolve_checkpoint(config.model.path)
+    if not (checkpoint / "config.json").is_file() and (checkpoint / "hf" / "config.json").is_file():
+        checkpoint = checkpoint / "hf"  # one of our checkpoints: its export
+    for warning in check_weights(checkpoint).warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    saved = read_streaming(checkpoint)
+    if not saved:
+        print(
+            f"warning: {checkpoint} has no streaming.json: watching with the configuration's settings", file=sys.stderr
+        )
+    applied = apply_streaming(config, saved, overridden_keys(overrides))
+    for conflict in applied.conflicts:
+        print(f"warning: {conflict}; the override is used", file=sys.stderr)
+    config = replace(applied.config, model=replace(applied.config.model, path=str(checkpoint)))
+    check_memory(config)
+    return checkpoint, config
+
+
+def _shown(config: RunConfig) -> WatchedFile:
+    """The file, as far as it is to be watched. Raises ValueError if it cannot be read, or not as long as asked for."""
+    watching = config.watch
+    video = str(Path(watching.video).absolute())
+    with ClipReader(config.data.video) as reader:
+        film = reader.presentation(video)
+    length = film.end
+    if watching.query and watching.at >= length:
+        raise ValueError(f"watch.at={watching.at:g} lies after the end of {video} ({length:.1f} s)")
+    end = min(length, watching.seconds or length)
+    if end <= film.first:
+        raise ValueError(
+            f"watch.seconds={watching.seconds:g} ends before the first picture of {video}, which appears at {film.first:.2f} s"
+        )
+    if film.late:
+        print(f"warning: the first picture of {video} appears at {film.first:.2f} s: black until then", file=sys.stderr)
+    query = (TimedQuery(watching.at, watching.query),) if watching.query and watching.at < end else ()
+    return WatchedFile(video, end, query, length=length)
+
+
+def _introduce(config: RunConfig, checkpoint: Path, shown: WatchedFile, console: Console) -> None:
+    if config.watch.json:
+        return
+    video = config.data.video
+    seconds = video.chunk_seconds_of(replace(shown, end=shown.length))
+    console.print(
+        f"{config.watch.video} with {checkpoint}\n{seconds:g} s a chunk, {video.frames_per_chunk} frames each; "
+        f"memory {config.memory.words}",
+        markup=False,
+    )
+
+
+def _print_turn(turn: WatchedTurn, console: Console) -> None:
+    if turn.query:
+        console.print(f"{'':>14}  ? {turn.query}", style="bold", markup=False)
+    span = f"{turn.start_s:6.1f}-{turn.end_s:.1f} s"
+    cost = f"[{turn.memory_tokens} tokens in memory, {turn.memory_video} of video; {turn.seconds * 1000:.0f} ms]"
+    console.print(f"{span:>14}  . {turn.thought or '-'}  {cost}", style="dim", markup=False)
+    if turn.response is not None:
+        console.print(f"{'':>14}  > {turn.response}", style="bold green", markup=False)
+    elif not turn.well_formed:
+        console.print(f"{'':>14}  ! this turn did not keep to the layout", style="yellow", markup=False)

@@ -1,0 +1,1 @@
+"""The streaming engine: continuous batching over a pool of KV slots."""

@@ -1,0 +1,66 @@
+"""The KV cache of one worker: a pool of token slots."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+class KVPool:
+    """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both. Its keys are
+    what attention reads. raw: [layers, slots, kv_heads, head_dim], un-rotated keys; None until they are needed.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"a KV pool of {slots} slots: at least one is needed (rollout.kv_memory_mb)")
+        self.kv = torch.zeros((layers, slots, 2, kv_heads, head_dim), dtype=dtype, device=device)
+        self.raw: torch.Tensor | None = None
+        self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
+        self._available = slots
+        self._taken = np.zeros(slots, bool)
+
+    @staticmethod
+    def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, raw: bool = False) -> int:
+        """Bytes that one token occupies over all layers: keys, values, and un-rotated keys where they are kept (raw)."""
+        return (3 if raw else 2) * layers * kv_heads * head_dim * dtype.itemsize
+
+    def keep_raw(self) -> torch.Tensor:
+        """Keep un-rotated keys from now on."""
+        if self.raw is None:
+            layers, slots, _, kv_heads, head_dim = self.kv.shape
+            self.raw = self.kv.new_zeros((layers, slots, kv_heads, head_dim))
+        return self.raw
+
+    @property
+    def capacity(self) -> int:
+        return len(self._free)
+
+    @property
+    def available(self) -> int:
+        return self._available
+
+    def allocate(self, n: int) -> np.ndarray:
+        """n free slots, int64 [n]. The engine reserves before it admits, so this never runs dry in a sound engine."""
+        if n > self._available:
+            raise RuntimeError(f"KV pool exhausted: {n} slots wanted, {self._available} of {self.capacity} free")
+        slots = self._free[self._available - n : self._available].copy()
+        self._available -= n
+        assert not self._taken[slots].any(), "a slot was given out twice"
+        self._taken[slots] = True
+        return slots
+
+    def free(self, slots: np.ndarray) -> None:
+        assert self._taken[slots].all(), "a slot was freed that nobody holds"
+        self._taken[slots] = False
+        self._free[self._available : self._available + len(slots)] = slots
+        self._available += len(slots)

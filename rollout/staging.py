@@ -1,0 +1,62 @@
+"""Weights on the worker's side: staged in the background, copied into place between two engine steps.
+
+Invariants: the running weights change only in `StagedWeights.apply`, called between steps; a version
+older than the running one is never applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from streams.backbone.backbone import Backbone
+from streams.backbone.freezing import below_boundary
+from streams.messages import WeightsUpdate
+
+
+@dataclass(frozen=True)
+class StagedWeights:
+    """A fetched version, unpacked into tensors of the backbone's dtype, not yet running; on its device, or in host memory."""
+
+    version: int
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def stage(cls, update: WeightsUpdate, backbone: Backbone, where: str = "device") -> StagedWeights:
+        """Unpack an update. where: `device` holds it beside the running weights (a short pause at the swap); `host` needs
+        no memory there and copies over at the swap. Raises ValueError if it does not fit the backbone.
+        """
+        dtype = getattr(torch, update.dtype)
+        wanted = sum(int(np.prod(shape)) for shape in update.shapes) * dtype.itemsize
+        if len(update.buffer) != wanted:
+            raise ValueError(
+                f"weights of version {update.version}: {len(update.buffer)} bytes for shapes that take {wanted}"
+            )
+        # The object store hands out read-only memory: one copy here is the staging buffer.
+        flat = torch.from_numpy(np.array(update.buffer)).view(dtype)
+        if where == "host" and backbone.device.type == "cuda":
+            flat = flat.pin_memory()
+        parameters = dict(backbone.model.named_parameters())
+        tensors, at = {}, 0
+        for name, shape in zip(update.names, update.shapes, strict=True):
+            if name not in parameters or tuple(parameters[name].shape) != shape:
+                raise ValueError(f"weights of version {update.version}: {name} {shape} does not fit this backbone")
+            size = int(np.prod(shape))
+            parameter = parameters[name]
+            device = parameter.device if where == "device" else flat.device
+            tensors[name] = flat[at : at + size].view(shape).to(device, parameter.dtype)
+            at += size
+        return cls(update.version, tensors)
+
+    def outdates(self, mode: str) -> bool:
+        """Whether what is kept at the boundary `mode` was encoded by weights that this version replaces."""
+        lowest = "tower+merger" if mode == "none" else mode
+        return any(below_boundary(name, lowest) for name in self.tensors)
+
+    @torch.no_grad()
+    def apply(self, backbone: Backbone) -> None:
+        parameters = dict(backbone.model.named_parameters())
+        for name, tensor in self.tensors.items():
+            parameters[name].copy_(tensor)

@@ -1,0 +1,203 @@
+"""Tiny backbones: a random Qwen2.5-VL or Qwen3-VL with its own small tokenizer, in the standard Hugging Face format.
+
+Everything that loads a real checkpoint loads these, through the same code. The tokenizer follows
+Qwen's pre-tokenizer rules and has merges over newlines and leading spaces, so that tokenisation at the seams of a
+turn is exercised. Weights are Xavier-initialised: with the default 0.02 a model this small does not learn colours.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3VLConfig
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.utils import logging as transformers_logging
+
+from streams.backbone.tiny_spec import TinySpec
+
+QWEN_CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+QWEN3_TEXT_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+"""Added tokens of Qwen3's tokenizer that are not special: the model writes them, decoding shows them."""
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string -%}{{ message.content }}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- elif part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- else -%}{{ part.text }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{ '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+_CORPUS = (
+    "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags.\n"
+    "Then write the response and your answer if an answer is due now, otherwise stay silent.\n\n",
+    "What colour is the shape now?\nWhat colour was the first shape?\n",
+    "Say the colour of the next shape as soon as it appears.\n\n",
+    "red green blue yellow nothing\nred\ngreen\nblue\nyellow\nnothing\n",
+    "a red square, a green circle, a blue triangle, a yellow square\n\n\n",
+    "nothing answer red, red answer red, green answer green, blue answer blue, yellow answer yellow\n",
+    "nothing answer green, nothing answer blue, nothing answer yellow\n",
+    "system\nuser\nassistant\nThe answer is yes. The answer is no. A. B. C. D.\n\n",
+    "How many shapes are there? There are two shapes. Which one is first?\n",
+)
+
+
+_TIMES = ("<0.5 seconds><1.5 seconds><12.5 seconds>",)
+"""As in Qwen's own vocabulary, the word of a timestamp is one token."""
+
+
+def build_tokenizer(model_type: str = "qwen2_5_vl") -> Qwen2Tokenizer:
+    """Train the small tokenizer on a few lines (byte-level BPE, deterministic) and add Qwen's control tokens."""
+    trainee = Tokenizer(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainee.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    corpus = (*_CORPUS, *_TIMES) if model_type == "qwen3_vl" else _CORPUS
+    trainee.train_from_iterator(corpus * 4, trainer)
+    model = json.loads(trainee.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)  # type: ignore[arg-type]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_CONTROL_TOKENS])
+    if model_type == "qwen3_vl":
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in QWEN3_TEXT_TOKENS])
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig | Qwen3VLConfig:
+    token = tokenizer.convert_tokens_to_ids
+    half = (spec.head_dim or spec.hidden // spec.heads) // 2
+    # Qwen's split of a rotary half into time, height and width.
+    side = half * 3 // 8 if spec.model_type == "qwen2_5_vl" else half * 5 // 16
+    text_config: dict[str, Any] = {
+        "vocab_size": spec.vocab_rows,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.mlp,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": spec.rope_theta,
+            "mrope_section": [half - 2 * side, side, side],
+        },
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+    }
+    vision_config: dict[str, Any] = {
+        "depth": spec.vision_depth,
+        "hidden_size": spec.vision_hidden,
+        "intermediate_size": spec.vision_mlp,
+        "num_heads": spec.vision_heads,
+        "out_hidden_size": spec.hidden,
+        "patch_size": spec.patch_size,
+    }
+    ids = {
+        "image_token_id": token("<|image_pad|>"),
+        "video_token_id": token("<|video_pad|>"),
+        "vision_start_token_id": token("<|vision_start|>"),
+        "vision_end_token_id": token("<|vision_end|>"),
+    }
+    tied = spec.tie_embeddings
+    if spec.model_type == "qwen2_5_vl":
+        whole = list(spec.full_attention) or [spec.vision_depth - 1]
+        vision_config |= {"tokens_per_second": 2, "fullatt_block_indexes": whole}
+        return Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **ids)
+    text_config |= {"head_dim": 2 * half}
+    text_config["rope_parameters"] |= {"mrope_interleaved": True}
+    # An 8 x 8 grid of learned positions: frames of other sizes go through the interpolation.
+    vision_config |= {"deepstack_visual_indexes": list(spec.deepstack), "num_position_embeddings": 64}
+    return Qwen3VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **ids)
+
+
+def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embedding_std: float = 0.5) -> None:
+    """Xavier on every matrix, normal embeddings, small random biases; norms are 1, their biases 0. Sets every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_q" in name:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            if "embed_tokens" in name:
+                parameter.normal_(0.0, embedding_std, generator=generator)
+            elif parameter.ndim >= 2:
+                torch.nn.init.xavier_uniform_(parameter.flatten(1), gain=gain, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def build_tiny(
+    path: Path,
+    spec: TinySpec | None = None,
+    *,
+    seed: int = 0,
+    gain: float = 1.0,
+    std: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a random checkpoint (model, tokenizer, chat template, image processor settings) to `path`.
+
+    std: of the embeddings, None = the spec's.
+    """
+    spec = spec or TinySpec()
+    transformers_logging.disable_progress_bar()
+    tokenizer = build_tokenizer(spec.model_type)
+    # Without memory first: at 3B, transformers' own initialisation would take longer than ours and be thrown away.
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(build_config(spec, tokenizer), dtype=dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    initialise(model, seed, gain=gain, embedding_std=spec.embedding_std if std is None else std)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    # Inputs centred near the mean of grey footage: the tower then sees colours as signed deviations.
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": spec.patch_size,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "size": {"shortest_edge": (2 * spec.patch_size) ** 2, "longest_edge": (4 * spec.patch_size) ** 2},
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    return path

@@ -1,0 +1,94 @@
+"""Shape of a random backbone, tiny unless told otherwise (Hydra key `model.tiny`); `streams.backbone.tiny` builds it.
+
+Importing it loads neither torch nor transformers: the configuration needs it on every command line.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from streams.checkpoint.folder import SUPPORTED_MODEL_TYPES
+
+
+@dataclass(frozen=True)
+class TinySpec:
+    """Shape of the random backbone. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do.
+
+    head_dim: of the text model, 0 = hidden / heads (Qwen2.5-VL has no other). deepstack: vision layers whose features go
+    into the first text layers (Qwen3-VL only). full_attention: vision layers that see the whole frame (Qwen2.5-VL; empty =
+    the last one). embedding_std: of the normal that embeddings are drawn from; with tied embeddings and a wide model, 0.5
+    makes every choice certain.
+    """
+
+    model_type: str = "qwen2_5_vl"
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 256
+    vision_depth: int = 2
+    vision_hidden: int = 64
+    vision_heads: int = 4
+    vision_mlp: int = 128
+    vocab_rows: int = 640
+    tie_embeddings: bool = False
+    rope_theta: float = 1e6
+    head_dim: int = 0
+    patch_size: int = 14
+    deepstack: tuple[int, ...] = ()
+    full_attention: tuple[int, ...] = ()
+    embedding_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        # Lists come from YAML.
+        object.__setattr__(self, "deepstack", tuple(self.deepstack))
+        object.__setattr__(self, "full_attention", tuple(self.full_attention))
+        if not all(0 <= layer < self.vision_depth for layer in self.full_attention):
+            raise ValueError(
+                f"model.tiny.full_attention={list(self.full_attention)} must name vision layers below "
+                f"model.tiny.vision_depth={self.vision_depth}"
+            )
+        if not 0 < self.embedding_std < math.inf:
+            raise ValueError(f"model.tiny.embedding_std={self.embedding_std} must be a positive number")
+        if self.model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(
+                f"model.tiny.model_type={self.model_type!r} is not one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+            )
+        if self.model_type == "qwen2_5_vl" and (self.deepstack or self.head_dim):
+            raise ValueError(
+                f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: qwen2_5_vl has neither; "
+                "set model.tiny.model_type=qwen3_vl or leave them out"
+            )
+        sizes = ("hidden", "layers", "heads", "kv_heads", "mlp", "vision_depth", "vision_hidden", "vision_heads")
+        for key in (*sizes, "vision_mlp", "vocab_rows", "patch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.tiny.{key}={getattr(self, key)} must be at least 1")
+        if self.hidden % self.heads or self.heads % self.kv_heads or self.vision_hidden % self.vision_heads:
+            raise ValueError(
+                f"model.tiny.hidden={self.hidden} must be a multiple of model.tiny.heads={self.heads}, that of "
+                f"model.tiny.kv_heads={self.kv_heads}, and model.tiny.vision_hidden={self.vision_hidden} of "
+                f"model.tiny.vision_heads={self.vision_heads}"
+            )
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"model.tiny.rope_theta={self.rope_theta} must be a positive number")
+        distinct = sorted(set(self.deepstack)) == list(self.deepstack)
+        if not distinct or not all(0 <= layer < self.vision_depth for layer in self.deepstack):
+            raise ValueError(
+                f"model.tiny.deepstack={list(self.deepstack)} must name ascending vision layers below "
+                f"model.tiny.vision_depth={self.vision_depth}"
+            )
+        if self.deepstack and len(self.deepstack) >= self.layers:
+            raise ValueError(
+                f"model.tiny.deepstack={list(self.deepstack)}: every level needs a text layer behind the one it follows, "
+                f"or no other token ever sees it; model.tiny.layers={self.layers} must be larger"
+            )
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along one side of a video token (2 x 2 patches)."""
+        return 2 * self.patch_size
+
+
+QWEN3_SPEC = TinySpec(model_type="qwen3_vl", vision_depth=3, deepstack=(0, 1), rope_theta=5e6)
+"""The tiny Qwen3-VL, two DeepStack levels from its first two vision layers."""

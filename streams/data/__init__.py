@@ -1,0 +1,1 @@
+"""Rows in files: reading, checking and writing StreamTasks."""

@@ -1,0 +1,330 @@
+"""Look at a task file before training on it: `python -m streams.data.check FILE`.
+
+Reads every row, opens every distinct video and decodes its
+first frame, by the same code as a run, and judges the rows as a run does when it starts. Prints what a run would use, what
+it would leave out and what it would warn about, each with file and line. Exit status: 0 if there is nothing to mend, 1 if
+there is, 2 if no row is usable or a file cannot be read or written. `--write OUT` keeps the usable rows, in our own format
+and with the videos' lengths as their ends. Invariants: a file that holds something else is never replaced; what could not
+be checked is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streams.answers.judge import is_correct
+from streams.data.answerable import CERTAIN_TOKENS, lost, overlap, spelled_token, texts_of, too_long, untimely
+from streams.data.dataset import FORMATS, Reason, SkippedSample, load_tasks, write_tasks
+from streams.data.durations import bounded, known_presentation
+from streams.layout.layout import Layout, LayoutConfig, OverBudget
+from streams.support.paths import user_path
+from streams.support.terminal import escape_unprintable_output, one_line
+from streams.task import StreamTask
+from streams.video.config import VideoConfig
+from streams.video.presentation import Presentation
+from streams.video.reader import ClipReader, VideoError
+
+_LIKE_CONTROL = re.compile(r"<\|[^|<>\s]+\|>")
+"""What looks like a control token of some model; whether it is one, only the tokenizer can tell."""
+MAX_TURNS = 240
+"""The default of data.max_turns."""
+
+
+@dataclass
+class Checked:
+    """What was found. skipped: rows that a run would leave out. warned: usable rows of which something is lost. suspects:
+    (task, text) of rows that hold what looks like a control token, where there was no tokenizer to ask.
+    """
+
+    usable: list[StreamTask] = field(default_factory=list)
+    skipped: list[SkippedSample] = field(default_factory=list)
+    warned: list[SkippedSample] = field(default_factory=list)
+    suspects: list[tuple[StreamTask, str]] = field(default_factory=list)
+    videos: int = 0
+    late: dict[str, float] = field(default_factory=dict)
+    """Videos whose first picture is missed by the first frames of a stream, and when it appears."""
+
+
+def check(
+    path: Path,
+    *,
+    format: str = "auto",
+    ignore_fields: tuple[str, ...] = (),
+    video: VideoConfig | None = None,
+    max_turns: int = MAX_TURNS,
+    layout: Layout | None = None,
+) -> Checked:
+    """Read the rows, open their videos and judge them under a run's settings.
+
+    layout: the texts are judged by its tokenizer and budgets; None = as far as they can be without one.
+    Raises ValueError or OSError if the file holds nothing usable.
+    """
+    video = video or VideoConfig()
+    loaded = load_tasks(path, format=format, ignore_fields=ignore_fields)
+    found = Checked(skipped=list(loaded.skipped))
+    films: dict[str, Presentation | str] = {}
+    with ClipReader(video) as reader:
+        for task in loaded.tasks:
+            if task.video not in films:
+                films[task.video] = _opened(reader, task.video)
+            film = films[task.video]
+            try:
+                if isinstance(film, str):
+                    raise ValueError(film)
+                fitted = _within(task, film)
+                _refuse_unread(reader, task, fitted)
+            except ValueError as error:
+                reason = error.reason if isinstance(error, VideoError) else str(error)
+                found.skipped.append(_sample(task, reason, Reason.VIDEO))
+                continue
+            _judge(found, fitted, video, max_turns, layout)
+    found.videos = len(films)
+    found.late = {video: film.first for video, film in films.items() if isinstance(film, Presentation) and film.late}
+    return found
+
+
+def _refuse_unread(reader: ClipReader, task: StreamTask, fitted: StreamTask) -> None:
+    """Read the chunk of the last answer as a run does that does not ask for lengths (data.video.max_chunks=0), where the row
+    puts it after the video's end. Raises VideoError.
+    """
+    chunk = reader.config.chunk_seconds
+    if not reader.config.max_chunks and task.due_turns(chunk) > fitted.due_turns(chunk):
+        reader.read_task(task, task.due_turns(chunk))
+
+
+def _sample(task: StreamTask, reason: str, kind: Reason) -> SkippedSample:
+    return SkippedSample(f"{task.origin}: task {task.id} ({task.video})", reason, kind)
+
+
+def _judge(found: Checked, task: StreamTask, video: VideoConfig, max_turns: int, layout: Layout | None) -> None:
+    """Put a row whose video is there where it belongs, as RL would; what only a cold start refuses is a warning."""
+    if refused := spelled_token(task, layout):
+        found.skipped.append(_sample(task, refused, Reason.CONTROL_TOKEN))
+        return
+    chunk = video.chunk_seconds_of(task)
+    # No tail: it comes after every answer.
+    findings = untimely(task, chunk, task.num_turns(chunk, 0, max_turns), max_turns)
+    for i, answer in enumerate(task.answers):
+        fits = None if layout is None else layout.fitting(answer.text)
+        if layout is not None and fits is not None and not is_correct(fits, answer.text, answer.kind):
+            findings.append(too_long(task, i, fits, layout.config.max_new_tokens))
+    samples = [_sample(task, finding.reason, finding.kind) for finding in findings]
+    if lost(task, findings):
+        found.skipped.append(samples[0])
+        return
+    found.usable.append(task)
+    found.warned += samples
+    if layout is None:
+        looks = [match[0] for _, text in texts_of(task) for match in _LIKE_CONTROL.finditer(text)]
+        found.suspects += [(task, looks[0])] if looks else []
+        return
+    for thought in task.thoughts:
+        try:
+            layout.within_budgets(thought.text, None, task.chunk_of(thought.time, chunk))
+        except OverBudget as error:
+            found.warned.append(_sample(task, f"a cold start leaves the row out: {error}", Reason.THOUGHT_TOO_LONG))
+            break
+
+
+def _opened(reader: ClipReader, video: str) -> Presentation | str:
+    """What the video shows, or why it cannot be used."""
+    try:
+        film = known_presentation(reader, video)
+        reader.read(video, 0.0, math.inf, 1)
+    except VideoError as error:
+        return error.reason
+    return film
+
+
+def _within(task: StreamTask, film: Presentation) -> StreamTask:
+    """The task, once it fits into its video; its end is known afterwards."""
+    film.check_span(task.end)
+    return task if math.isfinite(task.end) else bounded(task, film.end)
+
+
+def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:
+    """The lines that are printed."""
+    lines = [f"skipped {sample.source}: {sample.reason}" for sample in found.skipped]
+    lines += [f"warning: {sample.source}: {sample.reason}" for sample in found.warned]
+    rows = f"{len(found.usable)} rows usable, {len(found.skipped)} skipped, {found.videos} videos opened"
+    lines.append(f"{path}: {rows}" + (f", {len(found.warned)} warnings" if found.warned else ""))
+    if found.late:
+        latest = max(found.late, key=found.late.__getitem__)
+        lines.append(
+            f"{len(found.late)} videos whose picture starts later than 0 s "
+            f"(the latest at {found.late[latest]:.2f} s: {latest}): black until then"
+        )
+    if not found.usable:
+        return lines
+    answers = [answer for task in found.usable for answer in task.answers]
+    kinds: Counter[str] = Counter(answer.kind for answer in answers)
+    categories = Counter(task.category or "(none)" for task in found.usable)
+    seconds = [task.end - task.start for task in found.usable]
+    chunks = [task.due_turns(video.chunk_seconds_of(task)) for task in found.usable]
+    thoughts = sum(len(task.thoughts) for task in found.usable)
+    return [
+        *lines,
+        f"answers: {_counted(kinds)}; to {sum(len(task.queries) for task in found.usable)} questions",
+        f"categories: {_counted(categories)}",
+        f"thoughts: {thoughts}" + ("" if thoughts else " (a cold start would demonstrate empty ones)"),
+        f"length: {_spread(seconds)} s; chunks up to the last answer: {_spread(chunks)}",
+    ]
+
+
+def not_checked(found: Checked) -> str:
+    """What only the model's tokenizer can tell."""
+    line = (
+        "not checked, name the model with --model DIR: whether answers and thoughts fit into a turn, and whether a text spells "
+        f"a control token of the model other than {', '.join(CERTAIN_TOKENS)}"
+    )
+    if found.suspects:
+        task, text = found.suspects[0]
+        line += f"; {len(found.suspects)} rows hold what looks like one, for example {task.origin}: {text!r}"
+    return line
+
+
+def leaks(found: Checked, path: Path, against: Path, other: tuple[StreamTask, ...]) -> str | None:
+    """The warning about rows that ask what a row of the other file asks about the same video; None if there are none."""
+    pairs = overlap(other, found.usable)
+    if not pairs:
+        return None
+    return (
+        f"warning: {len(pairs)} of {len(found.usable)} rows of {path} ask what a row of {against} asks about the same video, "
+        f"for example {pairs[0][0].origin} and {pairs[0][1].origin}: one file cannot show what was learned from the other"
+    )
+
+
+def refuse_loss(out: Path, path: Path, videos: set[str]) -> None:
+    """Raise ValueError or OSError if writing `out` would lose something, or is not possible."""
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--write {out}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"--write {out}: the folder {folder} cannot be written to")
+    if not os.path.lexists(out):
+        return
+    if out.is_dir() or (out.exists() and not out.is_file()):
+        what = "a folder" if out.is_dir() else "no regular file"
+        raise ValueError(f"--write {out} is {what}: name the file to write")
+    if out.exists() and out.samefile(path):
+        raise ValueError(
+            f"--write {out} is the file that is checked ({path}): its unusable rows would be lost, name another"
+        )
+    if out.exists() and not os.access(out, os.W_OK):
+        raise PermissionError(f"--write {out} exists and is read-only: name another file")
+    if out.exists() and any(os.path.exists(video) and out.samefile(video) for video in videos):
+        raise ValueError(f"--write {out} is a video of the checked rows: name another file")
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def _spread(values: list[float] | list[int]) -> str:
+    return f"{min(values):g} to {max(values):g}, median {statistics.median(values):g}"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options. `model=DIR` and `against=FILE` may be written as launch.py's words, too."""
+    parser = argparse.ArgumentParser(
+        prog="python -m streams.data.check", description="Check a task file and its videos."
+    )
+    parser.add_argument("file", type=user_path)
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="as data.format")
+    parser.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="as data.ignore_fields")
+    parser.add_argument("--chunk-seconds", type=float, default=1.0, help="as data.video.chunk_seconds")
+    parser.add_argument("--max-chunks", type=int, default=0, help="as data.video.max_chunks")
+    parser.add_argument("--max-turns", type=int, default=MAX_TURNS, help="as data.max_turns")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint whose tokenizer judges the texts, as model.path")
+    layout = LayoutConfig()
+    parser.add_argument("--max-new-tokens", type=int, default=layout.max_new_tokens, help="as layout.max_new_tokens")
+    parser.add_argument("--think-budget", type=int, default=layout.think_budget, help="as layout.think_budget")
+    parser.add_argument(
+        "--against", type=user_path, metavar="FILE", help="warn about questions that this file asks, too"
+    )
+    parser.add_argument("--write", type=user_path, metavar="OUT", help="write the usable rows in our own format")
+    words = [f"--{word}" if word.startswith(("model=", "against=")) else word for word in arguments]
+    return parser.parse_args(words)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    escape_unprintable_output()
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        found, status, lines = run(options)
+        # What was found is worth knowing also where the file cannot be written.
+        printed = _print(lines)
+        if options.write and found.usable:
+            refuse_loss(options.write, options.file, {task.video for task in found.usable})
+            write_tasks(options.write, found.usable)
+    except (ValueError, OSError) as error:
+        print(one_line(str(error)), file=sys.stderr)
+        return 2
+    return status if printed else 2
+
+
+def run(options: argparse.Namespace) -> tuple[Checked, int, list[str]]:
+    """Check. Returns what was found, the exit status and the lines to print."""
+    if options.max_turns < 1:
+        raise ValueError(f"--max-turns {options.max_turns} must be at least 1")
+    video = VideoConfig(chunk_seconds=options.chunk_seconds, max_chunks=options.max_chunks)
+    budgets = LayoutConfig(think_budget=options.think_budget, max_new_tokens=options.max_new_tokens)
+    fields = tuple(options.ignore_field)
+    if options.write:
+        refuse_loss(options.write, options.file, set())
+    layout = None if options.model is None else model_layout(options.model, budgets)
+    found = check(
+        options.file,
+        format=options.format,
+        ignore_fields=fields,
+        video=video,
+        max_turns=options.max_turns,
+        layout=layout,
+    )
+    lines = report(options.file, found, video)
+    if options.model is None:
+        lines.append(not_checked(found))
+    leak = None
+    if options.against:
+        other = load_tasks(options.against, format=options.format, ignore_fields=fields).tasks
+        leak = leaks(found, options.file, options.against, other)
+        lines += [leak] if leak else []
+    status = 1 if found.skipped or found.warned or leak else 0
+    return found, status if found.usable else 2, lines
+
+
+def model_layout(model: str, budgets: LayoutConfig) -> Layout:
+    """The layout of a checkpoint folder or hub id. Raises ValueError or OSError."""
+    # Imported here: torch and transformers take seconds, and a check without a model needs neither.
+    from streams.backbone.vocabulary import text_layout
+    from streams.checkpoint.folder import resolve_checkpoint
+
+    folder = resolve_checkpoint(model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--model {model}: no config.json there; give a checkpoint folder or a hub id")
+    return text_layout(folder, budgets)
+
+
+def _print(lines: list[str]) -> bool:
+    """Print the lines; False if standard output is full or broken in another way than by a reader that had enough."""
+    try:
+        print("\n".join(map(one_line, lines)), flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"standard output: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""Task files: JSONL, one StreamTask per line, read row by row so that a bad row costs that row only.
+
+Two formats (`FORMATS`): our own, written and read here, and ThinkStream's (`streams.data.formats.thinkstream`).
+Invariants: every message names file, line and field; nothing is guessed (unknown keys, wrong types and non-finite
+numbers are errors); ids are unique; a file is always read afresh, never from a cache of an older version. Whether a
+video exists is not asked here, unless its length is needed: a missing one costs its sample when it is read.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from streams.answers.contradictions import contradiction
+from streams.data.durations import measured
+from streams.data.fields import parse_line
+from streams.data.formats.sightline import parse_row, row_of
+from streams.data.formats.thinkstream import is_record, parse_record
+from streams.task import StreamTask
+from streams.video.config import VideoConfig
+
+FORMATS = ("auto", "sightline", "thinkstream")
+HINT = "(set data.* or run job=data)"
+
+
+class Reason(StrEnum):
+    """Why a row is left out, or kept although a part of it cannot be answered. The values are the keys of summary.json."""
+
+    UNREADABLE = "row_unreadable"
+    CONTRADICTORY = "row_contradictory"
+    CONTROL_TOKEN = "control_token"
+    AFTER_LAST_TURN = "due_after_last_turn"
+    ANSWER_TOO_LONG = "answer_too_long"
+    THOUGHT_TOO_LONG = "thought_too_long"
+    QUESTION_CLOSED = "question_closed"
+    TURN_SHARED = "turn_shared"
+    VIDEO = "video_unusable"
+    REWARD = "reward_failed"
+    STREAM = "stream_failed"
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample that was left out. source: file and line, or a task's id and video. kind: the reason's class."""
+
+    source: str
+    reason: str
+    kind: Reason = field(default=Reason.STREAM, compare=False)
+
+    def __post_init__(self) -> None:
+        # From a checkpoint's or a manifest's JSON it comes as a string.
+        object.__setattr__(self, "kind", Reason(self.kind))
+
+    @classmethod
+    def of(cls, task: StreamTask, reason: str, kind: Reason) -> SkippedSample:
+        """Return the sample for a task that was read before it failed; the reason names the task's row."""
+        return cls(f"task {task.id} ({task.video})", reason + at_row(task), kind)
+
+    @classmethod
+    def failure(cls, task: StreamTask, failed: str) -> SkippedSample:
+        """Return the sample for a task whose stream failed; `failed` begins with the name of the exception's class."""
+        kind = Reason.VIDEO if failed.startswith("VideoError:") else Reason.STREAM
+        if failed.startswith("OverBudget:"):
+            kind = Reason.THOUGHT_TOO_LONG if "layout.think_budget" in failed else Reason.ANSWER_TOO_LONG
+        return cls.of(task, failed, kind)
+
+
+def counted(samples: Iterable[SkippedSample]) -> dict[str, int]:
+    """Return how many samples there are of each kind, by its name."""
+    return dict(sorted(Counter(str(sample.kind) for sample in samples).items()))
+
+
+def at_row(task: StreamTask) -> str:
+    """Return " (row FILE:LINE)" for a message, '' for a task that was made in code."""
+    return f" (row {task.origin})" if task.origin else ""
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """What a file held: the usable rows in file order, and those left out."""
+
+    tasks: tuple[StreamTask, ...]
+    skipped: tuple[SkippedSample, ...]
+
+
+def load_tasks(
+    path: str | Path,
+    *,
+    on_bad: Literal["raise", "skip"] = "skip",
+    format: str = "auto",
+    video: VideoConfig | None = None,
+    ignore_fields: Collection[str] = (),
+) -> TaskFile:
+    """Reads a JSONL file of tasks. Relative video paths count from the file's folder.
+
+    on_bad: a bad row is listed in `skipped`, or raises ValueError. A file without any usable row always raises.
+    format: one of `FORMATS`; `auto` goes by the fields of the first row. video: where its chunk length depends on a
+    task's length, videos of unknown length are opened to ask. ignore_fields: fields that rows may hold without meaning.
+    A row that contradicts itself (see `streams.answers.contradictions`) is a bad row.
+    """
+    if on_bad not in ("raise", "skip"):
+        raise ValueError(f"on_bad={on_bad!r} must be 'raise' or 'skip'")
+    if format not in FORMATS:
+        raise ValueError(f"data.format={format!r} is not one of {', '.join(FORMATS)}")
+    path = Path(path)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"task file {path} {what} {HINT}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"task file {path} is empty {HINT}")
+    skipped: list[tuple[int, str, Reason]] = []
+
+    def bad(number: int, reason: str, kind: Reason = Reason.UNREADABLE) -> None:
+        if on_bad == "raise":
+            raise ValueError(f"{path}:{number}: {reason}")
+        skipped.append((number, reason, kind))
+
+    tasks = _parsed(path, format, ignore_fields, bad)
+    found = [(number, task, contradiction(task)) for number, task in tasks]
+    for number, task, reason in found:
+        if reason is not None:
+            bad(number, f"task {task.id}: {reason}", Reason.CONTRADICTORY)
+    tasks = [(number, task) for number, task, reason in found if reason is None]
+    if video is not None and video.max_chunks:
+        tasks = measured(tasks, video, lambda number, reason: bad(number, reason, Reason.VIDEO))
+    reasons = tuple(SkippedSample(f"{path}:{number}", reason, kind) for number, reason, kind in sorted(skipped))
+    if not tasks:
+        first = f"; the first problem: {reasons[0].source}: {reasons[0].reason}" if reasons else ""
+        raise ValueError(f"task file {path} holds no usable row {HINT}{first}")
+    return TaskFile(tuple(task for _, task in tasks), reasons)
+
+
+def sample_tasks(
+    path: str | Path, count: int, *, format: str = "auto", ignore_fields: Collection[str] = ()
+) -> tuple[StreamTask, ...]:
+    """At most `count` tasks from rows spread over the whole file, the other rows unread; bad rows give none."""
+    path = Path(path)
+    total = sum(1 for _ in _lines(path))
+    wanted = {1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
+    found = _parsed(path, format, ignore_fields, lambda number, reason: None, only=wanted)
+    return tuple(task for _, task in found)
+
+
+def _parsed(
+    path: Path,
+    format: str,
+    ignore_fields: Collection[str],
+    bad: Callable[[int, str], None],
+    only: Collection[int] | None = None,
+) -> list[tuple[int, StreamTask]]:
+    """(line, task) of every row that can be read; the others are handed to `bad`. only: line numbers to look at."""
+    folder = path.absolute().parent
+    tasks: list[tuple[int, StreamTask]] = []
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip() or (only is not None and number not in only and format != "auto"):
+            continue
+        try:
+            value = parse_line(line, ignore_fields)
+            if format == "auto" and isinstance(value, dict):
+                # One format a file: the first object decides.
+                format = "thinkstream" if is_record(value) else "sightline"
+            task = parse_record(value, folder, number) if format == "thinkstream" else parse_row(value, folder)
+            if task.id in first_line:
+                raise ValueError(f"id={task.id!r} is already used in line {first_line[task.id]}")
+        except ValueError as error:
+            bad(number, str(error))
+            continue
+        first_line[task.id] = number
+        tasks.append((number, replace(task, origin=f"{path}:{number}")))
+    return tasks
+
+
+def write_tasks(path: str | Path, tasks: Iterable[StreamTask]) -> None:
+    """Writes a file that `load_tasks` reads back to equal tasks; it replaces an older one in one step."""
+    path = Path(path)
+    folder = path.absolute().parent
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            for task in tasks:
+                # ensure_ascii: the separators that some readers take for line breaks (U+2028) are escaped.
+                file.write(json.dumps(row_of(task, folder), ensure_ascii=True, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The file's lines, streamed by `datasets`: there is no cache, a rewritten file is read anew."""
+    # Imported here: it takes a second, and many processes use this module for its types only.
+    import datasets
+
+    with _offline(datasets.config):
+        rows = datasets.load_dataset(
+            "text",
+            # The name is matched as a pattern, brackets in a folder's name must not mean anything.
+            data_files={"train": [glob.escape(str(path.absolute()))]},
+            split="train",
+            streaming=True,
+            # A byte that is not UTF-8 would end the whole file; replaced, it costs its line.
+            encoding_errors="replace",
+        )
+        for row in rows:
+            yield row["text"]
+
+
+@contextmanager
+def _offline(config: Any) -> Iterator[None]:
+    """Local files only: no look-ups, no download counts. The environment is read before, at import: too
+    early.
+    """
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before

@@ -1,0 +1,81 @@
+"""How long the videos are, for tasks whose rows do not say.
+
+Only asked for where something depends on it (`data.video.max_chunks`, `python -m streams.data.check`):
+every video is read through, which takes a while for a large file. Invariants: the length is that of
+`streams.video.presentation`, as in a run; a video is opened once; one that cannot be read costs its tasks, by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+from streams.task import StreamTask
+from streams.video.config import VideoConfig
+from streams.video.presentation import Presentation
+from streams.video.reader import ClipReader, VideoError
+
+END_SLACK_S = 1.0
+"""Items up to this long after the video's end belong to its last chunk: timestamps are often rounded up."""
+_LAST_INSTANT_S = 1e-3
+
+_known: dict[tuple[str, int, int], Presentation] = {}
+
+
+def bounded(task: StreamTask, video_seconds: float) -> StreamTask:
+    """The task with the video's length as its end. Raises ValueError for an item more than `END_SLACK_S` after it."""
+    if not (math.isfinite(video_seconds) and video_seconds > task.start):
+        raise ValueError(f"the video lasts {video_seconds:g} s, the stream starts at {task.start:g} s")
+    last = max(task.start, video_seconds - _LAST_INSTANT_S)
+
+    def inside(time: float, what: str) -> float:
+        if time > video_seconds + END_SLACK_S:
+            raise ValueError(f"{what} at {time:g} s lies after the end of the video ({video_seconds:g} s)")
+        return min(time, last)
+
+    queries = (replace(query, time=inside(query.time, f"queries[{i}]")) for i, query in enumerate(task.queries))
+    answers = (replace(answer, time=inside(answer.time, f"answers[{i}]")) for i, answer in enumerate(task.answers))
+    thoughts = (replace(item, time=inside(item.time, f"thoughts[{i}]")) for i, item in enumerate(task.thoughts))
+    return replace(task, end=video_seconds, queries=tuple(queries), answers=tuple(answers), thoughts=tuple(thoughts))
+
+
+Source = TypeVar("Source")
+
+
+def measured(
+    tasks: Iterable[tuple[Source, StreamTask]], video: VideoConfig, bad: Callable[[Source, str], None]
+) -> list[tuple[Source, StreamTask]]:
+    """The tasks, those without an end bounded by their video's length; the others are handed to `bad`."""
+    found: list[tuple[Source, StreamTask]] = []
+    failed: dict[str, str] = {}
+    with ClipReader(video) as reader:
+        for source, task in tasks:
+            if math.isfinite(task.end):
+                found.append((source, task))
+                continue
+            if task.video not in failed:
+                try:
+                    found.append((source, bounded(task, known_presentation(reader, task.video).end)))
+                    continue
+                except VideoError as error:
+                    failed[task.video] = str(error)
+                except ValueError as error:
+                    bad(source, f"{task.video}: {error}")
+                    continue
+            bad(source, failed[task.video])
+    return found
+
+
+def known_presentation(reader: ClipReader, video: str) -> Presentation:
+    """What a player shows of the video; asked again only when the file has changed. Raises VideoError."""
+    try:
+        status = os.stat(video)
+        key = (video, status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        raise VideoError(video, f"the file cannot be read ({error.strerror})") from None
+    if key not in _known:
+        _known[key] = reader.presentation(video)
+    return _known[key]

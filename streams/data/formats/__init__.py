@@ -1,0 +1,1 @@
+"""One module per row format of a task file."""

@@ -1,0 +1,1 @@
+"""The quickstart's clips and questions."""

@@ -1,0 +1,314 @@
+"""Watch-Think-Speak layout: the tokens of a turn, the ban list, forced tokens, and parsing what was generated.
+
+Token ids in, token ids out: text is tokenised once, when a turn is laid out, and generated ids are
+never re-tokenised. Layout of turn t (Qwen2.5-VL), equal to `apply_chat_template` on the same conversation:
+
+    [\\n <|im_start|> user \\n <|vision_start|>] [video] [<|vision_end|> (\\n query) <|im_end|> \\n <|im_start|> assistant \\n]
+    [<think> thought </think> (<response> text | <silent>) <|im_end|>]
+
+Qwen3-VL writes time as text: every temporal patch of a chunk is `<12.3 seconds> <|vision_start|> [video] <|vision_end|>`,
+its time counted from the start of the stream. Turn 0 is preceded by the system message, without its trailing newline:
+that newline opens turn 0, as any other. With two lanes (`streams.layout.lanes`) the query stands before all of this, and a copy
+of what was thought and said behind it: `\n[12-13 s]\n thought \n[said]\n answer`.
+Source: ThinkStream (arXiv 2603.12938), Watch-Think-Speak paradigm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from streams.layout.lanes import SAID, Lanes, Span, head
+from streams.log.record import GENERATED, ChunkRecord, Kind, StreamLog
+from streams.turns import ParsedTurn
+
+STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
+"""Added tokens in the published order; those that a tokenizer already has keep their ids."""
+
+ANSWER_SCAFFOLD = 4
+"""Generated tokens of a well-formed turn besides its thought and answer: both think tags, <response>, the end token."""
+
+MAX_STAMPS = 4096
+"""Times whose ids are kept: the streams of a group, and of an epoch, share them."""
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags. "
+    "Then write <response> and your answer if an answer is due now, otherwise write <silent>."
+)
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Hydra key `layout`. think_budget: tokens of the think span with its tags, then `</think>` is forced.
+
+    max_new_tokens: generated tokens of one turn, with tags and end token; the last one is forced to the end token.
+    force_empty_thoughts: every turn starts with a forced `<think></think>` (an evaluation condition).
+    """
+
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    think_budget: int = 20
+    max_new_tokens: int = 30
+    force_empty_thoughts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.think_budget < 2:
+            raise ValueError(f"layout.think_budget={self.think_budget} must hold at least both think tags (2)")
+        if self.max_new_tokens < self.think_budget + 2:
+            raise ValueError(
+                f"layout.max_new_tokens={self.max_new_tokens} must leave room for a decision and the end token "
+                f"after layout.think_budget={self.think_budget} (at least {self.think_budget + 2})"
+            )
+
+
+class OverBudget(ValueError):
+    """A demonstrated turn that is longer than a budget. key: the config key of that budget."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class LayoutTokens:
+    """The ids that the layout is made of, read from a tokenizer once."""
+
+    im_start: int
+    im_end: int
+    vision_start: int
+    vision_end: int
+    video_pad: int
+    silent: int
+    response: int
+    think: int
+    think_end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of prefilled tokens of one kind. A VIDEO run carries the grid that its positions come from, and its kept cells.
+
+    ids int32 [n]; n may be 0 for a vision block of which every token was dropped: its grid still moves the positions.
+    """
+
+    ids: np.ndarray
+    kind: Kind
+    grid: tuple[int, int, int] | None = None
+    keep: tuple[int, ...] | None = None
+    lane: int = 0
+
+
+@dataclass
+class Layout:
+    """Lays out turns for one tokenizer. `vocab_rows` is the height of the checkpoint's LM head.
+
+    timestamps: whether every temporal patch is a vision block of its own behind its time in words (Qwen3-VL), or a chunk
+    is one vision block without (Qwen2.5-VL, whose position ids carry time).
+    """
+
+    tokenizer: Any
+    config: LayoutConfig
+    vocab_rows: int
+    timestamps: bool = False
+    tokens: LayoutTokens = field(init=False)
+    banned: tuple[int, ...] = field(init=False)
+    # Ids that no query, and that no thought or answer, may hold: asked for with every text.
+    _control: frozenset[int] = field(init=False)
+    _refused: frozenset[int] = field(init=False)
+    # Ids of short texts that come again: times.
+    _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def one(text: str) -> int:
+            token = self.tokenizer.convert_tokens_to_ids(text)
+            if token is None or self.tokenizer.convert_ids_to_tokens(token) != text:
+                raise ValueError(
+                    f"the tokenizer has no token {text!r}: load the checkpoint through streams.backbone.backbone"
+                )
+            return int(token)
+
+        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+        self.tokens = LayoutTokens(*[one(name) for name in (*names, *STREAMING_TOKENS)])
+        self._control = frozenset(int(i) for i in self.tokenizer.added_tokens_decoder)
+        self.banned = self._ban_list()
+        self._refused = self._control.union(self.banned)
+        self._not_copied = np.array(sorted(self._refused))
+        encode = self._encode
+        self._said = encode(SAID)
+        self._newline_user = [*encode("\n"), self.tokens.im_start, *encode("user\n")]
+        self._header = [self.tokens.im_end, *encode("\n"), self.tokens.im_start, *encode("assistant\n")]
+        self.system_ids = [
+            self.tokens.im_start,
+            *encode(f"system\n{self.config.system_prompt.strip()}"),
+            self.tokens.im_end,
+        ]
+
+    def with_config(self, config: LayoutConfig) -> Layout:
+        """The layout of the same checkpoint under other settings."""
+        return replace(self, config=config)
+
+    def query_ids(self, text: str, *, strip: bool = True) -> list[int]:
+        """Ids of a query text. Raises ValueError if the text spells a control token (it could forge a turn)."""
+        ids = self._encode(text.strip() if strip else text)
+        for token in ids:
+            if token in self._control:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(f"the query {text!r} spells the control token {name!r}")
+        return ids
+
+    def text_ids(self, text: str, what: str) -> list[int]:
+        """Ids of a demonstrated thought or answer; refuses banned and structural ids, naming `what`."""
+        ids = self._encode(text.strip())
+        for token in ids:
+            if token in self._refused:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(f"{what} {text!r} contains {name!r}, which the model may not write there")
+        return ids
+
+    def prefill(self, chunk: ChunkRecord | None, query: list[int] | None, lanes: Lanes = Lanes.ONE) -> tuple[Part, ...]:
+        """What a turn is shown, in order; `chunk` None means a text-only turn. Generation goes on in the last part's lane."""
+        if lanes is Lanes.MEMORY:
+            asked = (_part([*self._encode("\n"), *query], Kind.QUERY),) if query else ()
+            return (*asked, *(replace(part, lane=1) for part in self.prefill(chunk, None)))
+        parts = [_part(self._newline_user, Kind.SCAFFOLD)]
+        if chunk is not None:
+            for stamp, grid, keep in self._vision_blocks(chunk):
+                tokens = grid[0] * grid[1] * grid[2] if keep is None else len(keep)
+                parts.append(_part([*stamp, self.tokens.vision_start], Kind.SCAFFOLD))
+                parts.append(Part(np.full(tokens, self.tokens.video_pad, np.int32), Kind.VIDEO, grid, keep))
+                parts.append(_part([self.tokens.vision_end], Kind.SCAFFOLD))
+        if query:
+            # The newline before the query belongs to it: it comes and goes with the question.
+            newline = self._encode("\n") if chunk is not None else []
+            parts.append(_part([*newline, *query], Kind.QUERY))
+        parts.append(_part(self._header, Kind.SCAFFOLD))
+        return tuple(parts)
+
+    def _vision_blocks(
+        self, chunk: ChunkRecord
+    ) -> Iterator[tuple[list[int], tuple[int, int, int], tuple[int, ...] | None]]:
+        """(ids of the time, merged grid, kept cells of that grid) of every vision block of a chunk."""
+        if not self.timestamps:
+            yield [], chunk.grid, chunk.keep
+            return
+        patches, height, width = chunk.grid
+        if len(chunk.patch_times) != patches:
+            raise ValueError(
+                f"turn {chunk.turn} of {chunk.video}: {len(chunk.patch_times)} patch times for {patches} temporal patches; "
+                "this backbone writes the time of each"
+            )
+        cells = height * width
+        for patch, seconds in enumerate(chunk.patch_times):
+            keep = chunk.keep
+            if keep is not None:
+                keep = tuple(i - patch * cells for i in keep if patch * cells <= i < (patch + 1) * cells)
+            yield self._timestamp(seconds), (1, height, width), keep
+
+    def memory(self, ids: np.ndarray, kinds: np.ndarray, span: Span | None) -> Part | None:
+        """The copy of a turn that stays, from the ids that it generated; None if it neither thought nor answered.
+
+        Tags and whatever else is a control token stay behind, also where a malformed turn has them inside its text.
+        """
+        free = ~np.isin(ids, self._not_copied)
+        thought = ids[free & (kinds == Kind.THINK)].tolist()
+        spoke = (ids[kinds == Kind.DECISION] == self.tokens.response).any()
+        answer = ids[free & (kinds == Kind.RESPONSE)].tolist() if spoke else []
+        if not thought and not answer:
+            return None
+        return _part([*self._short(head(span)), *thought, *(self._said if answer else ()), *answer], Kind.MEMORY)
+
+    def max_memory(self, span: Span | None) -> int:
+        """Most tokens of that copy: an answer costs a turn at least the end of its thought, its decision and its end."""
+        return len(self._short(head(span))) + len(self._said) + self.config.max_new_tokens - 3
+
+    def _timestamp(self, seconds: float) -> list[int]:
+        return self._short(f"<{seconds:.1f} seconds>")
+
+    def _short(self, text: str) -> list[int]:
+        if text not in self._stamps:
+            if len(self._stamps) >= MAX_STAMPS:  # a stream without end has times without end
+                self._stamps.clear()
+            self._stamps[text] = self._encode(text)
+        return self._stamps[text]
+
+    def demonstration(self, thought: str, response: str | None) -> list[int]:
+        """Generated ids of a demonstrated turn, end token included."""
+        t = self.tokens
+        ids = [t.think, *self.text_ids(thought, "the thought"), t.think_end]
+        ids += [t.silent] if response is None else [t.response, *self.text_ids(response, "the answer")]
+        return [*ids, t.im_end]
+
+    def within_budgets(self, thought: str, response: str | None, turn: int) -> list[int]:
+        """Return the `demonstration` of turn number `turn`. Raises OverBudget if the engine lets no turn be as long."""
+        ids = self.demonstration(thought, response)
+        span = ids.index(self.tokens.think_end) + 1
+        if span > self.config.think_budget:
+            raise OverBudget(
+                "layout.think_budget",
+                f"the thought of turn {turn} has {span} tokens with its tags, more than "
+                f"layout.think_budget={self.config.think_budget}: {thought!r}",
+            )
+        if len(ids) > self.config.max_new_tokens:
+            raise OverBudget(
+                "layout.max_new_tokens",
+                f"the demonstration of turn {turn} has {len(ids)} tokens, more than "
+                f"layout.max_new_tokens={self.config.max_new_tokens}",
+            )
+        return ids
+
+    def fitting(self, answer: str) -> str | None:
+        """Return the beginning of an answer that fits into a turn with an empty thought; None if all of it does."""
+        ids = self.text_ids(answer, "the answer")
+        room = self.config.max_new_tokens - ANSWER_SCAFFOLD
+        return None if len(ids) <= room else str(self.tokenizer.decode(ids[:room])).strip()
+
+    def parse_turns(self, log: StreamLog) -> tuple[ParsedTurn, ...]:
+        """What each turn of a finished log thought and said."""
+        generated = np.isin(log.kind, GENERATED)
+        forced = generated & ~log.sampled & ~log.target
+        turns = []
+        for turn in range(log.num_turns):
+            rows = np.flatnonzero(generated & (log.turn == turn))
+            turns.append(self.parse_turn(turn, log.ids[rows], log.kind[rows], forced[rows]))
+        return tuple(turns)
+
+    def parse_turn(self, turn: int, ids: np.ndarray, kinds: np.ndarray, forced: np.ndarray) -> ParsedTurn:
+        """Parse the generated ids of one turn; `forced` marks tokens the engine wrote (a budget, an end)."""
+        t = self.tokens
+        think = ids[kinds == Kind.THINK]
+        decision = ids[kinds == Kind.DECISION]
+        said = ids[kinds == Kind.RESPONSE]
+        pair = len(think) >= 2 and think[0] == t.think and think[-1] == t.think_end
+        pair = pair and not np.isin(think[1:-1], (t.think, t.silent, t.response)).any()
+        spoke = len(decision) == 1 and decision[0] == t.response
+        structural = np.isin(said, (t.think, t.think_end, t.silent, t.response)).any()
+        body = len(said) > 0 if spoke else len(said) == 0
+        ended = len(ids) > 0 and kinds[-1] == Kind.END and not forced[-1]
+        return ParsedTurn(
+            turn=turn,
+            thought=self._decode(think),
+            response=self._decode(said) if spoke else None,
+            well_formed=bool(pair and len(decision) == 1 and body and not structural and ended),
+            think_tokens=len(think),
+            new_tokens=len(ids),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _decode(self, ids: np.ndarray) -> str:
+        """Text without control and layout tokens (a thought comes without its tags)."""
+        return str(self.tokenizer.decode([int(i) for i in ids if int(i) not in self._control])).strip()
+
+    def _ban_list(self) -> tuple[int, ...]:
+        t = self.tokens
+        allowed = {t.im_end, t.silent, t.response, t.think, t.think_end}
+        control = self._control - allowed
+        padded = range(len(self.tokenizer), self.vocab_rows)
+        return tuple(sorted(i for i in control.union(padded) if i < self.vocab_rows))
+
+
+def _part(ids: list[int], kind: Kind) -> Part:
+    return Part(np.asarray(ids, np.int32), kind)

@@ -1,0 +1,1 @@
+"""The contract between rollout and learner: what was done to a stream, token by token."""

@@ -1,0 +1,122 @@
+"""Asks a policy safely: it may be a user's class."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from streams.layout.lanes import Lanes
+from streams.log.record import Kind
+from streams.memory.policy import CONTIGUOUS, NATIVE, LiveTokens, MemoryPolicy, TurnStart
+from streams.positions.regions import Region
+
+
+def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
+    """bool [n]: what the policy lets go, open queries excepted. Raises ValueError for an answer that is no such array."""
+    leaving = _asked(policy.leaving, f" in turn {start.turn}", live, start)
+    if not isinstance(leaving, np.ndarray) or leaving.dtype != np.bool_ or leaving.shape != (len(live),):
+        given = f"{leaving.dtype} {list(leaving.shape)}" if isinstance(leaving, np.ndarray) else repr(leaving)
+        raise ValueError(
+            f"memory: {type(policy).__name__}.leaving returned {given} in turn {start.turn}; it must be an array of bool, "
+            f"one for each of the {len(live)} live tokens"
+        )
+    query = live.kind == Kind.QUERY
+    pinned = np.zeros(len(live), bool)
+    pinned[query] = start.closed_in[live.turn[query]] >= start.turn
+    return leaving & ~pinned
+
+
+def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:
+    """int8 [n]: the region of each live token that stays, as the policy says; before: as they are now. Raises ValueError."""
+    region = _asked(policy.regions, f" in turn {start.turn}", live, start)
+    name = f"memory: {type(policy).__name__}.regions"
+    if not isinstance(region, np.ndarray) or region.dtype != np.int8 or region.shape != (len(live),):
+        given = f"{region.dtype} {list(region.shape)}" if isinstance(region, np.ndarray) else repr(region)
+        raise ValueError(
+            f"{name} returned {given} in turn {start.turn}; with memory.positions={CONTIGUOUS} it must be an array of int8, "
+            f"one Region for each of the {len(live)} tokens that stay"
+        )
+    wrong = np.flatnonzero((region < 0) | (region > before))
+    if len(wrong):
+        at = wrong[0]
+        raise ValueError(
+            f"{name} puts token {live.index[at]} into region {region[at]} in turn {start.turn}, it was in {before[at]} "
+            f"({Region(int(before[at])).name}): a token stays where it is or moves to a region before"
+        )
+    return region
+
+
+def live_bound(policy: MemoryPolicy, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
+    """What the policy's max_live_tokens says. Raises ValueError: the policy's own, and for an answer that is no number."""
+    sizes = {"per_turn": per_turn, "fixed": fixed, "video_per_turn": video_per_turn, "turns": turns}
+    bound = _asked(policy.max_live_tokens, "", refuses=True, **sizes)
+    if not isinstance(bound, int | np.integer) or bound < 1:
+        raise ValueError(
+            f"memory: {type(policy).__name__}.max_live_tokens returned {bound!r} for {sizes}; it must be a whole number of "
+            "tokens, at least 1"
+        )
+    return int(bound)
+
+
+def lane_one_start(policy: MemoryPolicy, lane0: int, lane1: int) -> int:
+    """What the policy's lane_one_begins says. Raises ValueError for an answer that is no position."""
+    first = _asked(policy.lane_one_begins, "", lane0, lane1)
+    if not isinstance(first, int | np.integer) or first < 0:
+        raise ValueError(
+            f"memory: {type(policy).__name__}.lane_one_begins returned {first!r} for ({lane0}, {lane1}); it must be a "
+            "position, a whole number of at least 0"
+        )
+    return int(first)
+
+
+def _asked(method: Callable[..., Any], when: str, *args: Any, refuses: bool = False, **named: Any) -> Any:
+    """What a policy's method answers. It may be a user's: whatever it raises is a ValueError that says where; with
+    `refuses`, a ValueError is an answer, too.
+    """
+    try:
+        return method(*args, **named)
+    except Exception as error:  # named boundary: a user's code
+        if refuses and isinstance(error, ValueError):
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"memory: {method.__qualname__} raised {type(error).__name__}{when}: {error} ({where.filename}:{where.lineno})"
+        ) from error
+
+
+def check_contiguous(policy: MemoryPolicy, name: str) -> None:
+    """Raises ValueError, with the key, if the policy called `name` cannot have contiguous positions."""
+    if type(policy).regions is MemoryPolicy.regions:
+        raise ValueError(
+            f"memory.positions={CONTIGUOUS} with memory.name={name}: this policy has no regions to lay out one after the "
+            f"other; choose memory=sink_window or memory.positions={NATIVE}, or give a policy of your own a method regions"
+        )
+    if policy.lanes is not Lanes.ONE:
+        raise ValueError(
+            f"memory.positions={CONTIGUOUS} with memory.name={name}: its turns stand in two lanes with position counters of "
+            f"their own; use memory.positions={NATIVE}"
+        )
+    text, video = policy.text_window, policy.window
+    if text is not None and (video is None or text < video):
+        kept = "all" if video is None else f"memory.window={video}"
+        raise ValueError(
+            f"memory.positions={CONTIGUOUS}: text stays for memory.text_window={text} turns but video for {kept}: a turn's "
+            "text would leave a hole in front of its video; give text at least the window of video"
+        )
+
+
+def check_text_tells_time(policy: MemoryPolicy, timestamps: bool) -> None:
+    """Raises ValueError if text would leave before the video whose time it tells (exact all the same, but senseless).
+
+    timestamps: whether the backbone writes the time of a chunk as text.
+    """
+    text, video = policy.text_window, policy.window
+    if timestamps and text is not None and (video is None or text < video):
+        kept = "all" if video is None else f"memory.window={video}"
+        raise ValueError(
+            f"memory: text stays for {text} turns (memory.text_window) but video for {kept}: this backbone tells the time "
+            "of a chunk in text before it, which must stay as long as the chunk; give text at least the window of video"
+        )

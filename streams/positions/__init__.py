@@ -1,0 +1,1 @@
+"""Positions of tokens: native M-RoPE ids, and contiguous regions."""

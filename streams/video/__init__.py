@@ -1,0 +1,1 @@
+"""Pixels: from a film file to patches, under a deadline."""
