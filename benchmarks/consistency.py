@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from benchmarks.environment import in_words, result_target, write_result
-from benchmarks.exactness.backbones import MODEL_TYPES, loud_backbone, norms_in_input_dtype
-from benchmarks.exactness.defects import DEFECTS, NOT_APPLICABLE
-from benchmarks.exactness.rows import (
+from streams.backbone.kernel_choice import choose_learner_attention
+from tests.support.exactness.backbones import MODEL_TYPES, loud_backbone, norms_in_input_dtype
+from tests.support.exactness.defects import DEFECTS, NOT_APPLICABLE
+from tests.support.exactness.rows import (
     BARS,
     DEFECT_BAR,
     DTYPES,
@@ -38,7 +39,6 @@ from benchmarks.exactness.rows import (
     Size,
     measure,
 )
-from streams.backbone.kernel_choice import choose_learner_attention
 
 COLUMNS = ("policy", "backbone", "positions", "dtype", "tokens", "evicted", "video", "mean", "p99", "max", *DEFECTS)
 

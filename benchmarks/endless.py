@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
-from benchmarks.exactness.streams import stream_header
 from rollout.engine.engine import Engine, StreamRequest
 from rollout.engine.feed import TurnFeed
 from streams.backbone.backbone import Backbone
@@ -37,6 +36,7 @@ from streams.log.pieces import PieceFolder, join_pieces, read_pieces
 from streams.log.record import ChunkRecord, Kind
 from streams.memory import MemoryConfig, knobs, make_policy
 from streams.writing.writer import QueryInput, TurnInput
+from tests.support.exactness.streams import stream_header
 
 MEMORIES = {
     "rcsm": MemoryConfig("rcsm", 8, text_window=16),

@@ -21,6 +21,7 @@ from runtime.cluster.session import Session
 from runtime.tracking.metric_names import metric_name
 from runtime.tracking.progress import Progress
 from runtime.tracking.tracker import Tracker
+from streams.backbone.boundary import Boundary
 from streams.messages import ScoreReport
 from streams.task import StreamTask
 
@@ -30,7 +31,7 @@ def run_evaluation(
     session: Session,
     tasks: tuple[StreamTask, ...],
     checkpoints: dict[str, Path],
-    worker_setup: Callable[[Path, str], WorkerSetup],
+    worker_setup: Callable[[Path, Boundary], WorkerSetup],
     learner_setup: Callable[[Path], LearnerSetup],
     tracker: Tracker,
     progress: Progress,
@@ -44,7 +45,7 @@ def run_evaluation(
         raise ValueError("there is no usable held-out task (see the skipped lines above, and data.heldout)")
     results: dict[str, EvalResult] = {}
     for name, checkpoint in checkpoints.items():
-        session.setup_workers(worker_setup(checkpoint, config.learner.freeze))
+        session.setup_workers(worker_setup(checkpoint, config.learner.boundary))
         results[name] = evaluate(config, session, tasks, Condition("trained"), progress, name)
         _report(name, results[name], tracker, progress)
     last, checkpoint = list(checkpoints.items())[-1]

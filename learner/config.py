@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from streams.backbone.freezing import check_freeze_mode
+from streams.backbone.boundary import Boundary
 from streams.backbone.kernel_choice import LEARNER_ATTENTION
 
 OFFLOAD = ("none", "cpu")
@@ -61,7 +61,7 @@ class LearnerConfig:
             )
         if not 0 < self.collective_timeout_s < math.inf:
             raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be a positive number")
-        check_freeze_mode(self.freeze)
+        Boundary.of(self.freeze)
         # Lists come from YAML.
         object.__setattr__(self, "freeze_names", tuple(self.freeze_names))
         if not all(isinstance(pattern, str) and pattern for pattern in self.freeze_names):
@@ -97,3 +97,8 @@ class LearnerConfig:
                 raise ValueError(f"sft.learner.{key}={value!r} must be a {kind.__name__}, as learner.{key} is")
         values = vars(self) | overrides
         return LearnerConfig(**(values | {"betas": tuple(values["betas"])}))
+
+    @property
+    def boundary(self) -> Boundary:
+        """The freeze boundary that `freeze` names."""
+        return Boundary(self.freeze)

@@ -42,6 +42,7 @@ from learner.setup import LearnerSetup
 from learner.state import load_state, save_state
 from learner.zero3_linear import replace_deepspeed_linear
 from streams.backbone.backbone import Backbone
+from streams.backbone.boundary import Boundary
 from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
 from streams.log.mismatch import LogpDiff, OffToken, most_telling
 from streams.log.record import Kind
@@ -271,7 +272,7 @@ class LearnerEngine:
             return None
         if settings.get("kl_coef", 0.0) and self.reference is None:
             return f"algorithm.kl_coef={settings['kl_coef']} but the learner was set up without a reference checkpoint"
-        if settings.get("kl_coef", 0.0) and self.config.freeze == "tower" and "frames" in work.media_kinds:
+        if settings.get("kl_coef", 0.0) and self.config.boundary is Boundary.TOWER and "frames" in work.media_kinds:
             return (
                 "learner.freeze=tower: the reference holds no tower, it cannot be shown frames (ship pre-merger rows)"
             )

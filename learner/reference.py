@@ -10,22 +10,22 @@ from learner.batching import MicroBatch
 from learner.config import LearnerConfig
 from learner.forward import _features
 from streams.backbone.backbone import Backbone
-from streams.backbone.freezing import below_boundary
+from streams.backbone.boundary import Boundary
 from streams.backbone.kernel_choice import choose_learner_attention
 from streams.layout.layout import LayoutConfig
 from streams.scoring.logprobs import Scores, score_rows
 
 
-def _check_shared_vision(reference: Backbone, policy: Backbone, freeze: str, checkpoint: str) -> None:
+def _check_shared_vision(reference: Backbone, policy: Backbone, boundary: Boundary, checkpoint: str) -> None:
     """The reference is handed what the policy's frozen part makes of a clip: its own must make the same. Raises ValueError."""
     theirs = dict(reference.model.named_parameters())
     for name, parameter in policy.model.named_parameters():
-        if not below_boundary(name, freeze):
+        if not boundary.below(name):
             continue
         if name not in theirs or not torch.equal(theirs[name].to(parameter.device), parameter):
             raise ValueError(
                 f"algorithm.reference={checkpoint}: its {name} is not that of the trained checkpoint {policy.source}, but "
-                f"with learner.freeze={freeze} it is scored on what that one's vision side makes of the frames: set "
+                f"with learner.freeze={boundary} it is scored on what that one's vision side makes of the frames: set "
                 "learner.freeze=none, or name a reference with the same vision weights"
             )
 
@@ -53,13 +53,13 @@ class Reference:
                 f"algorithm.reference={checkpoint}: its vocabulary or ban list is not that of the trained checkpoint "
                 f"{policy.source}: their log-probs cannot be compared; name the checkpoint that RL starts from"
             )
-        _check_shared_vision(self._backbone, policy, config.freeze, checkpoint)
+        _check_shared_vision(self._backbone, policy, config.boundary, checkpoint)
         self._backbone.model.requires_grad_(False)
         self._config = config
-        self._own_vision = config.freeze != "tower+merger"
+        self._own_vision = config.boundary.vision_trains
         if not self._own_vision:
             self._backbone.model.model.visual = None
-        elif config.freeze == "tower":
+        elif not config.boundary.learner_runs_tower:
             visual = self._backbone.model.model.visual
             visual.patch_embed = visual.blocks = None
 

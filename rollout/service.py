@@ -316,7 +316,7 @@ class RolloutService:
                 self._promises.settle(future, error=error)
                 return
             self.engine.version = staged.version
-            if staged.outdates(self.setup.freeze):
+            if staged.outdates(self.setup.boundary):
                 self._features.clear()
         now = time.monotonic()
         busy, self._busy_at_swap = self._busy_s - self._busy_at_swap, self._busy_s
@@ -337,7 +337,7 @@ class RolloutService:
                 group.layout,
                 self.setup.video.chunk_seconds_of(task.task),
                 self.backbone.image.merge_size,
-                None if self.setup.freeze == "tower+merger" else self.engine.version,
+                self.engine.version if self.setup.boundary.vision_trains else None,
             )
             for stream_id in group.stream_ids():
                 self.engine.add(
@@ -364,20 +364,20 @@ class RolloutService:
 
         The mergers of `freeze=tower` run here for every group: what they make lives as long as it.
         """
-        freeze = self.setup.freeze
+        boundary = self.setup.boundary
         if group.encoded is None:
             assert group.clip is not None
             key = clip_key(group.task.task, group.task.turns)
             kept = self._features.get(key)
             if kept is None:
-                encode = self.backbone.encode_pre_merger if freeze == "tower" else self.backbone.encode_video
+                encode = self.backbone.encode_pre_merger if boundary.worker_merges else self.backbone.encode_video
                 with self.meter.phase("encode"):
                     encoded = encode([group.clip.frames])[0]
                 self._clips_encoded += 1
-                kept = (encoded, None if freeze == "none" else self._put(to_array(encoded)))
+                kept = (encoded, None if boundary.learner_runs_tower else self._put(to_array(encoded)))
                 self._features.put(key, kept, encoded.nbytes)
             group.encoded, group.encoded_ref = kept
-        group.features = self.backbone.merge([group.encoded])[0] if freeze == "tower" else group.encoded
+        group.features = self.backbone.merge([group.encoded])[0] if boundary.worker_merges else group.encoded
 
     def _step(self) -> None:
         if not self.engine.busy:
@@ -442,8 +442,7 @@ class RolloutService:
             feature_bytes=0 if group.encoded is None else group.encoded.nbytes,
         )
         if group.encoded_ref is not None:
-            kind = "pre_merger" if self.setup.freeze == "tower" else "features"
-            return summary, GroupPayload(logs, kind, group.encoded_ref)
+            return summary, GroupPayload(logs, self.setup.boundary.ships, group.encoded_ref)
         return summary, GroupPayload(logs, "frames", group.clip.frames)
 
     def _fail(self, group: _Group, error: Exception) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.messages import MESSAGES_VERSION
@@ -25,7 +26,7 @@ class WorkerSetup:
     layout: LayoutConfig
     memory: MemoryConfig
     video: VideoConfig
-    freeze: str
+    boundary: Boundary
     max_streams: int
     kv_slots: int
     monitor_every: int

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from streams.backbone.backbone import Backbone
-from streams.backbone.freezing import below_boundary
+from streams.backbone.boundary import Boundary
 from streams.messages import WeightsUpdate
 
 
@@ -50,10 +50,11 @@ class StagedWeights:
             at += size
         return cls(update.version, tensors)
 
-    def outdates(self, mode: str) -> bool:
-        """Whether what is kept at the boundary `mode` was encoded by weights that this version replaces."""
-        lowest = "tower+merger" if mode == "none" else mode
-        return any(below_boundary(name, lowest) for name in self.tensors)
+    def outdates(self, boundary: Boundary) -> bool:
+        """Return whether what is kept at the boundary was encoded by weights that this version replaces."""
+        # With nothing frozen, workers still keep what the whole vision side made of a clip.
+        kept_at = boundary if boundary is not Boundary.NONE else Boundary.TOWER_MERGER
+        return any(kept_at.below(name) for name in self.tensors)
 
     @torch.no_grad()
     def apply(self, backbone: Backbone) -> None:

@@ -35,6 +35,7 @@ from runtime.store.runlock import RunLock
 from runtime.task_files import TaskFiles
 from runtime.tracking.progress import Progress
 from runtime.tracking.tracker import Tracker
+from streams.backbone.boundary import Boundary
 from streams.checkpoint.folder import resolve_checkpoint
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.checkpoint.weights import check_weights
@@ -184,7 +185,7 @@ class Run:
         session = self.ready_session()
         self.plan_memory(geometry)
         version = found.state.version if found else 0
-        infos = session.setup_workers(self.worker_setup(checkpoint, learner.freeze, version))
+        infos = session.setup_workers(self.worker_setup(checkpoint, learner.boundary, version))
         setup = self.learner_setup(checkpoint, learner, steps)
         trained = session.setup_learner(replace(setup, version=version, reference=str(reference or "")))
         if found and found.resumable:
@@ -258,7 +259,7 @@ class Run:
         model = self.config.model
         return self.ready_session().build_tiny(self.root / "model", model.tiny, self.config.seed, model.dtype)
 
-    def worker_setup(self, checkpoint: Path, freeze: str, version: int = 0) -> WorkerSetup:
+    def worker_setup(self, checkpoint: Path, boundary: Boundary, version: int = 0) -> WorkerSetup:
         config = self.config
         assert self._memory is not None
         return WorkerSetup(
@@ -267,7 +268,7 @@ class Run:
             layout=config.layout,
             memory=config.memory,
             video=config.data.video,
-            freeze=freeze,
+            boundary=boundary,
             max_streams=config.rollout.max_streams,
             kv_slots=self._memory.kv_slots,
             staging=config.weights.staging,

@@ -19,7 +19,7 @@ from streams.memory import MemoryConfig
 from streams.task import StreamTask
 from streams.turns import ParsedTurn
 
-MESSAGES_VERSION = 7
+MESSAGES_VERSION = 8
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from streams.backbone.backbone import Backbone
-from streams.backbone.freezing import below_boundary
+from streams.backbone.boundary import Boundary
 
 
 def checkpoint_activations(backbone: Backbone) -> int:
@@ -26,7 +26,7 @@ def checkpoint_activations(backbone: Backbone) -> int:
     """
     layers = _layers(backbone.model.model.language_model)
     # Mergers that train on a frozen tower leave its blocks nothing to compute again.
-    if any(below_boundary(name, "tower") for name in backbone.trainable()):
+    if any(Boundary.TOWER.below(name) for name in backbone.trainable()):
         layers += _layers(backbone.model.model.visual)
     for layer in layers:
         layer.gradient_checkpointing = True

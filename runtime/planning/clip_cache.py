@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from conf.schema import RunConfig
 from runtime.planning.footprint import BYTES, gib
-from streams.backbone.freezing import MEDIA_KINDS
+from streams.backbone.boundary import Boundary
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.video.config import VideoConfig
 
@@ -51,7 +51,7 @@ def check_features(config: RunConfig, geometry: ModelGeometry, stage: str, turns
         # What RL cannot keep must not be found out only after the cold start.
         check_features(config, geometry, "rl", turns)
     # Demonstrations travel as frames, whatever trains.
-    kind = "frames" if stage == "sft" else MEDIA_KINDS[config.learner.freeze]
+    kind = (Boundary.NONE if stage == "sft" else config.learner.boundary).ships
     chunk = chunk_size(geometry, kind, config.model.dtype, config.data.video)
     clip, budget = chunk.nbytes * turns, config.data.cache_mb * 2**20
     where = "" if kind == "frames" else f" (learner.freeze={config.learner.freeze})"

@@ -111,7 +111,7 @@ def learner_footprint(
     else:
         held = geometry.layers * kept * tokens
     media = tokens * geometry.feature_width * width
-    if learner.freeze == "tower":
+    if learner.boundary.worker_merges:
         # The rows before the mergers, and what the mergers keep: their normalised form and both sides of the activation.
         media += tokens * 5 * geometry.pre_merger_width * width
     if tower_trains:
@@ -173,7 +173,7 @@ def worker_footprint(
     streams are re-scored with FlexAttention.
     """
     width = BYTES[dtype]
-    features = geometry.pre_merger_width if config.learner.freeze == "tower" else geometry.feature_width
+    features = geometry.pre_merger_width if config.learner.boundary.worker_merges else geometry.feature_width
     clips = stream.tasks * stream.turns * stream.video * features * width
     # Only RL sends updates.
     updates = trained * width if "rl" in config.job.stages else 0
@@ -235,7 +235,7 @@ def scorer_footprint(
     tokens = micro_batch_tokens(learner, stream, streams)
     row, head = _row(learner, stream, tokens), learner.head_chunk
     forward = _scoring_bytes(geometry, width, tokens, row, head, stream.text_share, flex=flex, positions=positions)
-    if learner.freeze == "none":
+    if learner.boundary.learner_runs_tower:
         # Every stream of an evaluation shows a clip of its own.
         forward += tokens // stream.tokens * _tower_bytes(geometry, stream, width, "one")
     weights = geometry.total * width

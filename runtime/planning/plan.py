@@ -158,7 +158,7 @@ def _taken(config: RunConfig, stages: dict[str, LearnerConfig]) -> frozenset[str
     trains = [learner for stage, learner in stages.items() if stage != "eval"]
     done = {
         "learner.offload=cpu": all(learner.offload == "cpu" for learner in learners),
-        "learner.freeze=tower+merger": all(learner.freeze == "tower+merger" for learner in learners),
+        "learner.freeze=tower+merger": all(not learner.boundary.vision_trains for learner in learners),
         "learner.activation_checkpointing=true": all(learner.activation_checkpointing for learner in trains),
         "weights.staging=host": config.weights.staging == "host" or "rl" not in stages,
     }
@@ -219,7 +219,7 @@ def plan_run(
             numbers,
             stream,
             config.sft.batch if stage == "sft" else config.streams_per_step,
-            tower_trains=learner.freeze == "none",
+            tower_trains=learner.boundary.learner_runs_tower,
             reference=stage == "rl" and config.algorithm.kl_coef > 0,
             flex=flex,
             fused=device.cuda,

@@ -11,18 +11,7 @@ from collections.abc import Container, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-MEDIA_KINDS = {"none": "frames", "tower": "pre_merger", "tower+merger": "features"}
-"""By `learner.freeze`: what a rollout ships to the learner, the output at the boundary of what is frozen."""
-FREEZE_MODES: tuple[str, ...] = tuple(MEDIA_KINDS)
-
-VISION = "model.visual."
-MERGERS = (f"{VISION}merger.", f"{VISION}deepstack_merger_list.")
-
-
-def check_freeze_mode(mode: str) -> None:
-    """Raises ValueError for a mode that does not exist."""
-    if mode not in FREEZE_MODES:
-        raise ValueError(f"learner.freeze={mode!r} is not one of {', '.join(FREEZE_MODES)}")
+from streams.backbone.boundary import Boundary
 
 
 def parameter_name(stored: str, model_type: str = "qwen2_5_vl", expected: Container[str] = ()) -> str:
@@ -40,16 +29,9 @@ def parameter_name(stored: str, model_type: str = "qwen2_5_vl", expected: Contai
     return f"model.{name}" if f"model.{name}" in expected else name
 
 
-def below_boundary(name: str, mode: str) -> bool:
-    """Whether a parameter lies below the boundary of `mode`: it is frozen, and what is cached there depends on it."""
-    if mode == "none" or not name.startswith(VISION):
-        return False
-    return mode == "tower+merger" or not name.startswith(MERGERS)
-
-
 def trained(names: Iterable[str], mode: str, patterns: Sequence[str] = ()) -> list[str]:
     """The names that train under `learner.freeze` and `learner.freeze_names`. Raises ValueError."""
-    check_freeze_mode(mode)
+    boundary = Boundary.of(mode)
     every = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every):
@@ -61,7 +43,7 @@ def trained(names: Iterable[str], mode: str, patterns: Sequence[str] = ()) -> li
     left = [
         name
         for name in every
-        if not below_boundary(name, mode) and not any(fnmatchcase(name, pattern) for pattern in patterns)
+        if not boundary.below(name) and not any(fnmatchcase(name, pattern) for pattern in patterns)
     ]
     if not left:
         raise ValueError(

@@ -4,7 +4,7 @@ transformers fills a weight that is missing with random numbers and goes on; her
 loads a model. Invariants:
 * importing and checking load neither torch nor transformers;
 * names and shapes are those of transformers' own modules, and names in the files map to them as they do there
-  (`tests/test_weights.py` compares both with transformers).
+  (`tests/streams/test_weights.py` compares both with transformers).
 """
 
 from __future__ import annotations

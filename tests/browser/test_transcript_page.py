@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.transcripts_lib import HOSTILE, LONG, WINDOW, build_page
+from tests.support.transcripts import HOSTILE, LONG, WINDOW, build_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 

@@ -1,0 +1,118 @@
+"""The engine beside exactness: admission, slots, errors, versions, determinism."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rollout.engine.engine import Engine, stream_bound
+from streams.memory import MemoryConfig
+from streams.turns import ParsedTurn
+from tests.support.streams import MODEL_TYPES, loud_backbone, random_turns, request, run
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def backbone(request, tmp_path_factory):
+    return loud_backbone(tmp_path_factory.mktemp("engine"), torch.float32, request.param)
+
+
+MEMORY = MemoryConfig("rcsm", 2)
+
+
+def requests(backbone, count=6, temperature=1.0, memory=MEMORY):
+    rng = np.random.default_rng(0)
+    return [
+        request(backbone, memory, random_turns(backbone, rng, 6), f"s{i}", temperature=temperature)
+        for i in range(count)
+    ]
+
+
+def test_a_stream_that_can_never_fit_is_refused_with_the_arithmetic(backbone):
+    engine = Engine(backbone, kv_slots=40, max_streams=4)
+    with pytest.raises(ValueError, match=r"may need \d+ KV slots but the pool holds 40.*rollout\.kv_memory_mb"):
+        engine.add(requests(backbone, 1)[0])
+
+
+def test_a_small_pool_runs_streams_one_after_another_and_to_the_same_end(backbone):
+    wanted = requests(backbone)
+    need = max(stream_bound(r) for r in wanted)
+    small = Engine(backbone, kv_slots=need + 5, max_streams=16)
+    done = {}
+    for r in wanted:
+        small.add(r)
+    while small.busy:
+        assert small.pool.available >= 0
+        for log in small.step():
+            done[log.header.stream_id] = log
+    assert small.pool.available == small.pool.capacity
+    for log in run(backbone, wanted):
+        assert (log.ids == done[log.header.stream_id].ids).all()
+
+
+def test_cancelled_streams_give_their_slots_back_and_leave_the_others_alone(backbone):
+    wanted = requests(backbone)
+    engine = Engine(backbone, kv_slots=20000, max_streams=3)
+    for r in wanted:
+        engine.add(r)
+    for _ in range(5):
+        engine.step()
+    engine.cancel({"s0", "s1", "s5"})
+    done = set()
+    while engine.busy:
+        done |= {log.header.stream_id for log in engine.step()}
+    assert done == {"s2", "s3", "s4"}
+    assert engine.pool.available == engine.pool.capacity
+
+
+def test_greedy_streams_repeat_and_are_marked_untrainable(backbone):
+    first, second = run(backbone, requests(backbone, 2, 0.0)), run(backbone, requests(backbone, 2, 0.0))
+    for a, b in zip(first, second, strict=True):
+        assert (a.ids == b.ids).all()
+        assert not a.header.trainable
+        assert a.header.score_temperature == 1.0
+
+
+def test_behaviour_log_probs_are_of_the_sampling_temperature(backbone):
+    """At a high temperature the choice among the allowed ids is nearly uniform, and so is its log-prob."""
+    log = run(backbone, requests(backbone, 1, temperature=1e6))[0]
+    allowed = backbone.layout.vocab_rows - len(backbone.layout.banned)
+    np.testing.assert_allclose(log.behaviour_logp[log.sampled], -np.log(allowed), atol=1e-3)
+
+
+def test_banned_ids_are_never_sampled(backbone):
+    banned = set(backbone.layout.banned)
+    for log in run(backbone, requests(backbone, 6, temperature=5.0)):
+        assert not banned & set(log.ids[log.sampled].tolist())
+
+
+def test_every_token_carries_the_version_it_was_made_with(backbone):
+    engine = Engine(backbone, kv_slots=20000, max_streams=8)
+    for r in requests(backbone):
+        engine.add(r)
+    logs = []
+    while engine.busy:
+        logs += engine.step()
+        engine.version += 1
+    for log in logs:
+        assert (np.diff(log.version) >= 0).all()
+        assert log.single_version is None
+        sampled = log.version[log.sampled]
+        assert (np.diff(sampled) > 0).all(), "one step samples at most one token of a stream"
+
+
+def test_generated_turns_parse_into_one_parsed_turn_each(backbone):
+    for log in run(backbone, requests(backbone)):
+        parsed = backbone.layout.parse_turns(log)
+        assert [p.turn for p in parsed] == list(range(log.num_turns))
+        assert all(isinstance(p, ParsedTurn) for p in parsed)
+        assert sum(p.new_tokens for p in parsed) == int(np.isin(log.kind, (4, 5, 6, 7)).sum())
+
+
+def test_attention_without_a_plan_raises_instead_of_seeing_everything(backbone):
+    embeds = torch.zeros(1, 3, backbone.model.config.text_config.hidden_size)
+    positions = torch.arange(3).expand(3, 1, 3)
+    with pytest.raises(RuntimeError, match="without a plan"):
+        backbone.model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=torch.zeros(1, 1, 1, 1), use_cache=False
+        )

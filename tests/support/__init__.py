@@ -1,0 +1,1 @@
+"""What several tests share, and the benchmarks: streams, clips, films, models, processes."""

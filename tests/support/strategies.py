@@ -1,0 +1,63 @@
+"""Random streams for the property tests of engine and learner: any policy, uneven turns, forced tokens, empty thoughts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from hypothesis import strategies as st
+
+from rollout.engine.engine import StreamRequest
+from streams.backbone.backbone import Backbone
+from streams.memory import MemoryConfig
+from tests.streams.test_policies import MEMORIES
+from tests.support.streams import random_turns, request
+
+
+def for_backbone(memory: MemoryConfig, backbone: Backbone) -> MemoryConfig:
+    """The policy as that backbone takes it: text that tells the time of video stays as long as the video."""
+    short = memory.text_window and memory.text_window < memory.window
+    if backbone.layout.timestamps and "text_window" in memory.takes and short:
+        return dataclasses.replace(memory, text_window=memory.window)
+    return memory
+
+
+@st.composite
+def contiguous(draw) -> MemoryConfig:
+    """A `sink_window` with positions that follow what is live."""
+    window = draw(st.integers(1, 5) | st.just(40))
+    return MemoryConfig(
+        "sink_window",
+        window,
+        window + draw(st.integers(0, 3)),
+        sink_tokens=draw(st.integers(0, 12)),
+        tail_tokens=draw(st.integers(0, 12)),
+        positions="contiguous",
+    )
+
+
+EVERY_MEMORY = {**MEMORIES, "sink_window, contiguous": contiguous()}
+"""What a stream may run under: every policy, and the positions that are not native."""
+
+ANY_MEMORY = st.sampled_from(sorted(EVERY_MEMORY)).flatmap(EVERY_MEMORY.get)
+
+
+@st.composite
+def layouts(draw, backbone: Backbone):
+    """Budgets that force ends of thoughts early or late; or thoughts that are forced empty."""
+    config = dataclasses.replace(
+        backbone.layout.config, force_empty_thoughts=draw(st.booleans()), think_budget=draw(st.integers(2, 5))
+    )
+    return backbone.layout.with_config(config)
+
+
+@st.composite
+def watched(
+    draw, backbone: Backbone, memories: st.SearchStrategy[MemoryConfig], name: str, turns: int = 8
+) -> tuple[MemoryConfig, StreamRequest]:
+    """One stream of up to `turns` turns under one of these memories: (its knobs, the stream)."""
+    memory = for_backbone(draw(memories), backbone)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shown = random_turns(backbone, rng, draw(st.integers(1, turns)))
+    stream = request(backbone, memory, shown, f"{name}/{rng.integers(1000)}")
+    return memory, dataclasses.replace(stream, layout=draw(layouts(backbone)))
