@@ -5,6 +5,8 @@
     python launch.py job=watch video=FILE query="..." at=SECONDS model=DIR
     python launch.py --help
 
+Installed, the same command is `sightline` (`sightline.__main__`).
+
 Invariant: a bad configuration or missing data stops before any actor starts. Exit status: 0 done,
 1 failed, 2 nothing was started (configuration), 130 stopped by Ctrl-C, checkpoint.requeue_status stopped by SIGTERM and
 ready to go on. What is said is also in `run_root/logs/driver.log`, as soon as there is a run_root.
@@ -24,17 +26,22 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
+from hydra.conf import HydraConf, JobConf, RunDir, SweepDir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from conf.paths import PATH_KEYS
 from conf.redact import redact
+from conf.sweep import forget_record, sweep_root
 from runtime.stop import REQUEUE_STATUS, Requeue, StopSignal
 from runtime.tracking.driver_log import DriverLog
+from sightline import __version__
+from streams.support.files import MODULES_VARIABLE, PROJECT
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
@@ -46,6 +53,9 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 """Set to 1, Hydra raises what is wrong with a command line; otherwise it prints a page about it."""
 WANTS_FULL_ERROR = FULL_ERROR in os.environ
 
+
+CONFIGS = PROJECT / "conf"
+"""The Hydra groups, in a checkout as in an installed wheel."""
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status after Ctrl-C, as a shell gives it."""
@@ -60,11 +70,11 @@ def plain_words(argv: list[str]) -> list[str]:
     with a `~`.
     """
     watching = "job=watch" in argv
-    options = {path.stem for path in (Path(__file__).parent / "conf" / "model").glob("*.yaml")}
+    options = {path.stem for path in (CONFIGS / "model").glob("*.yaml")}
     words = []
     for word in argv:
         key, equals, value = word.partition("=")
-        if equals and key == "model" and value not in options:
+        if equals and key == "model" and not options.issuperset(value.split(",")):  # a sweep names several
             words.append(f"model.path={_quoted(value)}")
         elif equals and watching and key in WATCH_WORDS:
             words.append(f"watch.{key}={value if key in ('at', 'seconds') else _quoted(value)}")
@@ -181,21 +191,28 @@ def _keep_traceback(path: Path) -> str:
     return f"(traceback in {path})"
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def main(raw: DictConfig) -> None:
     from conf.schema import load_config
 
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        said.leave()
+        forget_record(hydra_config.sweep.dir)
+        raw.run_root = sweep_root(raw.run_root, sys.argv[1:], hydra_config.sweeper.get("params") or {}, overrides)
+        print(f"sweep, job {hydra_config.job.num}: {' '.join(overrides)}")
     if not WANTS_FULL_ERROR:
         os.environ.pop(FULL_ERROR, None)  # see command_line
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = load_config(raw)
     except (ValueError, OSError) as error:
-        _open_log(str(raw.get("run_root")), list(raw.job.stages))
+        # A configuration of the user's own may lack any key.
+        _open_log(str(raw.get("run_root")), list(OmegaConf.select(raw, "job.stages", default=[])))
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
     _open_log(config.run_root, config.job.stages)
-    overrides = list(HydraConfig.get().overrides.task)
     if config.job.stages == ["watch"]:
         from evals.watch.job import watch
 
@@ -218,10 +235,18 @@ def _stopped_while_loading(signum: int, frame: FrameType | None) -> None:
 
 
 def register_schema() -> None:
-    """The typed defaults of every key, for Hydra."""
+    """The typed defaults of every key, for Hydra; and Hydra's own settings, for any --config-name."""
     from conf.schema import RunConfig
 
-    ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    store = ConfigStore.instance()
+    store.store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    # Hydra writes nothing and sets up no logging: everything is under run_root.
+    quiet = HydraConf(
+        run=RunDir("."), sweep=SweepDir(dir=".", subdir="."), output_subdir=None, job=JobConf(chdir=False)
+    )
+    chosen = {"job_logging": "none", "hydra_logging": "none", "output": None}
+    quiet.defaults = [{name: chosen.get(name, option) for name, option in entry.items()} for entry in quiet.defaults]
+    store.store(group="hydra", name="config", node=quiet, provider="sightline")
 
 
 class _Interrupt:
@@ -271,7 +296,17 @@ def command_line(typed: list[str]) -> None:
         sys.exit(2)
 
 
-if __name__ == "__main__":
+def run(typed: list[str]) -> None:
+    """The whole program on a command line; ends the process on failure."""
     signal.signal(signal.SIGTERM, _stopped_while_loading)
+    if "--version" in typed:
+        print(f"sightline {__version__}")
+        return
+    if named := os.environ.get(MODULES_VARIABLE):
+        sys.path.insert(1, named)
     said.install()
-    interruptible(sys.argv[1:])
+    interruptible(typed)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -11,14 +11,14 @@ import difflib
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
 from conf.schema import RunConfig
+from streams.support.files import PROJECT
 
-GROUPS = Path(__file__).parent
+GROUPS = PROJECT / "conf"
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:
@@ -46,6 +46,16 @@ def _no_such_key(key: str, words: Sequence[str]) -> str:
     typed = next((word for word in words if word.lstrip("+~").partition("=")[0] == key), key)
     kinds = dict(_keys(RunConfig))
     every = tuple(kinds)
+    # Only a configuration of the user's own (--config-name) can lack these.
+    if (GROUPS / key).is_dir() and "." not in key and not typed.partition("=")[2].startswith("{"):
+        return (
+            f"{typed}: this configuration chooses no option of {key}; with a plus in front it is laid over it: +{typed}"
+        )
+    if key in every:
+        return (
+            f"{typed}: this configuration does not have the key; write `defaults: [config, _self_]` into it to extend "
+            f"Sightline's own, or add the key: +{typed}"
+        )
     if _section(key, every):  # a mapping given for a whole section: the wrong name is inside it
         return f"{typed}: names a key that {key} does not have; it has {_section(key, every)}"
     if key in ("video", "query", "at", "seconds"):

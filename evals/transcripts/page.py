@@ -1,6 +1,7 @@
 """The transcripts' page: one HTML file that needs nothing else, made from records of format 1.
 
-    python -m evals.transcripts.page OUT.html A.jsonl [B.jsonl ...]      # also across runs, e.g. two seeds
+    sightline page OUT.html A.jsonl [B.jsonl ...]      # also across runs, e.g. two seeds
+    python -m evals.transcripts.page ...               # the same, in a checkout
 
 Invariants: the file stays under its byte budget and names what it leaves out; everything from data is
 inert: it sits in one JSON block without `<`, is shown as text only, and a content policy with the hashes of the page's

@@ -1,8 +1,9 @@
-"""Joining an existing Ray cluster, or starting a local one: addresses, tokens, and which code the actors import.
+"""Joining an existing Ray cluster, or starting a local one: addresses and tokens.
 
-Invariants: a local run never lands on somebody's cluster (RAY_ADDRESS, a running head); an address where nobody
-answers is an error within seconds; actors import the driver's code: the checkout itself on a local Ray, a copy of it,
-named by its content, on a cluster. (Ray starts new processes for new content, so no worker keeps an older module.)
+Invariants:
+* A local run never lands on somebody's cluster (RAY_ADDRESS, a running head).
+* An address where nobody answers is an error within seconds.
+* Actors import the driver's code: see `runtime.cluster.code`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RuntimeEnvSetupError
 
-from conf.platform import RAY_JOB_VARIABLE, ClusterConfig
-from streams.support.files import PROJECT
+from conf.platform import ClusterConfig
+from runtime.cluster.code import cluster_environment, local_path, modules_folder
+from streams.support.files import MODULES_VARIABLE
 
 ANSWER_TIMEOUT_S = 10.0
-UPLOAD_EXCLUDES = (".git/", ".venv/", "venv/", "__pycache__/", "/outputs/", "/.*_cache/", "/.hypothesis/")
 
 log = logging.getLogger("sightline.cluster")
 
 
 def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
-    """ray.init. Raises ConnectionError with what to do."""
+    """ray.init. Raises ConnectionError, or ValueError for code that cannot be sent, with what to do."""
     # Ray warns about accelerators that a CPU-only actor hides from itself.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -38,7 +40,7 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
     }
     if not cluster.existing:
         # "local" rather than nothing: Ray would look for a cluster that runs already.
-        environment = {"PYTHONPATH": _project_path(), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"PYTHONPATH": local_path(), "TOKENIZERS_PARALLELISM": "false"}
         try:
             ray.init(
                 address="local",
@@ -63,6 +65,11 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
         raise ConnectionError(
             f"cluster.address={cluster.existing}: {error}. If the head is guarded by a token (Ray's default since 2.60), set "
             "RAY_AUTH_MODE=token and the head's token here, too: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        ) from error
+    except RuntimeEnvSetupError as error:
+        raise ValueError(
+            f"{MODULES_VARIABLE}={modules_folder()}, the folder of your own modules, cannot be sent to the cluster: {error}. "
+            "Keep your modules in a folder without data, or name in its .gitignore what need not be sent"
         ) from error
 
 
@@ -92,24 +99,3 @@ def check_answers(address: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
             f"cluster.address={address}: nobody answers there ({error}). Is the head running (`ray status`), is this the "
             "port of `ray start --head --port`, and may this machine reach it?"
         ) from error
-
-
-def cluster_environment(run_root: Path) -> dict[str, Any]:
-    """Ray's runtime_env of the actors on a cluster."""
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
-    if RAY_JOB_VARIABLE in os.environ:
-        # The job's own working directory holds; Ray puts it on every process's path.
-        return {"env_vars": environment}
-    root = PROJECT
-    excludes = list(UPLOAD_EXCLUDES)
-    if run_root.is_relative_to(root):
-        excludes.append(f"/{run_root.relative_to(root)}/")
-    if inherited := os.environ.get("PYTHONPATH"):
-        environment["PYTHONPATH"] = inherited
-    return {"env_vars": environment, "working_dir": str(root), "excludes": excludes}
-
-
-def _project_path() -> str:
-    root = str(PROJECT)
-    inherited = os.environ.get("PYTHONPATH", "")
-    return f"{root}{os.pathsep}{inherited}" if inherited else root

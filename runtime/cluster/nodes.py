@@ -12,15 +12,16 @@ import os
 import platform
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
-from streams.support.files import PROJECT
+from streams.support.files import PACKAGES as OUR_PACKAGES
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "numpy")
 """Beside Python and this project's own code: what must be the same on every node."""
-SOURCES = ("streams", "rollout", "learner", "rewards", "sft", "rl", "evals", "runtime", "conf")
 SHARED_WAIT_S = 5.0
 """A network file system may show a new file late."""
 SHARED_POLL_S = 0.1
@@ -62,12 +63,12 @@ DRIVER_FILE = "driver"
 
 def probe(node: str, request: ProbeRequest) -> NodeReport:
     """The report of the machine that this runs on."""
-    root = PROJECT
+    code, code_path = own_code()
     return NodeReport(
         node=node,
         versions=installed_versions(),
-        code=code_digest(root),
-        code_path=str(root),
+        code=code,
+        code_path=code_path,
         shared=_check_shared(request, node),
         missing=tuple((need.key, problem) for need in request.needed if (problem := _check_needed(need))),
     )
@@ -84,12 +85,25 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def code_digest(root: Path) -> str:
-    """One digest of all of this project's Python files."""
+def own_code() -> tuple[str, str]:
+    """The digest of this project's packages as they would be imported here, and the folders that hold them.
+
+    On a cluster each package may lie in a folder of its own: Ray unpacks what it was sent one by one.
+    """
+    folders = {}
+    for package in OUR_PACKAGES:
+        found = find_spec(package)
+        if found is not None and found.submodule_search_locations:
+            folders[package] = Path(next(iter(found.submodule_search_locations)))
+    return code_digest(folders), ", ".join(dict.fromkeys(str(folder.parent) for folder in folders.values()))
+
+
+def code_digest(folders: Mapping[str, Path]) -> str:
+    """One digest of all Python files of packages, by the packages' folders."""
     digest = hashlib.sha256()
-    for package in SOURCES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode())
+    for package, folder in sorted(folders.items()):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package}/{path.relative_to(folder)}".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -25,15 +25,14 @@ from runtime.cluster.nodes import (
     NodeReport,
     ProbeRequest,
     await_content,
-    code_digest,
     installed_versions,
+    own_code,
     probe,
     reply_file,
     stamp,
 )
 from streams.checkpoint.folder import is_hub_id
 from streams.data.dataset import sample_tasks
-from streams.support.files import PROJECT
 
 SAMPLED_VIDEOS = 16
 SHOWN_PATHS = 3
@@ -145,8 +144,8 @@ def check_nodes(reports: Sequence[NodeReport], driver: NodeReport) -> list[str]:
             add(
                 report,
                 f"the actors would run other code than the driver: {report.code_path} there is {report.code}, "
-                f"{driver.code_path} is {driver.code}. Submit the folder of launch.py as the job's working directory, and "
-                "remove an installed sightline or a PYTHONPATH that hides it there",
+                f"{driver.code_path} is {driver.code}. Submit the folder of launch.py as the job's working directory, or "
+                "the command `sightline`, and remove a PYTHONPATH that hides what is sent there",
             )
         for key, problem in _first_of_each_key(report.missing):
             add(report, f"{key}: {problem}. Put it where every node sees it under the same path")
@@ -271,9 +270,7 @@ def ask_nodes(root: Path, nodes: Sequence[Node], needed: tuple[NeededPath, ...],
     try:
         request = ProbeRequest(str(folder), nonce, needed)
         reports, problems = _collect(nodes, request, timeout_s)
-        source = PROJECT
-        driver = NodeReport("driver", installed_versions(), code_digest(source), str(source))
-        problems += check_nodes(reports, driver)
+        problems += check_nodes(reports, NodeReport("driver", installed_versions(), *own_code()))
         for report in reports:
             if not report.shared and (wrong := await_content(folder / reply_file(report.node), nonce)):
                 problems.append(

@@ -69,6 +69,12 @@ class DriverLog:
         while self._waiting:
             self.line(self._waiting.popleft())
 
+    def leave(self) -> None:
+        """Close the file: what is said from now on waits for the next `open`."""
+        if self._handler is not None:
+            self._handler.close()
+            self._handler = None
+
     def line(self, text: str) -> None:
         """One line, without what only a terminal understands."""
         text = _CONTROL.sub("", text).rstrip()

@@ -1,4 +1,4 @@
-"""Look at a task file before training on it: `python -m streams.data.check FILE`.
+"""Look at a task file before training on it: `sightline check FILE` or `python -m streams.data.check FILE`.
 
 Reads every row, opens every distinct video and decodes its
 first frame, by the same code as a run, and judges the rows as a run does when it starts. Prints what a run would use, what
@@ -234,9 +234,7 @@ def _spread(values: list[float] | list[int]) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options. `model=DIR` and `against=FILE` may be written as launch.py's words, too."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streams.data.check", description="Check a task file and its videos."
-    )
+    parser = argparse.ArgumentParser(prog="sightline check", description="Check a task file and its videos.")
     parser.add_argument("file", type=user_path)
     parser.add_argument("--format", choices=FORMATS, default="auto", help="as data.format")
     parser.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="as data.ignore_fields")

@@ -9,7 +9,11 @@ from typing import Any
 from streams.support.strict_json import dumps
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
-"""The folder that holds our packages."""
+"""The folder that holds our packages: the checkout, or `sightline` in site-packages."""
+PACKAGES = ("streams", "rollout", "learner", "rewards", "sft", "rl", "evals", "runtime", "conf")
+"""All of them: what a wheel holds, what a cluster's workers are sent, what must be equal on all nodes."""
+MODULES_VARIABLE = "SIGHTLINE_MODULES"
+"""Environment variable: the folder of the user's own modules. The `sightline` command sets it."""
 
 
 def write_atomic(path: Path, text: str) -> None:

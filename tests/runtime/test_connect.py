@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cluster.connect import bootstrap_address, check_answers, cluster_environment
+from runtime.cluster.code import cluster_environment
+from runtime.cluster.connect import bootstrap_address, check_answers
 from tests.processes.test_run import launch
 from tests.support.project import ROOT
 

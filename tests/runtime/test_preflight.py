@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,6 +36,7 @@ from runtime.cluster.preflight import (
     sample_videos,
 )
 from streams.memory import MemoryConfig
+from streams.support.files import PACKAGES as OUR_PACKAGES
 from tests.support.project import ROOT
 
 DRIVER = NodeReport("driver", {"python": "3.11.7", "torch": "2.13.0"}, "abc", "/code")
@@ -107,7 +109,8 @@ def test_a_node_that_shares_run_root_reads_and_answers(request_of):
     assert (report.shared, report.missing) == ("", ())
     assert (Path(request_of.folder) / reply_file("n")).read_text() == "nonce"
     assert report.versions == installed_versions()
-    assert report.code == code_digest(ROOT)
+    assert report.code == code_digest({package: ROOT / package for package in OUR_PACKAGES})
+    assert report.code_path == str(ROOT)
     assert check_nodes([report], replace(report, node="driver")) == []
 
 
@@ -154,12 +157,17 @@ def test_the_digest_changes_with_the_code_and_with_nothing_else(tmp_path):
     (tmp_path / "streams").mkdir()
     file = tmp_path / "streams" / "a.py"
     file.write_text("A = 1\n")
-    first = code_digest(tmp_path)
+    folders = {"streams": tmp_path / "streams"}
+    first = code_digest(folders)
     (tmp_path / "streams" / "note.txt").write_text("x")
     (tmp_path / "other.py").write_text("x")
-    assert code_digest(tmp_path) == first
+    assert code_digest(folders) == first
+    # The folder that holds the packages differs between a checkout, an installed wheel and what Ray unpacks.
+    moved = shutil.copytree(tmp_path / "streams", tmp_path / "elsewhere" / "streams")
+    assert code_digest({"streams": moved}) == first
     file.write_text("A = 2\n")
-    assert code_digest(tmp_path) != first
+    assert code_digest(folders) != first
+    assert code_digest({"streams": moved, "rl": tmp_path / "streams"}) != code_digest({"streams": moved})
 
 
 def test_a_node_answers_without_importing_a_package():
