@@ -95,7 +95,7 @@ def test_a_killed_job_is_submitted_again_and_runs_the_edited_code(head, checkout
     killed = time.monotonic()
     jobs.await_status(first, "FAILED", limit_s=30)
 
-    edit(checkout / "streams" / "actorlog.py", '"%s%s host', '"%s%s edited host')
+    edit(checkout / "streams" / "support" / "actor_log.py", '"%s%s host', '"%s%s edited host')
     edit(checkout / "launch.py", "import logging\n", "import logging\nprint('edited driver')\n")
     second = head.submit(checkout, *command)
     while any(alive(pid) for pid in actors):

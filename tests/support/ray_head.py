@@ -18,7 +18,8 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 START_S = 150
-RAY = str(Path(sys.executable).with_name("ray"))
+BIN = Path(sys.executable).parent
+"""Where `ray` and `python` of the nodes are, unless told otherwise."""
 
 
 def free_port() -> int:
@@ -30,18 +31,20 @@ def free_port() -> int:
 class RayHead:
     """Use as a context manager. Ports, token and temporary folder are its own: other clusters are not disturbed."""
 
-    def __init__(self, cpus: int) -> None:
+    def __init__(self, cpus: int, bin: Path = BIN) -> None:
+        """bin: the folder of the environment's commands that head and jobs run in."""
+        self._ray, self._python = str(bin / "ray"), str(bin / "python")
         # Short: Ray's socket paths must stay below 108 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="slray", dir="/tmp"))
         self.port, self.dashboard = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.url = f"http://127.0.0.1:{self.dashboard}"
         self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))},
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
         }
         self._processes: list[subprocess.Popen] = []
@@ -75,7 +78,18 @@ class RayHead:
     def submit(self, folder: Path, *command: str) -> str:
         """`ray job submit` of a folder; returns the job's id."""
         done = subprocess.run(
-            [RAY, "job", "submit", "--address", self.url, "--working-dir", str(folder), "--no-wait", "--", *command],
+            [
+                self._ray,
+                "job",
+                "submit",
+                "--address",
+                self.url,
+                "--working-dir",
+                str(folder),
+                "--no-wait",
+                "--",
+                *command,
+            ],
             env=self.environment,
             capture_output=True,
             text=True,
@@ -99,7 +113,7 @@ class RayHead:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, *arguments: str, wrapper: tuple[str, ...] = ()) -> None:
-        command = [*wrapper, RAY, "start", "--block", "--object-store-memory=200000000", *arguments]
+        command = [*wrapper, self._ray, "start", "--block", "--object-store-memory=200000000", *arguments]
         command.append(f"--dashboard-agent-listen-port={free_port()}")
         with open(self.folder / f"start-{len(self._processes)}.txt", "w") as log:
             self._processes.append(
@@ -128,7 +142,7 @@ class RayHead:
         code = (
             "import ray; ray.init(address='auto', logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
         )
-        done = self.run(sys.executable, "-c", code, cwd=self.folder)
+        done = self.run(self._python, "-c", code, cwd=self.folder)
         return int(done.stdout) if done.returncode == 0 else 0
 
 
