@@ -51,11 +51,6 @@ def _no_such_key(key: str, words: Sequence[str]) -> str:
         return (
             f"{typed}: this configuration chooses no option of {key}; with a plus in front it is laid over it: +{typed}"
         )
-    if key in every:
-        return (
-            f"{typed}: this configuration does not have the key; write `defaults: [config, _self_]` into it to extend "
-            f"Sightline's own, or add the key: +{typed}"
-        )
     if _section(key, every):  # a mapping given for a whole section: the wrong name is inside it
         return f"{typed}: names a key that {key} does not have; it has {_section(key, every)}"
     if key in ("video", "query", "at", "seconds"):
@@ -64,6 +59,11 @@ def _no_such_key(key: str, words: Sequence[str]) -> str:
     own = next((known for known in open_ if f"{key}.".startswith(f"{known}.")), "")
     if own:  # a mapping whose names are the user's: Hydra adds to it only when told so
         return f"{typed}: {own} has no such name yet; with a plus in front it is added: +{typed}"
+    if key in every:
+        return (
+            f"{typed}: this configuration does not have the key; write `defaults: [config, _self_]` into it to extend "
+            f"Sightline's own, or add the key: +{typed}"
+        )
     section, _, name = key.rpartition(".")
     namesakes = [known for known in every if known.rpartition(".")[2] == name]
     hint = f" (did you mean {' or '.join(namesakes)}?)" if namesakes else _close(key, every)

@@ -28,7 +28,8 @@ class Scorer:
             # The driver has checked the same config: what differs is the machine, or what Python finds on it.
             raise ValueError(
                 f"{error} (in the scorer, process {os.getpid()} on {socket.gethostname()}: a term's module must be "
-                "importable there, too; put it beside launch.py, on PYTHONPATH, or install it on every node)"
+                "importable there, too; put it beside launch.py (or where `sightline` is typed), on PYTHONPATH, or install "
+                "it on every node)"
             ) from error
 
     def pid(self) -> int:

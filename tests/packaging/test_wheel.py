@@ -137,7 +137,13 @@ def test_a_composed_configuration_of_ones_own_runs_and_a_sweep_has_a_folder_for_
     composed = installed.run("sightline", "--cfg", "job", "job=data", *few, cwd=tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.yaml").write_text(composed.stdout)
-    sweep = ("--config-dir", "mine", "--config-name", "run", "-m", "run_root=out/sweep")
+    mine = ("--config-dir", "mine", "--config-name")
+    refused = installed.run("sightline", *mine, "run", "memory=full", cwd=tmp_path)
+    assert "memory=full: this configuration chooses no option of memory; with a plus" in refused.stderr
+    (tmp_path / "mine" / "short.yaml").write_text("run_root: out/short\n")
+    refused = installed.run("sightline", *mine, "short", "seed=3", cwd=tmp_path)
+    assert "seed=3: this configuration does not have the key; write `defaults: [config, _self_]`" in refused.stderr
+    sweep = (*mine, "run", "-m", "run_root=out/sweep")
     done = installed.run("sightline", *sweep, "seed=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for seed in (1, 2):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from runtime.cluster.code import cluster_environment
+from runtime.cluster.code import cluster_environment, local_path
 from runtime.cluster.connect import bootstrap_address, check_answers
+from streams.support.files import MODULES_VARIABLE, PACKAGES, PROJECT
 from tests.processes.test_run import launch
 from tests.support.project import ROOT
 
@@ -54,6 +57,45 @@ def test_outside_of_a_job_the_project_is_uploaded_without_what_runs_write(monkey
 def test_inside_a_job_its_own_working_directory_holds(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert set(cluster_environment(Path("/run"))) == {"env_vars"}
+
+
+@pytest.fixture
+def own_folder(monkeypatch, tmp_path):
+    """A user's folder, as the `sightline` command names it; a module of it has been imported."""
+    monkeypatch.setenv(MODULES_VARIABLE, str(tmp_path))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "own_sent_module.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("own_sent_module")
+    yield tmp_path
+    sys.modules.pop("own_sent_module", None)
+
+
+def test_the_command_sends_the_packages_and_the_users_folder_only_if_it_is_used(own_folder):
+    environment = cluster_environment(own_folder / "runs" / "a")
+    assert [Path(sent) for sent in environment["py_modules"]] == [PROJECT / package for package in PACKAGES]
+    assert environment["working_dir"] == str(own_folder)
+    assert {"site-packages/", "/runs/a/"} <= set(environment["excludes"])
+    sys.modules.pop("own_sent_module")
+    assert set(cluster_environment(Path("/run"))) == {"env_vars", "py_modules", "excludes"}
+
+
+def test_inside_a_job_the_command_sends_the_packages_alone(own_folder, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert set(cluster_environment(Path("/run"))) == {"env_vars", "py_modules", "excludes"}
+
+
+def test_a_run_root_whose_name_would_leave_out_a_part_of_ours_is_refused(own_folder):
+    with pytest.raises(ValueError, match=r"run_root=data, .*\(streams/data\).*outputs/data"):
+        cluster_environment(own_folder / "data")
+
+
+def test_on_this_machine_our_packages_come_first_then_the_users_modules(own_folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/more")
+    assert local_path() == f"{PROJECT}:{own_folder}:/more"
+    monkeypatch.delenv(MODULES_VARIABLE)
+    assert local_path() == f"{PROJECT}:/more"
 
 
 @pytest.mark.slow
