@@ -23,8 +23,8 @@ from streams.backbone.tiny_spec import TinySpec
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.support.usage import DeviceInfo
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from tests.conf.test_config import composed
-from tests.processes.test_run import launch
+from tests.support.commands import launch
+from tests.support.configs import composed
 from tests.support.geometries import qwen2_5_vl
 
 OWN_DATA = ("data.train=a.jsonl", "data.heldout=b.jsonl")

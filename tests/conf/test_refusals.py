@@ -8,8 +8,8 @@ import pytest
 
 from conf.schema import RunConfig
 from runtime.checks import check_memory
-from tests.conf.test_config import composed
-from tests.processes.test_run import launch
+from tests.support.commands import launch
+from tests.support.configs import composed
 
 
 def folder(path, **values):

@@ -12,17 +12,9 @@ from conf.schema import MemoryConfig, RunConfig
 from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
 from runtime.checks import check_memory
 from runtime.starting_point import respect_checkpoint
-from streams.layout.layout import LayoutConfig
-from streams.video.config import VideoConfig
-
-VIDEO = VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)
+from tests.support.configs import VIDEO, trained
 
 ARGS = {"window": 2, "text_window": 3, "sink_tokens": 5, "tail_tokens": 6}
-
-
-def trained():
-    base = RunConfig(memory=MemoryConfig("rcsm", 4), layout=LayoutConfig("Watch.", 6, 10))
-    return dataclasses.replace(base, data=dataclasses.replace(base.data, video=VIDEO))
 
 
 def written(folder, config):

@@ -19,15 +19,9 @@ from streams.data.dataset import load_tasks
 from streams.data.formats.sightline import _ROW_KEYS
 from streams.data.formats.thinkstream import _ROW_KEYS as RECORD_KEYS
 from streams.messages import RewardJob
-from tests.conf.test_config import composed
-from tests.support.project import ROOT
+from tests.support.configs import composed
+from tests.support.guides import DOCS, blocks
 from tests.support.rewards import one_answer, stream
-
-DOCS = ROOT / "docs"
-
-
-def blocks(guide: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / guide).read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import re
 from base64 import b64decode
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from streams.support.files import write_atomic
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from tests.support.clips import solid, write_clip
 from tests.support.project import ROOT
-from tests.support.transcripts import HOSTILE, LONG, VIDEO, WINDOW, make
+from tests.support.transcripts import HOSTILE, LONG, VIDEO, WINDOW, data_of, make
 
 DOCS = ROOT / "docs" / "transcripts.md"
 
@@ -182,10 +181,6 @@ def test_every_key_of_the_format_is_documented_and_a_line_survives_json(records)
 
 
 # ---- the page ----
-
-
-def data_of(page: Path) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
 
 
 @pytest.mark.slow

@@ -10,33 +10,12 @@ import pytest
 import torch
 
 from streams.backbone.boundary import Boundary
-from streams.backbone.tiny import build_tiny
-from streams.backbone.tiny_spec import TinySpec
-from streams.data.dataset import load_tasks
-from streams.data.synthetic.questions import SyntheticConfig, generate
-from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WeightsUpdate
+from streams.messages import ScriptedTurn, ScriptTask, WeightsUpdate
 from streams.scoring.logprobs import behaviour_differences
-from tests.support.service import open_service, worker_setup
+from tests.support.service import TURNS, WAIT_S, group, open_service, roll
 
 pytestmark = pytest.mark.slow
-
-WAIT_S = 60.0
-TURNS = 6
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    made = generate(tmp_path_factory.mktemp("clips") / "data", SyntheticConfig(train_clips=3, heldout_per_mode=1))
-    return load_tasks(made.train_jsonl, on_bad="raise").tasks
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    checkpoint = build_tiny(tmp_path_factory.mktemp("model"), TinySpec(hidden=64, layers=2, mlp=128), seed=1, gain=2.0)
-    layout = LayoutConfig(system_prompt="Watch.", think_budget=4, max_new_tokens=7)
-    return worker_setup(checkpoint, layout=layout, memory=MemoryConfig("rcsm", 3), run_seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +41,6 @@ def test_room_for_unrotated_keys_is_taken_before_any_group(setup, shared):
         assert service.engine.pool.raw is not None
     finally:
         service.close()
-
-
-def group(task, name, streams=3, turns=TURNS, temperature=1.0, **more):
-    return RolloutTask(name, 0, task, streams, turns, temperature, **more)
-
-
-def roll(service, request):
-    return service.submit(request).result(timeout=WAIT_S)
 
 
 def assert_same(first, second):

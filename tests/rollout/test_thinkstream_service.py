@@ -12,9 +12,8 @@ from conf.training import SftConfig
 from sft.demonstrations import script_for
 from streams.data.dataset import load_tasks
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
-from tests.rollout.test_service import WAIT_S, roll, setup  # noqa: F401 - a fixture
 from tests.support.clips import write_grey_ramp
-from tests.support.service import open_service
+from tests.support.service import WAIT_S, open_service, roll
 
 pytestmark = pytest.mark.slow
 TAIL = 3
@@ -40,7 +39,7 @@ def demonstration(task, turns, chunk):
     return ScriptTask(f"0/{task.id}", task, script_for(task, turns, chunk, config, seed=0, epoch=0))
 
 
-def test_a_stream_of_unknown_length_ends_with_its_tail_or_its_video(setup, records):  # noqa: F811
+def test_a_stream_of_unknown_length_ends_with_its_tail_or_its_video(setup, records):
     early, late = load_tasks(records, on_bad="raise").tasks
     turns = [task.num_turns(1.0, TAIL, 100) for task in (early, late)]
     assert turns == [8, 12]
@@ -67,7 +66,7 @@ def test_a_stream_of_unknown_length_ends_with_its_tail_or_its_video(setup, recor
         service.close()
 
 
-def test_chunks_by_duration_reach_frames_queries_thoughts_and_positions(setup, records):  # noqa: F811
+def test_chunks_by_duration_reach_frames_queries_thoughts_and_positions(setup, records):
     """10 s in at most 5 chunks: chunks of 2 s, the answer at 8.5 s due in chunk 4, both thoughts in chunk 0."""
     video = replace(setup.video, max_chunks=5)
     _, task = load_tasks(records, on_bad="raise", video=video).tasks

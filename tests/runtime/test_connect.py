@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.cluster.connect import bootstrap_address, check_answers, cluster_environment
-from tests.processes.test_run import launch
+from tests.support.commands import launch
 from tests.support.project import ROOT
 
 

@@ -39,8 +39,8 @@ from streams.scoring.logprobs import attention_plan
 from streams.scoring.mask import DensePlan, dense_mask
 from streams.support.usage import DeviceInfo
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from tests.conf.test_config import composed
-from tests.streams.test_freezing import THREE_B
+from tests.support.configs import composed
+from tests.support.geometries import THREE_B
 
 SPECS = {"qwen2_5_vl": TinySpec(tie_embeddings=True), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}
 

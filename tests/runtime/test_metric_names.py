@@ -17,7 +17,7 @@ from rl.metrics import term_metric
 from rl.stage import RL
 from runtime.checks import preflight
 from runtime.tracking.metric_names import MAX_BYTES, apart, metric_name, readable
-from tests.conf.test_config import composed
+from tests.support.configs import composed
 
 AWKWARD = (
     *("a//b", "..", ".", "/", "//", "/a", "a/", "a/../b", "a/./b", "./a", " ", " a ", "a ", "a:b", "a?b", "a_b", "%2F"),

@@ -22,6 +22,7 @@ from streams.data.check import main
 from streams.data.dataset import load_tasks
 from streams.video.config import VideoConfig
 from streams.video.reader import ClipReader, VideoError
+from tests.support.configs import composed
 from tests.support.films import (
     B_FRAMES,
     EVEN,
@@ -352,7 +353,6 @@ def test_an_end_that_the_checker_accepts_is_read_to_its_last_chunk(seconds, film
 @pytest.mark.parametrize("name", ["sound.mkv", "sound.webm", "cut_last.mp4", "late.mp4", "no_length.mp4"])
 def test_watch_takes_the_same_length_and_reads_all_of_it(name, film, reader, capsys):
     from evals.watch.job import _shown
-    from tests.conf.test_config import composed
 
     shown = _shown(composed("job=watch", f"watch.video='{film(name)}'"))
     assert shown.length == shown.end == reader.duration(str(film(name)))
@@ -402,7 +402,6 @@ def test_the_checker_tells_of_late_pictures_and_not_of_b_frames(film, tmp_path, 
 
 def test_watch_refuses_to_end_before_the_first_picture(film):
     from evals.watch.job import _shown
-    from tests.conf.test_config import composed
 
     with pytest.raises(ValueError, match=r"watch\.seconds=1 ends before the first picture of .*late\.mp4.* at 2\.00 s"):
         _shown(composed("job=watch", f"watch.video='{film('late.mp4')}'", "watch.seconds=1"))

@@ -13,13 +13,9 @@ import pytest
 from rollout.engine import engine
 from streams.log.record import NEVER, Kind, StreamLog
 from streams.memory import MemoryConfig, TextMemory
-from tests.streams import test_exactness as exactness
 from tests.support.exactness.defects import written_again
 from tests.support.lanes import brute_force_lanes
-from tests.support.streams import brute_force_expiry, differences, run
-
-FP64_BAR, CAUGHT = exactness.FP64_BAR, exactness.TestPlantedDefects.CAUGHT
-fp64 = exactness.fp64
+from tests.support.streams import CAUGHT, FP64_BAR, brute_force_expiry, differences, random_requests, run
 
 TEXT_MEMORY = MemoryConfig("text_memory")
 LINGERING = MemoryConfig("custom", target="tests.support.lanes:LingeringTurns", args={"turns": 2})
@@ -31,13 +27,13 @@ def start_of(log: StreamLog, turn: int) -> int:
 
 @pytest.fixture(scope="module")
 def made(fp64):
-    requests = exactness.streams(fp64, TEXT_MEMORY, 6, seed=4, low=8)
+    requests = random_requests(fp64, TEXT_MEMORY, 6, seed=4, low=8)
     return requests, run(fp64, requests)
 
 
 @pytest.fixture(scope="module")
 def lingering(fp64):
-    requests = exactness.streams(fp64, LINGERING, 6, seed=4, low=8)
+    requests = random_requests(fp64, LINGERING, 6, seed=4, low=8)
     return requests, run(fp64, requests)
 
 

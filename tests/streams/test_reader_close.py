@@ -22,8 +22,8 @@ from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 from streams.video.config import VideoConfig
 from streams.video.reader import ClipReader, ReaderClosedError
-from tests.processes.test_run import launch
 from tests.support.clips import write_clip, write_grey_ramp
+from tests.support.commands import launch
 from tests.support.service import open_service, worker_setup
 
 CLIP_SECONDS = 30

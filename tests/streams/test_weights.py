@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from conf.schema import RunConfig
 from runtime.checks import preflight
 from streams.backbone.backbone import Backbone
 from streams.backbone.freezing import parameter_name
-from streams.backbone.tiny import build_config, build_tiny, build_tokenizer
+from streams.backbone.tiny import build_config, build_tokenizer
 from streams.backbone.tiny_spec import TinySpec
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.checkpoint.weights import (
@@ -37,19 +36,6 @@ from streams.checkpoint.weights import (
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from tests.support.weights import SPECS, WHOLE, configured, rewrite, sharded, without
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    return {name: build_tiny(root / name.replace(" ", "_"), spec) for name, spec in SPECS.items()}
-
-
-@pytest.fixture
-def folder_of(made, tmp_path):
-    """A copy of one of the checkpoints, to be damaged."""
-    return lambda name="qwen2_5_vl": Path(shutil.copytree(made[name], tmp_path / name.replace(" ", "_")))
-
 
 # ---- what is expected is what transformers' modules have ----
 
@@ -106,7 +92,7 @@ def test_a_key_that_is_left_out_is_what_transformers_takes_for_it(family, config
 @pytest.mark.parametrize("root", [None, True, False])
 @pytest.mark.parametrize("text", [None, True, False])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_whether_heads_are_tied_is_read_as_transformers_reads_it(made, folder_of, family, root, text):
+def test_whether_heads_are_tied_is_read_as_transformers_reads_it(checkpoints, folder_of, family, root, text):
     folder = folder_of(family)
     raw = json.loads((folder / "config.json").read_text())
     for place, value in ((raw, root), (raw["text_config"], text)):
@@ -262,11 +248,11 @@ def test_strange_tensors_and_files_are_named_in_one_warning_and_not_counted(fold
     assert Backbone.load(folder, LayoutConfig()).model.lm_head.weight.shape == (640, 64)
 
 
-def test_a_whole_file_is_loaded_and_counted_before_the_index_beside_it(folder_of, made):
+def test_a_whole_file_is_loaded_and_counted_before_the_index_beside_it(folder_of, checkpoints):
     folder, shards = sharded(folder_of())
-    shutil.copy(made["qwen2_5_vl"] / WHOLE, folder / WHOLE)
+    shutil.copy(checkpoints["qwen2_5_vl"] / WHOLE, folder / WHOLE)
     assert all(name in check_weights(folder).warnings[0] for name in shards)
-    assert ModelGeometry.read(folder).total == ModelGeometry.read(made["qwen2_5_vl"]).total
+    assert ModelGeometry.read(folder).total == ModelGeometry.read(checkpoints["qwen2_5_vl"]).total
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -311,10 +297,10 @@ def test_a_run_that_names_such_a_folder_ends_before_ray_starts_with_the_key(fold
         preflight(changed)
 
 
-def test_the_check_loads_neither_torch_nor_transformers(made):
+def test_the_check_loads_neither_torch_nor_transformers(checkpoints):
     code = (
         "import sys; from pathlib import Path; from streams.checkpoint.weights import check_weights; "
-        f"check_weights(Path({str(made['qwen3_vl'])!r})); "
+        f"check_weights(Path({str(checkpoints['qwen3_vl'])!r})); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ from rollout.setup import WorkerSetup
 from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
+from streams.messages import RolloutTask
 from streams.video.config import VideoConfig
 
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
@@ -37,3 +38,15 @@ def worker_setup(checkpoint: Path, **given: Any) -> WorkerSetup:
 def open_service(setup: WorkerSetup, worker: int = 0, **limits: float) -> RolloutService:
     """To be closed by whoever opened it."""
     return RolloutService(worker, setup, ServiceLimits(**limits), put=lambda array: array, get=lambda array: array)
+
+
+WAIT_S = 60.0
+TURNS = 6
+
+
+def group(task, name, streams=3, turns=TURNS, temperature=1.0, **more):
+    return RolloutTask(name, 0, task, streams, turns, temperature, **more)
+
+
+def roll(service, request):
+    return service.submit(request).result(timeout=WAIT_S)

@@ -5,6 +5,8 @@ What every stream says is scripted, so that each outcome of an answer occurs; cl
 
 from __future__ import annotations
 
+import json
+import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,3 +154,7 @@ def _failed(task: StreamTask) -> ScoredStream:
     silent = silent_turns(12)
     result: RewardResult = REWARD(StreamOutcome(task, silent, CHUNK))
     return ScoredStream(task, silent, result, None, "VideoError: no such file")
+
+
+def data_of(page: Path) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])

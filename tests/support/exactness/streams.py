@@ -136,3 +136,15 @@ def signed_differences(
 def differences(backbone: Backbone, logs: list[StreamLog], requests: list[StreamRequest]) -> np.ndarray:
     """Their sizes."""
     return np.abs(signed_differences(backbone, logs, requests))
+
+
+FP64_BAR = 1e-10
+"""Largest difference of log-probs in fp64 between engine and learner that is rounding."""
+CAUGHT = 1000 * FP64_BAR
+"""What a planted defect must exceed."""
+
+
+def run_to_the_end(engine: Engine) -> None:
+    """Step until nothing is left to do."""
+    while engine.busy:
+        engine.step()
