@@ -12,20 +12,30 @@ from streams.video.config import VideoConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """train, heldout: JSONL files; empty = the generator's, under run_root/data.
-
-    format: what the rows look like; `auto` goes by the first one. ignore_fields: fields that rows may hold unread.
-    """
+    """The rows of a run and how much of their videos a stream shows."""
 
     train: str = ""
+    """JSONL file of the rows that are trained on; empty = the generated ones, under `run_root/data`. Set together
+    with `data.heldout`.
+    """
     heldout: str = ""
+    """JSONL file of the rows that evaluations use; empty = the generated ones. Set together with `data.train`."""
     format: str = "auto"
+    """Format of the rows: `sightline` (ours), `thinkstream`, or `auto` to decide by the first row."""
     ignore_fields: list[str] = field(default_factory=list)
+    """Fields that rows may have although no format reads them. Any other unknown field makes its row unusable."""
     tail_chunks: int = 5
+    """Chunks that a stream goes on after its last answer is due (0 = it ends there)."""
     max_turns: int = 240
+    """Longest stream, in turns (one chunk each). Longer videos are cut."""
     cache_mb: int = 256
+    """MiB of host memory for each of three caches: every worker's frames, every worker's features (on its
+    device), the driver's references to features.
+    """
     video: VideoConfig = field(default_factory=VideoConfig)
+    """What a chunk is."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    """The clips that `job=data` generates."""
 
     def __post_init__(self) -> None:
         if self.tail_chunks < 0 or self.max_turns < 1 or self.cache_mb < 1:

@@ -13,32 +13,46 @@ from streams.checkpoint.folder import SUPPORTED_MODEL_TYPES
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Shape of the random backbone. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do.
-
-    head_dim: of the text model, 0 = hidden / heads (Qwen2.5-VL has no other). deepstack: vision layers whose features go
-    into the first text layers (Qwen3-VL only). full_attention: vision layers that see the whole frame (Qwen2.5-VL; empty =
-    the last one). embedding_std: of the normal that embeddings are drawn from; with tied embeddings and a wide model, 0.5
-    makes every choice certain.
-    """
+    """Shape of the random model that is built where `model.path` is empty."""
 
     model_type: str = "qwen2_5_vl"
+    """Architecture: `qwen2_5_vl` or `qwen3_vl`."""
     hidden: int = 128
+    """Width of the text model."""
     layers: int = 3
+    """Layers of the text model."""
     heads: int = 4
+    """Query heads of the text model; `model.tiny.hidden` is a multiple of it."""
     kv_heads: int = 2
+    """Key-value heads of the text model; `model.tiny.heads` is a multiple of it."""
     mlp: int = 256
+    """Width of the text model's MLP."""
     vision_depth: int = 2
+    """Layers of the vision tower."""
     vision_hidden: int = 64
+    """Width of the vision tower."""
     vision_heads: int = 4
+    """Heads of the vision tower; `model.tiny.vision_hidden` is a multiple of it."""
     vision_mlp: int = 128
+    """Width of the vision tower's MLP."""
     vocab_rows: int = 640
+    """Rows of the embedding and of the LM head; those above the tokenizer are spare, as in real checkpoints."""
     tie_embeddings: bool = False
+    """Share one matrix between embedding and LM head."""
     rope_theta: float = 1e6
+    """Base of the rotary frequencies."""
     head_dim: int = 0
+    """Width of a text head; 0 = hidden / heads. `qwen3_vl` only."""
     patch_size: int = 14
+    """Side of a vision patch in pixels; a video token covers 2 x 2 patches."""
     deepstack: tuple[int, ...] = ()
+    """Ascending vision layers whose features also enter the first text layers (DeepStack). `qwen3_vl` only."""
     full_attention: tuple[int, ...] = ()
+    """Vision layers that attend over the whole frame; empty = the last one. `qwen2_5_vl` only."""
     embedding_std: float = 0.5
+    """Standard deviation of the random embeddings. With tied embeddings and a wide model, 0.5 makes every choice
+    certain.
+    """
 
     def __post_init__(self) -> None:
         # Lists come from YAML.

@@ -42,16 +42,18 @@ DEFAULT_SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Hydra key `layout`. think_budget: tokens of the think span with its tags, then `</think>` is forced.
-
-    max_new_tokens: generated tokens of one turn, with tags and end token; the last one is forced to the end token.
-    force_empty_thoughts: every turn starts with a forced `<think></think>` (an evaluation condition).
-    """
+    """The budgets of a turn and the system prompt."""
 
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    """System message at the start of every stream."""
     think_budget: int = 20
+    """Tokens of the think span with both tags, at least 2; then `</think>` is forced."""
     max_new_tokens: int = 30
+    """Generated tokens of one turn with tags and end token, at least `layout.think_budget` + 2; the last one is
+    forced to be the end token.
+    """
     force_empty_thoughts: bool = False
+    """Start every turn with a forced `<think></think>`."""
 
     def __post_init__(self) -> None:
         if self.think_budget < 2:
