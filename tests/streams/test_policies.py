@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.engine.engine import StreamRequest, stream_bound
+from rollout.engine.request import StreamRequest, stream_bound
 from streams.backbone.tiny import build_tokenizer
 from streams.layout.layout import Layout, LayoutConfig
 from streams.log.record import NEVER, ChunkRecord, Kind, LogHeader
