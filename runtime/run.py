@@ -18,7 +18,7 @@ from conf.schema import RunConfig
 from conf.streaming import streaming_settings
 from learner.config import LearnerConfig
 from learner.setup import LearnerSetup
-from rollout.setup import WorkerSetup
+from rollout.setup import SelfCheckSetup, WorkerSetup
 from runtime.checks import Rows, describe
 from runtime.cluster.session import Session
 from runtime.context import StageContext
@@ -268,16 +268,17 @@ class Run:
             layout=config.layout,
             memory=config.memory,
             video=config.data.video,
+            rollout=config.rollout,
             boundary=boundary,
-            max_streams=config.rollout.max_streams,
             kv_slots=self._memory.kv_slots,
-            staging=config.weights.staging,
-            monitor_every=config.monitor.every,
-            off_above=self.monitor.limits.token,
             run_seed=config.seed,
+            self_check=SelfCheckSetup(
+                every=config.monitor.every,
+                outlier_above=self.monitor.limits.token,
+                attention=config.learner.attention,
+            ),
             version=version,
-            attention=config.rollout.attention,
-            scoring_attention=config.learner.attention,
+            staging=config.weights.staging,
             vision_attention=config.model.vision_attention,
         )
 

@@ -167,10 +167,6 @@ class WorkerStats:
     """Counters since the worker's setup."""
 
     worker: int
-    busy_s: float
-    total_s: float
-    sampled_tokens: int
-    engine_steps: int
     clips_encoded: int
 
 

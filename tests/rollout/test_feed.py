@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.engine import Engine
 from rollout.engine.feed import TurnFeed
+from rollout.engine.request import StreamRequest
 from streams.log.pieces import PieceFolder, join_pieces, read_pieces
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences

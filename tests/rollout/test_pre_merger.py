@@ -134,10 +134,10 @@ def test_a_group_keeps_the_features_it_began_with_and_the_next_one_has_new_ones(
     learner = engine()
     first = sample(service, tasks[0], "0/first", turns=8)[1]
     learner.train(0, "grpo", [TrainItem(first, ADVANTAGES)], GRPO)
-    steps = service.engine.stats.steps
+    steps = service.engine.steps
     running = service.submit(RolloutTask("1/over", 0, tasks[0], 8, 8, 1.0))
     give_up = time.monotonic() + WAIT_S
-    while service.engine.stats.steps < steps + 12:
+    while service.engine.steps < steps + 12:
         assert time.monotonic() < give_up, "the group never ran"
         time.sleep(0.001)
     service.stage(learner.export_weights(), 0.0).result(timeout=WAIT_S)

@@ -129,7 +129,7 @@ def test_a_group_that_can_never_fit_is_refused_by_name_and_leaves_nothing_behind
 
 
 def test_a_group_past_its_deadline_fails_by_the_name_of_the_setting_and_its_slots_come_back(setup, tasks):
-    service = open_service(setup, deadline_s=0.05)
+    service = open_service(replace(setup, rollout=replace(setup.rollout, group_deadline_s=0.05)))
     try:
         # The first group is late because its clip is not read in time, the second, whose clip is cached, while it runs.
         for name in ("0/reading", "0/running"):
@@ -138,7 +138,7 @@ def test_a_group_past_its_deadline_fails_by_the_name_of_the_setting_and_its_slot
             assert summary.failed == ("TimeoutError: the group was not finished within rollout.group_deadline_s=0.05")
             assert summary.seconds >= 0.05
             assert_idle(service)
-        assert service.engine.stats.steps > 0
+        assert service.engine.steps > 0
         demonstration = ScriptTask("0/script", tasks[0], (ScriptedTurn("nothing", None),))
         assert service.script(demonstration).result(timeout=WAIT_S)[0].failed is None
     finally:
@@ -158,8 +158,8 @@ def test_a_greedy_group_is_repeatable(shared, tasks):
 def test_a_sampled_group_does_not_depend_on_what_else_runs(shared, tasks):
     alone = roll(shared, group(tasks[1], "4/a"))[1]
     others = [shared.submit(group(tasks[i], f"4/other{i}", streams=6, turns=10)) for i in (0, 2)]
-    steps = shared.engine.stats.steps
-    wait_until(lambda: shared.engine.stats.steps > steps + 5, "the other groups never ran")
+    steps = shared.engine.steps
+    wait_until(lambda: shared.engine.steps > steps + 5, "the other groups never ran")
     among = roll(shared, group(tasks[1], "4/a"))[1]
     assert not all(other.done() for other in others), "nothing else was running"
     assert_same(alone, among)
@@ -271,7 +271,7 @@ def holds(backbone, update):
 
 def test_weights_are_swapped_between_steps_while_streams_run(setup, fresh, shared, tasks):
     running = fresh.submit(group(tasks[0], "0/a", streams=12, turns=10))
-    wait_until(lambda: fresh.engine.stats.steps > 12, "the group never ran")
+    wait_until(lambda: fresh.engine.steps > 12, "the group never ran")
     update = update_of(fresh.backbone, 1, change=0.1)
     report = fresh.stage(update, 0.25).result(timeout=WAIT_S)
     assert not running.done()

@@ -27,7 +27,7 @@ def test_a_stages_model_and_kv_pool_are_gone_before_the_next_ones_are_made(setup
             made.extend(weakref.ref(thing) for thing in (self, self.backbone.model, self.engine.pool))
 
     monkeypatch.setattr(rollout.service, "RolloutService", Counting)
-    worker = RolloutWorker(worker=0, threads=1, deadline_s=60.0, cache_mb=64)
+    worker = RolloutWorker(worker=0, threads=1, cache_mb=64)
     monkeypatch.setattr("rollout.worker._put", lambda array: array)
 
     async def stages():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.engine.engine import Engine
+from rollout.engine.step_plan import StepPlan
 from streams.log.record import Kind
 from streams.memory import MemoryConfig, SinkWindow, knobs, make_policy
 from streams.positions.mrope import PositionCursor
@@ -177,21 +178,21 @@ class TestPlantedDefects:
 
     def test_an_end_token_that_sees_keys_where_the_next_turn_has_them(self, fp64, evicting, monkeypatch):
         _, requests, _ = evicting
-        right = Engine._gather
+        right = StepPlan.gather
 
-        def together(self, stream, step):
+        def together(self, stream):
             turn = stream.writer.turn
             over = stream.writer.state is not None and stream.writer.state.over
-            right(self, stream, step)
+            right(self, stream)
             if over and stream.writer.turn == turn:
-                right(self, stream, step)
+                right(self, stream)
 
-        monkeypatch.setattr(Engine, "_gather", together)
+        monkeypatch.setattr(StepPlan, "gather", together)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     def test_keys_that_stay_as_they_were_rotated(self, fp64, evicting, monkeypatch):
         _, requests, _ = evicting
-        monkeypatch.setattr("rollout.engine.contiguous.StepRotation.turn", lambda *_: None)
+        monkeypatch.setattr("rollout.engine.contiguous.StepRotation.move", lambda *_: None)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
 
@@ -300,7 +301,7 @@ class TestEngine:
         done = []
         while engine.busy:
             done += engine.step()
-            available = [s.reserved for s in engine._running]
+            available = [s.reserved for s in engine.admission.running]
             assert engine.pool.capacity - engine.pool.available <= sum(available)
         return {log.header.stream_id: log for log in done}
 
@@ -349,9 +350,9 @@ class TestEngine:
                 projection.mul_(1.1)
 
         try:
-            while engine._running == [] or engine._running[0].writer.turn < 5:
+            while engine.admission.running == [] or engine.admission.running[0].writer.turn < 5:
                 engine.step()
-            cut = engine._running[0].forwarded
+            cut = engine.admission.running[0].forwarded
             swap()
             engine.version = 1
             (log,) = self.ran(engine).values()

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rollout.engine import engine
+from rollout.engine import step_plan
 from streams.log.record import NEVER, Kind, StreamLog
 from streams.memory import MemoryConfig, TextMemory
 from tests.support.exactness.defects import written_again
@@ -97,13 +97,13 @@ class TestPlantedDefects:
 
     def test_an_engine_without_lanes_is_caught_where_lane_one_stays(self, fp64, lingering, monkeypatch):
         requests, _ = lingering
-        monkeypatch.setattr(engine, "_seen", without_lanes)
+        monkeypatch.setattr(step_plan, "_seen", without_lanes)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     def test_an_engine_that_forwards_all_lanes_as_one_segment_is_caught(self, fp64, lingering, monkeypatch):
         requests, _ = lingering
-        monkeypatch.setattr(engine, "pairwise", lambda cuts: [(cuts[0], cuts[-1])])
-        monkeypatch.setattr(engine, "_seen", without_lanes)
+        monkeypatch.setattr(step_plan, "pairwise", lambda cuts: [(cuts[0], cuts[-1])])
+        monkeypatch.setattr(step_plan, "_seen", without_lanes)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     @pytest.mark.parametrize("begins", [lambda lane0, lane1: lane1, lambda lane0, lane1: 0], ids=["goes on", "at 0"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.engine.engine import StreamRequest, stream_bound
+from rollout.engine.request import StreamRequest, stream_bound
 from streams.log.record import NEVER, ChunkRecord, Kind
 from streams.memory import POLICIES, MemoryConfig, check_text_tells_time, knobs, make_policy
 from streams.positions.mrope import PositionCursor

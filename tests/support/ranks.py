@@ -26,7 +26,7 @@ from learner.assign import share_out
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.setup import LearnerSetup
-from rollout.engine.engine import StreamRequest
+from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone, to_array
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from hypothesis import strategies as st
 
-from rollout.engine.engine import StreamRequest
+from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone
 from streams.memory import MemoryConfig
 from tests.support.policies import MEMORIES

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.engine import Engine
+from rollout.engine.request import StreamRequest
 from rollout.engine.sampler import stream_seed
 from streams.backbone.backbone import Backbone
 from streams.log.record import NEVER, ChunkRecord, LogHeader, StreamLog
