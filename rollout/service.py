@@ -38,7 +38,7 @@ from streams.messages import GroupPayload, GroupSummary, RolloutTask, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
 from streams.support.byte_cache import ByteBudgetCache
 from streams.support.meter import Meter
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.video.reader import Clip, ClipReader, ReaderClosedError
 from streams.writing.inputs import clip_key, turn_inputs
 from streams.writing.writer import StreamWriter, check_timestamps_kept
@@ -221,7 +221,7 @@ class RolloutService:
         task = group.task
         try:
             group.layout = self._layouts[task.empty_thoughts]
-            group.clip = self._read(task.task, task.turns)
+            group.clip = self._read(task.task, task.plan)
             if task.features is not None:
                 group.encoded = to_tensor(self._get(task.features)).to(self.backbone.device)
                 group.encoded_ref = task.features
@@ -234,11 +234,11 @@ class RolloutService:
             self._inbox.append(group)
             self._wake.notify()
 
-    def _read(self, task: Any, turns: int) -> Clip:
-        key = clip_key(task, turns)
+    def _read(self, task: StreamTask, plan: Plan) -> Clip:
+        key = clip_key(task, plan.turns)
         clip = self._frames.get(key)
         if clip is None:
-            clip = self._reader.read_task(task, turns)
+            clip = self._reader.read_task(task, plan)
             self._frames.put(key, clip, clip.nbytes)
         return clip
 
@@ -253,16 +253,16 @@ class RolloutService:
         """Raises ReaderClosedError."""
         began = time.monotonic()
         try:
-            clip = self._read(task.task, len(task.script))
+            clip = self._read(task.task, task.plan)
             layout = self._layouts[False]
             writer = StreamWriter(
                 self._header(task.group, task.task.id, self.setup.memory, layout, 1.0),
                 layout,
                 make_policy(self.setup.memory),
-                self._cursor(task.task),
+                self._cursor(task.plan),
             )
-            chunk = self.setup.video.chunk_seconds_of(task.task)
-            turns = turn_inputs(task.task, clip, layout, chunk, self.backbone.image.merge_size)
+            seconds = task.plan.chunk_seconds
+            turns = turn_inputs(task.task, clip, layout, seconds, self.backbone.image.merge_size)
             stream = write_demonstration(writer, turns, task, self.setup.version)
         except ReaderClosedError:
             raise
@@ -275,7 +275,7 @@ class RolloutService:
             turns=(layout.parse_turns(stream),),
             log_tokens=len(stream),
             seconds=time.monotonic() - began,
-            clip_seconds=self._clip_seconds(task.task, len(task.script)),
+            clip_seconds=self._clip_seconds(task.task, task.plan),
         )
         return summary, GroupPayload((stream,), "frames", clip.frames)
 
@@ -335,7 +335,7 @@ class RolloutService:
                 task.task,
                 group.clip,
                 group.layout,
-                self.setup.video.chunk_seconds_of(task.task),
+                task.plan.chunk_seconds,
                 self.backbone.image.merge_size,
                 self.engine.version if self.setup.boundary.vision_trains else None,
             )
@@ -347,7 +347,7 @@ class RolloutService:
                         features=tuple(group.features),  # type: ignore[arg-type]
                         policy=make_policy(memory),
                         layout=group.layout,
-                        patch_seconds=self._cursor(task.task).patch_seconds,
+                        patch_seconds=self._cursor(task.plan).patch_seconds,
                     )
                 )
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
@@ -367,7 +367,7 @@ class RolloutService:
         boundary = self.setup.boundary
         if group.encoded is None:
             assert group.clip is not None
-            key = clip_key(group.task.task, group.task.turns)
+            key = clip_key(group.task.task, group.task.plan.turns)
             kept = self._features.get(key)
             if kept is None:
                 encode = self.backbone.encode_pre_merger if boundary.worker_merges else self.backbone.encode_video
@@ -435,7 +435,7 @@ class RolloutService:
             log_tokens=sum(len(stream) for stream in logs),
             evicted_tokens=sum(stream.evicted_tokens for stream in logs),
             seconds=time.monotonic() - group.began,
-            clip_seconds=self._clip_seconds(group.task.task, group.task.turns),
+            clip_seconds=self._clip_seconds(group.task.task, group.task.plan),
             monitor=LogpDiff.merge(group.monitor),
             off=most_telling(group.off),
             features=group.encoded_ref,
@@ -447,7 +447,7 @@ class RolloutService:
 
     def _fail(self, group: _Group, error: Exception) -> None:
         task = group.task
-        clip_seconds = self._clip_seconds(task.task, task.turns)
+        clip_seconds = self._clip_seconds(task.task, task.plan)
         summary = self._failure(task.group, task.task.id, clip_seconds, group.began, error)
         self._promises.settle(group.future, (summary, None))
 
@@ -479,13 +479,13 @@ class RolloutService:
             score_temperature=temperature or 1.0,
         )
 
-    def _clip_seconds(self, task: StreamTask, turns: int) -> float:
+    def _clip_seconds(self, task: StreamTask, plan: Plan) -> float:
         """Length of the task's segment; of what was asked for where the row does not say."""
         if math.isfinite(task.end):
             return task.end - task.start
-        return turns * self.setup.video.chunk_seconds
+        return plan.turns * plan.chunk_seconds
 
-    def _cursor(self, task: StreamTask) -> Any:
+    def _cursor(self, plan: Plan) -> Any:
         video = self.setup.video
         patches = video.frames_per_chunk // self.backbone.image.temporal_patch_size
-        return self.backbone.cursor(video.chunk_seconds_of(task) / patches)
+        return self.backbone.cursor(plan.chunk_seconds / patches)

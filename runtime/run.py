@@ -180,7 +180,7 @@ class Run:
         self.progress.say(
             check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
         )
-        turns = max((self.config.data.turns_of(task) for task in tasks), default=1)
+        turns = max((self.config.data.plan_of(task).turns for task in tasks), default=1)
         self.progress.say(check_features(self.config, geometry, stage, turns))
         session = self.ready_session()
         self.plan_memory(geometry)

@@ -36,7 +36,7 @@ class StreamSize:
         patches = config.data.video.frames_per_chunk // geometry.temporal_patch_size
         stamps = TIMESTAMP * patches if geometry.deepstack_levels else 0
         queries = max((sum(len(q.text.encode()) for q in task.queries) for task in tasks), default=0)
-        turns = max((config.data.turns_of(task) for task in tasks), default=1)
+        turns = max((config.data.plan_of(task).turns for task in tasks), default=1)
         copies = 0
         if make_policy(config.memory).lanes is Lanes.MEMORY:
             copies = (turns - 1) * (MEMORY_TEMPLATE + config.layout.max_new_tokens)
