@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from streams.checkpoint.model_shape import kv_values
+
 
 class KVPool:
     """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both. Its keys are
@@ -32,7 +34,7 @@ class KVPool:
     @staticmethod
     def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, raw: bool = False) -> int:
         """Bytes that one token occupies over all layers: keys, values, and un-rotated keys where they are kept (raw)."""
-        return (3 if raw else 2) * layers * kv_heads * head_dim * dtype.itemsize
+        return kv_values(layers, kv_heads, head_dim, unrotated=raw) * dtype.itemsize
 
     def keep_raw(self) -> torch.Tensor:
         """Keep un-rotated keys from now on."""

@@ -13,10 +13,11 @@ from hydra.errors import HydraException
 
 import launch
 from conf.schema import RunConfig, load_config
-from runtime.checks import check_nothing_needed_is_replaced, preflight
+from runtime.starting_point import StartingPoint
 from streams.backbone.tiny_spec import QWEN3_SPEC
 from streams.checkpoint.folder import resolve_checkpoint
 from tests.support.project import ROOT
+from tests.support.starting import preflight
 
 launch.register_schema()
 
@@ -235,7 +236,7 @@ def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text(row)
     config = composed("job=rl", f"run_root={tmp_path}", f"algorithm.init={start}")
     with pytest.raises(ValueError, match=r"algorithm\.init=.*replaces"):
-        check_nothing_needed_is_replaced(config, {})
+        StartingPoint.of(config).check_nothing_needed_is_replaced({})
     assert start.is_dir()
 
 

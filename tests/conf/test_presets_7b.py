@@ -25,7 +25,7 @@ from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from tests.conf.test_config import composed
 from tests.processes.test_run import launch
 from tests.support.geometries import qwen2_5_vl
-from runtime.checks import check_memory, describe
+from tests.support.starting import check_memory, describe
 
 OWN_DATA = ("data.train=a.jsonl", "data.heldout=b.jsonl")
 PRESETS = ("vst_7b", "streamingvlm_7b")

@@ -13,7 +13,6 @@ import yaml
 
 from conf.streaming import streaming_settings
 from rollout.engine.engine import Engine
-from runtime.checks import check_memory, describe
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
 from streams.log.record import Kind
@@ -22,6 +21,7 @@ from tests.conf.test_config import composed
 from tests.docs.test_guides import DOCS, blocks
 from tests.streams.test_exactness import FP64_BAR, differences, run, streams
 from tests.support.service import open_service, worker_setup
+from tests.support.starting import check_memory, describe
 from tests.support.streams import loud_backbone, norms_in_input_dtype, random_turns, request
 
 GUIDE = "memory.md"
