@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from streams.data.dataset import FORMATS
 from streams.data.synthetic.questions import SyntheticConfig
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.video.config import VideoConfig
 
 
@@ -48,6 +48,7 @@ class DataConfig:
         if bool(self.train) != bool(self.heldout):
             raise ValueError("data.train and data.heldout must be set together, or both left to the generator")
 
-    def turns_of(self, task: StreamTask) -> int:
-        """Chunks that a stream over this task is shown."""
-        return task.num_turns(self.video.chunk_seconds_of(task), self.tail_chunks, self.max_turns)
+    def plan_of(self, task: StreamTask) -> Plan:
+        """Decide how a stream over this task runs. Raises ValueError (see `VideoConfig.chunk_seconds_of`)."""
+        seconds = self.video.chunk_seconds_of(task)
+        return Plan(task.num_turns(seconds, self.tail_chunks, self.max_turns), seconds)

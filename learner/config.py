@@ -11,6 +11,10 @@ from streams.backbone.kernel_choice import LEARNER_ATTENTION
 
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed's own default of reduce_bucket_size, in numbers; the bucket is allocated whole, whatever there is to reduce."""
+GATHER_BYTES = 256 * 2**20
+"""Gathered parameters that publication and export hold at once on a rank, beyond its partition."""
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 
 

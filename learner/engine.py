@@ -31,7 +31,7 @@ from learner.batching import (
     TrainItem,
     common_shapes,
 )
-from learner.config import LearnerConfig
+from learner.config import ZERO_BUCKET, LearnerConfig
 from learner.forward import PolicyForward, blank_media
 from learner.long_streams.activation_checkpointing import checkpoint_activations
 from learner.losses import Sums, grpo_loss, sft_loss
@@ -87,10 +87,6 @@ class Step:
     targets: int
     normaliser: float
     weights: SftWeights | None
-
-
-ZERO_BUCKET = 500_000_000
-"""DeepSpeed's own default of reduce_bucket_size, in numbers; the bucket is allocated whole, whatever there is to reduce."""
 
 
 def deepspeed_config(config: LearnerConfig, trained: int) -> dict[str, Any]:

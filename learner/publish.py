@@ -1,7 +1,7 @@
 """Whole parameters out of a partitioned model: for publication and for export.
 
 Invariants: under ZeRO-3 gathering is collective, so every rank runs these functions between two optimiser
-steps, in the order of `named_parameters`; at most `CHUNK_BYTES` of gathered parameters (or the largest single one, the
+steps, in the order of `named_parameters`; at most `GATHER_BYTES` of gathered parameters (or the largest single one, the
 embedding) exist on a rank beyond its partition; only rank 0 copies out, into host memory.
 """
 
@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from learner.config import GATHER_BYTES
 from learner.ranks import Ranks
 from streams.messages import WeightsUpdate
-
-CHUNK_BYTES = 256 * 2**20
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -50,7 +49,7 @@ def chunks(parameters: dict[str, nn.Parameter], limit: int) -> Iterator[dict[str
 def visit_whole(
     parameters: dict[str, nn.Parameter],
     visit: Callable[[str, torch.Tensor], None] | None,
-    limit: int = CHUNK_BYTES,
+    limit: int = GATHER_BYTES,
 ) -> None:
     """Call `visit` (rank 0; None elsewhere) on every parameter while it is whole."""
     if any(is_partitioned(parameter) for parameter in parameters.values()):

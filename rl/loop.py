@@ -155,21 +155,20 @@ class RLLoop:
         """
         payloads = []
         for i, worker in enumerate(self.session.workers):
-            epoch, task = next(self._source)
-            request = self._request(epoch, task, f"published-{i}/{task.id}")
+            _, task = next(self._source)
+            request = self._request(task, f"published-{i}/{task.id}")
             summary, payload = worker.rollout.options(num_returns=2).remote(request)
             if self.session.call(summary, f"a group on the published weights of worker {i}").failed is None:
                 payloads.append(payload)
         report = self.session.call(self.session.learners.score(tuple(payloads)), "the published weights' scores")
         return report
 
-    def _request(self, epoch: int, task: StreamTask, group: str) -> RolloutTask:
+    def _request(self, task: StreamTask, group: str) -> RolloutTask:
         return RolloutTask(
             group=group,
-            epoch=epoch,
             task=task,
+            plan=self.config.data.plan_of(task),
             streams=self.config.algorithm.group_size,
-            turns=self.config.data.turns_of(task),
             temperature=self.config.rollout.temperature,
             features=self._features.get(task.id),
         )
@@ -202,17 +201,18 @@ class RLLoop:
     def _dispatch(self, worker: int) -> None:
         epoch, task = next(self._source)
         ticket = self.buffer.admit()
-        request = self._request(epoch, task, group_id(epoch, task))
+        request = self._request(task, group_id(epoch, task))
         self._load[worker] += 1
         self._seen_tasks.add(task.id)
         summary, payload = self.session.workers[worker].rollout.options(num_returns=2).remote(request)
         self.events.expect(
             summary,
             f"group {request.group} on rollout worker {worker}",
-            lambda value: self._rolled_out(value, payload, task, ticket, worker),
+            lambda value: self._rolled_out(value, payload, request, ticket, worker),
         )
 
-    def _rolled_out(self, summary: GroupSummary, payload: Any, task: StreamTask, ticket: int, worker: int) -> None:
+    def _rolled_out(self, summary: GroupSummary, payload: Any, request: RolloutTask, ticket: int, worker: int) -> None:
+        task = request.task
         self._load[worker] -= 1
         self.monitor.observe(f"rollout worker {worker}", summary.monitor, summary.off)
         if summary.failed is not None:
@@ -220,7 +220,7 @@ class RLLoop:
             return
         if summary.features is not None:
             self._features.put(task.id, summary.features, summary.feature_bytes)
-        job = RewardJob(summary.group, task, summary.turns, self.config.data.video.chunk_seconds_of(task))
+        job = RewardJob(summary.group, task, request.plan, summary.turns)
         self.events.expect(
             self.session.scorer.score.remote((job,)),
             f"the scores of group {summary.group}",

@@ -22,7 +22,7 @@ from streams.backbone.backbone import Backbone, to_array, to_tensor
 from streams.backbone.boundary import Boundary
 from streams.support.byte_cache import ByteBudgetCache
 from streams.support.meter import Meter
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.video.reader import Clip, ClipReader
 from streams.writing.inputs import clip_key
 
@@ -45,12 +45,12 @@ class ClipFrames:
         self._reader = reader
         self._kept: ByteBudgetCache[Clip] = ByteBudgetCache(budget_bytes)
 
-    def read(self, task: StreamTask, turns: int) -> Clip:
-        """Return the task's clip of `turns` chunks. Raises VideoError, and ReaderClosedError after `close`."""
-        key = clip_key(task, turns)
+    def read(self, task: StreamTask, plan: Plan) -> Clip:
+        """Return the chunks of the task that the plan shows. Raises VideoError, and ReaderClosedError after `close`."""
+        key = clip_key(task, plan.turns)
         clip = self._kept.get(key)
         if clip is None:
-            clip = self._reader.read_task(task, turns)
+            clip = self._reader.read_task(task, plan)
             self._kept.put(key, clip, clip.nbytes)
         return clip
 

@@ -41,15 +41,17 @@ class Demonstrations:
 
     def _write(self, task: ScriptTask, began: float) -> GroupResult:
         setup = self._recipe.setup
-        clip = self._frames.read(task.task, len(task.script))
+        clip = self._frames.read(task.task, task.plan)
         layout = self._recipe.layout()
         writer = StreamWriter(
             self._recipe.header(task.group, task.task.id, setup.memory, layout, 1.0),
             layout,
             make_policy(setup.memory),
-            self._recipe.cursor(task.task),
+            self._recipe.cursor(task.plan),
         )
-        stream = write_demonstration(writer, self._recipe.turns(task.task, clip, layout), task, setup.version)
+        stream = write_demonstration(
+            writer, self._recipe.turns(task.task, task.plan, clip, layout), task, setup.version
+        )
         summary = GroupSummary(
             group=task.group,
             task_id=task.task.id,
@@ -57,7 +59,7 @@ class Demonstrations:
             turns=(layout.parse_turns(stream),),
             log_tokens=len(stream),
             seconds=time.monotonic() - began,
-            clip_seconds=self._recipe.clip_seconds(task.task, len(task.script)),
+            clip_seconds=self._recipe.clip_seconds(task.task, task.plan),
         )
         return summary, GroupPayload((stream,), "frames", clip.frames)
 

@@ -86,7 +86,7 @@ class Groups:
         """Read the group's clip; returns None, or why that failed. Raises ReaderClosedError."""
         task = group.task
         try:
-            group.clip = self._frames.read(task.task, task.turns)
+            group.clip = self._frames.read(task.task, task.plan)
             if task.features is not None:
                 group.encoded = self._features.given(task.features)
         except ReaderClosedError:
@@ -155,7 +155,7 @@ class Groups:
         """Set the clip at the freeze boundary, as given, as kept, or encoded now; and as the streams embed it."""
         assert group.clip is not None
         if group.encoded is None:
-            group.encoded = self._features.encode(group.task.task, group.task.turns, group.clip)
+            group.encoded = self._features.encode(group.task.task, group.task.plan.turns, group.clip)
         group.features = self._features.embed(group.encoded)
 
     def _requests(self, group: Group) -> Iterator[StreamRequest]:
@@ -166,7 +166,7 @@ class Groups:
         layout = self._recipe.layout(empty_thoughts=task.empty_thoughts)
         memory = task.memory or setup.memory
         version = self._engine.version if setup.boundary.vision_trains else None
-        turns = self._recipe.turns(task.task, group.clip, layout, version)
+        turns = self._recipe.turns(task.task, task.plan, group.clip, layout, version)
         for stream_id in group.stream_ids():
             yield StreamRequest(
                 header=self._recipe.header(stream_id, task.task.id, memory, layout, task.temperature),
@@ -174,7 +174,7 @@ class Groups:
                 features=tuple(group.features),
                 policy=make_policy(memory),
                 layout=layout,
-                patch_seconds=self._recipe.patch_seconds(task.task),
+                patch_seconds=self._recipe.patch_seconds(task.plan),
             )
 
     def _result(self, group: Group) -> GroupResult:
@@ -193,7 +193,7 @@ class Groups:
             log_tokens=sum(len(stream) for stream in logs),
             evicted_tokens=sum(stream.evicted_tokens for stream in logs),
             seconds=time.monotonic() - group.began,
-            clip_seconds=self._recipe.clip_seconds(group.task.task, group.task.turns),
+            clip_seconds=self._recipe.clip_seconds(group.task.task, group.task.plan),
             monitor=LogpDiff.merge([checked.mismatch for checked in group.checked]),
             off=most_telling([checked.outlier for checked in group.checked]),
             features=group.encoded.reference,
@@ -205,7 +205,7 @@ class Groups:
 
     def _failed(self, group: Group, error: Exception) -> GroupResult:
         task = group.task
-        clip_seconds = self._recipe.clip_seconds(task.task, task.turns)
+        clip_seconds = self._recipe.clip_seconds(task.task, task.plan)
         return failure(self._worker, task.group, task.task.id, clip_seconds, group.began, error)
 
 

@@ -15,7 +15,7 @@ from streams.layout.layout import Layout
 from streams.log.record import LogHeader
 from streams.memory import MemoryConfig, knobs
 from streams.positions.mrope import PositionCursor
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.video.reader import Clip
 from streams.writing.inputs import turn_inputs
 from streams.writing.writer import TurnInput
@@ -56,30 +56,29 @@ class StreamRecipe:
         )
 
     def turns(
-        self, task: StreamTask, clip: Clip, layout: Layout, feature_version: int | None = None
+        self, task: StreamTask, plan: Plan, clip: Clip, layout: Layout, feature_version: int | None = None
     ) -> tuple[TurnInput, ...]:
         """Return one TurnInput per chunk of the clip. Raises ValueError if a query spells a control token."""
         return turn_inputs(
             task,
             clip,
             layout,
-            self.setup.video.chunk_seconds_of(task),
+            plan.chunk_seconds,
             self._backbone.image.merge_size,
             feature_version,
         )
 
-    def cursor(self, task: StreamTask) -> PositionCursor:
+    def cursor(self, plan: Plan) -> PositionCursor:
         """Return a fresh position counter."""
-        return self._backbone.cursor(self.patch_seconds(task))
+        return self._backbone.cursor(self.patch_seconds(plan))
 
-    def patch_seconds(self, task: StreamTask) -> float:
+    def patch_seconds(self, plan: Plan) -> float:
         """Return the time between two temporal patches, in seconds."""
-        video = self.setup.video
-        patches = video.frames_per_chunk // self._backbone.image.temporal_patch_size
-        return video.chunk_seconds_of(task) / patches
+        patches = self.setup.video.frames_per_chunk // self._backbone.image.temporal_patch_size
+        return plan.chunk_seconds / patches
 
-    def clip_seconds(self, task: StreamTask, turns: int) -> float:
-        """Return the length of the task's segment in seconds; where its row does not say, that of the turns asked for."""
+    def clip_seconds(self, task: StreamTask, plan: Plan) -> float:
+        """Return the length of the task's segment in seconds; where its row does not say, that of the plan's turns."""
         if math.isfinite(task.end):
             return task.end - task.start
-        return turns * self.setup.video.chunk_seconds
+        return plan.turns * plan.chunk_seconds

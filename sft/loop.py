@@ -177,6 +177,6 @@ class SftLoop:
 
 def _scripts(config: RunConfig, tasks: tuple[StreamTask, ...], done: frozenset[str]) -> Iterator[ScriptTask]:
     for epoch, task in epochs(tasks, config.seed, done):
-        chunk = config.data.video.chunk_seconds_of(task)
-        script = script_for(task, config.data.turns_of(task), chunk, config.sft, seed=config.seed, epoch=epoch)
-        yield ScriptTask(group_id(epoch, task), task, script)
+        plan = config.data.plan_of(task)
+        script = script_for(task, plan, config.sft, seed=config.seed, epoch=epoch)
+        yield ScriptTask(group_id(epoch, task), task, plan, script)

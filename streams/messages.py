@@ -16,7 +16,7 @@ from streams.data.dataset import Reason
 from streams.log.mismatch import LogpDiff, OffToken
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.turns import ParsedTurn
 
 MESSAGES_VERSION = 8
@@ -24,7 +24,7 @@ MESSAGES_VERSION = 8
 
 @dataclass(frozen=True)
 class RolloutTask:
-    """One group to run: `streams` sampled copies watching one task for `turns` turns.
+    """One group to run: `streams` sampled copies watching one task as `plan` says.
 
     temperature 0 is greedy. features: object reference of the clip at the freeze boundary (see GroupPayload) if some
     worker has encoded it, else None.
@@ -32,10 +32,9 @@ class RolloutTask:
     """
 
     group: str
-    epoch: int
     task: StreamTask
+    plan: Plan
     streams: int
-    turns: int
     temperature: float
     features: Any = None
     memory: MemoryConfig | None = None
@@ -52,10 +51,11 @@ class ScriptedTurn:
 
 @dataclass(frozen=True)
 class ScriptTask:
-    """One demonstration to lay out as a log: the task and one scripted turn per chunk."""
+    """One demonstration to lay out as a log: the task and one scripted turn for every turn of the plan."""
 
     group: str
     task: StreamTask
+    plan: Plan
     script: tuple[ScriptedTurn, ...]
 
 
@@ -84,14 +84,13 @@ class RowWords:
 
 @dataclass(frozen=True)
 class ScriptedJob:
-    """A row to be played by the scripted oracle and scored: for `turns` turns of `chunk_seconds` seconds.
+    """A row to be played by the scripted oracle and scored.
 
     fits: as in RowWords: of these answers the oracle says that much.
     """
 
     task: StreamTask
-    chunk_seconds: float
-    turns: int
+    plan: Plan
     fits: dict[int, str] = field(default_factory=dict)
 
 
@@ -222,9 +221,9 @@ class ScoreReport:
 
 @dataclass(frozen=True)
 class RewardJob:
-    """Streams of one group to be scored."""
+    """Streams of one group to be scored: what each thought and said, and the plan that they ran by."""
 
     group: str
     task: StreamTask
+    plan: Plan
     turns: tuple[tuple[ParsedTurn, ...], ...]
-    chunk_seconds: float

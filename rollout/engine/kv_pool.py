@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from streams.checkpoint.model_shape import kv_values
+
 
 class KVPool:
     """Keys and values of all live tokens, by slot.
@@ -40,7 +42,7 @@ class KVPool:
     @staticmethod
     def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, raw: bool = False) -> int:
         """Return the bytes of one token over all layers: keys, values, and un-rotated keys where they are kept (raw)."""
-        return (3 if raw else 2) * layers * kv_heads * head_dim * dtype.itemsize
+        return kv_values(layers, kv_heads, head_dim, unrotated=raw) * dtype.itemsize
 
     def keep_raw(self) -> torch.Tensor:
         """Return the buffer of un-rotated keys, made at the first call."""

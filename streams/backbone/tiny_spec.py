@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streams.checkpoint.folder import SUPPORTED_MODEL_TYPES
+from streams.checkpoint.families import FAMILIES, MERGE, QWEN2_5_VL, QWEN3_VL, SUPPORTED_MODEL_TYPES, Family
 
 
 @dataclass(frozen=True)
 class TinySpec:
     """Shape of the random model that is built where `model.path` is empty."""
 
-    model_type: str = "qwen2_5_vl"
+    model_type: str = QWEN2_5_VL.model_type
     """Architecture: `qwen2_5_vl` or `qwen3_vl`."""
     hidden: int = 128
     """Width of the text model."""
@@ -69,10 +69,12 @@ class TinySpec:
             raise ValueError(
                 f"model.tiny.model_type={self.model_type!r} is not one of {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
-        if self.model_type == "qwen2_5_vl" and (self.deepstack or self.head_dim):
+        foreign = (self.deepstack and not self.family.deepstack) or (self.head_dim and not self.family.own_head_dim)
+        if foreign:
+            others = [name for name, family in FAMILIES.items() if family.deepstack and family.own_head_dim]
             raise ValueError(
-                f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: qwen2_5_vl has neither; "
-                "set model.tiny.model_type=qwen3_vl or leave them out"
+                f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: {self.model_type} has "
+                f"neither; set model.tiny.model_type={' or '.join(others)} or leave them out"
             )
         sizes = ("hidden", "layers", "heads", "kv_heads", "mlp", "vision_depth", "vision_hidden", "vision_heads")
         for key in (*sizes, "vision_mlp", "vocab_rows", "patch_size"):
@@ -100,9 +102,13 @@ class TinySpec:
 
     @property
     def token_side(self) -> int:
-        """Pixels along one side of a video token (2 x 2 patches)."""
-        return 2 * self.patch_size
+        """Pixels along one side of a video token."""
+        return MERGE * self.patch_size
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
 
-QWEN3_SPEC = TinySpec(model_type="qwen3_vl", vision_depth=3, deepstack=(0, 1), rope_theta=5e6)
+QWEN3_SPEC = TinySpec(model_type=QWEN3_VL.model_type, vision_depth=3, deepstack=(0, 1), rope_theta=5e6)
 """The tiny Qwen3-VL, two DeepStack levels from its first two vision layers."""

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from streams.layout.lanes import SAID, Lanes, Span, head
+from streams.layout.lengths import NOT_COPIED
 from streams.log.record import GENERATED, ChunkRecord, Kind, StreamLog
 from streams.turns import ParsedTurn
 
@@ -223,7 +224,7 @@ class Layout:
 
     def max_memory(self, span: Span | None) -> int:
         """Most tokens of that copy: an answer costs a turn at least the end of its thought, its decision and its end."""
-        return len(self._short(head(span))) + len(self._said) + self.config.max_new_tokens - 3
+        return len(self._short(head(span))) + len(self._said) + self.config.max_new_tokens - NOT_COPIED
 
     def _timestamp(self, seconds: float) -> list[int]:
         return self._short(f"<{seconds:.1f} seconds>")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-TEMPORAL_PATCH = 2
+from streams.checkpoint.families import TEMPORAL_PATCH
 
 
 class Spanned(Protocol):

@@ -11,11 +11,12 @@ import pytest
 from hydra.errors import HydraException
 
 from conf.schema import RunConfig
-from runtime.checks import check_nothing_needed_is_replaced, preflight
+from runtime.starting_point import StartingPoint
 from streams.backbone.tiny_spec import QWEN3_SPEC
 from streams.checkpoint.folder import resolve_checkpoint
 from tests.support.configs import composed
 from tests.support.project import ROOT
+from tests.support.starting import preflight
 
 CONF = ROOT / "conf"
 OWN_DATA = ["data=jsonl", "data.train=a.jsonl", "data.heldout=b.jsonl"]
@@ -227,7 +228,7 @@ def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text(row)
     config = composed("job=rl", f"run_root={tmp_path}", f"algorithm.init={start}")
     with pytest.raises(ValueError, match=r"algorithm\.init=.*replaces"):
-        check_nothing_needed_is_replaced(config, {})
+        StartingPoint.of(config).check_nothing_needed_is_replaced({})
     assert start.is_dir()
 
 

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from conf.schema import RunConfig
-from runtime.checks import check_memory
 from tests.support.commands import launch
 from tests.support.configs import composed
+from tests.support.starting import check_memory
 
 
 def folder(path, **values):

@@ -22,7 +22,7 @@ from evals.transcripts.record import OUTCOMES, outcome
 from rewards.compose import AnswerResult, RewardResult
 from streams.log.record import Kind
 from streams.support.files import write_atomic
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from tests.support.clips import solid, write_clip
 from tests.support.project import ROOT
 from tests.support.transcripts import HOSTILE, LONG, VIDEO, WINDOW, data_of, make
@@ -37,7 +37,7 @@ def scored(name: str, category: str, reward: float, failed: str | None = None) -
     task = StreamTask(
         name, "a.mp4", 0.0, 4.0, (TimedQuery(1.0, "?"),), (ExpectedAnswer(2.0, "red"),), category=category
     )
-    return ScoredStream(task, (), RewardResult(reward, {}, ()), None, failed)
+    return ScoredStream(task, Plan(4, 1.0), (), RewardResult(reward, {}, ()), None, failed)
 
 
 @st.composite

@@ -21,6 +21,7 @@ from streams.backbone.tiny_spec import TinySpec
 from streams.data.dataset import load_tasks
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.messages import RolloutTask
+from streams.task import Plan
 from tests.support.service import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -55,7 +56,7 @@ class Worker:
         return [self._group(epoch, task) for task in self.tasks]
 
     def _group(self, epoch, task):
-        future = self.service.submit(RolloutTask(f"{epoch}/{task.id}", 0, task, STREAMS, TURNS, 1.0))
+        future = self.service.submit(RolloutTask(f"{epoch}/{task.id}", task, Plan(TURNS, 1.0), STREAMS, 1.0))
         summary, payload = future.result(timeout=WAIT_S)
         assert summary.failed is None, summary.failed
         assert summary.monitor.tokens

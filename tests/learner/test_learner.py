@@ -28,6 +28,7 @@ from streams.log.record import NEVER
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
+from streams.task import Plan
 from tests.support.service import LAYOUT, open_service, worker_setup
 from tests.support.streams import random_turns, request
 from tests.support.streams import run as run_streams
@@ -72,12 +73,16 @@ def demonstrations(service, tasks):
     for i, task in enumerate(tasks):
         script = [ScriptedTurn("nothing", None)] * (TURNS + i)
         script[2 + i] = ScriptedTurn("red", ("red", "green", "blue")[i])
-        items.append(TrainItem(payload_of(service.script(ScriptTask(f"0/{task.id}", task, tuple(script))))))
+        items.append(
+            TrainItem(
+                payload_of(service.script(ScriptTask(f"0/{task.id}", task, Plan(len(script), 1.0), tuple(script))))
+            )
+        )
     return items
 
 
 def sample(service, task, name, streams, temperature=1.0):
-    return payload_of(service.submit(RolloutTask(name, 0, task, streams, TURNS, temperature)))
+    return payload_of(service.submit(RolloutTask(name, task, Plan(TURNS, 1.0), streams, temperature)))
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +333,9 @@ def test_a_worker_that_swapped_samples_what_the_learner_scores(engine, service, 
     ids=lambda memory: memory.name,
 )
 def test_what_a_worker_evicted_the_learner_replays_from_the_log_alone(engine, service, tasks, memory):
-    payload = payload_of(service.submit(RolloutTask(f"3/{memory.name}", 0, tasks[0], 3, TURNS, 1.0, memory=memory)))
+    payload = payload_of(
+        service.submit(RolloutTask(f"3/{memory.name}", tasks[0], Plan(TURNS, 1.0), 3, 1.0, memory=memory))
+    )
     assert {log.header.policy for log in payload.logs} == {memory.name}
     assert all(log.evicted_tokens for log in payload.logs)
     learner = engine()

@@ -23,6 +23,7 @@ from streams.data.dataset import load_tasks
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.log.record import Kind
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
+from streams.task import Plan
 from streams.video.config import VideoConfig
 from tests.support.service import LAYOUT, open_service, worker_setup
 
@@ -63,7 +64,7 @@ def payload_of(future):
 
 
 def sample(service, task, name):
-    return payload_of(service.submit(RolloutTask(name, 0, task, 3, TURNS, 1.0)))
+    return payload_of(service.submit(RolloutTask(name, task, Plan(TURNS, 1.0), 3, 1.0)))
 
 
 def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint, tasks, ranks):
@@ -71,7 +72,7 @@ def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint
     try:
         script = [ScriptedTurn("nothing", None)] * TURNS
         script[3] = ScriptedTurn("red", "red")
-        scripted = payload_of(service.script(ScriptTask("0/s", tasks[0], tuple(script))))[1]
+        scripted = payload_of(service.script(ScriptTask("0/s", tasks[0], Plan(TURNS, 1.0), tuple(script))))[1]
         before = {name: p.detach().clone() for name, p in learner.backbone.trainable().items()}
         learner.train(0, "sft", [TrainItem(scripted)], SFT)
         after = learner.backbone.trainable()
@@ -100,7 +101,7 @@ def test_features_of_a_frozen_tower_carry_every_level_and_lose_none_on_the_way(c
     try:
         summary, payload = sample(service, tasks[1], "0/frozen")
         again, shipped = payload_of(
-            service.submit(RolloutTask("0/again", 0, tasks[1], 3, TURNS, 1.0, features=payload.media))
+            service.submit(RolloutTask("0/again", tasks[1], Plan(TURNS, 1.0), 3, 1.0, features=payload.media))
         )
         width = service.backbone.feature_width
         encoded = service.stats().clips_encoded

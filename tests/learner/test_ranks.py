@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from streams.backbone.backbone import Backbone
 from streams.backbone.boundary import Boundary
-from streams.backbone.freezing import parameter_name
+from streams.checkpoint.families import QWEN2_5_VL
 from tests.support.ranks import LAYOUT, Call, Job, RankProcesses, checkpoint, groups, learner_values, run, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -48,7 +48,7 @@ def reference(model, tmp_path_factory):
     for freeze in Boundary:
         path = checkpoint(tmp_path_factory.mktemp("reference") / freeze, seed=3)
         other, own = (load_file(folder / "model.safetensors") for folder in (path, model))
-        shared = [name for name in other if freeze.below(parameter_name(name))]
+        shared = [name for name in other if freeze.below(QWEN2_5_VL.parameter_name(name))]
         save_file(other | {name: own[name] for name in shared}, path / "model.safetensors", metadata={"format": "pt"})
         made[freeze] = path
     return made

@@ -22,6 +22,7 @@ from streams.data.dataset import load_tasks
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
+from streams.task import Plan
 from tests.support.ranks import float64
 from tests.support.service import LAYOUT, open_service, worker_setup
 
@@ -76,7 +77,7 @@ def engine(checkpoint, ranks):
 
 
 def sample(service, task, name, turns=TURNS, **more):
-    summary, payload = service.submit(RolloutTask(name, 0, task, 3, turns, 1.0, **more)).result(timeout=WAIT_S)
+    summary, payload = service.submit(RolloutTask(name, task, Plan(turns, 1.0), 3, 1.0, **more)).result(timeout=WAIT_S)
     assert summary.failed is None, summary.failed
     return summary, payload
 
@@ -135,7 +136,7 @@ def test_a_group_keeps_the_features_it_began_with_and_the_next_one_has_new_ones(
     first = sample(service, tasks[0], "0/first", turns=8)[1]
     learner.train(0, "grpo", [TrainItem(first, ADVANTAGES)], GRPO)
     steps = service.engine.steps
-    running = service.submit(RolloutTask("1/over", 0, tasks[0], 8, 8, 1.0))
+    running = service.submit(RolloutTask("1/over", tasks[0], Plan(8, 1.0), 8, 1.0))
     give_up = time.monotonic() + WAIT_S
     while service.engine.steps < steps + 12:
         assert time.monotonic() < give_up, "the group never ran"
@@ -189,7 +190,9 @@ def test_the_reference_keeps_its_own_mergers(service, engine, checkpoint, tasks)
 def test_demonstrations_ship_frames_and_their_mergers_train(service, engine, tasks):
     script = [ScriptedTurn("nothing", None)] * TURNS
     script[3] = ScriptedTurn("red", "red")
-    summary, payload = service.script(ScriptTask("0/s", tasks[0], tuple(script))).result(timeout=WAIT_S)
+    summary, payload = service.script(ScriptTask("0/s", tasks[0], Plan(TURNS, 1.0), tuple(script))).result(
+        timeout=WAIT_S
+    )
     assert summary.failed is None
     assert payload.media_kind == "frames"
     rows = service.backbone.encode_pre_merger([payload.media])[0]

@@ -13,6 +13,7 @@ from streams.backbone.boundary import Boundary
 from streams.memory import MemoryConfig
 from streams.messages import ScriptedTurn, ScriptTask, WeightsUpdate
 from streams.scoring.logprobs import behaviour_differences
+from streams.task import Plan
 from tests.support.service import TURNS, WAIT_S, group, open_service, roll
 
 pytestmark = pytest.mark.slow
@@ -139,7 +140,7 @@ def test_a_group_past_its_deadline_fails_by_the_name_of_the_setting_and_its_slot
             assert summary.seconds >= 0.05
             assert_idle(service)
         assert service.engine.steps > 0
-        demonstration = ScriptTask("0/script", tasks[0], (ScriptedTurn("nothing", None),))
+        demonstration = ScriptTask("0/script", tasks[0], Plan(1, 1.0), (ScriptedTurn("nothing", None),))
         assert service.script(demonstration).result(timeout=WAIT_S)[0].failed is None
     finally:
         service.close()
@@ -340,7 +341,9 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(shared, how, rea
 
 def test_a_demonstration_is_laid_out_with_its_frames(shared, tasks):
     script = (ScriptedTurn("nothing", None), ScriptedTurn("red", "red"), ScriptedTurn("", None))
-    summary, payload = shared.script(ScriptTask("0/demo", tasks[0], script)).result(timeout=WAIT_S)
+    summary, payload = shared.script(ScriptTask("0/demo", tasks[0], Plan(len(script), 1.0), script)).result(
+        timeout=WAIT_S
+    )
     assert summary.failed is None
     (log,) = payload.logs
     assert log.num_turns == 3
@@ -364,7 +367,9 @@ def test_a_demonstration_is_laid_out_with_its_frames(shared, tasks):
 )
 def test_a_demonstration_longer_than_its_budgets_is_refused_by_name(shared, tasks, scripted, key):
     script = (ScriptedTurn("nothing", None), scripted)
-    summary, payload = shared.script(ScriptTask("0/long", tasks[0], script)).result(timeout=WAIT_S)
+    summary, payload = shared.script(ScriptTask("0/long", tasks[0], Plan(len(script), 1.0), script)).result(
+        timeout=WAIT_S
+    )
     assert payload is None
     assert "of turn 1 has " in summary.failed
     assert key in summary.failed
@@ -372,7 +377,9 @@ def test_a_demonstration_longer_than_its_budgets_is_refused_by_name(shared, task
 
 def test_a_demonstration_of_a_missing_video_fails_alone(shared, tasks):
     gone = replace(tasks[0], id="gone", video=tasks[0].video + ".gone")
-    summary, payload = shared.script(ScriptTask("0/gone", gone, (ScriptedTurn("", None),))).result(timeout=WAIT_S)
+    summary, payload = shared.script(ScriptTask("0/gone", gone, Plan(1, 1.0), (ScriptedTurn("", None),))).result(
+        timeout=WAIT_S
+    )
     assert payload is None
     assert "No such file" in summary.failed
     assert summary.task_id == "gone"

@@ -12,7 +12,7 @@ import pytest
 
 from conf.schema import MemoryConfig
 from conf.training import AlgorithmConfig, SftConfig
-from runtime.starting_point import check_cold_start, reference_of_branch
+from runtime.starting_point import StartingPoint, reference_of_branch
 from runtime.store.checkpoint import (
     OPTIMIZER_FOLDER,
     by_age,
@@ -292,13 +292,13 @@ def test_a_finished_stage_whose_last_checkpoint_is_lost_goes_on_from_the_one_bef
 
 def test_rl_does_not_begin_without_the_cold_start_that_the_folder_should_hold(tmp_path):
     run = config(tmp_path, stages=("rl",))
-    check_cold_start(run, store(run).plan())
+    StartingPoint.of(run).check_cold_start(store(run).plan())
     begun(config(tmp_path), "sft")
     with pytest.raises(ValueError, match=r"has begun stage sft, but .*checkpoints/sft/final.* is not there"):
-        check_cold_start(run, store(run).plan())
-    check_cold_start(config(tmp_path), store(config(tmp_path)).plan())
+        StartingPoint.of(run).check_cold_start(store(run).plan())
+    StartingPoint.of(config(tmp_path)).check_cold_start(store(config(tmp_path)).plan())
     (checkpoint(tmp_path, "sft", 60, "final") / "hf").mkdir()
-    check_cold_start(run, store(run).plan())
+    StartingPoint.of(run).check_cold_start(store(run).plan())
 
 
 def test_checkpoints_without_their_manifest_are_not_deleted(tmp_path):

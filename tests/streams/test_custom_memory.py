@@ -13,7 +13,6 @@ import yaml
 
 from conf.streaming import streaming_settings
 from rollout.engine.engine import Engine
-from runtime.checks import check_memory, describe
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
 from streams.log.record import Kind
@@ -21,6 +20,7 @@ from streams.memory import POLICIES, Lanes, LiveTokens, MemoryConfig, MemoryPoli
 from tests.support.configs import composed
 from tests.support.guides import DOCS, blocks
 from tests.support.service import open_service, worker_setup
+from tests.support.starting import check_memory, describe
 from tests.support.streams import (
     FP64_BAR,
     differences,

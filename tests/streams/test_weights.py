@@ -18,14 +18,12 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 from conf.schema import RunConfig
-from runtime.checks import preflight
 from streams.backbone.backbone import Backbone
-from streams.backbone.freezing import parameter_name
 from streams.backbone.tiny import build_config, build_tokenizer
 from streams.backbone.tiny_spec import TinySpec
+from streams.checkpoint.families import FAMILIES, QWEN2_5_VL
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.checkpoint.weights import (
-    _DEFAULTS,
     EMBEDDING,
     HEAD,
     ModelConfigFile,
@@ -35,6 +33,7 @@ from streams.checkpoint.weights import (
 )
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
+from tests.support.starting import preflight
 from tests.support.weights import SPECS, WHOLE, configured, rewrite, sharded, without
 
 # ---- what is expected is what transformers' modules have ----
@@ -84,7 +83,7 @@ def test_names_and_shapes_are_those_of_the_modules(tmp_path, spec, bias):
 @pytest.mark.parametrize(("family", "config"), [("qwen2_5_vl", Qwen2_5_VLConfig), ("qwen3_vl", Qwen3VLConfig)])
 def test_a_key_that_is_left_out_is_what_transformers_takes_for_it(family, config):
     whole = config(text_config={"bos_token_id": 1}, vision_config={"initializer_range": 0.1})
-    for part, values in _DEFAULTS[family].items():
+    for part, values in FAMILIES[family].defaults.items():
         theirs = {key: getattr(getattr(whole, part), key) for key in values}
         assert {k: tuple(v) if isinstance(v, list) else v for k, v in theirs.items()} == values
 
@@ -108,15 +107,15 @@ def test_whether_heads_are_tied_is_read_as_transformers_reads_it(checkpoints, fo
 
 RENAMED = {
     "as saved": lambda name: name,
-    "of transformers 4.5x": lambda name: parameter_name(name),
+    "of transformers 4.5x": lambda name: QWEN2_5_VL.parameter_name(name),
     "of the first release": lambda name: name.replace("model.language_model.", "model.").replace(
         "model.visual.", "visual."
     ),
-    "of a bare model": lambda name: parameter_name(name).removeprefix("model."),
-    "wrapped once more": lambda name: f"model.{parameter_name(name)}",
+    "of a bare model": lambda name: QWEN2_5_VL.parameter_name(name).removeprefix("model."),
+    "wrapped once more": lambda name: f"model.{QWEN2_5_VL.parameter_name(name)}",
     "of a parallel wrapper": lambda name: f"module.{name}",
     "of an adapter's wrapper": lambda name: f"base_model.model.{name}",
-    "of another text model": lambda name: parameter_name(name).replace("language_model", "text_model"),
+    "of another text model": lambda name: QWEN2_5_VL.parameter_name(name).replace("language_model", "text_model"),
 }
 
 
@@ -279,7 +278,7 @@ def test_quantised_checkpoints_are_refused(folder_of):
 
 
 def test_two_tensors_for_one_weight_are_refused(folder_of):
-    folder = rewrite(folder_of(), lambda held: held | {parameter_name("model.norm.weight"): torch.zeros(64)})
+    folder = rewrite(folder_of(), lambda held: held | {QWEN2_5_VL.parameter_name("model.norm.weight"): torch.zeros(64)})
     with pytest.raises(ValueError, match=r"model\.norm\.weight .*both hold the weight|both hold the weight"):
         check_weights(folder)
 

@@ -15,6 +15,7 @@ from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask
+from streams.task import Plan
 from streams.video.config import VideoConfig
 
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
@@ -46,7 +47,7 @@ TURNS = 6
 
 
 def group(task, name, streams=3, turns=TURNS, temperature=1.0, **more):
-    return RolloutTask(name, 0, task, streams, turns, temperature, **more)
+    return RolloutTask(name, task, Plan(turns, 1.0), streams, temperature, **more)
 
 
 def roll(service, request):
