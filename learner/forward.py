@@ -1,6 +1,6 @@
 """What one micro-batch computes: log-probs under the policy (inside DeepSpeed) and under the frozen reference.
 
-Invariants: the policy's forward calls the tower and the head exactly as often as its `Shape` says, on
+Invariants: the policy's forward calls the tower and the head exactly as often as its `MicroBatchWork` says, on
 every rank; the reference is a plain copy that no optimiser and no checkpoint ever touches, scored under the same mask,
 ban list and temperature.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.batching import MicroBatch, Shape
+from learner.batching import MicroBatch, MicroBatchWork
 from learner.config import LearnerConfig
 from streams.backbone.backbone import Backbone, to_array, to_tensor
 from streams.backbone.kernel_choice import choose_learner_attention
@@ -59,7 +59,7 @@ class PolicyForward(nn.Module):
         self._config = config
 
     def forward(
-        self, batch: MicroBatch, shape: Shape, temperature: float
+        self, batch: MicroBatch, work: MicroBatchWork, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(logp, entropy, features) of the batch's targets; features are for the reference, without gradient.
 
@@ -73,7 +73,7 @@ class PolicyForward(nn.Module):
             features,
             temperature=temperature,
             head_chunk=self._config.head_chunk,
-            head_chunks=shape.head_chunks,
+            head_chunks=work.head_chunks,
             attention=choose_learner_attention(self._config.attention, backbone.device.type).name,
         )
         return scores.logp, scores.entropy, None if features is None else features.detach()

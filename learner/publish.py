@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.ranks import Ranks
+from learner.parallel.ranks import Ranks
 from streams.messages import WeightsUpdate
 
 CHUNK_BYTES = 256 * 2**20
@@ -26,6 +26,11 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def full_numel(parameters: dict[str, nn.Parameter]) -> int:
+    """Numbers in all of them together, also where DeepSpeed holds slices."""
+    return sum(int(np.prod(full_shape(p), dtype=np.int64)) for p in parameters.values())
 
 
 def full_bytes(parameter: nn.Parameter) -> int:

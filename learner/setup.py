@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
+from learner.config import LearnerConfig
 from streams.layout.layout import LayoutConfig
 from streams.messages import MESSAGES_VERSION
 
@@ -23,19 +23,19 @@ class RankPlace:
 
 @dataclass(frozen=True)
 class LearnerSetup:
-    """What a learner rank needs before its first step. learner: its config, as plain values.
+    """What a learner rank needs before its first step.
 
     reference: the checkpoint that RL started from, for the KL to it (empty = none is held); a resume names the same one.
-    off_above: the difference of log-probs from which on a token is named.
+    outlier_above: the difference of log-probs above which a token is reported.
     """
 
     checkpoint: str
     layout: LayoutConfig
-    learner: dict[str, Any]
+    learner: LearnerConfig
     total_steps: int
     seed: int
     version: int = 0
     reference: str = ""
-    off_above: float = math.inf
+    outlier_above: float = math.inf
     vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION

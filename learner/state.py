@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from learner.config import LearnerConfig
-from learner.ranks import Ranks
+from learner.parallel.ranks import Ranks
 
 FOLDER = "deepspeed"
 TAG = "state"

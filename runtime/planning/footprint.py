@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import RunConfig
-from learner.config import LearnerConfig
+from learner.config import ZERO_BUCKET, LearnerConfig
 from rollout.config import SELF_CHECK_HEAD
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.freezing import trained
@@ -20,8 +20,6 @@ from streams.checkpoint.model_shape import ModelGeometry
 from streams.memory import CONTIGUOUS, NATIVE
 
 BYTES = {"float32": 4, "bfloat16": 2}
-ZERO_BUCKET = 500_000_000
-"""Numbers in DeepSpeed's gradient bucket at most (see learner.engine), in the learner's dtype."""
 GATHERED = 2 * 2**28
 """Bytes of parameters that stage 3 holds beyond its own slice."""
 
