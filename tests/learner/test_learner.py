@@ -27,7 +27,8 @@ from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.log.record import NEVER
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
-from streams.scoring.logprobs import behaviour_differences
+from streams.scoring.logprobs import behaviour_differences, score_rows
+from streams.scoring.packing import pack
 from tests.support.learner import GRPO, SFT, even
 from tests.support.service import LAYOUT, open_service, worker_setup
 from tests.support.streams import random_turns, request
@@ -189,6 +190,29 @@ def test_a_rewarded_stream_becomes_more_likely_and_a_punished_one_less(engine, g
                 for log, now in zip(logs, scores_of(learner.backbone, logs, features), strict=True)
             ]
         assert change[0] > 0 > change[2]
+
+
+def test_the_gradient_of_a_step_is_each_tokens_own_advantage_times_its_log_probs_gradient(engine, checkpoint, groups):
+    """Computed again without packing, engine or DeepSpeed: stream by stream, token by token."""
+    rng = np.random.default_rng(3)
+    items = [replace(item, advantages=tuple(rng.normal(size=len(a)) for a in item.advantages)) for item in groups]
+    learner = engine(lr=1e-5, freeze="tower+merger", row_tokens=200, micro_batch_tokens=400)
+    learner.train(0, GRPO, items)
+    found = first_gradient(learner)
+
+    def expected(shift):
+        backbone = Backbone.load(checkpoint, LAYOUT)
+        total = sum(len(a) for item in items for a in item.advantages)
+        for item in items:
+            features = torch.from_numpy(item.payload.media).flatten(0, 1)
+            for log, advantages in zip(item.payload.logs, item.advantages, strict=True):
+                logp = score_rows(backbone, pack([log], [[0]]), features, temperature=1.0).logp
+                (-(torch.from_numpy(np.roll(advantages, shift)) * logp).sum() / total).backward()
+        return {name: p.grad for name, p in backbone.model.named_parameters() if name in found}
+
+    largest = max(float(g.abs().max()) for g in found.values())
+    assert largest_difference(found, expected(0)) < 1e-3 * largest, "the ratio is 1 to about 1e-4"
+    assert largest_difference(found, expected(1)) > 0.1 * largest, "one token off is another gradient"
 
 
 def scores_of(backbone, logs, features):
