@@ -1,8 +1,6 @@
-"""What one micro-batch computes: log-probs under the policy (inside DeepSpeed) and under the frozen reference.
+"""What one micro-batch computes inside DeepSpeed: log-probs under the policy.
 
-Invariants: the policy's forward calls the tower and the head exactly as often as its `MicroBatchWork` says, on
-every rank; the reference is a plain copy that no optimiser and no checkpoint ever touches, scored under the same mask,
-ban list and temperature.
+Invariant: the policy's forward calls the tower and the head exactly as often as its `MicroBatchWork` says, on every rank.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ def encode_media(backbone: Backbone, media: Media) -> list[torch.Tensor]:
     return [next(made[kind]) if kind in made else to_tensor(array).to(backbone.device) for kind, array in media]
 
 
-def _features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
+def batch_features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
     """Features of the batch's video tokens, log by log; None if it has no log."""
     encoded = encode_media(backbone, batch.media)
     return torch.cat([encoded[i].flatten(0, 1) for i in batch.order]) if batch.order else None
@@ -66,7 +64,7 @@ class PolicyForward(nn.Module):
         Only logp may require a gradient, on every rank: DeepSpeed counts the outputs that do, and ranks must agree.
         """
         backbone = self._backbone[0]
-        features = _features(backbone, batch)
+        features = batch_features(backbone, batch)
         scores = score_rows(
             backbone,
             batch.rows,

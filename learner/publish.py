@@ -1,8 +1,11 @@
 """Whole parameters out of a partitioned model: for publication and for export.
 
-Invariants: under ZeRO-3 gathering is collective, so every rank runs these functions between two optimiser
-steps, in the order of `named_parameters`; at most `CHUNK_BYTES` of gathered parameters (or the largest single one, the
-embedding) exist on a rank beyond its partition; only rank 0 copies out, into host memory.
+Invariants:
+- Under ZeRO-3 gathering is collective: every rank runs these functions between two optimiser steps, in the order of
+  `named_parameters`.
+- At most `CHUNK_BYTES` of gathered parameters (or the largest single one, the embedding) exist on a rank beyond its
+  partition.
+- Only rank 0 copies out, into host memory.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def full_numel(parameters: dict[str, nn.Parameter]) -> int:
-    """Numbers in all of them together, also where DeepSpeed holds slices."""
+    """Return the number of elements of all of them together, also where DeepSpeed holds only slices."""
     return sum(int(np.prod(full_shape(p), dtype=np.int64)) for p in parameters.values())
 
 

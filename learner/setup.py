@@ -12,7 +12,13 @@ from streams.messages import MESSAGES_VERSION
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a rank stands. host, port: rank 0's store (port 0 = a lone rank opens its own). timeout_s: of any collective."""
+    """A learner rank's place in the process group.
+
+    Attributes:
+        rank, world: This rank and how many there are.
+        host, port: Address of rank 0's TCPStore; port 0 = a single rank, which opens its own.
+        timeout_s: Timeout of every collective.
+    """
 
     rank: int = 0
     world: int = 1
@@ -25,8 +31,17 @@ class RankPlace:
 class LearnerSetup:
     """What a learner rank needs before its first step.
 
-    reference: the checkpoint that RL started from, for the KL to it (empty = none is held); a resume names the same one.
-    outlier_above: the difference of log-probs above which a token is reported.
+    Attributes:
+        checkpoint: Folder of the weights to start from.
+        layout: How turns are laid out in tokens.
+        learner: The learner's settings in this stage.
+        total_steps: Length of the learning-rate schedule.
+        seed: Of all random states.
+        version: Optimiser steps that the weights have behind them.
+        reference: The checkpoint that RL started from, for the KL to it; empty = none is loaded. A resume names the same one.
+        outlier_above: The difference of log-probs above which a token is reported.
+        vision_attention: Kernel of the vision tower, see `model.vision_attention`.
+        messages_version: What the sender's messages look like.
     """
 
     checkpoint: str

@@ -1,8 +1,9 @@
 """The learner's Ray actors: thin shells that resolve object references and call the engine.
 
 One actor per rank; the driver calls the same method on all of them (see `runtime.cluster.learners`).
-Invariants: media are fetched from the object store here, so they never pass through the driver; a rank fetches only its own
-share.
+Invariants:
+- Media are fetched from the object store here, so they never pass through the driver.
+- A rank fetches only its own share.
 """
 
 from __future__ import annotations
