@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.losses.config import PolicyGradientConfig, SupervisedConfig
+
 
 def check_length(job: str, steps: int, epochs: float) -> None:
     """A stage's length is given either in optimiser steps or in passes over its tasks."""
@@ -81,11 +83,13 @@ class SftConfig:
             ) from error
         if not 1 <= self.late_min <= self.late_max:
             raise ValueError(f"sft.late_min={self.late_min} and sft.late_max={self.late_max}: 1 <= min <= max")
-        if not (0 < self.decision_weight_clamp < math.inf and 0 < self.answer_weight < math.inf):
-            raise ValueError(
-                f"sft.decision_weight_clamp={self.decision_weight_clamp} and sft.answer_weight={self.answer_weight} "
-                "must be positive numbers"
-            )
+        # Refuses weights that cannot work.
+        _ = self.loss
+
+    @property
+    def loss(self) -> SupervisedConfig:
+        """The loss of the cold start."""
+        return SupervisedConfig(self.balance_decisions, self.decision_weight_clamp, self.answer_weight)
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,7 @@ class AlgorithmConfig:
                 f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "
                 "always 0, nothing would be learned; use at least 2 streams a group"
             )
-        if not (0 < self.clip_low < 1 and 0 < self.clip_high < math.inf):
-            raise ValueError(
-                f"algorithm.clip_low={self.clip_low} must lie in (0, 1), algorithm.clip_high={self.clip_high} above 0"
-            )
-        if not 0 <= self.kl_coef < math.inf:
-            raise ValueError(f"algorithm.kl_coef={self.kl_coef} must be 0 or a positive number")
+        # Refuses settings that its loss could not work with.
+        PolicyGradientConfig(self.clip_low, self.clip_high, self.kl_coef)
         if not self.reference:
             raise ValueError("algorithm.reference is empty: use auto or a checkpoint folder")

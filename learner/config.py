@@ -11,11 +11,11 @@ from streams.backbone.kernel_choice import LEARNER_ATTENTION
 
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)
-ZERO_BUCKET = 500_000_000
-"""DeepSpeed's own default of reduce_bucket_size, in numbers; the bucket is allocated whole, whatever there is to reduce."""
 GATHER_BYTES = 256 * 2**20
 """Gathered parameters that publication and export hold at once on a rank, beyond its partition."""
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
+ZERO_BUCKET = 500_000_000
+"""Parameters in DeepSpeed's gradient bucket at most (its own default); it is allocated whole, whatever there is to reduce."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class LearnerConfig:
         if not 0 < self.collective_timeout_s < math.inf:
             raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be a positive number")
         Boundary.of(self.freeze)
-        # Lists come from YAML.
+        # Lists come from YAML, and from `sft.learner`.
+        object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "freeze_names", tuple(self.freeze_names))
         if not all(isinstance(pattern, str) and pattern for pattern in self.freeze_names):
             raise ValueError(f"learner.freeze_names={list(self.freeze_names)} must be patterns over parameter names")
@@ -123,8 +124,7 @@ class LearnerConfig:
             fits = isinstance(value, list | tuple if kind is tuple else int | float if kind is float else kind)
             if not fits or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"sft.learner.{key}={value!r} must be a {kind.__name__}, as learner.{key} is")
-        values = vars(self) | overrides
-        return LearnerConfig(**(values | {"betas": tuple(values["betas"])}))
+        return LearnerConfig(**(vars(self) | overrides))
 
     @property
     def boundary(self) -> Boundary:

@@ -14,12 +14,11 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from conf.age import age_bound
 from evals.best import named_best
 from rewards.compose import RewardResult
-from rl.advantages import group_advantages
+from rl.algorithms.base import train_batch
+from rl.algorithms.table import make_algorithm
 from rl.buffer import GroupBuffer
 from rl.idle import IdleWatch
 from rl.metrics import StepClock, mean_reward, step_metrics
@@ -43,21 +42,10 @@ from streams.messages import (
     RolloutTask,
     ScoreReport,
     SwapReport,
-    TrainBatch,
-    TrainGroup,
     TrainReport,
 )
 from streams.support.byte_cache import ByteBudgetCache
 from streams.task import StreamTask
-
-
-def _advantages(results: tuple[RewardResult, ...], kind: str) -> tuple[float, ...]:
-    """One advantage per stream; a stream whose reward failed has none (0) and does not count in its group's mean."""
-    scored = [i for i, result in enumerate(results) if result.failed is None]
-    advantages = np.zeros(len(results))
-    if len(scored) > 1:
-        advantages[scored] = group_advantages(np.array([results[i].total for i in scored]), kind)
-    return tuple(float(a) for a in advantages)
 
 
 class RLLoop:
@@ -273,26 +261,8 @@ class RLLoop:
         groups = self.buffer.next_batch()
         if groups is None:
             return
-        algorithm = self.config.algorithm
         ages = [self.buffer.check_age(self.version, g.summary.oldest_version, g.summary.group) for g in groups]
-        batch = TrainBatch(
-            step=self.version,
-            loss="grpo",
-            groups=tuple(
-                TrainGroup(
-                    g.summary.group,
-                    g.payload,
-                    _advantages(g.results, algorithm.advantage),
-                    g.summary.log_tokens,
-                )
-                for g in groups
-            ),
-            settings={
-                "clip_low": algorithm.clip_low,
-                "clip_high": algorithm.clip_high,
-                "kl_coef": algorithm.kl_coef,
-            },
-        )
+        batch = train_batch(self.version, make_algorithm(self.config.algorithm), groups)
         self._training = True
         report, weights = self.session.learners.train(batch)
         self.events.expect(

@@ -187,6 +187,7 @@ class Groups:
             task_id=group.task.task.id,
             worker=self._worker,
             turns=tuple(layout.parse_turns(stream) for stream in logs),
+            targets=tuple(stream.targets_by_turn for stream in logs),
             oldest_version=min(stream.oldest_version for stream in logs),
             versions=tuple(sorted({version for stream in logs for version in stream.versions})),
             tokens=sum(int(stream.sampled.sum()) for stream in logs),

@@ -289,9 +289,9 @@ class Run:
         return LearnerSetup(
             checkpoint=str(checkpoint),
             layout=self.config.layout,
-            learner=asdict(learner),
+            learner=learner,
             total_steps=steps,
             seed=self.config.seed,
-            off_above=self.monitor.limits.token,
+            outlier_above=self.monitor.limits.token,
             vision_attention=self.config.model.vision_attention,
         )

@@ -1,4 +1,4 @@
-"""Every dataclass that crosses a process boundary: frozen, in one place.
+"""Every dataclass that crosses between actors: frozen, in one place. (What one actor alone is sent lives with it.)
 
 Invariants: a message is a value (nobody changes it after sending); large arrays sit in payloads that
 travel by object reference from the process that made them to the one that needs them, never through the driver.
@@ -113,7 +113,8 @@ class GroupPayload:
 class GroupSummary:
     """The light half of a group, for driver and scorer. `failed` says why there is no payload; None if all went well.
 
-    oldest_version: of any token in the group. versions: weight versions seen by its tokens. tokens: sampled tokens.
+    targets: tokens that the learner trains on, by stream and turn. oldest_version: of any token in the group. versions:
+    weight versions seen by its tokens. tokens: sampled tokens.
     monitor: worker-side mismatch of the re-scored streams of this group; off: the token to look at. features: object
     reference to the clip at the freeze boundary or None, and its size.
     """
@@ -122,6 +123,7 @@ class GroupSummary:
     task_id: str
     worker: int
     turns: tuple[tuple[ParsedTurn, ...], ...] = ()
+    targets: tuple[tuple[int, ...], ...] = ()
     oldest_version: int = 0
     versions: tuple[int, ...] = ()
     tokens: int = 0
@@ -167,30 +169,6 @@ class WorkerStats:
 
     worker: int
     clips_encoded: int
-
-
-@dataclass(frozen=True)
-class TrainGroup:
-    """One group as the learner trains it. payload: GroupPayload or object reference; advantages: one per stream.
-
-    tokens: of all its logs (GroupSummary.log_tokens); groups are shared out over the learner's ranks by it.
-    """
-
-    group: str
-    payload: Any
-    advantages: tuple[float, ...] = ()
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """One optimiser step. loss: "grpo" or "sft"; settings: the loss's own knobs; publish: hand out the new weights."""
-
-    step: int
-    loss: str
-    groups: tuple[TrainGroup, ...]
-    settings: dict[str, float] = field(default_factory=dict)
-    publish: bool = True
 
 
 @dataclass(frozen=True)

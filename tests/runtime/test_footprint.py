@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -326,7 +326,7 @@ def test_the_largest_stream_that_a_worker_re_scores_has_room():
 def test_the_optimiser_holds_what_was_said(checkpoint, ranks, dtype, stage):
     """DeepSpeed's float32 copies and AdamW's moments, after a step of a real learner."""
     values = LearnerConfig(dtype=dtype, zero_stage=stage, freeze="tower+merger", micro_batch_tokens=256)
-    learner = LearnerEngine(LearnerSetup(str(checkpoint), LayoutConfig(), asdict(values), 1, 0), ranks)
+    learner = LearnerEngine(LearnerSetup(str(checkpoint), LayoutConfig(), values, 1, 0), ranks)
     try:
         trained = list(learner.backbone.trainable().values())
         for parameter in trained:
