@@ -121,8 +121,8 @@ def _innermost(error: BaseException) -> str:
 
 
 def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
-    from runtime.checks import check_memory, check_nothing_needed_is_replaced, preflight
-    from runtime.starting_point import check_cold_start, respect_checkpoint
+    from runtime.checks import check_memory, preflight
+    from runtime.starting_point import StartingPoint
     from runtime.store.manifests import StageStore
     from runtime.store.runlock import RunLock
     from runtime.tracking.progress import Progress
@@ -131,20 +131,21 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
     warn = logging.getLogger("sightline").warning
     with contextlib.ExitStack() as held:
         try:
-            rows = preflight(config)
-            config = respect_checkpoint(config, overrides, progress.say, warn)
-            check_memory(config)
+            start = StartingPoint.of(config)
+            rows = preflight(config, start)
+            config = start.respected(overrides, progress.say, warn)
+            check_memory(config, start)
             stages = _stages()
             for name in config.job.stages:
                 stages[name].check(config, rows)
             lock = held.enter_context(RunLock(config.root.resolve()))
             said.open(config.root, " ".join(sys.argv))
             store = StageStore(config.root.resolve(), config, progress.say)
-            check_nothing_needed_is_replaced(config, store.plan())
-            check_cold_start(config, store.plans)
+            start.check_nothing_needed_is_replaced(store.plan())
+            start.check_cold_start(store.plans)
             from runtime.run import Run
 
-            run = Run(config, stages, store, progress, lock, stop)
+            run = Run(config, start, stages, store, progress, lock, stop)
         except (
             ValueError,
             OSError,

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
-from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.engine import Engine
 from rollout.engine.feed import TurnFeed
+from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec

@@ -6,26 +6,36 @@ from dataclasses import dataclass, field
 
 from streams.data.dataset import FORMATS
 from streams.data.synthetic.questions import SyntheticConfig
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.video.config import VideoConfig
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """train, heldout: JSONL files; empty = the generator's, under run_root/data.
-
-    format: what the rows look like; `auto` goes by the first one. ignore_fields: fields that rows may hold unread.
-    """
+    """The rows of a run and how much of their videos a stream shows."""
 
     train: str = ""
+    """JSONL file of the rows that are trained on; empty = the generated ones, under `run_root/data`. Set together
+    with `data.heldout`.
+    """
     heldout: str = ""
+    """JSONL file of the rows that evaluations use; empty = the generated ones. Set together with `data.train`."""
     format: str = "auto"
+    """Format of the rows: `sightline` (ours), `thinkstream`, or `auto` to decide by the first row."""
     ignore_fields: list[str] = field(default_factory=list)
+    """Fields that rows may have although no format reads them. Any other unknown field makes its row unusable."""
     tail_chunks: int = 5
+    """Chunks that a stream goes on after its last answer is due (0 = it ends there)."""
     max_turns: int = 240
+    """Longest stream, in turns (one chunk each). Longer videos are cut."""
     cache_mb: int = 256
+    """MiB of host memory for each of three caches: every worker's frames, every worker's features (on its
+    device), the driver's references to features.
+    """
     video: VideoConfig = field(default_factory=VideoConfig)
+    """What a chunk is."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    """The clips that `job=data` generates."""
 
     def __post_init__(self) -> None:
         if self.tail_chunks < 0 or self.max_turns < 1 or self.cache_mb < 1:
@@ -38,6 +48,7 @@ class DataConfig:
         if bool(self.train) != bool(self.heldout):
             raise ValueError("data.train and data.heldout must be set together, or both left to the generator")
 
-    def turns_of(self, task: StreamTask) -> int:
-        """Chunks that a stream over this task is shown."""
-        return task.num_turns(self.video.chunk_seconds_of(task), self.tail_chunks, self.max_turns)
+    def plan_of(self, task: StreamTask) -> Plan:
+        """Decide how a stream over this task runs. Raises ValueError (see `VideoConfig.chunk_seconds_of`)."""
+        seconds = self.video.chunk_seconds_of(task)
+        return Plan(task.num_turns(seconds, self.tail_chunks, self.max_turns), seconds)

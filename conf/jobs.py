@@ -10,10 +10,12 @@ STAGES = ("data", "sft", "rl", "eval", "watch")
 
 @dataclass(frozen=True)
 class JobConfig:
-    """`job=NAME`: the stages it runs, in order."""
+    """The stages of `job=NAME`, in the order in which they run."""
 
     name: str = "all"
+    """Name of the job, shown in logs and in MLflow."""
     stages: list[str] = field(default_factory=lambda: ["data", "sft", "rl", "eval"])
+    """Stages to run, in this order: any of `data`, `sft`, `rl`, `eval`, or `watch` alone."""
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -25,22 +27,32 @@ class JobConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """checkpoint: `auto` = what the run has made (after SFT and after RL), or a folder. conditions: also evaluate the
-    recall questions with forced empty thoughts and under `recent_frames` with the same window. score_logs: have the learner
-    score the evaluation's logs (`monitor` has the limits).
-    every: RL steps between evaluations while training (0 = none), of the first `tasks` held-out tasks (0 = all);
-    `checkpoints/rl/best` keeps the checkpoint with the largest `best` of them (reward, timing, accuracy_<category>).
-    transcripts: streams written under run_root/transcripts (0 = none). transcript_mb: size of their page, at most.
-    """
+    """Evaluation on held-out rows, during RL and as a stage of its own, and the transcripts it leaves."""
 
     checkpoint: str = "auto"
+    """What `job=eval` evaluates: `auto` = the run's checkpoints after SFT and after RL, `best` = the one that
+    `eval.every` kept, or a checkpoint folder or hub id.
+    """
     every: int = 0
+    """RL steps between evaluations while training (0 = none)."""
     tasks: int = 0
+    """Held-out rows of each evaluation while training: the first N (0 = all). The evaluation stage uses all."""
     best: str = "reward"
+    """Metric that decides which evaluation while training is kept in `checkpoints/rl/best`, the larger the
+    better: `reward`, `timing`, `accuracy_all` or `accuracy_<category>`.
+    """
     conditions: bool = True
+    """Also evaluate the recall questions with forced empty thoughts, and under `memory=recent_frames` with the
+    same window.
+    """
     score_logs: bool = True
+    """Let the learner re-score the logs of the evaluation stage and compare with the engine (limits:
+    `monitor.max`, `monitor.mean`, `monitor.k3`).
+    """
     transcripts: int = 24
+    """Streams of each evaluation that are written under `run_root/transcripts` (0 = none)."""
     transcript_mb: float = 8.0
+    """Largest size of a transcript page in MB, from 0.25 to 512."""
 
     def __post_init__(self) -> None:
         if self.transcripts < 0:
@@ -55,15 +67,20 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """job=watch: stream a file through the engine. at: second at which the query arrives; seconds: how long to watch
-    (0 = the whole file). json: print one JSON line per turn instead of words.
-    """
+    """`job=watch`: stream one file through the engine."""
 
     video: str = ""
+    """Video file to watch. `job=watch` also accepts `video=FILE`."""
     query: str = ""
+    """Question to ask; empty = none."""
     at: float = 0.0
+    """Second of the video at which the query arrives."""
     seconds: float = 0.0
+    """Seconds to watch, from the start of the video (0 = the whole file). Must be above `watch.at` if there is a
+    query.
+    """
     json: bool = False
+    """Print one JSON object per turn instead of words."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.at < math.inf and 0 <= self.seconds < math.inf):

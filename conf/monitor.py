@@ -30,19 +30,32 @@ class Limits:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """every: each worker re-scores every N-th finished stream of one weight version on its own weights (0 = none).
-
-    max, mean, k3: above it the run stops; null = by dtype (float32: 3e-4, 1e-5, none; less: none, 1e-2, 1e-4), 0 = no limit.
-    tokens: how many are pooled before a mean or k3 is judged while training; the largest difference is judged at once.
-    idle_steps: after so many RL steps in a row in which all streams of each group earned the same, the run says so (0 = never).
-    """
+    """When the mismatch of engine and learner is measured and stops the run, and when idle steps are reported."""
 
     every: int = 16
+    """Each worker re-scores every N-th stream that it finished with one weight version, on its own weights (0 =
+    none).
+    """
     max: float | None = None
+    """Largest |engine - learner| log-prob of a single token, in nats, above which the run stops; null = by dtype
+    (float32: 3e-4, less: no limit), 0 = no limit.
+    """
     mean: float | None = None
+    """Mean |engine - learner| log-prob, in nats, above which the run stops; null = by dtype (float32: 1e-5, less:
+    1e-2), 0 = no limit.
+    """
     k3: float | None = None
+    """k3 estimate of the KL of engine and learner, in nats, above which the run stops; null = by dtype (float32:
+    no limit, less: 1e-4), 0 = no limit.
+    """
     tokens: int = 1000
+    """Tokens that are pooled while training before `monitor.mean` and `monitor.k3` are checked. `monitor.max` is
+    checked at once.
+    """
     idle_steps: int = 5
+    """Successive RL steps in which every group's streams earned the same (nothing to learn) before the run warns
+    (0 = never).
+    """
 
     def __post_init__(self) -> None:
         if self.every < 0:

@@ -20,13 +20,16 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """max_lag: a worker more versions behind the learner gets no new task.
-
-    staging: where fetched weights wait for the swap: `device`, beside the running ones (the shortest pause), or `host`.
-    """
+    """How new weights reach the rollout workers."""
 
     max_lag: int = 1
+    """Versions that a worker may be behind the learner and still get a new task. Part of the age bound (see
+    `algorithm.groups_in_flight`).
+    """
     staging: str = "device"
+    """Where fetched weights wait for the swap: `device`, beside the running ones (shortest pause), or `host`
+    (less GPU memory).
+    """
 
     def __post_init__(self) -> None:
         if self.staging not in ("device", "host"):
@@ -37,18 +40,20 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: optimiser steps between checkpoints of SFT and RL (0 = only at the end of each).
-
-    keep: how many of a stage stay on disk. optimizer: `all` of them with optimiser state, only the `latest`, or `none` (one
-    without resumes with fresh moments). grace_s: from SIGTERM to the end of the process, with exit status
-    requeue_status, which a scheduler takes for "run the same command again".
-    """
+    """When SFT and RL write checkpoints, what of them is kept, and how a SIGTERM ends the run."""
 
     every: int = 20
+    """Optimiser steps between checkpoints (0 = only at the end of each stage)."""
     keep: int = 2
+    """Checkpoints of a stage that stay on disk; the best one counts extra."""
     optimizer: str = "all"
+    """Which kept checkpoints have optimiser state: `all`, only the `latest`, or `none`. Resuming without it
+    starts with fresh moments.
+    """
     grace_s: float = 60.0
+    """Seconds from SIGTERM to the end of the process: the time there is for a last checkpoint."""
     requeue_status: int = 75
+    """Exit status after SIGTERM, from 1 to 255: the one that tells the scheduler to run the same command again."""
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -66,13 +71,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """uri: an MLflow server; empty = a SQLite file under run_root. Tracking never stops training. A password in it is used
-    to connect and shown nowhere; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD also keep it off the command line.
-    """
+    """MLflow. Its failures never stop training."""
 
     enabled: bool = True
+    """Log to MLflow."""
     uri: str = field(default="", repr=False)
+    """Tracking address of MLflow; empty = a SQLite file under `run_root`. A password in it is used to connect and
+    never shown; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD keep it off the command line.
+    """
     experiment: str = "sightline"
+    """Name of the MLflow experiment, 1 to 500 characters."""
 
     def __post_init__(self) -> None:
         if not self.experiment.strip() or len(self.experiment) > MAX_EXPERIMENT:
@@ -83,22 +91,29 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """placement: `colocated` = rollout workers on the learner ranks' GPUs, `separated` = a GPU for each actor, `cpu`, or
-    `auto` = the first of separated, colocated and cpu that the cluster has the GPUs for.
-
-    address: empty starts a local Ray, unless `ray job submit` started this program: then its cluster is used. `auto` is
-    the cluster that RAY_ADDRESS names or that runs on this machine; HOST:PORT the head of another one. num_cpus: CPUs of
-    the local Ray (0 = all). actor_cpus: CPUs each actor reserves. start_timeout_s: until every node and every actor
-    answers, and until other runs free what the actors need. call_timeout_s: of any single call (a group, a step, a save).
-    """
+    """Ray, where the actors are placed, and how long a run waits for them."""
 
     address: str = ""
+    """Ray cluster to use: empty = start a local one (or use the one in which `ray job submit` started this
+    program), `auto` = the one that RAY_ADDRESS names or that runs on this machine, HOST:PORT = the head of
+    another one.
+    """
     placement: str = "auto"
+    """`colocated` = workers on the learner ranks' GPUs, `separated` = a GPU for each actor, `cpu`, or `auto` =
+    the first of separated, colocated and cpu for which the cluster has the GPUs.
+    """
     num_cpus: int = 0
+    """CPUs of the local Ray (0 = all of the machine). Not with an existing cluster."""
     actor_cpus: float = 0.25
+    """CPUs that each actor reserves; a fraction is allowed."""
     start_timeout_s: float = 180.0
+    """Seconds to wait at start until every node and every actor answers, and until other runs free what the
+    actors need.
+    """
     call_timeout_s: float = 600.0
+    """Longest single call to an actor, in seconds: a group, an optimiser step, a save."""
     log_to_driver: bool = False
+    """Also print on the driver's terminal what actors print."""
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:

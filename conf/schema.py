@@ -29,35 +29,56 @@ from streams.memory import MemoryConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Every path derives from `run_root`.
-
-    resume: `auto` skips finished stages and goes on with an interrupted one, `never` starts over (and replaces), a
-    checkpoint folder goes on from there. deterministic: RL whose losses do not depend on timing (needs mode=sync).
-    deviations: how a preset differs from what it reproduces, in words; printed at start.
-    """
+    """A whole run. Every path derives from `run_root`."""
 
     run_root: str = "outputs/run"
+    """Folder that the run writes to: data, checkpoints, journals, logs. On an existing cluster, an absolute path
+    that every node sees.
+    """
     seed: int = 0
+    """Seed of clips, tiny weights, task order, demonstrations and sampling."""
     resume: str = "auto"
+    """`auto` skips finished stages and continues the interrupted one; `never` starts over and replaces what is
+    there; a checkpoint folder continues from that checkpoint.
+    """
     deterministic: bool = False
+    """Make the losses of RL independent of timing. Needs `algorithm.mode=sync`."""
     job: JobConfig = field(default_factory=JobConfig)
+    """Which stages run."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The checkpoint that is trained."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Which tokens of a stream leave the KV cache."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """What a turn looks like in tokens."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Rows and videos."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The workers that sample streams."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """The ranks that train."""
     sft: SftConfig = field(default_factory=SftConfig)
+    """The cold start."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """The RL stage."""
     reward: RewardConfig = field(default_factory=RewardConfig)
+    """What a stream is worth."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """How new weights reach the workers."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """Held-out evaluation and transcripts."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """What a run watches itself for."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written, and what a SIGTERM does."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Ray, and where the actors are placed."""
     watch: WatchConfig = field(default_factory=WatchConfig)
+    """`job=watch`: one file through the engine."""
     deviations: list[str] = field(default_factory=list)
+    """How a preset differs from what it reproduces, one sentence each; printed at start."""
 
     def __post_init__(self) -> None:
         if not self.resume:

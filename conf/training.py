@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.losses.config import PolicyGradientConfig, SupervisedConfig
+
 
 def check_length(job: str, steps: int, epochs: float) -> None:
     """A stage's length is given either in optimiser steps or in passes over its tasks."""
@@ -32,27 +34,38 @@ def warmup_steps(ratio: float, total: int) -> int:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Cold start. steps or epochs (the other is 0): its length. warmup_ratio: share of the steps in which the learning
-    rate rises, in place of learner.warmup_steps (0 = those).
-
-    late_*: a demonstration speaks late by a uniform number of chunks with this probability. answer_weight: loss weight
-    of the words of an answer, which are few beside thoughts and tags. pending_thought: how a thought reads while an
-    answer is due and not yet said ("{thought}" and "{answer}" are filled in; empty = unchanged). learner: values that
-    replace single `learner` settings during the cold start.
-    """
+    """The cold start: supervised training on demonstrations made from the rows."""
 
     steps: int = 60
+    """Optimiser steps; 0 = given by `sft.epochs`. Exactly one of the two is above 0."""
     epochs: float = 0.0
+    """Passes over the training rows, fractions allowed; 0 = given by `sft.steps`."""
     batch: int = 16
+    """Streams per optimiser step."""
     warmup_ratio: float = 0.0
+    """Share of the steps, in [0, 1], in which the learning rate rises, rounded up to whole steps; 0 =
+    `learner.warmup_steps` decides.
+    """
     late_probability: float = 0.0
+    """Probability that a demonstrated answer comes late."""
     late_min: int = 1
+    """Fewest chunks that a late answer is late by (uniform up to `sft.late_max`)."""
     late_max: int = 4
+    """Most chunks that a late answer is late by."""
     balance_decisions: bool = True
+    """Weigh the two decision tokens, `<silent>` and `<response>`, so that both count equally in a step."""
     decision_weight_clamp: float = 20.0
+    """Largest weight that `sft.balance_decisions` gives to a decision token."""
     answer_weight: float = 1.0
+    """Loss weight of the words of answers, which are few beside thoughts and tags."""
     pending_thought: str = ""
+    """Thought of a demonstrated turn from when an answer is due until it is said; `{thought}` and `{answer}` are
+    filled in. Empty = the thought stays as it is.
+    """
     learner: dict[str, Any] = field(default_factory=dict)
+    """Values that replace single `learner` settings during the cold start, by name: `sft.learner.lr=1e-4`.
+    `ranks` must stay equal.
+    """
 
     def __post_init__(self) -> None:
         check_length("sft", self.steps, self.epochs)
@@ -70,37 +83,57 @@ class SftConfig:
             ) from error
         if not 1 <= self.late_min <= self.late_max:
             raise ValueError(f"sft.late_min={self.late_min} and sft.late_max={self.late_max}: 1 <= min <= max")
-        if not (0 < self.decision_weight_clamp < math.inf and 0 < self.answer_weight < math.inf):
-            raise ValueError(
-                f"sft.decision_weight_clamp={self.decision_weight_clamp} and sft.answer_weight={self.answer_weight} "
-                "must be positive numbers"
-            )
+        # Refuses weights that cannot work.
+        _ = self.loss
+
+    @property
+    def loss(self) -> SupervisedConfig:
+        """The loss of the cold start."""
+        return SupervisedConfig(self.balance_decisions, self.decision_weight_clamp, self.answer_weight)
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """RL. groups_per_step x group_size streams make one optimiser step; groups_in_flight bounds their age.
-
-    mode: `async`, or `sync` = a step's groups are admitted when every worker runs the step's weights (age 0).
-    steps or epochs (the other is 0): its length. warmup_ratio: as `sft.warmup_ratio`.
-    kl_coef: weight of the KL to a frozen reference (0 = none is held). reference: `auto` = the checkpoint that RL starts
-    from (also after a resume), or a folder. It costs every learner rank the model's parameters once more.
-    """
+    """The RL stage: `groups_per_step` x `group_size` streams make one optimiser step."""
 
     name: str = "grpo"
+    """RL algorithm; only `grpo` so far."""
     mode: str = "async"
+    """`async` = workers go on while the learner trains, `sync` = a step's groups are admitted once every worker
+    runs the step's weights (age 0).
+    """
     steps: int = 40
+    """Optimiser steps; 0 = given by `algorithm.epochs`. Exactly one of the two is above 0."""
     epochs: float = 0.0
+    """Passes over the training rows, fractions allowed; 0 = given by `algorithm.steps`."""
     warmup_ratio: float = 0.0
+    """Share of the steps, in [0, 1], in which the learning rate rises, rounded up to whole steps; 0 =
+    `learner.warmup_steps` decides.
+    """
     groups_per_step: int = 8
+    """Groups of one optimiser step (B)."""
     group_size: int = 8
+    """Streams of one task in a group, at least 2: the advantage compares them."""
     groups_in_flight: int = 16
+    """Groups that are admitted and not yet trained (C, at least B). With B and `weights.max_lag` it bounds the
+    age of a sample: floor((C - 1) / B) + max_lag versions. Not used with `algorithm.mode=sync`.
+    """
     advantage: str = "grpo"
+    """`grpo` = (reward - mean) / (std + 1e-5) over the group, `mean` = reward - mean (Dr. GRPO)."""
     clip_low: float = 0.2
+    """The policy ratio is clipped below 1 - clip_low, in (0, 1)."""
     clip_high: float = 0.2
+    """The policy ratio is clipped above 1 + clip_high."""
     kl_coef: float = 0.0
+    """Weight of the KL divergence to a frozen reference (0 = no reference is held)."""
     reference: str = "auto"
+    """The frozen reference of `algorithm.kl_coef`: `auto` = the checkpoint that RL started from, also after a
+    resume, or a checkpoint folder or hub id. Every learner rank holds its parameters in addition.
+    """
     init: str = "auto"
+    """Checkpoint that RL starts from: `auto` = the run's cold start, or its model if it has none; or a checkpoint
+    folder or hub id.
+    """
 
     def __post_init__(self) -> None:
         if self.name != "grpo":
@@ -120,11 +153,7 @@ class AlgorithmConfig:
                 f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "
                 "always 0, nothing would be learned; use at least 2 streams a group"
             )
-        if not (0 < self.clip_low < 1 and 0 < self.clip_high < math.inf):
-            raise ValueError(
-                f"algorithm.clip_low={self.clip_low} must lie in (0, 1), algorithm.clip_high={self.clip_high} above 0"
-            )
-        if not 0 <= self.kl_coef < math.inf:
-            raise ValueError(f"algorithm.kl_coef={self.kl_coef} must be 0 or a positive number")
+        # Refuses settings that its loss could not work with.
+        PolicyGradientConfig(self.clip_low, self.clip_high, self.kl_coef)
         if not self.reference:
             raise ValueError("algorithm.reference is empty: use auto or a checkpoint folder")

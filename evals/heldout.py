@@ -25,7 +25,7 @@ from runtime.tracking.progress import Progress
 from streams.data.dataset import SkippedSample, at_row
 from streams.memory import MemoryConfig
 from streams.messages import GroupSummary, RewardJob, RolloutTask
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.turns import ParsedTurn
 
 
@@ -40,9 +40,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class ScoredStream:
-    """One held-out stream. payload: its log, by reference; None, and `failed` says why, if it could not be run."""
+    """One held-out stream. plan: as it was run and scored. payload: its log, by reference; None, and `failed` says why, if it
+    could not be run.
+    """
 
     task: StreamTask
+    plan: Plan
     turns: tuple[ParsedTurn, ...]
     result: RewardResult
     payload: Any = None
@@ -80,54 +83,52 @@ def evaluate(
 ) -> EvalResult:
     """Run and score every task once under `condition`, on the weights the workers now hold."""
 
-    def send(worker: Any, item: tuple[int, StreamTask]) -> Any:
-        return worker.rollout.options(num_returns=2).remote(stream_request(config, item[1], condition, stage))
+    def send(worker: Any, item: tuple[int, RolloutTask]) -> Any:
+        return worker.rollout.options(num_returns=2).remote(item[1])
 
+    requests = [stream_request(config, task, condition, stage) for task in tasks]
     monitor = Monitor(config)
     done: dict[int, tuple[GroupSummary, Any]] = {}
     what = f"evaluation {condition.name}"
-    for (index, task), (summary_ref, payload) in session.spread(
-        enumerate(tasks), send, config.rollout.max_streams, what
+    for (index, request), (summary_ref, payload) in session.spread(
+        enumerate(requests), send, config.rollout.max_streams, what
     ):
+        task = request.task
         summary: GroupSummary = session.call(summary_ref, f"the stream of {task.id}")
         done[index] = (summary, payload)
         monitor.observe(f"rollout worker {summary.worker}", summary.monitor, summary.off)
         if summary.failed is not None:
             progress.say(f"eval: failed {task.id}: {summary.failed}{at_row(task)}")
-    watched = [(task, *done[index]) for index, task in enumerate(tasks)]
-    said = [
-        failed_turns(config, task) if summary.failed is not None else summary.turns[0] for task, summary, _ in watched
-    ]
-    jobs = tuple(
-        RewardJob(task.id, task, (turns,), config.data.video.chunk_seconds_of(task))
-        for (task, _, _), turns in zip(watched, said, strict=True)
-    )
+    watched = [done[index] for index in range(len(tasks))]
+    jobs = tuple(watched_job(request, summary) for request, (summary, _) in zip(requests, watched, strict=True))
     scores = session.call(session.scorer.score.remote(jobs), "the scores of the evaluation")
     streams = tuple(
-        ScoredStream(task, turns, score[0], payload if summary.failed is None else None, summary.failed)
-        for (task, summary, payload), turns, score in zip(watched, said, scores, strict=True)
+        ScoredStream(
+            job.task, job.plan, job.turns[0], score[0], payload if summary.failed is None else None, summary.failed
+        )
+        for job, (summary, payload), score in zip(jobs, watched, scores, strict=True)
     )
-    evicted = sum(summary.evicted_tokens for _, summary, _ in watched)
-    return collect(condition.name, streams, evicted, sum(summary.log_tokens for _, summary, _ in watched))
+    evicted = sum(summary.evicted_tokens for summary, _ in watched)
+    return collect(condition.name, streams, evicted, sum(summary.log_tokens for summary, _ in watched))
 
 
 def stream_request(config: RunConfig, task: StreamTask, condition: Condition, stage: str) -> RolloutTask:
     """One greedy stream over `task`; `stage` keeps its name apart from those of other evaluations."""
     return RolloutTask(
         group=f"{stage}:{condition.name}/{task.id}",
-        epoch=0,
         task=task,
+        plan=config.data.plan_of(task),
         streams=1,
-        turns=config.data.turns_of(task),
         temperature=0.0,
         memory=condition.memory,
         empty_thoughts=condition.empty_thoughts,
     )
 
 
-def failed_turns(config: RunConfig, task: StreamTask) -> tuple[ParsedTurn, ...]:
-    """What a stream that failed counts as: silence, it answered nothing."""
-    return silent_turns(config.data.turns_of(task))
+def watched_job(request: RolloutTask, summary: GroupSummary) -> RewardJob:
+    """Return what is scored of one held-out stream. One that failed counts as silence: it answered nothing."""
+    turns = summary.turns if summary.failed is None else (silent_turns(request.plan.turns),)
+    return RewardJob(request.task.id, request.task, request.plan, turns)
 
 
 def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_tokens: int = 0) -> EvalResult:
@@ -156,9 +157,9 @@ def scripted_rewards(
     config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], fits: Mapping[str, Mapping[int, str]]
 ) -> tuple[float, float]:
     """(mean reward of a scripted oracle, of constant silence) over the tasks, through the run's own scorer."""
+    plans = [config.data.plan_of(task) for task in tasks]
     jobs = tuple(
-        RewardJob(task.id, task, (failed_turns(config, task),), config.data.video.chunk_seconds_of(task))
-        for task in tasks
+        RewardJob(task.id, task, plan, (silent_turns(plan.turns),)) for task, plan in zip(tasks, plans, strict=True)
     )
     scores = session.call(session.scorer.score.remote(jobs), "the scores of the silent script")
     return play_oracle(config, session, tasks, fits).reward, float(np.mean([r[0].total for r in scores]))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from evals.job import run_evaluation
 from evals.summary import checkpoint_label, print_table, rows_fields, samples, stages_behind, training_fields
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
-from runtime.starting_point import own_checkpoints
-from streams.checkpoint.folder import resolve_checkpoint
 from streams.support.files import write_json
 
 ROWS = RowUse(
@@ -22,7 +19,7 @@ ROWS = RowUse(
 def run(run: Run) -> None:
     """Evaluate every checkpoint that is asked for, and write `summary.json`."""
     session = run.ready_session()
-    checkpoints = _checkpoints(run)
+    checkpoints = run.start.evaluated(checkpoint_label)
     geometries = [run.geometry(checkpoint) for checkpoint in checkpoints.values()]
     tasks = run.files.tasks("heldout")
     run.judge_rows("eval", next(iter(checkpoints.values())))
@@ -69,22 +66,6 @@ def _finish(run: Run, summary: dict[str, Any], stages: tuple[str, ...]) -> None:
     write_json(run.root / "summary.json", summary)
     run.tracker.artifact(run.root / "summary.json")
     print_table(run.progress.console, summary)
-
-
-def _checkpoints(run: Run) -> dict[str, Path]:
-    """Folder by name, in the order in which they are evaluated. Raises ValueError if there is none."""
-    config = run.config
-    if config.eval.checkpoint == "best":
-        return {"best": run.root / "checkpoints" / "rl" / "best" / "hf"}
-    if config.eval.checkpoint != "auto":
-        return {checkpoint_label(config.eval.checkpoint): resolve_checkpoint(config.eval.checkpoint, "eval.checkpoint")}
-    if found := own_checkpoints(run.root):
-        return found
-    if config.model.path:
-        return {checkpoint_label(config.model.path): resolve_checkpoint(config.model.path)}
-    raise ValueError(
-        f"job=eval: no checkpoint under {run.root / 'checkpoints'}; run job=sft first or set eval.checkpoint"
-    )
 
 
 EVAL = Stage(

@@ -1,22 +1,23 @@
 """How the logs of an optimiser step become micro-batches, the same number of them on every rank.
 
-Invariants: groups are shared out by tokens, always in the same way for the same batch; every rank runs
-the same forwards in the same order (under ZeRO-3 each of them gathers parameters collectively), so a rank with less work
-runs idle micro-batches that contribute exactly nothing; the normaliser is that of all ranks together.
+Invariants:
+- Groups are shared out by tokens, always in the same way for the same batch.
+- Every rank runs the same forwards in the same order (under ZeRO-3 each of them gathers parameters collectively): a rank
+  with less work runs idle micro-batches, which contribute exactly nothing.
+- A stream is never cut: all its targets are in one micro-batch, in the order of its log.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 import torch
 
-from learner.losses import decision_weights
-from streams.layout.layout import LayoutTokens
 from streams.log.mismatch import OffToken, most_telling
-from streams.log.record import Kind, StreamLog
+from streams.log.record import StreamLog
 from streams.messages import GroupPayload
 from streams.scoring.packing import Rows, pack, plan_micro_batches
 
@@ -26,14 +27,19 @@ IDLE_TOKENS = 128
 
 @dataclass(frozen=True)
 class TrainItem:
-    """One group with its media resolved: logs, media array (see GroupPayload), one advantage per log (RL)."""
+    """One group with its media resolved.
+
+    Attributes:
+        payload: Logs and media array, see GroupPayload.
+        advantages: One float64 array per log, with one value per target token in the log's order; empty in the cold start.
+    """
 
     payload: GroupPayload
-    advantages: tuple[float, ...] = ()
+    advantages: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
-class Shape:
+class MicroBatchWork:
     """What all ranks run in one micro-batch: what of the vision side, and how many chunks of the head.
 
     vision: the kind of media that passes through it, "frames" (tower and mergers) or "pre_merger" (mergers); "" if none
@@ -43,23 +49,81 @@ class Shape:
     vision: str
     head_chunks: int
 
-    def cover(self, other: Shape) -> Shape:
-        return Shape(self.vision or other.vision, max(self.head_chunks, other.head_chunks))
+    def cover(self, other: MicroBatchWork) -> MicroBatchWork:
+        return MicroBatchWork(self.vision or other.vision, max(self.head_chunks, other.head_chunks))
 
 
-def common_shapes(ranks: list[tuple[Shape, ...]]) -> list[Shape]:
+def common_work(ranks: list[tuple[MicroBatchWork, ...]]) -> list[MicroBatchWork]:
     """The smallest work, micro-batch by micro-batch, that covers every rank's."""
-    longest = max(len(shapes) for shapes in ranks)
-    return [reduce(Shape.cover, (shapes[i] for shapes in ranks if i < len(shapes))) for i in range(longest)]
+    longest = max(len(works) for works in ranks)
+    return [reduce(MicroBatchWork.cover, (works[i] for works in ranks if i < len(works))) for i in range(longest)]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward of this rank scores. media: distinct clips; order: which of them each log shows."""
+    """What one forward of this rank scores, and what the logs say of its N targets.
+
+    Attributes:
+        rows: The packed logs; `rows.stream` counts in `logs`.
+        media: Distinct clips, by kind and array.
+        order: Which of `media` each packed log shows.
+        logs: All logs of this rank's work.
+        advantages: One float64 array per log of `logs`, one value per target; empty in the cold start and in scoring.
+    """
 
     rows: Rows
     media: list[tuple[str, np.ndarray]]
     order: list[int]
+    logs: list[StreamLog]
+    advantages: list[np.ndarray]
+
+    def column(self, name: str) -> np.ndarray:
+        """The values [N] that a log column holds at the targets, in the column's dtype."""
+        dtype = getattr(self.logs[0], name).dtype if self.logs else np.dtype(np.float64)
+        return self._at_targets(lambda i: getattr(self.logs[i], name), dtype)
+
+    def advantage(self) -> np.ndarray:
+        """float64 [N]: the advantages of the targets."""
+        return self._at_targets(lambda i: by_token(self.logs[i], self.advantages[i]), np.dtype(np.float64))
+
+    def of_version(self, version: int) -> np.ndarray:
+        """bool [N]: which targets are of streams sampled wholly at `version`."""
+        whole = np.array([log.single_version == version for log in self.logs], dtype=bool)
+        return whole[self.rows.stream.numpy()]
+
+    def outlier(self, differences: np.ndarray, limit: float, chosen: np.ndarray | None = None) -> OffToken | None:
+        """The target to look at, by re-scored minus behaviour log-prob [N]; of those `chosen`, bool [N], or of all."""
+        stream, index = self.rows.stream.numpy(), self.rows.target_index.numpy()
+        chosen = np.ones(len(stream), bool) if chosen is None else chosen
+        tokens = []
+        for s in np.unique(stream[chosen]):
+            mine = chosen & (stream == s)
+            tokens.append(OffToken.of(self.logs[int(s)], index[mine], differences[mine], limit))
+        return most_telling(tokens)
+
+    def furthest(self, differences: np.ndarray) -> tuple[float, str]:
+        """(distance, stream) of the most extreme of the differences [N]; (-1, "none") of none."""
+        if not len(differences):
+            return -1.0, "none"
+        distance = np.abs(differences)
+        at = int(distance.argmax())
+        return float(distance[at]), self.logs[int(self.rows.stream[at])].header.stream_id
+
+    def _at_targets(self, column_of: Callable[[int], np.ndarray], dtype: np.dtype) -> np.ndarray:
+        """column_of: [tokens] of the i-th log; asked for packed logs only."""
+        stream, index = self.rows.stream.numpy(), self.rows.target_index.numpy()
+        values = np.zeros(self.rows.num_targets, dtype)
+        for s in np.unique(stream):
+            mine = stream == s
+            values[mine] = column_of(int(s))[index[mine]]
+        return values
+
+
+def by_token(log: StreamLog, advantages: np.ndarray) -> np.ndarray:
+    """float64 [tokens of the log] from one advantage per target; NaN elsewhere, so that a misplaced one cannot pass."""
+    values = np.full(len(log), np.nan)
+    values[log.target] = advantages
+    return values
 
 
 class RankWork:
@@ -81,9 +145,9 @@ class RankWork:
         self._items, self._which, self._blanks = items, which, blanks
         self.logs: list[StreamLog] = [log for item in items for log in item.payload.logs]
         self._clip_of = [i for i, item in enumerate(items) for _ in item.payload.logs]
-        self.advantages = np.array([a for item in items for a in item.advantages])
+        self.advantages = [values for item in items for values in item.advantages]
         self._batches = plan_micro_batches([len(log) for log in self.logs], row_tokens, max_tokens)
-        self.shapes = tuple(self._shape(batch, head_chunk) for batch in self._batches)
+        self.micro_batches = tuple(self._measure(batch, head_chunk) for batch in self._batches)
 
     @property
     def temperatures(self) -> set[float]:
@@ -93,45 +157,26 @@ class RankWork:
     def media_kinds(self) -> set[str]:
         return {item.payload.media_kind for item in self._items}
 
-    def micro_batch(self, i: int, shape: Shape) -> MicroBatch:
-        """The i-th, or an idle one of that shape where this rank has no more work."""
+    def micro_batch(self, i: int, work: MicroBatchWork) -> MicroBatch:
+        """The i-th, or an idle one of that work where this rank has no more of its own."""
         if i >= len(self._batches):
             # The blank takes the place of the row's first token, so that its gradient goes the way of any clip's.
-            media = [(shape.vision, self._blanks[shape.vision])] if shape.vision else []
-            return MicroBatch(idle_rows(len(media)), media, [0] * len(media))
+            media = [(work.vision, self._blanks[work.vision])] if work.vision else []
+            return MicroBatch(idle_rows(len(media)), media, [0] * len(media), self.logs, self.advantages)
         rows = pack(self.logs, self._batches[i], which=self._which)
         clips = [self._clip_of[m] for m in self._members(self._batches[i])]
         distinct = sorted(set(clips))
         place = {clip: at for at, clip in enumerate(distinct)}
         payloads = [self._items[clip].payload for clip in distinct]
-        return MicroBatch(rows, [(p.media_kind, p.media) for p in payloads], [place[clip] for clip in clips])
+        media = [(p.media_kind, p.media) for p in payloads]
+        return MicroBatch(rows, media, [place[clip] for clip in clips], self.logs, self.advantages)
 
-    def at_targets(self, rows: Rows, column: str) -> np.ndarray:
-        """The values [N] that a log column holds at the rows' targets."""
-        stream, index = rows.stream.numpy(), rows.target_index.numpy()
-        values = np.zeros(rows.num_targets, getattr(self.logs[0], column).dtype if self.logs else np.float64)
-        for s in np.unique(stream):
-            mine = stream == s
-            values[mine] = getattr(self.logs[int(s)], column)[index[mine]]
-        return values
-
-    def off_token(
-        self, rows: Rows, differences: np.ndarray, limit: float, chosen: np.ndarray | None = None
-    ) -> OffToken | None:
-        """The target to look at, by re-scored minus behaviour log-prob [N]; of those `chosen`, bool [N], or of all."""
-        stream, index = rows.stream.numpy(), rows.target_index.numpy()
-        chosen = np.ones(len(stream), bool) if chosen is None else chosen
-        tokens = []
-        for s in np.unique(stream[chosen]):
-            mine = chosen & (stream == s)
-            tokens.append(OffToken.of(self.logs[int(s)], index[mine], differences[mine], limit))
-        return most_telling(tokens)
-
-    def _shape(self, batch: list[list[int]], head_chunk: int) -> Shape:
+    def _measure(self, batch: list[list[int]], head_chunk: int) -> MicroBatchWork:
         members = self._members(batch)
         targets = sum(int(getattr(self.logs[m], self._which).sum()) for m in members)
         kinds = {self._items[self._clip_of[m]].payload.media_kind for m in members}
-        return Shape(next((kind for kind in self._blanks if kind in kinds), ""), max(1, -(-targets // head_chunk)))
+        vision = next((kind for kind in self._blanks if kind in kinds), "")
+        return MicroBatchWork(vision, max(1, -(-targets // head_chunk)))
 
     @staticmethod
     def _members(batch: list[list[int]]) -> list[int]:
@@ -153,63 +198,3 @@ def idle_rows(video_tokens: int) -> Rows:
         target_index=none,
         video_index=torch.arange(video_tokens),
     )
-
-
-@dataclass(frozen=True)
-class TargetCounts:
-    """Target tokens, and those that the cold start weighs apart: both decisions, words of answers."""
-
-    targets: int = 0
-    silent: int = 0
-    spoken: int = 0
-    answer: int = 0
-
-    @classmethod
-    def of(cls, logs: list[StreamLog], tokens: LayoutTokens) -> TargetCounts:
-        counts = [0, 0, 0, 0]
-        for log in logs:
-            ids, kind = log.ids[log.target], log.kind[log.target]
-            decision = kind == Kind.DECISION
-            found = (
-                np.ones_like(decision),
-                decision & (ids == tokens.silent),
-                decision & (ids == tokens.response),
-                kind == Kind.RESPONSE,
-            )
-            counts = [total + int(mask.sum()) for total, mask in zip(counts, found, strict=True)]
-        return cls(*counts)
-
-    def __add__(self, other: TargetCounts) -> TargetCounts:
-        return TargetCounts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-
-@dataclass(frozen=True)
-class SftWeights:
-    """Weights of the two decision tokens and of the words of an answer; every other target weighs 1."""
-
-    silent_id: int
-    response_id: int
-    silent: float
-    spoken: float
-    answer: float
-
-    @classmethod
-    def balanced(cls, counts: TargetCounts, tokens: LayoutTokens, settings: dict[str, float]) -> SftWeights:
-        """Weights of a whole step, from the decisions that all its logs demonstrate."""
-        silent, spoken = 1.0, 1.0
-        if settings["balance_decisions"]:
-            silent, spoken = decision_weights(counts.silent, counts.spoken, settings["decision_weight_clamp"])
-        return cls(tokens.silent, tokens.response, silent, spoken, settings["answer_weight"])
-
-    def of(self, ids: np.ndarray, kind: np.ndarray) -> np.ndarray:
-        """float64 [N] for target ids and kinds [N]."""
-        weight = np.where(kind == Kind.RESPONSE, self.answer, 1.0)
-        decision = kind == Kind.DECISION
-        weight[decision & (ids == self.silent_id)] = self.silent
-        weight[decision & (ids == self.response_id)] = self.spoken
-        return weight
-
-    def total(self, counts: TargetCounts) -> float:
-        """The weights of all targets of a step together: its normaliser."""
-        plain = counts.targets - counts.silent - counts.spoken - counts.answer
-        return plain + self.silent * counts.silent + self.spoken * counts.spoken + self.answer * counts.answer

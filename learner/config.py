@@ -11,41 +11,69 @@ from streams.backbone.kernel_choice import LEARNER_ATTENTION
 
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)
+GATHER_BYTES = 256 * 2**20
+"""Gathered parameters that publication and export hold at once on a rank, beyond its partition."""
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
+ZERO_BUCKET = 500_000_000
+"""Parameters in DeepSpeed's gradient bucket at most (its own default); it is allocated whole, whatever there is to reduce."""
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """row_tokens: packed tokens of a row; micro_batch_tokens: padded tokens of one forward. head_chunk: target
-    positions whose logits exist at once. freeze: `none`, `tower` or `tower+merger` (the boundary of what is cached);
-    freeze_names: shell-style patterns over parameter names, frozen besides.
-    attention: `auto` = FlexAttention on CUDA, SDPA with the same mask on CPU. schedule: a transformers scheduler.
-    activation_checkpointing: layers compute their activations again in the backward pass, for less memory.
-
-    ranks: data-parallel learner actors. zero_stage: what DeepSpeed partitions over them: 0 nothing, 1 optimiser states,
-    2 also gradients, 3 also parameters. offload: `cpu` keeps the optimiser's states in host memory.
-    collective_timeout_s: a rank that waits longer for the others gives up.
+    """The learner ranks: optimiser, what is frozen, how streams are batched. `sft.learner` replaces single values
+    in the cold start.
     """
 
     ranks: int = 1
+    """Data-parallel learner actors, one GPU each where the cluster has them."""
     lr: float = 1e-5
+    """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments, each in [0, 1)."""
     weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
     grad_clip: float = 1.0
+    """Largest norm of the gradient; a longer one is scaled down to it."""
     schedule: str = "constant"
+    """Learning rate over the steps of the stage, by a transformers scheduler: `constant`, `constant_with_warmup`,
+    `cosine` or `linear`.
+    """
     warmup_steps: int = 0
+    """Steps in which the learning rate rises to `learner.lr`, unless `sft.warmup_ratio` or
+    `algorithm.warmup_ratio` is set. No effect with `learner.schedule=constant`.
+    """
     zero_stage: int = 1
+    """What DeepSpeed partitions over the ranks: `0` nothing (float32 only), `1` optimiser states and master
+    weights, `2` also gradients, `3` also parameters.
+    """
     offload: str = "none"
+    """`cpu` keeps the optimiser's states in host memory (`learner.zero_stage` 1 to 3), `none` on the device."""
     collective_timeout_s: float = 600.0
+    """Seconds that a rank waits for the others in a collective before it gives up and ends the run."""
     dtype: str = "float32"
+    """Computation dtype of the learner's model: `float32` or `bfloat16`."""
     freeze: str = "none"
+    """Vision side that is frozen, and so what rollouts ship: `none` (frames), `tower` (the tower's output before
+    the mergers) or `tower+merger` (features).
+    """
     freeze_names: tuple[str, ...] = ()
+    """Shell-style patterns over whole parameter names; what matches is frozen besides `learner.freeze`. A pattern
+    without a match is an error.
+    """
     attention: str = "auto"
+    """Attention kernel: `flex` (FlexAttention, CUDA only), `sdpa` (the same mask, dense), or `auto` = flex on
+    CUDA, else sdpa.
+    """
     activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, one forward more."""
     row_tokens: int = 1024
+    """Tokens that streams are packed into rows of; a longer stream has a row of its own."""
     micro_batch_tokens: int = 16384
+    """Tokens of one forward, padding included; at least one row."""
     head_chunk: int = 4096
+    """Target positions whose logits (positions x vocabulary) exist at once."""
     threads: int = 1
+    """Torch CPU threads of a rank."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -62,7 +90,8 @@ class LearnerConfig:
         if not 0 < self.collective_timeout_s < math.inf:
             raise ValueError(f"learner.collective_timeout_s={self.collective_timeout_s} must be a positive number")
         Boundary.of(self.freeze)
-        # Lists come from YAML.
+        # Lists come from YAML, and from `sft.learner`.
+        object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "freeze_names", tuple(self.freeze_names))
         if not all(isinstance(pattern, str) and pattern for pattern in self.freeze_names):
             raise ValueError(f"learner.freeze_names={list(self.freeze_names)} must be patterns over parameter names")
@@ -95,8 +124,7 @@ class LearnerConfig:
             fits = isinstance(value, list | tuple if kind is tuple else int | float if kind is float else kind)
             if not fits or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"sft.learner.{key}={value!r} must be a {kind.__name__}, as learner.{key} is")
-        values = vars(self) | overrides
-        return LearnerConfig(**(values | {"betas": tuple(values["betas"])}))
+        return LearnerConfig(**(vars(self) | overrides))
 
     @property
     def boundary(self) -> Boundary:

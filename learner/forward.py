@@ -1,8 +1,6 @@
-"""What one micro-batch computes: log-probs under the policy (inside DeepSpeed) and under the frozen reference.
+"""What one micro-batch computes inside DeepSpeed: log-probs under the policy.
 
-Invariants: the policy's forward calls the tower and the head exactly as often as its `Shape` says, on
-every rank; the reference is a plain copy that no optimiser and no checkpoint ever touches, scored under the same mask,
-ban list and temperature.
+Invariant: the policy's forward calls the tower and the head exactly as often as its `MicroBatchWork` says, on every rank.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.batching import MicroBatch, Shape
+from learner.batching import MicroBatch, MicroBatchWork
 from learner.config import LearnerConfig
 from streams.backbone.backbone import Backbone, to_array, to_tensor
 from streams.backbone.kernel_choice import choose_learner_attention
@@ -33,7 +31,7 @@ def encode_media(backbone: Backbone, media: Media) -> list[torch.Tensor]:
     return [next(made[kind]) if kind in made else to_tensor(array).to(backbone.device) for kind, array in media]
 
 
-def _features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
+def batch_features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
     """Features of the batch's video tokens, log by log; None if it has no log."""
     encoded = encode_media(backbone, batch.media)
     return torch.cat([encoded[i].flatten(0, 1) for i in batch.order]) if batch.order else None
@@ -59,21 +57,21 @@ class PolicyForward(nn.Module):
         self._config = config
 
     def forward(
-        self, batch: MicroBatch, shape: Shape, temperature: float
+        self, batch: MicroBatch, work: MicroBatchWork, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(logp, entropy, features) of the batch's targets; features are for the reference, without gradient.
 
         Only logp may require a gradient, on every rank: DeepSpeed counts the outputs that do, and ranks must agree.
         """
         backbone = self._backbone[0]
-        features = _features(backbone, batch)
+        features = batch_features(backbone, batch)
         scores = score_rows(
             backbone,
             batch.rows,
             features,
             temperature=temperature,
             head_chunk=self._config.head_chunk,
-            head_chunks=shape.head_chunks,
+            head_chunks=work.head_chunks,
             attention=choose_learner_attention(self._config.attention, backbone.device.type).name,
         )
         return scores.logp, scores.entropy, None if features is None else features.detach()

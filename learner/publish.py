@@ -1,8 +1,11 @@
 """Whole parameters out of a partitioned model: for publication and for export.
 
-Invariants: under ZeRO-3 gathering is collective, so every rank runs these functions between two optimiser
-steps, in the order of `named_parameters`; at most `CHUNK_BYTES` of gathered parameters (or the largest single one, the
-embedding) exist on a rank beyond its partition; only rank 0 copies out, into host memory.
+Invariants:
+- Under ZeRO-3 gathering is collective: every rank runs these functions between two optimiser steps, in the order of
+  `named_parameters`.
+- At most `GATHER_BYTES` of gathered parameters (or the largest single one, the embedding) exist on a rank beyond its
+  partition.
+- Only rank 0 copies out, into host memory.
 """
 
 from __future__ import annotations
@@ -13,10 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.ranks import Ranks
+from learner.config import GATHER_BYTES
+from learner.parallel.ranks import Ranks
 from streams.messages import WeightsUpdate
-
-CHUNK_BYTES = 256 * 2**20
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -26,6 +28,11 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def full_numel(parameters: dict[str, nn.Parameter]) -> int:
+    """Return the number of elements of all of them together, also where DeepSpeed holds only slices."""
+    return sum(int(np.prod(full_shape(p), dtype=np.int64)) for p in parameters.values())
 
 
 def full_bytes(parameter: nn.Parameter) -> int:
@@ -50,7 +57,7 @@ def chunks(parameters: dict[str, nn.Parameter], limit: int) -> Iterator[dict[str
 def visit_whole(
     parameters: dict[str, nn.Parameter],
     visit: Callable[[str, torch.Tensor], None] | None,
-    limit: int = CHUNK_BYTES,
+    limit: int = GATHER_BYTES,
 ) -> None:
     """Call `visit` (rank 0; None elsewhere) on every parameter while it is whole."""
     if any(is_partitioned(parameter) for parameter in parameters.values()):

@@ -1,4 +1,9 @@
-"""The frozen policy that the KL term compares with."""
+"""The frozen policy that the KL term compares with.
+
+Invariants:
+- It is a plain copy that no optimiser and no checkpoint ever touches.
+- It is scored under the policy's mask, ban list and temperature.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import torch
 
 from learner.batching import MicroBatch
 from learner.config import LearnerConfig
-from learner.forward import _features
+from learner.forward import batch_features
 from streams.backbone.backbone import Backbone
 from streams.backbone.boundary import Boundary
 from streams.backbone.kernel_choice import choose_learner_attention
@@ -67,7 +72,7 @@ class Reference:
     def logp(self, batch: MicroBatch, features: torch.Tensor | None, temperature: float) -> torch.Tensor:
         """Log-probs [N] of the batch's targets. features: the policy's, used if both share all of the vision side."""
         if self._own_vision:
-            features = _features(self._backbone, batch)
+            features = batch_features(self._backbone, batch)
         scores: Scores = score_rows(
             self._backbone,
             batch.rows,

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
+from learner.config import LearnerConfig
 from streams.layout.layout import LayoutConfig
 from streams.messages import MESSAGES_VERSION
 
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a rank stands. host, port: rank 0's store (port 0 = a lone rank opens its own). timeout_s: of any collective."""
+    """A learner rank's place in the process group.
+
+    Attributes:
+        rank, world: This rank and how many there are.
+        host, port: Address of rank 0's TCPStore; port 0 = a single rank, which opens its own.
+        timeout_s: Timeout of every collective.
+    """
 
     rank: int = 0
     world: int = 1
@@ -23,19 +29,28 @@ class RankPlace:
 
 @dataclass(frozen=True)
 class LearnerSetup:
-    """What a learner rank needs before its first step. learner: its config, as plain values.
+    """What a learner rank needs before its first step.
 
-    reference: the checkpoint that RL started from, for the KL to it (empty = none is held); a resume names the same one.
-    off_above: the difference of log-probs from which on a token is named.
+    Attributes:
+        checkpoint: Folder of the weights to start from.
+        layout: How turns are laid out in tokens.
+        learner: The learner's settings in this stage.
+        total_steps: Length of the learning-rate schedule.
+        seed: Of all random states.
+        version: Optimiser steps that the weights have behind them.
+        reference: The checkpoint that RL started from, for the KL to it; empty = none is loaded. A resume names the same one.
+        outlier_above: The difference of log-probs above which a token is reported.
+        vision_attention: Kernel of the vision tower, see `model.vision_attention`.
+        messages_version: What the sender's messages look like.
     """
 
     checkpoint: str
     layout: LayoutConfig
-    learner: dict[str, Any]
+    learner: LearnerConfig
     total_steps: int
     seed: int
     version: int = 0
     reference: str = ""
-    off_above: float = math.inf
+    outlier_above: float = math.inf
     vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION

@@ -2,7 +2,9 @@
 
 Layout below `deepspeed/`: `state/` (DeepSpeed: model, optimiser and scheduler, one file per rank where
 partitioned), `rng_rank00000.pt` ... (random states of every rank), `learner.json` (how it was partitioned, version).
-Invariants: what is loaded continues bit for bit; a checkpoint of another number of ranks, ZeRO stage or dtype is refused.
+Invariants:
+- What is loaded continues bit for bit.
+- A checkpoint of another number of ranks, ZeRO stage or dtype is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from learner.config import LearnerConfig
-from learner.ranks import Ranks
+from learner.parallel.ranks import Ranks
 
 FOLDER = "deepspeed"
 TAG = "state"

@@ -1,8 +1,9 @@
 """The learner's Ray actors: thin shells that resolve object references and call the engine.
 
 One actor per rank; the driver calls the same method on all of them (see `runtime.cluster.learners`).
-Invariants: media are fetched from the object store here, so they never pass through the driver; a rank fetches only its own
-share.
+Invariants:
+- Media are fetched from the object store here, so they never pass through the driver.
+- A rank fetches only its own share.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
+from learner.messages import TrainBatch
 from learner.setup import LearnerSetup, RankPlace
-from streams.messages import MESSAGES_VERSION, GroupPayload, ScoreReport, TrainBatch, TrainReport, WeightsUpdate
+from streams.messages import MESSAGES_VERSION, GroupPayload, ScoreReport, TrainReport, WeightsUpdate
 from streams.support.actor_log import open_actor_log
 from streams.support.usage import DeviceInfo, ProcessUsage
 
 if TYPE_CHECKING:
     from learner.engine import LearnerEngine
-    from learner.ranks import Ranks
+    from learner.parallel.ranks import Ranks
 
 FAILURE_GRACE_S = 3.0
 """After one rank failed: how long to wait for the others' replies, to name the one that died first."""
@@ -64,7 +66,7 @@ class Learner:
         """Rank 0 of several: where the others find it (its node's address and a free port there); once for all stages."""
         if self._ranks is not None:
             return self._ranks.place
-        from learner.ranks import open_store
+        from learner.parallel.ranks import open_store
 
         place = RankPlace(0, world, ray.util.get_node_ip_address(), 0, timeout_s)
         self._store = open_store(place)
@@ -75,10 +77,10 @@ class Learner:
         if setup.messages_version != MESSAGES_VERSION:
             raise ValueError(f"learner speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
         from learner.engine import LearnerEngine
-        from learner.ranks import Ranks
+        from learner.parallel.ranks import Ranks
 
         if self._ranks is None:
-            self._ranks = Ranks(place or RankPlace(timeout_s=setup.learner["collective_timeout_s"]), self._store)
+            self._ranks = Ranks(place or RankPlace(timeout_s=setup.learner.collective_timeout_s), self._store)
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -90,8 +92,11 @@ class Learner:
         from learner.batching import TrainItem
 
         engine = self._ready()
-        items = [TrainItem(self._resolve(group.payload), group.advantages) for group in batch.groups]
-        report = engine.train(batch.step, batch.loss, items, batch.settings)
+        items = [
+            TrainItem(self._resolve(group.payload), tuple(runs.expand() for runs in group.advantages))
+            for group in batch.groups
+        ]
+        report = engine.train(batch.step, batch.loss, items)
         return report, engine.export_weights() if batch.publish else None
 
     def weights(self) -> WeightsUpdate | None:

@@ -29,14 +29,16 @@ COMBINES = ("product", "weighted_sum")
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """terms: name -> parameters. Two parameters are read here and not passed on: `target`, the dotted path or
-    name of the term if it is not the key itself; `weight` (> 0, default 1), with combine=weighted_sum only.
-
-    There are no default terms: a config file's terms would be merged with them, not replace them.
-    """
+    """The terms of the reward and how they are combined."""
 
     combine: str = "product"
+    """How an answer's terms become one value: `product`, or `weighted_sum` (divided by the sum of the weights)."""
     terms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Reward terms: name -> parameters. Two parameters are read here and not passed on: `target`, the name or the
+    dotted path (`package.module:attribute`) of the term where the key is another name, and `weight` (above 0,
+    default 1; with `reward.combine=weighted_sum` only). There is no default term: a file's terms would be merged
+    with it.
+    """
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINES:

@@ -38,7 +38,7 @@ class Scorer:
     def score(self, jobs: tuple[RewardJob, ...]) -> tuple[tuple[RewardResult, ...], ...]:
         """Per job, one result per stream."""
         return tuple(
-            tuple(self._reward(StreamOutcome(job.task, turns, job.chunk_seconds)) for turns in job.turns)
+            tuple(self._reward(StreamOutcome(job.task, turns, job.plan.chunk_seconds)) for turns in job.turns)
             for job in jobs
         )
 
@@ -65,8 +65,8 @@ def play(reward: Reward, jobs: Sequence[ScriptedJob], think_tokens: int, over: f
     for job in jobs:
         if played and time.monotonic() > over:
             break
-        turns = oracle_turns(job.task, job.chunk_seconds, job.turns, job.fits, think_tokens)
-        played.append(reward(StreamOutcome(job.task, turns, job.chunk_seconds)))
+        turns = oracle_turns(job.task, job.plan, job.fits, think_tokens)
+        played.append(reward(StreamOutcome(job.task, turns, job.plan.chunk_seconds)))
     return tuple(played)
 
 

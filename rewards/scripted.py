@@ -9,16 +9,12 @@ import functools
 from collections.abc import Mapping
 
 from rewards.outcome import due_answers, most_recently_due
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.turns import ParsedTurn
 
 
 def oracle_turns(
-    task: StreamTask,
-    chunk_seconds: float,
-    num_turns: int,
-    fits: Mapping[int, str] | None = None,
-    think_tokens: int = 0,
+    task: StreamTask, plan: Plan, fits: Mapping[int, str] | None = None, think_tokens: int = 0
 ) -> tuple[ParsedTurn, ...]:
     """Every expected answer in its due turn, silence elsewhere.
 
@@ -27,9 +23,9 @@ def oracle_turns(
     turn are not said. fits: of these answers (by index), which are longer than a turn, that much is said.
     think_tokens: length of every turn's think span.
     """
-    waiting = {answer.index: answer for answer in due_answers(task, chunk_seconds)}
+    waiting = {answer.index: answer for answer in due_answers(task, plan.chunk_seconds)}
     turns = []
-    for turn in range(num_turns):
+    for turn in range(plan.turns):
         due = most_recently_due(waiting.values(), turn) if waiting else None
         if due is None:
             turns.append(_silent(turn, think_tokens))

@@ -14,12 +14,11 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from conf.age import age_bound
 from evals.best import named_best
 from rewards.compose import RewardResult
-from rl.advantages import group_advantages
+from rl.algorithms.base import train_batch
+from rl.algorithms.table import make_algorithm
 from rl.buffer import GroupBuffer
 from rl.idle import IdleWatch
 from rl.metrics import StepClock, mean_reward, step_metrics
@@ -43,21 +42,10 @@ from streams.messages import (
     RolloutTask,
     ScoreReport,
     SwapReport,
-    TrainBatch,
-    TrainGroup,
     TrainReport,
 )
 from streams.support.byte_cache import ByteBudgetCache
 from streams.task import StreamTask
-
-
-def _advantages(results: tuple[RewardResult, ...], kind: str) -> tuple[float, ...]:
-    """One advantage per stream; a stream whose reward failed has none (0) and does not count in its group's mean."""
-    scored = [i for i, result in enumerate(results) if result.failed is None]
-    advantages = np.zeros(len(results))
-    if len(scored) > 1:
-        advantages[scored] = group_advantages(np.array([results[i].total for i in scored]), kind)
-    return tuple(float(a) for a in advantages)
 
 
 class RLLoop:
@@ -155,21 +143,20 @@ class RLLoop:
         """
         payloads = []
         for i, worker in enumerate(self.session.workers):
-            epoch, task = next(self._source)
-            request = self._request(epoch, task, f"published-{i}/{task.id}")
+            _, task = next(self._source)
+            request = self._request(task, f"published-{i}/{task.id}")
             summary, payload = worker.rollout.options(num_returns=2).remote(request)
             if self.session.call(summary, f"a group on the published weights of worker {i}").failed is None:
                 payloads.append(payload)
         report = self.session.call(self.session.learners.score(tuple(payloads)), "the published weights' scores")
         return report
 
-    def _request(self, epoch: int, task: StreamTask, group: str) -> RolloutTask:
+    def _request(self, task: StreamTask, group: str) -> RolloutTask:
         return RolloutTask(
             group=group,
-            epoch=epoch,
             task=task,
+            plan=self.config.data.plan_of(task),
             streams=self.config.algorithm.group_size,
-            turns=self.config.data.turns_of(task),
             temperature=self.config.rollout.temperature,
             features=self._features.get(task.id),
         )
@@ -202,17 +189,18 @@ class RLLoop:
     def _dispatch(self, worker: int) -> None:
         epoch, task = next(self._source)
         ticket = self.buffer.admit()
-        request = self._request(epoch, task, group_id(epoch, task))
+        request = self._request(task, group_id(epoch, task))
         self._load[worker] += 1
         self._seen_tasks.add(task.id)
         summary, payload = self.session.workers[worker].rollout.options(num_returns=2).remote(request)
         self.events.expect(
             summary,
             f"group {request.group} on rollout worker {worker}",
-            lambda value: self._rolled_out(value, payload, task, ticket, worker),
+            lambda value: self._rolled_out(value, payload, request, ticket, worker),
         )
 
-    def _rolled_out(self, summary: GroupSummary, payload: Any, task: StreamTask, ticket: int, worker: int) -> None:
+    def _rolled_out(self, summary: GroupSummary, payload: Any, request: RolloutTask, ticket: int, worker: int) -> None:
+        task = request.task
         self._load[worker] -= 1
         self.monitor.observe(f"rollout worker {worker}", summary.monitor, summary.off)
         if summary.failed is not None:
@@ -220,7 +208,7 @@ class RLLoop:
             return
         if summary.features is not None:
             self._features.put(task.id, summary.features, summary.feature_bytes)
-        job = RewardJob(summary.group, task, summary.turns, self.config.data.video.chunk_seconds_of(task))
+        job = RewardJob(summary.group, task, request.plan, summary.turns)
         self.events.expect(
             self.session.scorer.score.remote((job,)),
             f"the scores of group {summary.group}",
@@ -273,26 +261,8 @@ class RLLoop:
         groups = self.buffer.next_batch()
         if groups is None:
             return
-        algorithm = self.config.algorithm
         ages = [self.buffer.check_age(self.version, g.summary.oldest_version, g.summary.group) for g in groups]
-        batch = TrainBatch(
-            step=self.version,
-            loss="grpo",
-            groups=tuple(
-                TrainGroup(
-                    g.summary.group,
-                    g.payload,
-                    _advantages(g.results, algorithm.advantage),
-                    g.summary.log_tokens,
-                )
-                for g in groups
-            ),
-            settings={
-                "clip_low": algorithm.clip_low,
-                "clip_high": algorithm.clip_high,
-                "kl_coef": algorithm.kl_coef,
-            },
-        )
+        batch = train_batch(self.version, make_algorithm(self.config.algorithm), groups)
         self._training = True
         report, weights = self.session.learners.train(batch)
         self.events.expect(

@@ -18,14 +18,14 @@ from typing import Any
 
 from conf.schema import RunConfig
 from evals.best import evaluated
-from evals.heldout import Condition, ScoredStream, collect, failed_turns, stream_request
+from evals.heldout import Condition, ScoredStream, collect, stream_request, watched_job
 from rl.versions import WeightLedger
 from runtime.cluster.events import Events
 from runtime.cluster.session import Session
 from runtime.mismatch_gate import Monitor
 from runtime.tracking.metric_names import metric_name
 from streams.log.mismatch import LogpDiff
-from streams.messages import GroupSummary, RewardJob, ScoreReport
+from streams.messages import GroupSummary, RewardJob, RolloutTask, ScoreReport
 from streams.task import StreamTask
 
 SHARE = 4
@@ -118,10 +118,12 @@ class PeriodicEvaluation:
         self.events.expect(
             summary,
             f"the evaluation of {task.id} on rollout worker {worker}",
-            lambda value: self._watched(running, value, payload, task, worker),
+            lambda value: self._watched(running, value, payload, request, worker),
         )
 
-    def _watched(self, running: _Running, summary: GroupSummary, payload: Any, task: StreamTask, worker: int) -> None:
+    def _watched(
+        self, running: _Running, summary: GroupSummary, payload: Any, request: RolloutTask, worker: int
+    ) -> None:
         self._load[worker] -= 1
         self._monitor.observe(f"rollout worker {worker}", summary.monitor, summary.off)
         scores = None if summary.failed is not None else self._score(summary, payload)
@@ -133,11 +135,9 @@ class PeriodicEvaluation:
                 f"the learner's scores of {summary.group}",
                 lambda report: self._compared(running, report, summary),
             )
-        turns = summary.turns if summary.failed is None else (failed_turns(self.config, task),)
         running.failed.append(summary.failed)
         running.versions.update(summary.versions)
-        chunk = self.config.data.video.chunk_seconds_of(task)
-        running.jobs.append(RewardJob(task.id, task, turns, chunk))
+        running.jobs.append(watched_job(request, summary))
         self.pump()
 
     def _compared(self, running: _Running, report: ScoreReport, summary: GroupSummary) -> None:
@@ -151,7 +151,7 @@ class PeriodicEvaluation:
         result = collect(
             "trained",
             tuple(
-                ScoredStream(job.task, job.turns[0], score, failed=failed)
+                ScoredStream(job.task, job.plan, job.turns[0], score, failed=failed)
                 for job, score, failed in zip(running.jobs, results, running.failed, strict=True)
             ),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
@@ -12,8 +11,6 @@ from evals.stage import ROWS as HELDOUT
 from rl.loop import RLLoop
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
-from runtime.starting_point import cold_start, reference_of_branch
-from streams.checkpoint.folder import resolve_checkpoint
 
 ROWS = RowUse("rl", "train", trains=True, own_checkpoint=lambda config: config.algorithm.init != "auto")
 
@@ -21,9 +18,11 @@ ROWS = RowUse("rl", "train", trains=True, own_checkpoint=lambda config: config.a
 def run(run: Run) -> dict[str, Any]:
     """Train on rollouts of the rows that can be answered."""
     config = run.config
-    checkpoint, tasks = run.start_from(ROWS, lambda: _start(run))
+    checkpoint, tasks = run.start_from(ROWS, lambda: run.start.of_rl(run.initial_model))
     steps = config.rl_steps(len(tasks))
-    reference = _reference(run) if config.algorithm.kl_coef else None
+    reference = None
+    if config.algorithm.kl_coef:
+        reference = run.start.reference(run.store.read("rl").get("origin"), run.initial_model)
     context = run.prepare("rl", checkpoint, config.rl_learner(steps), steps, tasks, reference=reference)
     loop = RLLoop(context, tasks, run.files.tasks("heldout") if config.eval.every else ())
     with run.stop.deferred():
@@ -36,24 +35,6 @@ def run(run: Run) -> dict[str, Any]:
     )
     run.monitor.judge("learner, on the published weights", result.published, loop.published_off)
     return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["rl"].kept]}
-
-
-def _start(run: Run) -> Path:
-    """The weights that RL begins with."""
-    if run.config.algorithm.init != "auto":
-        return resolve_checkpoint(run.config.algorithm.init, "algorithm.init")
-    return cold_start(run.root) or run.initial_model()
-
-
-def _reference(run: Run) -> Path:
-    """What RL's KL is measured against: where RL started, also after a resume."""
-    given = run.config.algorithm.reference
-    if given != "auto":
-        return resolve_checkpoint(given, "algorithm.reference")
-    origin = run.store.read("rl").get("origin")
-    if origin and run.config.algorithm.init == "auto":
-        return reference_of_branch(Path(origin)) or run.initial_model()
-    return _start(run)
 
 
 def _uses(config: RunConfig) -> tuple[RowUse, ...]:

@@ -16,22 +16,30 @@ SELF_CHECK_HEAD = 256
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """workers: actor processes. max_streams: streams that one engine runs at once. kv_memory_mb: its KV pool,
-    0 = what max_streams of the longest streams can fill, or what the device has left.
-
-    group_deadline_s: a group not finished by then is dropped and counted. threads: torch threads of a worker.
-    attention: the engine's backend; `auto` = FlashInfer where it runs (CUDA, half precision, installed), else torch.
-    """
+    """The rollout workers and their engines."""
 
     workers: int = 2
+    """Rollout actors, each with one engine."""
     max_streams: int = 64
+    """Streams that one engine runs at once."""
     kv_memory_mb: int = 0
+    """MiB of an engine's KV pool; 0 = what `rollout.max_streams` of the longest streams can fill, or what the
+    device has left.
+    """
     temperature: float = 1.0
+    """Sampling temperature, above 0; the learner scores with the same."""
     top_k: int = 0
+    """Tokens that sampling is limited to. Must be 0 (no limit): the learner cannot score truncated sampling yet."""
     top_p: float = 1.0
+    """Probability mass that sampling is limited to. Must be 1 (no limit), as for `rollout.top_k`."""
     group_deadline_s: float = 120.0
+    """Seconds from a group's first step; a group that takes longer is dropped and counted."""
     threads: int = 1
+    """Torch CPU threads of a worker."""
     attention: str = "auto"
+    """Attention kernel of the engine: `flashinfer`, `torch`, or `auto` = flashinfer where it runs (CUDA, half
+    precision, installed), else torch.
+    """
 
     def __post_init__(self) -> None:
         for key in ("workers", "max_streams", "threads"):

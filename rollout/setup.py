@@ -1,10 +1,16 @@
-"""What a rollout worker is made from, and what it tells about itself once it stands."""
+"""What a rollout worker is set up with for a stage, and what it reports once it is loaded.
+
+Invariants:
+* values are those of the run's configs, which have validated them; nothing is re-listed here that a config can carry;
+* importing it loads neither torch nor ray.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from rollout.config import RolloutConfig
 from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
@@ -13,12 +19,36 @@ from streams.video.config import VideoConfig
 
 
 @dataclass(frozen=True)
+class SelfCheckSetup:
+    """How a worker compares its engine with the learner's scoring, on its own weights.
+
+    Attributes:
+        every: re-score every N-th finished stream of one weight version; 0 for none.
+        outlier_above: a token whose log-probs differ by more than this, in nats, is reported by name.
+        attention: the kernel that the learner is asked to score with.
+    """
+
+    every: int
+    outlier_above: float = math.inf
+    attention: str = "auto"
+
+
+@dataclass(frozen=True)
 class WorkerSetup:
     """What a rollout worker needs before its first group.
 
-    kv_slots: tokens of its KV pool. staging: where fetched weights wait, `device` or `host`. monitor_every: re-score every
-    N-th stream of one version; off_above: the difference from which on a token of it is named; scoring_attention: what the
-    learner is asked to score with.
+    Attributes:
+        checkpoint: folder to load.
+        dtype: of the weights on the worker.
+        layout, memory, video, rollout: the run's settings. A task may override the memory.
+        boundary: the freeze boundary of the stage's learner.
+        kv_slots: tokens that the KV pool has room for.
+        run_seed: what the streams' seeds are derived from.
+        self_check: how the engine is compared with the learner's scoring.
+        version: of the checkpoint's weights.
+        staging: where fetched weights wait for the swap, `device` or `host`.
+        vision_attention: the kernel of the vision tower.
+        messages_version: of the driver; a worker of another version refuses the setup.
     """
 
     checkpoint: str
@@ -26,16 +56,13 @@ class WorkerSetup:
     layout: LayoutConfig
     memory: MemoryConfig
     video: VideoConfig
+    rollout: RolloutConfig
     boundary: Boundary
-    max_streams: int
     kv_slots: int
-    monitor_every: int
     run_seed: int
+    self_check: SelfCheckSetup
     version: int = 0
-    off_above: float = math.inf
-    scoring_attention: str = "auto"
     staging: str = "device"
-    attention: str = "auto"
     vision_attention: str = "auto"
     messages_version: int = MESSAGES_VERSION
 

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +49,13 @@ log = logging.getLogger("sightline.rollout")
 class RolloutWorker:
     """Actor class; made a Ray actor by `runtime.cluster.session` with the placement's resources."""
 
-    def __init__(self, worker: int, threads: int, deadline_s: float, cache_mb: int) -> None:
+    def __init__(self, worker: int, threads: int, cache_mb: int) -> None:
         open_actor_log()
         import torch
 
-        from rollout.service import ServiceLimits
-
         torch.set_num_threads(threads)
         self._worker = worker
-        self._limits = ServiceLimits(cache_mb=cache_mb, deadline_s=deadline_s)
+        self._cache_mb = cache_mb
         self._service: RolloutService | None = None
 
     async def device(self) -> DeviceInfo:
@@ -99,7 +98,12 @@ class RolloutWorker:
 
         await self._close_service()
         self._service = await asyncio.to_thread(
-            RolloutService, self._worker, setup, self._limits, _put, self._get_array
+            RolloutService,
+            self._worker,
+            setup,
+            self._cache_mb,
+            _put,
+            partial(_get, timeout_s=setup.rollout.group_deadline_s),
         )
         log.info(
             "loaded %s as version %d, %d KV slots", setup.checkpoint, setup.version, self._service.engine.pool.capacity
@@ -125,7 +129,7 @@ class RolloutWorker:
         """`update` holds one object reference (in a list, so that Ray does not fetch it before the call)."""
         service = self._ready()
         began = time.monotonic()
-        fetched: WeightsUpdate = await asyncio.wait_for(update[0], timeout=self._limits.deadline_s)
+        fetched: WeightsUpdate = await asyncio.wait_for(update[0], timeout=service.setup.rollout.group_deadline_s)
         with _closed_means_cancelled():
             future = await asyncio.to_thread(service.stage, fetched, time.monotonic() - began)
             return await asyncio.wrap_future(future)
@@ -153,9 +157,6 @@ class RolloutWorker:
             raise RuntimeError("the rollout worker was used before setup()")
         return self._service
 
-    def _get_array(self, reference: Any) -> np.ndarray:
-        return ray.get(reference, timeout=self._limits.deadline_s)
-
 
 @contextmanager
 def _closed_means_cancelled() -> Iterator[None]:
@@ -170,3 +171,7 @@ def _closed_means_cancelled() -> Iterator[None]:
 
 def _put(array: np.ndarray) -> Any:
     return ray.put(array)
+
+
+def _get(reference: Any, *, timeout_s: float) -> np.ndarray:
+    return ray.get(reference, timeout=timeout_s)

@@ -104,9 +104,8 @@ def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWor
 
 def _findings(config: RunConfig, task: StreamTask, said: RowWords, use: RowUse) -> list[Finding]:
     """Everything that cannot be answered, a refusal of the whole row first."""
-    chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
     found = [Finding(*said.refused)] if said.refused is not None else []
-    found += untimely(task, chunk, turns, config.data.max_turns)
+    found += untimely(task, config.data.plan_of(task), config.data.max_turns)
     if use.script or not asks_for_the_words(config):
         return found  # a demonstration that is too long is refused as a whole
     for i, text in said.fits.items():
@@ -175,12 +174,7 @@ def play_oracle(
     # Spread over the file, in case there is no time for all.
     order = np.random.default_rng(0).permutation(len(tasks)) if math.isfinite(seconds) else range(len(tasks))
     chosen = [tasks[int(i)] for i in order]
-    jobs = tuple(
-        ScriptedJob(
-            task, config.data.video.chunk_seconds_of(task), config.data.turns_of(task), dict(fits.get(task.id, {}))
-        )
-        for task in chosen
-    )
+    jobs = tuple(ScriptedJob(task, config.data.plan_of(task), dict(fits.get(task.id, {}))) for task in chosen)
     reply = session.scorer.oracle.remote(jobs, config.layout.think_budget, seconds)
     results, think_tokens = session.call(reply, "the scores of the scripted oracle")
     return OracleReport(tuple(zip(chosen, results, strict=False)), think_tokens)

@@ -18,7 +18,7 @@ from conf.schema import RunConfig
 from conf.streaming import streaming_settings
 from learner.config import LearnerConfig
 from learner.setup import LearnerSetup
-from rollout.setup import WorkerSetup
+from rollout.setup import SelfCheckSetup, WorkerSetup
 from runtime.checks import Rows, describe
 from runtime.cluster.session import Session
 from runtime.context import StageContext
@@ -28,6 +28,7 @@ from runtime.planning.disk import check_disk, checkpoint_size
 from runtime.planning.plan import MemoryPlan, plan_run
 from runtime.planning.usage import usage_lines, usage_report, write_usage
 from runtime.rows import RowUse
+from runtime.starting_point import StartingPoint
 from runtime.stop import Requeue, StopSignal
 from runtime.store.journal import journal_path, read_lines
 from runtime.store.manifests import TRAINING, StageStore, clear, flat, plain
@@ -69,6 +70,7 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
+        start: StartingPoint,
         stages: Mapping[str, Stage],
         store: StageStore,
         progress: Progress,
@@ -76,6 +78,7 @@ class Run:
         stop: StopSignal,
     ) -> None:
         self.config, self.store, self.progress, self.lock, self.stop = config, store, progress, lock, stop
+        self.start = start
         self.stages = {name: stages[name] for name in config.job.stages}
         self.root = config.root.resolve()
         self.began = time.monotonic()
@@ -86,7 +89,7 @@ class Run:
         self._devices: list[DeviceInfo] = []
         self._checked: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True)
-        for line in [*describe(config), *config.notes()]:
+        for line in [*describe(config, start), *config.notes()]:
             progress.say(line)
         plans = store.plans
         training = any(stage in TRAINING for stage in plans)
@@ -180,7 +183,7 @@ class Run:
         self.progress.say(
             check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
         )
-        turns = max((self.config.data.turns_of(task) for task in tasks), default=1)
+        turns = max((self.config.data.plan_of(task).turns for task in tasks), default=1)
         self.progress.say(check_features(self.config, geometry, stage, turns))
         session = self.ready_session()
         self.plan_memory(geometry)
@@ -268,16 +271,17 @@ class Run:
             layout=config.layout,
             memory=config.memory,
             video=config.data.video,
+            rollout=config.rollout,
             boundary=boundary,
-            max_streams=config.rollout.max_streams,
             kv_slots=self._memory.kv_slots,
-            staging=config.weights.staging,
-            monitor_every=config.monitor.every,
-            off_above=self.monitor.limits.token,
             run_seed=config.seed,
+            self_check=SelfCheckSetup(
+                every=config.monitor.every,
+                outlier_above=self.monitor.limits.token,
+                attention=config.learner.attention,
+            ),
             version=version,
-            attention=config.rollout.attention,
-            scoring_attention=config.learner.attention,
+            staging=config.weights.staging,
             vision_attention=config.model.vision_attention,
         )
 
@@ -285,9 +289,9 @@ class Run:
         return LearnerSetup(
             checkpoint=str(checkpoint),
             layout=self.config.layout,
-            learner=asdict(learner),
+            learner=learner,
             total_steps=steps,
             seed=self.config.seed,
-            off_above=self.monitor.limits.token,
+            outlier_above=self.monitor.limits.token,
             vision_attention=self.config.model.vision_attention,
         )

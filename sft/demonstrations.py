@@ -15,12 +15,10 @@ import numpy as np
 from conf.schema import RunConfig
 from conf.training import SftConfig
 from streams.messages import ScriptedTurn
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 
 
-def script_for(
-    task: StreamTask, turns: int, chunk_seconds: float, config: SftConfig, *, seed: int, epoch: int
-) -> tuple[ScriptedTurn, ...]:
+def script_for(task: StreamTask, plan: Plan, config: SftConfig, *, seed: int, epoch: int) -> tuple[ScriptedTurn, ...]:
     """One ScriptedTurn per turn, items in the chunk that holds their time.
 
     An answer that would come late beyond the last turn is said in it.
@@ -30,34 +28,35 @@ def script_for(
     thoughts: dict[int, str] = {}
     for item in task.thoughts:
         # Several thoughts of one chunk are one thought there: a longer chunk gathers what shorter ones would hold.
-        chunk = task.chunk_of(item.time, chunk_seconds)
+        chunk = task.chunk_of(item.time, plan.chunk_seconds)
         thoughts[chunk] = " ".join(part for part in (thoughts.get(chunk, ""), item.text) if part)
     said: dict[int, list[str]] = {}
     for answer in task.answers:
-        due = task.chunk_of(answer.time, chunk_seconds)
-        if due >= turns:
+        due = task.chunk_of(answer.time, plan.chunk_seconds)
+        if due >= plan.turns:
             # The stream is cut before: it must not learn to answer what has not happened.
             continue
         turn = due
         if rng.random() < config.late_probability:
             turn += int(rng.integers(config.late_min, config.late_max + 1))
-        turn = min(turn, turns - 1)
+        turn = min(turn, plan.turns - 1)
         said.setdefault(turn, []).append(answer.text)
         if config.pending_thought:
             for pending in range(due, turn + 1):
                 thought = thoughts.get(pending, "")
                 thoughts[pending] = config.pending_thought.format(thought=thought, answer=answer.text)
     return tuple(
-        ScriptedTurn(thoughts.get(turn, ""), " ".join(said[turn]) if turn in said else None) for turn in range(turns)
+        ScriptedTurn(thoughts.get(turn, ""), " ".join(said[turn]) if turn in said else None)
+        for turn in range(plan.turns)
     )
 
 
 def scripted_words(config: RunConfig, task: StreamTask) -> tuple[tuple[int, ScriptedTurn], ...]:
     """The turns with words of the demonstration that is in time: every epoch's holds at least these words."""
     prompt = replace(config.sft, late_probability=0.0)
-    chunk, turns = config.data.video.chunk_seconds_of(task), config.data.turns_of(task)
-    script = script_for(task, turns, chunk, prompt, seed=config.seed, epoch=0)
-    due = Counter(task.chunk_of(answer.time, chunk) for answer in task.answers)
+    plan = config.data.plan_of(task)
+    script = script_for(task, plan, prompt, seed=config.seed, epoch=0)
+    due = Counter(task.chunk_of(answer.time, plan.chunk_seconds) for answer in task.answers)
     found = []
     for turn, words in enumerate(script):
         if due[turn] > 1 and config.sft.late_probability:

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from conf.schema import RunConfig
+from learner.messages import TrainBatch, TrainGroup
 from runtime.checkpointer import Checkpointer
 from runtime.context import StageContext
 from runtime.stop import Requeue
@@ -23,7 +24,7 @@ from runtime.store.journal import StepJournal, journal_path
 from runtime.task_order import epochs, group_id
 from sft.demonstrations import script_for
 from streams.data.dataset import SkippedSample, at_row
-from streams.messages import GroupSummary, ScriptTask, TrainBatch, TrainGroup, TrainReport
+from streams.messages import GroupSummary, ScriptTask, TrainReport
 from streams.task import StreamTask
 
 AHEAD = 2
@@ -65,7 +66,6 @@ class SftLoop:
         """All optimiser steps of the stage, then the checkpoint `checkpoints/sft/final`."""
         context, total = self.context, self.context.steps
         context.tracker.commit(self.journal.take(self.result.steps))
-        settings = self._settings()
         pending: tuple[Any, tuple[str, ...]] | None = None
         while self.result.steps + (pending is not None) < total:
             if context.stop.requested:
@@ -74,7 +74,7 @@ class SftLoop:
             groups = [next(self._samples) for _ in range(self.config.sft.batch)]
             step = self.result.steps + (pending is not None)
             members = tuple(TrainGroup(s.group, payload, tokens=s.log_tokens) for s, payload in groups)
-            batch = TrainBatch(step, "sft", members, settings, publish=False)
+            batch = TrainBatch(step, self.config.sft.loss, members, publish=False)
             # Collect the step before only now: the learner never waits for the driver.
             self._collect(pending)
             pending = (
@@ -89,14 +89,6 @@ class SftLoop:
         self._save(final=True)
         self._finish_saves(0)
         return self.result
-
-    def _settings(self) -> dict[str, float]:
-        sft = self.config.sft
-        return {
-            "balance_decisions": float(sft.balance_decisions),
-            "decision_weight_clamp": sft.decision_weight_clamp,
-            "answer_weight": sft.answer_weight,
-        }
 
     def _lay_out(self) -> Iterator[tuple[GroupSummary, Any]]:
         """Laid-out demonstrations for ever, in the order of the epochs, some batches ahead."""
@@ -177,6 +169,6 @@ class SftLoop:
 
 def _scripts(config: RunConfig, tasks: tuple[StreamTask, ...], done: frozenset[str]) -> Iterator[ScriptTask]:
     for epoch, task in epochs(tasks, config.seed, done):
-        chunk = config.data.video.chunk_seconds_of(task)
-        script = script_for(task, config.data.turns_of(task), chunk, config.sft, seed=config.seed, epoch=epoch)
-        yield ScriptTask(group_id(epoch, task), task, script)
+        plan = config.data.plan_of(task)
+        script = script_for(task, plan, config.sft, seed=config.seed, epoch=epoch)
+        yield ScriptTask(group_id(epoch, task), task, plan, script)

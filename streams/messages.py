@@ -1,4 +1,4 @@
-"""Every dataclass that crosses a process boundary: frozen, in one place.
+"""Every dataclass that crosses between actors: frozen, in one place. (What one actor alone is sent lives with it.)
 
 Invariants: a message is a value (nobody changes it after sending); large arrays sit in payloads that
 travel by object reference from the process that made them to the one that needs them, never through the driver.
@@ -16,7 +16,7 @@ from streams.data.dataset import Reason
 from streams.log.mismatch import LogpDiff, OffToken
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.turns import ParsedTurn
 
 MESSAGES_VERSION = 8
@@ -24,7 +24,7 @@ MESSAGES_VERSION = 8
 
 @dataclass(frozen=True)
 class RolloutTask:
-    """One group to run: `streams` sampled copies watching one task for `turns` turns.
+    """One group to run: `streams` sampled copies watching one task as `plan` says.
 
     temperature 0 is greedy. features: object reference of the clip at the freeze boundary (see GroupPayload) if some
     worker has encoded it, else None.
@@ -32,10 +32,9 @@ class RolloutTask:
     """
 
     group: str
-    epoch: int
     task: StreamTask
+    plan: Plan
     streams: int
-    turns: int
     temperature: float
     features: Any = None
     memory: MemoryConfig | None = None
@@ -52,10 +51,11 @@ class ScriptedTurn:
 
 @dataclass(frozen=True)
 class ScriptTask:
-    """One demonstration to lay out as a log: the task and one scripted turn per chunk."""
+    """One demonstration to lay out as a log: the task and one scripted turn for every turn of the plan."""
 
     group: str
     task: StreamTask
+    plan: Plan
     script: tuple[ScriptedTurn, ...]
 
 
@@ -84,14 +84,13 @@ class RowWords:
 
 @dataclass(frozen=True)
 class ScriptedJob:
-    """A row to be played by the scripted oracle and scored: for `turns` turns of `chunk_seconds` seconds.
+    """A row to be played by the scripted oracle and scored.
 
     fits: as in RowWords: of these answers the oracle says that much.
     """
 
     task: StreamTask
-    chunk_seconds: float
-    turns: int
+    plan: Plan
     fits: dict[int, str] = field(default_factory=dict)
 
 
@@ -114,7 +113,8 @@ class GroupPayload:
 class GroupSummary:
     """The light half of a group, for driver and scorer. `failed` says why there is no payload; None if all went well.
 
-    oldest_version: of any token in the group. versions: weight versions seen by its tokens. tokens: sampled tokens.
+    targets: tokens that the learner trains on, by stream and turn. oldest_version: of any token in the group. versions:
+    weight versions seen by its tokens. tokens: sampled tokens.
     monitor: worker-side mismatch of the re-scored streams of this group; off: the token to look at. features: object
     reference to the clip at the freeze boundary or None, and its size.
     """
@@ -123,6 +123,7 @@ class GroupSummary:
     task_id: str
     worker: int
     turns: tuple[tuple[ParsedTurn, ...], ...] = ()
+    targets: tuple[tuple[int, ...], ...] = ()
     oldest_version: int = 0
     versions: tuple[int, ...] = ()
     tokens: int = 0
@@ -167,35 +168,7 @@ class WorkerStats:
     """Counters since the worker's setup."""
 
     worker: int
-    busy_s: float
-    total_s: float
-    sampled_tokens: int
-    engine_steps: int
     clips_encoded: int
-
-
-@dataclass(frozen=True)
-class TrainGroup:
-    """One group as the learner trains it. payload: GroupPayload or object reference; advantages: one per stream.
-
-    tokens: of all its logs (GroupSummary.log_tokens); groups are shared out over the learner's ranks by it.
-    """
-
-    group: str
-    payload: Any
-    advantages: tuple[float, ...] = ()
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """One optimiser step. loss: "grpo" or "sft"; settings: the loss's own knobs; publish: hand out the new weights."""
-
-    step: int
-    loss: str
-    groups: tuple[TrainGroup, ...]
-    settings: dict[str, float] = field(default_factory=dict)
-    publish: bool = True
 
 
 @dataclass(frozen=True)
@@ -226,9 +199,9 @@ class ScoreReport:
 
 @dataclass(frozen=True)
 class RewardJob:
-    """Streams of one group to be scored."""
+    """Streams of one group to be scored: what each thought and said, and the plan that they ran by."""
 
     group: str
     task: StreamTask
+    plan: Plan
     turns: tuple[tuple[ParsedTurn, ...], ...]
-    chunk_seconds: float

@@ -55,6 +55,18 @@ class ExpectedAnswer:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How a stream over one task runs: `turns` chunks of `chunk_seconds` seconds each.
+
+    Made once, when the task is drawn (`DataConfig.plan_of`), and carried from there: whoever runs, scores or writes down the
+    stream goes by this one.
+    """
+
+    turns: int
+    chunk_seconds: float
+
+
+@dataclass(frozen=True)
 class TimedThought:
     """A demonstrated thought for the chunk that holds `time`."""
 

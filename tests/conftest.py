@@ -31,7 +31,7 @@ def learner_process() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def one_rank():
     """The lone learner rank of this process."""
-    from learner.ranks import Ranks
+    from learner.parallel.ranks import Ranks
     from learner.setup import RankPlace
 
     ranks = Ranks(RankPlace())

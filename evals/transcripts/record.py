@@ -82,8 +82,7 @@ def _write(
                 log = None
                 if stream.payload is not None:
                     log = session.call(stream.payload, f"the log of {task}").logs[0]
-                # The clock that the stream was run and scored by.
-                line = record(name, stream, log, config.data.video.chunk_seconds_of(stream.task), timing)
+                line = record(name, stream, log, timing)
                 texts.append(dumps(line, ensure_ascii=False) + "\n")
             except Exception as error:  # noqa: BLE001 - named boundary: one stream's transcript
                 left_out.append(f"{name}: no transcript of {task}: {type(error).__name__}: {error}")
@@ -103,15 +102,13 @@ def _write(
     return page, (*left_out, *notes)
 
 
-def record(
-    result: str, stream: ScoredStream, log: StreamLog | None, chunk_seconds: float, timing: Timing
-) -> dict[str, Any]:
+def record(result: str, stream: ScoredStream, log: StreamLog | None, timing: Timing) -> dict[str, Any]:
     """One stream in format 1.
 
     log: None if it could not be run; what only the log knows is null then.
-    chunk_seconds: of this task (`VideoConfig.chunk_seconds_of`), the clock that it was scored by.
     """
-    task = stream.task
+    # The clock that the stream was run and scored by.
+    task, chunk_seconds = stream.task, stream.plan.chunk_seconds
     memory = turn_memory(log) if log is not None else ()
     chunks = {chunk.turn: chunk for chunk in log.chunks} if log is not None else {}
     video = lives(log, (Kind.VIDEO,)) if log is not None else ()
@@ -143,7 +140,7 @@ def record(
         "components": stream.result.components,
         "reward_failed": stream.result.failed,
         "queries": [asdict(q) | {"turn": task.chunk_of(q.time, chunk_seconds)} for q in task.queries],
-        "answers": _answers(stream, chunk_seconds, timing),
+        "answers": _answers(stream, timing),
         "turns": turns,
     }
 
@@ -159,11 +156,12 @@ def outcome(answer: AnswerResult) -> str:
     return "late" if answer.response_turn > answer.due_turn else "early"
 
 
-def _answers(stream: ScoredStream, chunk_seconds: float, timing: Timing) -> list[dict[str, Any]]:
+def _answers(stream: ScoredStream, timing: Timing) -> list[dict[str, Any]]:
     said = {turn.turn: turn.response for turn in stream.turns}
     task: StreamTask = stream.task
+    dues = due_answers(task, stream.plan.chunk_seconds)
     lines = []
-    for due, expected, got in zip(due_answers(task, chunk_seconds), task.answers, stream.result.answers, strict=True):
+    for due, expected, got in zip(dues, task.answers, stream.result.answers, strict=True):
         scores = [
             (turn, timing_score(turn, due.due_turn, due.query_turn, **asdict(timing))) for turn in range(len(said))
         ]

@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 from conf.schema import RunConfig
-from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from evals.watch.watched import WatchedFile, WatchedTurn
 from runtime.checks import check_memory
-from streams.checkpoint.folder import resolve_checkpoint
+from runtime.starting_point import StartingPoint
+from streams.checkpoint.folder import STREAMING_FILE, resolve_checkpoint
 from streams.checkpoint.weights import check_weights
 from streams.support.strict_json import dumps
 from streams.task import TimedQuery
@@ -59,16 +59,13 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
         checkpoint = checkpoint / "hf"  # one of our checkpoints: its export
     for warning in check_weights(checkpoint).warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    saved = read_streaming(checkpoint)
-    if not saved:
+    if not (checkpoint / STREAMING_FILE).is_file():
         print(
             f"warning: {checkpoint} has no streaming.json: watching with the configuration's settings", file=sys.stderr
         )
-    applied = apply_streaming(config, saved, overridden_keys(overrides))
-    for conflict in applied.conflicts:
-        print(f"warning: {conflict}; the override is used", file=sys.stderr)
-    config = replace(applied.config, model=replace(applied.config.model, path=str(checkpoint)))
-    check_memory(config)
+    start = StartingPoint.at(replace(config, model=replace(config.model, path=str(checkpoint))), checkpoint)
+    config = start.respected(overrides, lambda line: None, lambda line: print(f"warning: {line}", file=sys.stderr))
+    check_memory(config, start)
     return checkpoint, config
 
 

@@ -18,8 +18,9 @@ import torch
 
 from conf.schema import RunConfig
 from evals.watch.watched import WatchedFile, WatchedTurn
-from rollout.engine.engine import Engine, StreamRequest, stream_bound
+from rollout.engine.engine import Engine
 from rollout.engine.kv_pool import KVPool
+from rollout.engine.request import StreamRequest, stream_bound
 from streams.backbone.backbone import Backbone
 from streams.log.record import GENERATED, Kind, LogHeader
 from streams.memory import CONTIGUOUS, knobs, make_policy

@@ -1,9 +1,12 @@
-"""What a step rotates itself: the rows of streams with contiguous positions, and their older keys at the start of a turn.
+"""What a step rotates itself: the rows of streams with contiguous positions, and their older keys when a turn begins.
 
-Streams of both kinds share a step: transformers rotates native rows by their position ids and contiguous ones
-by 0; the plan rotates the latter by their native ids and the former by 0, which changes nothing. Invariants: the pool's keys
-are always those that attention reads; a key of a contiguous stream is also kept un-rotated and rotated anew from that, so
-no error adds up; the distance of a query to a RETAINED key never changes, so only keys in other regions are rotated anew.
+Streams with native and with contiguous positions share a step. Each token is rotated once and left alone once: transformers
+rotates native rows by their ids and contiguous ones by 0, this plan rotates contiguous rows by their ids and native ones by 0.
+
+Invariants:
+* the pool's keys are always those that attention reads;
+* a contiguous stream's key is also kept un-rotated, and is rotated anew from that: no rounding adds up;
+* the distance of a query to a RETAINED key never changes, so only keys in other regions are rotated anew.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from streams.positions.rotary import Rotary, Tables, rotated
 
 @dataclass
 class StepRotation:
-    """Gathered segment by segment, as the packed row grows."""
+    """What is rotated in one step, collected segment by segment as the packed row grows."""
 
     _own: list[np.ndarray] = field(default_factory=list)
     _slots: list[np.ndarray] = field(default_factory=list)
@@ -29,27 +32,29 @@ class StepRotation:
     _contiguous: bool = False
 
     def segment(self, positions: np.ndarray, *, contiguous: bool) -> np.ndarray:
-        """Note the native positions int [3, n] of the row's next tokens; returns those that transformers rotates by."""
+        """Append the native positions int [3, n] of the row's next tokens; return those that transformers rotates by."""
         rest = np.zeros_like(positions)
         self._contiguous |= contiguous
+        # Both halves of every row, native ones too: the tables of the plan are for the packed row as a whole.
         self._own.append(positions if contiguous else rest)
         return rest if contiguous else positions
 
-    def turn(self, slots: np.ndarray, positions: np.ndarray) -> None:
-        """A turn starts: the keys in these slots now stand at `positions` int [n], the same on three axes."""
+    def move(self, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Give the keys in these slots new positions int [n], equal on the three axes, as a turn begins."""
         self._slots.append(slots)
         self._positions.append(positions)
 
     def plan(self, inner: AttentionPlan, pool: KVPool, new_slots: np.ndarray, backbone: Backbone) -> AttentionPlan:
-        """`inner`, which attends over the pool, with the step's own rotations before it."""
+        """Return `inner`, which attends over the pool, with the step's own rotations before it."""
         if not self._contiguous:
             return inner
         device, dtype = pool.kv.device, pool.kv.dtype
-        self._turn_keys(pool, backbone.rotary)
+        self._move_keys(pool, backbone.rotary)
         own = torch.from_numpy(np.concatenate(self._own, axis=1)).to(device)
         return _RotatingPlan(inner, pool, torch.from_numpy(new_slots).to(device), backbone.rotary.tables(own, dtype))
 
-    def _turn_keys(self, pool: KVPool, rotary: Rotary) -> None:
+    def _move_keys(self, pool: KVPool, rotary: Rotary) -> None:
+        """Rotate the moved keys to their new positions, from the un-rotated ones, in every layer."""
         if not sum(len(slots) for slots in self._slots):
             return
         device, raw = pool.kv.device, pool.keep_raw()
@@ -61,12 +66,13 @@ class StepRotation:
 
 
 class _RotatingPlan:
-    """tables [N, D]: of the packed row."""
+    """Rotates the packed row's queries and keys, then attends as `inner` does. tables: cos and sin [N, D] of the row."""
 
     def __init__(self, inner: AttentionPlan, pool: KVPool, new_slots: torch.Tensor, tables: Tables) -> None:
         self._inner, self._raw, self._new_slots, self._tables = inner, pool.keep_raw(), new_slots, tables
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """q [1, H, N, D], k and v [1, H_kv, N, D] of the packed row -> [1, N, H, D]."""
+        # As the model made them, before any rotation: a later turn rotates them from here.
         self._raw[layer].index_copy_(0, self._new_slots, k[0].transpose(0, 1))
         return self._inner.attend(layer, rotated(q, self._tables), rotated(k, self._tables), v, scaling)

@@ -1,7 +1,12 @@
-"""Where an engine gets a stream's turns from: a sequence that is known, or a feed whose end is not.
+"""Where an engine gets a stream's turns from: a sequence that is known, or a queue whose end is not.
 
-Both answer the same questions, so the engine runs them alike. Invariants: a turn is taken once, in order,
-and is not kept here after that; how much a stream may hold is known before its first turn.
+Invariants:
+* both have the same methods, so the engine runs them alike;
+* a turn is handed out once, in order, and a queue drops it then;
+* how much a stream may hold is known before its first turn.
+
+Rollouts, evaluations and job=watch know their turns. `TurnFeed` is for live streams: no stage of a run has one. Programs
+that drive an engine by themselves do (docs/memory.md), `benchmarks.endless` among them.
 """
 
 from __future__ import annotations
@@ -23,7 +28,15 @@ FAR_SECONDS = 99_999_999.9
 
 @dataclass(frozen=True)
 class TurnSizes:
-    """The most tokens of one turn's scaffold and video, of all queries that may be held at once, of all copies; turns."""
+    """What bounds a stream's KV slots, in tokens.
+
+    Attributes:
+        scaffold: the most of one turn besides video, queries and what is generated.
+        video: the most of one turn's chunk.
+        queries: the most of all queries that may be in memory at once.
+        copies: the most of all copies of turns (two lanes only).
+        turns: number of turns, NEVER if unknown.
+    """
 
     scaffold: int
     video: int
@@ -33,34 +46,39 @@ class TurnSizes:
 
 
 def _scaffold(layout: Layout, chunk: ChunkRecord | None) -> int:
+    """Count the tokens that the layout puts around a chunk."""
     return sum(len(part.ids) for part in layout.prefill(chunk, None) if part.kind != Kind.VIDEO)
 
 
 class KnownTurns:
-    """Turns that can all be asked for; they are asked for again when their sizes are."""
+    """A finite, indexable sequence of turns. `sizes` iterates over it once more: a lazy sequence makes every turn twice."""
 
     def __init__(self, turns: Sequence[TurnInput], features: Sequence[torch.Tensor]) -> None:
         self._turns, self._features = turns, features
-        self._taken = self._chunks = 0
+        self._next = self._chunks = 0
 
     @property
     def ready(self) -> bool:
-        return self._taken < len(self._turns)
+        """Whether there is a turn to take."""
+        return self._next < len(self._turns)
 
     @property
     def ended(self) -> bool:
+        """Whether no turn will ever come."""
         return not self.ready
 
     def take(self) -> tuple[TurnInput, torch.Tensor | None]:
-        turn = self._turns[self._taken]
-        self._taken += 1
+        """Return the next turn and its chunk's features [tokens, F], None without a chunk."""
+        turn = self._turns[self._next]
+        self._next += 1
         if turn.chunk is None:
             return turn, None
         self._chunks += 1
         return turn, self._features[self._chunks - 1]
 
     def sizes(self, layout: Layout, lanes: Lanes) -> TurnSizes:
-        # One pass: a lazily made sequence makes every turn anew. They differ in scaffold, too: a later time has more digits.
+        """Return what bounds a stream of these turns."""
+        # One pass, as a lazy sequence makes every turn anew. Turns differ in scaffold, too: a later time has more digits.
         scaffold = video = queries = 0
         spans: list[Span | None] = []
         for turn in self._turns:
@@ -73,24 +91,30 @@ class KnownTurns:
         return TurnSizes(scaffold, video, queries, copies, len(self._turns))
 
     def refuses(self, held: int) -> str:
-        """All queries were counted."""
+        """Return "": `sizes` counted all queries."""
         return ""
 
 
 class TurnFeed:
-    """A live stream: its owner pushes turns as they come, from any one thread, and closes it.
-
-    largest: a chunk that none is larger than (its times do not matter). query_tokens: the most tokens of queries, each
-    with one more for the newline before it, that may be in memory at once: open ones, and closed ones whose text still stays.
-    """
+    """A live stream's queue of turns: its owner pushes them as they come, from any one thread, and closes it."""
 
     def __init__(self, largest: ChunkRecord, query_tokens: int) -> None:
+        """Announce what will come: the engine reserves slots for it before the first turn.
+
+        Args:
+            largest: no chunk has more tokens or temporal patches than this one; its times do not matter.
+            query_tokens: the most tokens of queries that may be in memory at once, each query with one more for the newline
+                before it. Open queries count, and closed ones whose text still stays.
+        """
         self.largest, self.query_tokens = largest, query_tokens
         self._turns: deque[tuple[TurnInput, torch.Tensor | None]] = deque()
         self._closed = False
 
     def push(self, turn: TurnInput, features: torch.Tensor | None = None) -> None:
-        """features: of its chunk, see StreamRequest. Raises ValueError for a turn that was not announced."""
+        """Append a turn, with its chunk's features [tokens, F] (see StreamRequest).
+
+        Raises ValueError if the feed is closed, or if the turn is larger than announced.
+        """
         if self._closed:
             raise ValueError("a turn was pushed into a feed that is closed")
         tokens = 0 if turn.chunk is None else turn.chunk.num_tokens
@@ -104,27 +128,32 @@ class TurnFeed:
         self._turns.append((turn, features))
 
     def close(self) -> None:
-        """No turn follows; the stream ends with the last one pushed."""
+        """Say that no turn follows: the stream ends with the last one pushed."""
         self._closed = True
 
     @property
     def ready(self) -> bool:
+        """Whether there is a turn to take."""
         return bool(self._turns)
 
     @property
     def ended(self) -> bool:
+        """Whether no turn will ever come."""
         return self._closed and not self._turns
 
     def take(self) -> tuple[TurnInput, torch.Tensor | None]:
+        """Return the next turn and its chunk's features [tokens, F], None without a chunk."""
         return self._turns.popleft()
 
     def sizes(self, layout: Layout, lanes: Lanes) -> TurnSizes:
+        """Return what bounds a stream of these turns."""
+        # Turns that nobody knows yet: as many as there can be, and each with the longest time in words.
         far = replace(self.largest, patch_times=(FAR_SECONDS,) * self.largest.grid[0])
         copies = NEVER * layout.max_memory(None) if lanes is Lanes.MEMORY else 0
         return TurnSizes(_scaffold(layout, far), self.largest.num_tokens, self.query_tokens, copies, NEVER)
 
     def refuses(self, held: int) -> str:
-        """Why the next turn cannot be shown while `held` tokens of queries are in memory; empty: it can."""
+        """Return why the next turn cannot be shown while `held` tokens of queries are in memory; empty if it can."""
         query = self._turns[0][0].query
         wanted = held + (0 if query is None else len(query.ids) + 1)
         if wanted <= self.query_tokens:

@@ -1,14 +1,24 @@
-"""The KV cache of one worker: a pool of token slots."""
+"""The KV cache of one worker: a pool of token slots.
+
+Invariants:
+* a slot is free or allocated to one stream, never both;
+* `kv` has the keys as attention reads them: rotated; `raw` has them as the model made them.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from streams.checkpoint.model_shape import kv_values
+
 
 class KVPool:
-    """kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both. Its keys are
-    what attention reads. raw: [layers, slots, kv_heads, head_dim], un-rotated keys; None until they are needed.
+    """Keys and values of all live tokens, by slot.
+
+    Attributes:
+        kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both.
+        raw: [layers, slots, kv_heads, head_dim], un-rotated keys; None until a stream needs them.
     """
 
     def __init__(
@@ -27,15 +37,15 @@ class KVPool:
         self.raw: torch.Tensor | None = None
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
         self._available = slots
-        self._taken = np.zeros(slots, bool)
+        self._allocated = np.zeros(slots, bool)
 
     @staticmethod
     def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, raw: bool = False) -> int:
-        """Bytes that one token occupies over all layers: keys, values, and un-rotated keys where they are kept (raw)."""
-        return (3 if raw else 2) * layers * kv_heads * head_dim * dtype.itemsize
+        """Return the bytes of one token over all layers: keys, values, and un-rotated keys where they are kept (raw)."""
+        return kv_values(layers, kv_heads, head_dim, unrotated=raw) * dtype.itemsize
 
     def keep_raw(self) -> torch.Tensor:
-        """Keep un-rotated keys from now on."""
+        """Return the buffer of un-rotated keys, made at the first call."""
         if self.raw is None:
             layers, slots, _, kv_heads, head_dim = self.kv.shape
             self.raw = self.kv.new_zeros((layers, slots, kv_heads, head_dim))
@@ -50,17 +60,25 @@ class KVPool:
         return self._available
 
     def allocate(self, n: int) -> np.ndarray:
-        """n free slots, int64 [n]. The engine reserves before it admits, so this never runs dry in a sound engine."""
+        """Return n free slots, int64 [n].
+
+        Raises RuntimeError if there are fewer: the engine reserves before it admits, so that is an error in the engine.
+        """
         if n > self._available:
             raise RuntimeError(f"KV pool exhausted: {n} slots wanted, {self._available} of {self.capacity} free")
         slots = self._free[self._available - n : self._available].copy()
         self._available -= n
-        assert not self._taken[slots].any(), "a slot was given out twice"
-        self._taken[slots] = True
+        assert not self._allocated[slots].any(), "a slot was given out twice"
+        self._allocated[slots] = True
         return slots
 
     def free(self, slots: np.ndarray) -> None:
-        assert self._taken[slots].all(), "a slot was freed that nobody holds"
-        self._taken[slots] = False
+        """Take slots int64 [n] back."""
+        assert self._allocated[slots].all(), "a slot was freed that nobody holds"
+        self._allocated[slots] = False
         self._free[self._available : self._available + len(slots)] = slots
         self._available += len(slots)
+
+    def free_all(self) -> None:
+        """Take every allocated slot back."""
+        self.free(np.flatnonzero(self._allocated))

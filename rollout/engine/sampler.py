@@ -1,7 +1,7 @@
 """Sampler: one uniform number per (stream seed, token index) and our own inverse CDF.
 
-Invariant: which token is drawn depends on the stream's seed, the token's index in its log and its
-logits, never on the batch row or on what else is running.
+Invariant: a draw depends on the stream's seed, the token's index in its log and its logits, never on the row of the batch
+or on what else runs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seeds: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """float64 [n] in [0, 1) for seeds uint64 [n] and token indices [n]."""
+    """Return float64 [n] in [0, 1) for seeds uint64 [n] and token indices [n]."""
     return (_mix(_mix(seeds.astype(np.uint64)) ^ indices.astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
 
 
 def stream_seed(run_seed: int, stream_id: str) -> int:
-    """The seed of one stream, from the run's seed and the stream's identity (epoch, task, stream)."""
+    """Derive a stream's seed from the run's seed and the stream's identity (epoch, task, stream)."""
     digest = hashlib.blake2b(f"{run_seed}:{stream_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -13,9 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from learner.assign import share_out
+from learner.messages import TrainBatch
+from learner.parallel.assign import share_out
 from learner.setup import LearnerSetup, RankPlace
-from streams.messages import TrainBatch
 
 
 class LearnerGroup:
@@ -38,7 +38,7 @@ class LearnerGroup:
         what = f"to load {setup.checkpoint}"
         if self.ranks == 1:
             return self._wait(self.actors[0].setup.remote(setup), timeout_s, f"the learner {what}")
-        collective_s = float(setup.learner["collective_timeout_s"])
+        collective_s = setup.learner.collective_timeout_s
         rendezvous = self.actors[0].open_rendezvous.remote(self.ranks, collective_s)
         place: RankPlace = self._wait(rendezvous, timeout_s, "learner rank 0 to name its address")
         places = [dataclasses.replace(place, rank=rank) for rank in range(self.ranks)]

@@ -31,6 +31,7 @@ from runtime.cluster.nodes import (
     reply_file,
     stamp,
 )
+from runtime.starting_point import named_checkpoints
 from streams.checkpoint.folder import is_hub_id
 from streams.data.dataset import sample_tasks
 
@@ -191,7 +192,7 @@ def needed_paths(config: RunConfig) -> tuple[NeededPath, ...]:
 
     Only what the driver itself sees: a video that exists nowhere costs its sample, not the run.
     """
-    paths = [(key, path) for key, value in _named_checkpoints(config) if (path := Path(value)).is_dir()]
+    paths = [(key, path) for key, value in named_checkpoints(config) if (path := Path(value)).is_dir()]
     for split in ("train", "heldout"):
         file = getattr(config.data, split)
         if file and Path(file).is_file():
@@ -209,7 +210,7 @@ def sample_videos(data: DataConfig, file: Path, count: int = SAMPLED_VIDEOS) -> 
 def check_checkpoint_names(config: RunConfig, nodes: int) -> list[str]:
     """Actors resolve them in a folder of their own, so a path must be absolute; a hub id lands in one node's cache."""
     problems = []
-    for key, value in _named_checkpoints(config):
+    for key, value in named_checkpoints(config):
         path = Path(value)
         if path.is_dir() and not path.is_absolute():
             problems.append(f"{key}={value} is relative, actors run in another folder: give {path.absolute()}")
@@ -219,13 +220,6 @@ def check_checkpoint_names(config: RunConfig, nodes: int) -> list[str]:
                 f"{nodes - 1} do not see it. Download it into a folder on the shared file system and give that folder"
             )
     return problems
-
-
-def _named_checkpoints(config: RunConfig) -> list[tuple[str, str]]:
-    """(config key, value) of the checkpoints that the user named."""
-    named = [("model.path", config.model.path), ("algorithm.init", config.algorithm.init)]
-    named.append(("eval.checkpoint", config.eval.checkpoint))
-    return [(key, value) for key, value in named if value not in ("", "auto", "best")]
 
 
 # ---- the thin shell around Ray -----------------------------------------------------------------------------------

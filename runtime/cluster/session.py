@@ -225,7 +225,6 @@ class Session:
                 rollout.threads,
                 i,
                 rollout.threads,
-                rollout.group_deadline_s,
                 config.data.cache_mb,
             )
             for i in range(rollout.workers)

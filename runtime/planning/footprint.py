@@ -11,18 +11,16 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import RunConfig
-from learner.config import LearnerConfig
+from learner.config import GATHER_BYTES, ZERO_BUCKET, LearnerConfig
 from rollout.config import SELF_CHECK_HEAD
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.freezing import trained
 from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, REGION_SCORES
-from streams.checkpoint.model_shape import ModelGeometry
+from streams.checkpoint.model_shape import ModelGeometry, kv_values
 from streams.memory import CONTIGUOUS, NATIVE
 
 BYTES = {"float32": 4, "bfloat16": 2}
-ZERO_BUCKET = 500_000_000
-"""Numbers in DeepSpeed's gradient bucket at most (see learner.engine), in the learner's dtype."""
-GATHERED = 2 * 2**28
+GATHERED = 2 * GATHER_BYTES
 """Bytes of parameters that stage 3 holds beyond its own slice."""
 
 SELF_CHECK = "self-check"
@@ -56,7 +54,7 @@ def layer_bytes(geometry: ModelGeometry, width: int, *, dense: bool) -> tuple[in
     query, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     norms = 2 * (4 + 2 * width) * geometry.hidden
     attention = 2 * width * query + 2 * width * (query if dense else kv)
-    if geometry.model_type == "qwen3_vl":
+    if geometry.family.head_norms:
         attention += (4 + 2 * width) * (query + kv)
     mlp = 4 * width * geometry.mlp
     return norms + attention + mlp, 3 * width * geometry.mlp + 12 * geometry.hidden
@@ -296,8 +294,8 @@ def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
 
 def slot_bytes(geometry: ModelGeometry, dtype: str, positions: str = NATIVE) -> int:
     """Bytes of one token in the KV pool. positions: of the memory; contiguous ones need its un-rotated keys, too."""
-    values = geometry.kv_values + (geometry.kv_values // 2 if positions == CONTIGUOUS else 0)
-    return values * BYTES[dtype]
+    sizes = geometry.layers, geometry.kv_heads, geometry.head_dim
+    return kv_values(*sizes, unrotated=positions == CONTIGUOUS) * BYTES[dtype]
 
 
 def gib(count: int) -> str:

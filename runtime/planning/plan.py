@@ -206,7 +206,7 @@ def plan_run(
     _check_kernels(config, stages, devices, geometry.head_dim)
     learner_devices, worker_devices = devices
     stream, positions = StreamSize.largest(config, tasks, geometry), config.memory.positions
-    check_text_tells_time(make_policy(config.memory), geometry.model_type == "qwen3_vl")
+    check_text_tells_time(make_policy(config.memory), geometry.family.timestamps)
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
         flex = _scores_by_flex(learner, device)

@@ -1,28 +1,34 @@
-"""How many tokens a stream can have, by its settings and the sizes of its model."""
+"""How many tokens a stream can have, by its settings and the sizes of its model: the one answer of all plans and checks.
+
+The engine knows better once a stream is there (`rollout.engine.feed`), from the same layout.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from conf.schema import RunConfig
+from streams.checkpoint.families import TEMPORAL_PATCH
 from streams.checkpoint.model_shape import ModelGeometry
+from streams.layout.lengths import max_copy, max_scaffold
 from streams.memory import Lanes, live_bound, make_policy
 from streams.task import StreamTask
 
-SCAFFOLD = 13
-
-
-TIMESTAMP = 11
-"""Tokens of a turn's scaffold, and of a timestamp with its own vision tags (one for every temporal patch), at most."""
-
-
-MEMORY_TEMPLATE = 24
-"""Tokens of a copied turn beside its words, at most (see streams.layout.lanes)."""
+SYSTEM_SCAFFOLD = 8
+"""Tokens of the system message beside its text, at most."""
 
 
 @dataclass(frozen=True)
 class StreamSize:
-    """The largest stream of a run: turns, video and other tokens of one turn, tokens outside of turns. tasks: of the run."""
+    """The largest stream of a run, in tokens.
+
+    Attributes:
+        turns: of the stream.
+        video: video tokens of one turn.
+        text: other tokens of one turn.
+        fixed: tokens outside of turns: the system message, queries, copies of turns.
+        tasks: of the run.
+    """
 
     turns: int
     video: int
@@ -32,21 +38,43 @@ class StreamSize:
 
     @classmethod
     def largest(cls, config: RunConfig, tasks: tuple[StreamTask, ...], geometry: ModelGeometry) -> StreamSize:
-        """Upper bound over the tasks; frames count as data.video.max_pixels."""
-        patches = config.data.video.frames_per_chunk // geometry.temporal_patch_size
-        stamps = TIMESTAMP * patches if geometry.deepstack_levels else 0
-        queries = max((sum(len(q.text.encode()) for q in task.queries) for task in tasks), default=0)
-        turns = max((config.data.turns_of(task) for task in tasks), default=1)
+        """Return an upper bound over the tasks; frames count as data.video.max_pixels."""
+        return cls._of(
+            config,
+            turns=max((config.data.plan_of(task).turns for task in tasks), default=1),
+            queries=max((sum(len(q.text.encode()) for q in task.queries) for task in tasks), default=0),
+            tasks=len(tasks),
+            token_side=geometry.token_side,
+            timestamps=geometry.family.timestamps,
+        )
+
+    @classmethod
+    def possible(cls, config: RunConfig, *, token_side: int, timestamps: bool) -> StreamSize:
+        """Return an upper bound over whatever tasks there may be, without their queries.
+
+        token_side: pixels along one side of a video token. timestamps: see `streams.checkpoint.families.Family`.
+        """
+        turns = config.data.max_turns
+        return cls._of(config, turns=turns, queries=0, tasks=1, token_side=token_side, timestamps=timestamps)
+
+    @classmethod
+    def _of(
+        cls, config: RunConfig, *, turns: int, queries: int, tasks: int, token_side: int, timestamps: bool
+    ) -> StreamSize:
+        """queries: bytes of the texts of one task."""
+        video, layout = config.data.video, config.layout
+        patches = video.frames_per_chunk // TEMPORAL_PATCH
         copies = 0
         if make_policy(config.memory).lanes is Lanes.MEMORY:
-            copies = (turns - 1) * (MEMORY_TEMPLATE + config.layout.max_new_tokens)
+            copies = (turns - 1) * max_copy(layout.max_new_tokens)
         return cls(
             turns=turns,
-            video=patches * (config.data.video.max_pixels // geometry.token_side**2),
-            text=SCAFFOLD + stamps + config.layout.max_new_tokens,
+            # A frame is never made smaller than one token.
+            video=patches * max(1, video.max_pixels // token_side**2),
+            text=max_scaffold(timestamps=timestamps, patches=patches) + layout.max_new_tokens,
             # Byte-level BPE: a text of n bytes has about n / 4 tokens.
-            fixed=8 + len(config.layout.system_prompt.encode()) // 4 + queries // 4 + copies,
-            tasks=len(tasks),
+            fixed=SYSTEM_SCAFFOLD + len(layout.system_prompt.encode()) // 4 + queries // 4 + copies,
+            tasks=tasks,
         )
 
     @property
@@ -59,7 +87,7 @@ class StreamSize:
         return self.text / max(1, self.video + self.text)
 
     def live(self, config: RunConfig) -> int:
-        """At most in memory at once."""
+        """Return how many tokens are in memory at once, at most. Raises ValueError: the policy's own (see `live_bound`)."""
         return live_bound(
             make_policy(config.memory),
             per_turn=self.video + self.text,

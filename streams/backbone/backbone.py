@@ -33,8 +33,8 @@ from streams.backbone.attention import (
 )
 from streams.backbone.freezing import trained
 from streams.backbone.vocabulary import add_streaming_tokens
+from streams.checkpoint.families import FAMILIES
 from streams.checkpoint.folder import (
-    FAMILIES,
     STREAMING_FILE,
     ImageSpec,
     check_image_statistics,
@@ -127,7 +127,8 @@ class Backbone:
         self.source = source
         self.processors = processors
         self.name = str(model.config.model_type)
-        self.position_convention = FAMILIES[self.name].convention
+        self.family = FAMILIES[self.name]
+        self.position_convention = self.family.convention
         self._ban_index = torch.tensor(layout.banned, dtype=torch.long, device=self.device)
 
     @classmethod
@@ -147,7 +148,7 @@ class Backbone:
         vision_attention: `sdpa` or `flash_attn`, as `streams.backbone.kernel_choice` chose it.
         """
         source = Path(path)
-        family = FAMILIES[ModelConfigFile.read(source).model_type]
+        family = ModelConfigFile.read(source).family
         check_weights(source)
         check_rope_theta(source)
         check_no_dropout(source)
@@ -189,7 +190,7 @@ class Backbone:
     def kv_shape(self) -> tuple[int, int]:
         """(KV heads, head dimension) of the text model."""
         text = self.model.config.text_config
-        # Qwen3's heads are wider than the hidden size divided among them.
+        # Heads may be wider than the hidden size divided among them (`Family.own_head_dim`).
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return int(text.num_key_value_heads), int(head)
 
@@ -213,7 +214,7 @@ class Backbone:
     def rotary(self) -> Rotary:
         """The text model's rotation, for keys and queries that a plan rotates itself."""
         text = self.model.model.language_model
-        return Rotary(text.rotary_emb.inv_freq, text.config.rope_parameters, interleaved=self.name == "qwen3_vl")
+        return Rotary(text.rotary_emb.inv_freq, text.config.rope_parameters, interleaved=self.family.interleaved)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings: int [...] -> [..., H]."""

@@ -13,15 +13,20 @@ from streams.backbone.tiny_spec import TinySpec
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """path: a checkpoint folder or hub id; empty = build the tiny random backbone of `tiny`.
-
-    vision_attention: kernel of the vision tower; `auto` = flash-attn where it runs (CUDA, half precision, installed).
-    """
+    """The model that is trained and run."""
 
     path: str = ""
+    """Checkpoint folder or hub id of a Qwen2.5-VL or Qwen3-VL; empty = build the random model of `model.tiny`.
+    `model=FOLDER` is short for it.
+    """
     dtype: str = "float32"
+    """Dtype of the rollout workers' model: `float32` or `bfloat16`. The learner's is `learner.dtype`."""
     vision_attention: str = "auto"
+    """Attention kernel of the vision tower: `flash_attn`, `sdpa`, or `auto` = flash_attn where it runs (CUDA,
+    half precision, installed), else sdpa.
+    """
     tiny: TinySpec = field(default_factory=TinySpec)
+    """Shape of the random model."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):

@@ -6,27 +6,11 @@ are those of `model.named_parameters()`. Invariant: one function decides, for th
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from streams.backbone.boundary import Boundary
-
-
-def parameter_name(stored: str, model_type: str = "qwen2_5_vl", expected: Container[str] = ()) -> str:
-    """Return the parameter that transformers makes of a tensor in a safetensors file.
-
-    Qwen2.5-VL's files keep the names of its first release. expected: the model's names, for those of a bare model, which
-    lack `model.` at the front or have one too many.
-    """
-    name = stored
-    if model_type == "qwen2_5_vl":
-        name = re.sub(r"^visual", "model.visual", name)
-        name = re.sub(r"^model(?!\.(language_model|visual))", "model.language_model", name)
-    if (bare := name.removeprefix("model.")) != name and bare in expected:
-        return bare
-    return f"model.{name}" if f"model.{name}" in expected else name
 
 
 def trained(names: Iterable[str], mode: str, patterns: Sequence[str] = ()) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils import logging as transformers_logging
 
 from streams.backbone.tiny_spec import TinySpec
+from streams.checkpoint.families import FAMILIES, MERGE, QWEN2_5_VL, TEMPORAL_PATCH
 
 QWEN_CONTROL_TOKENS = (
     "<|endoftext|>",
@@ -35,9 +36,6 @@ QWEN_CONTROL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-
-QWEN3_TEXT_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
-"""Added tokens of Qwen3's tokenizer that are not special: the model writes them, decoding shows them."""
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -71,7 +69,7 @@ _TIMES = ("<0.5 seconds><1.5 seconds><12.5 seconds>",)
 """As in Qwen's own vocabulary, the word of a timestamp is one token."""
 
 
-def build_tokenizer(model_type: str = "qwen2_5_vl") -> Qwen2Tokenizer:
+def build_tokenizer(model_type: str = QWEN2_5_VL.model_type) -> Qwen2Tokenizer:
     """Train the small tokenizer on a few lines (byte-level BPE, deterministic) and add Qwen's control tokens."""
     trainee = Tokenizer(models.BPE())
     trainee.pre_tokenizer = pre_tokenizers.Sequence(
@@ -84,25 +82,29 @@ def build_tokenizer(model_type: str = "qwen2_5_vl") -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    corpus = (*_CORPUS, *_TIMES) if model_type == "qwen3_vl" else _CORPUS
+    family = FAMILIES[model_type]
+    corpus = (*_CORPUS, *_TIMES) if family.timestamps else _CORPUS
     trainee.train_from_iterator(corpus * 4, trainer)
     model = json.loads(trainee.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)  # type: ignore[arg-type]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_CONTROL_TOKENS])
-    if model_type == "qwen3_vl":
-        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in QWEN3_TEXT_TOKENS])
+    # Not special: the model writes them, decoding shows them.
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.text_tokens])
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig | Qwen3VLConfig:
+def build_config(spec: TinySpec, tokenizer: Any) -> PretrainedConfig:
+    """Return transformers' configuration of the spec's family, with the tokenizer's ids."""
+    family = spec.family
     token = tokenizer.convert_tokens_to_ids
     half = (spec.head_dim or spec.hidden // spec.heads) // 2
-    # Qwen's split of a rotary half into time, height and width.
-    side = half * 3 // 8 if spec.model_type == "qwen2_5_vl" else half * 5 // 16
+    # A rotary half is split into time, height and width.
+    above, below = family.rotary_share
+    side = half * above // below
     text_config: dict[str, Any] = {
         "vocab_size": spec.vocab_rows,
         "hidden_size": spec.hidden,
@@ -137,15 +139,18 @@ def build_config(spec: TinySpec, tokenizer: Any) -> Qwen2_5_VLConfig | Qwen3VLCo
         "vision_end_token_id": token("<|vision_end|>"),
     }
     tied = spec.tie_embeddings
-    if spec.model_type == "qwen2_5_vl":
+    if family.own_head_dim:
+        text_config |= {"head_dim": 2 * half}
+    if family.interleaved:
+        text_config["rope_parameters"] |= {"mrope_interleaved": True}
+    if family.deepstack:
+        # An 8 x 8 grid of learned positions: frames of other sizes go through the interpolation.
+        vision_config |= {"deepstack_visual_indexes": list(spec.deepstack), "num_position_embeddings": 64}
+    else:
         whole = list(spec.full_attention) or [spec.vision_depth - 1]
         vision_config |= {"tokens_per_second": 2, "fullatt_block_indexes": whole}
-        return Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **ids)
-    text_config |= {"head_dim": 2 * half}
-    text_config["rope_parameters"] |= {"mrope_interleaved": True}
-    # An 8 x 8 grid of learned positions: frames of other sizes go through the interpolation.
-    vision_config |= {"deepstack_visual_indexes": list(spec.deepstack), "num_position_embeddings": 64}
-    return Qwen3VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **ids)
+    parts = {"text_config": text_config, "vision_config": vision_config}
+    return AutoConfig.for_model(spec.model_type, **parts, tie_word_embeddings=tied, **ids)
 
 
 def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embedding_std: float = 0.5) -> None:
@@ -193,8 +198,8 @@ def build_tiny(
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": spec.patch_size,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
+        "temporal_patch_size": TEMPORAL_PATCH,
+        "merge_size": MERGE,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.25, 0.25, 0.25],
         "size": {"shortest_edge": (2 * spec.patch_size) ** 2, "longest_edge": (4 * spec.patch_size) ** 2},

@@ -8,37 +8,51 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streams.checkpoint.folder import SUPPORTED_MODEL_TYPES
+from streams.checkpoint.families import FAMILIES, MERGE, QWEN2_5_VL, QWEN3_VL, SUPPORTED_MODEL_TYPES, Family
 
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Shape of the random backbone. `vocab_rows` leaves spare rows above the tokenizer, as real checkpoints do.
+    """Shape of the random model that is built where `model.path` is empty."""
 
-    head_dim: of the text model, 0 = hidden / heads (Qwen2.5-VL has no other). deepstack: vision layers whose features go
-    into the first text layers (Qwen3-VL only). full_attention: vision layers that see the whole frame (Qwen2.5-VL; empty =
-    the last one). embedding_std: of the normal that embeddings are drawn from; with tied embeddings and a wide model, 0.5
-    makes every choice certain.
-    """
-
-    model_type: str = "qwen2_5_vl"
+    model_type: str = QWEN2_5_VL.model_type
+    """Architecture: `qwen2_5_vl` or `qwen3_vl`."""
     hidden: int = 128
+    """Width of the text model."""
     layers: int = 3
+    """Layers of the text model."""
     heads: int = 4
+    """Query heads of the text model; `model.tiny.hidden` is a multiple of it."""
     kv_heads: int = 2
+    """Key-value heads of the text model; `model.tiny.heads` is a multiple of it."""
     mlp: int = 256
+    """Width of the text model's MLP."""
     vision_depth: int = 2
+    """Layers of the vision tower."""
     vision_hidden: int = 64
+    """Width of the vision tower."""
     vision_heads: int = 4
+    """Heads of the vision tower; `model.tiny.vision_hidden` is a multiple of it."""
     vision_mlp: int = 128
+    """Width of the vision tower's MLP."""
     vocab_rows: int = 640
+    """Rows of the embedding and of the LM head; those above the tokenizer are spare, as in real checkpoints."""
     tie_embeddings: bool = False
+    """Share one matrix between embedding and LM head."""
     rope_theta: float = 1e6
+    """Base of the rotary frequencies."""
     head_dim: int = 0
+    """Width of a text head; 0 = hidden / heads. `qwen3_vl` only."""
     patch_size: int = 14
+    """Side of a vision patch in pixels; a video token covers 2 x 2 patches."""
     deepstack: tuple[int, ...] = ()
+    """Ascending vision layers whose features also enter the first text layers (DeepStack). `qwen3_vl` only."""
     full_attention: tuple[int, ...] = ()
+    """Vision layers that attend over the whole frame; empty = the last one. `qwen2_5_vl` only."""
     embedding_std: float = 0.5
+    """Standard deviation of the random embeddings. With tied embeddings and a wide model, 0.5 makes every choice
+    certain.
+    """
 
     def __post_init__(self) -> None:
         # Lists come from YAML.
@@ -55,10 +69,12 @@ class TinySpec:
             raise ValueError(
                 f"model.tiny.model_type={self.model_type!r} is not one of {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
-        if self.model_type == "qwen2_5_vl" and (self.deepstack or self.head_dim):
+        foreign = (self.deepstack and not self.family.deepstack) or (self.head_dim and not self.family.own_head_dim)
+        if foreign:
+            others = [name for name, family in FAMILIES.items() if family.deepstack and family.own_head_dim]
             raise ValueError(
-                f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: qwen2_5_vl has neither; "
-                "set model.tiny.model_type=qwen3_vl or leave them out"
+                f"model.tiny.deepstack={list(self.deepstack)}, model.tiny.head_dim={self.head_dim}: {self.model_type} has "
+                f"neither; set model.tiny.model_type={' or '.join(others)} or leave them out"
             )
         sizes = ("hidden", "layers", "heads", "kv_heads", "mlp", "vision_depth", "vision_hidden", "vision_heads")
         for key in (*sizes, "vision_mlp", "vocab_rows", "patch_size"):
@@ -86,9 +102,13 @@ class TinySpec:
 
     @property
     def token_side(self) -> int:
-        """Pixels along one side of a video token (2 x 2 patches)."""
-        return 2 * self.patch_size
+        """Pixels along one side of a video token."""
+        return MERGE * self.patch_size
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
 
-QWEN3_SPEC = TinySpec(model_type="qwen3_vl", vision_depth=3, deepstack=(0, 1), rope_theta=5e6)
+QWEN3_SPEC = TinySpec(model_type=QWEN3_VL.model_type, vision_depth=3, deepstack=(0, 1), rope_theta=5e6)
 """The tiny Qwen3-VL, two DeepStack levels from its first two vision layers."""

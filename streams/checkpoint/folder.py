@@ -1,4 +1,4 @@
-"""A checkpoint before it is loaded: families, processor files, and what its folder says.
+"""A checkpoint before it is loaded: its processor files, and what its folder says.
 
 The driver reads this much of a checkpoint. Invariants: importing it loads neither torch nor transformers;
 a folder that would be read in another way than it was written is refused by name.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streams.positions.mrope import QWEN2_5_VL_CONVENTION, QWEN3_VL_CONVENTION
+from streams.checkpoint.families import FAMILIES, MERGE, Family
 
 STREAMING_FILE = "streaming.json"
 """How an exported checkpoint must be run; see conf.streaming."""
@@ -22,30 +22,6 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "chat_template.json",
 )
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between the supported model types, besides their modules.
-
-    timestamps: time is text before every temporal patch, not position ids. mean, std: of the family's image processor,
-    where a checkpoint does not carry its own.
-    """
-
-    convention: str
-    timestamps: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-FAMILIES = {
-    # The statistics of CLIP.
-    "qwen2_5_vl": Family(
-        QWEN2_5_VL_CONVENTION, False, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    ),
-    "qwen3_vl": Family(QWEN3_VL_CONVENTION, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -116,7 +92,7 @@ def token_side(checkpoint: Path) -> int:
         raise ValueError(
             f"model.path={checkpoint}: config.json has no vision_config.patch_size: this is no vision model"
         )
-    return int(vision["patch_size"]) * int(vision.get("spatial_merge_size", 2))
+    return int(vision["patch_size"]) * int(vision.get("spatial_merge_size", MERGE))
 
 
 def _config(checkpoint: Path) -> dict[str, Any]:
@@ -127,9 +103,9 @@ def _config(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_rope_theta(checkpoint: Path) -> None:
-    """Refuses a Qwen3-VL checkpoint that leaves its rotary base to the reader: releases of transformers differ on it."""
+    """Refuses a checkpoint that leaves its rotary base to the reader where releases of transformers differ on it."""
     config = json.loads((checkpoint / "config.json").read_text())
-    if config.get("model_type") != "qwen3_vl":
+    if not FAMILIES[config["model_type"]].names_rope_theta:
         return
     text = config.get("text_config") or {}
     named = [text, text.get("rope_parameters") or {}, text.get("rope_scaling") or {}]

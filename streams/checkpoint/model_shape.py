@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from streams.checkpoint.families import FAMILIES, Family
 from streams.checkpoint.weights import ModelConfigFile, check_weights
+
+
+def kv_values(layers: int, kv_heads: int, head_dim: int, *, unrotated: bool = False) -> int:
+    """Return how many numbers one token keeps in the KV cache: keys and values of all layers.
+
+    unrotated: its keys are kept before their rotation, too, as contiguous positions need them.
+    """
+    return (3 if unrotated else 2) * layers * kv_heads * head_dim
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,17 @@ class ModelGeometry:
         )
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
     def total(self) -> int:
         return sum(self.parameters.values())
 
     @property
     def kv_values(self) -> int:
         """Numbers that one token keeps in the KV cache: keys and values of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return kv_values(self.layers, self.kv_heads, self.head_dim)
 
     @property
     def feature_width(self) -> int:

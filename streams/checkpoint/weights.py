@@ -18,8 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from streams.backbone.freezing import parameter_name
-from streams.checkpoint.folder import FAMILIES, PROCESSOR_FILES, SUPPORTED_MODEL_TYPES
+from streams.checkpoint.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family, Shapes
+from streams.checkpoint.folder import PROCESSOR_FILES
 from streams.checkpoint.weight_files import (
     StoredWeights,
     Tensor,
@@ -33,54 +33,6 @@ from streams.checkpoint.weight_files import (
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
-_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "qwen2_5_vl": {
-        "text_config": {
-            "vocab_size": 152064,
-            "hidden_size": 8192,
-            "intermediate_size": 29568,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-        },
-        "vision_config": {
-            "depth": 32,
-            "hidden_size": 3584,
-            "intermediate_size": 3420,
-            "in_channels": 3,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 3584,
-        },
-    },
-    "qwen3_vl": {
-        "text_config": {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 22016,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "attention_bias": False,
-        },
-        "vision_config": {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "in_channels": 3,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 3584,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": (8, 16, 24),
-        },
-    },
-}
-"""What transformers takes for a key that a config.json leaves out, as far as shapes depend on it."""
-
 _PARSED = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
     *PROCESSOR_FILES,
@@ -90,8 +42,6 @@ _TEXTS = (*_PARSED, "generation_config.json", "chat_template.jinja", "merges.txt
 
 _LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers that older releases saved and transformers drops without a word."""
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -127,14 +77,18 @@ class ModelConfigFile:
                 f"{folder}: config.json has quantization_config ({method}): quantised weights cannot be trained; "
                 "name the checkpoint in bfloat16 or float32 that it was made from"
             )
-        # Qwen2.5-VL's files from before transformers 5 have the text model's keys at the top.
-        flat = raw if model_type == "qwen2_5_vl" else {}
+        family = FAMILIES[model_type]
+        flat = raw if family.flat_config else {}
         text, vision = raw.get("text_config") or flat, raw.get("vision_config")
         if not isinstance(text, dict) or not text or not isinstance(vision, dict):
             raise ValueError(f"{file} has no text_config or no vision_config: this is no vision model")
-        tied = raw.get("tie_word_embeddings") or (model_type == "qwen2_5_vl" and text.get("tie_word_embeddings"))
-        default = _DEFAULTS[model_type]
+        tied = raw.get("tie_word_embeddings") or (family.flat_config and text.get("tie_word_embeddings"))
+        default = family.defaults
         return cls(model_type, default["text_config"] | text, default["vision_config"] | vision, bool(tied))
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
 
 @dataclass(frozen=True)
@@ -162,7 +116,7 @@ def check_weights(folder: Path) -> Weights:
         expected = expected_shapes(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{folder / 'config.json'}: its sizes cannot be used: {error!r}") from error
-    found = _by_parameter(folder, stored, config.model_type, expected)
+    found = _by_parameter(folder, stored, config.family, expected)
     _compare(folder, config, expected, found)
     parameters = {name: prod(shape) for name, shape in expected.items() if not (config.tied and name == HEAD)}
     return Weights(parameters, tuple(_warnings(folder, config, stored, expected, found)))
@@ -176,14 +130,13 @@ def expected_shapes(config: ModelConfigFile) -> Shapes:
     layer = _text_layer(config)
     for i in range(int(text["num_hidden_layers"])):
         shapes |= {f"model.language_model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    tower = _qwen3_tower(vision) if config.model_type == "qwen3_vl" else _qwen2_5_tower(vision)
-    return shapes | {f"model.visual.{name}": shape for name, shape in tower.items()}
+    return shapes | {f"model.visual.{name}": shape for name, shape in config.family.tower(vision).items()}
 
 
 def _text_layer(config: ModelConfigFile) -> Shapes:
-    text, qwen3 = config.text, config.model_type == "qwen3_vl"
+    text, family = config.text, config.family
     hidden, mlp, heads = int(text["hidden_size"]), int(text["intermediate_size"]), int(text["num_attention_heads"])
-    head = int(text.get("head_dim") or hidden // heads) if qwen3 else hidden // heads
+    head = int(text.get("head_dim") or hidden // heads) if family.own_head_dim else hidden // heads
     width, kv_width = heads * head, int(text["num_key_value_heads"] or heads) * head
     shapes: Shapes = {
         "self_attn.q_proj.weight": (width, hidden),
@@ -196,62 +149,12 @@ def _text_layer(config: ModelConfigFile) -> Shapes:
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
-    if qwen3:
+    if family.head_norms:
         shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
-    if not qwen3 or text["attention_bias"]:
+    if family.qkv_bias or text["attention_bias"]:
         shapes |= {f"self_attn.{x}_proj.bias": (wide,) for x, wide in (("q", width), ("k", kv_width), ("v", kv_width))}
-    if qwen3 and text["attention_bias"]:
+    if not family.qkv_bias and text["attention_bias"]:
         shapes["self_attn.o_proj.bias"] = (hidden,)
-    return shapes
-
-
-def _linear(name: str, outputs: int, inputs: int) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _norm(name: str, width: int, *, bias: bool) -> Shapes:
-    return {f"{name}.{part}": (width,) for part in (("weight", "bias") if bias else ("weight",))}
-
-
-def _patch_embed(vision: dict[str, Any]) -> tuple[int, ...]:
-    side = int(vision["patch_size"])
-    return int(vision["hidden_size"]), int(vision["in_channels"]), int(vision["temporal_patch_size"]), side, side
-
-
-def _blocks(vision: dict[str, Any], mlp: Shapes, *, norm_bias: bool) -> Shapes:
-    width = int(vision["hidden_size"])
-    block = _norm("norm1", width, bias=norm_bias) | _norm("norm2", width, bias=norm_bias) | mlp
-    block |= _linear("attn.qkv", 3 * width, width) | _linear("attn.proj", width, width)
-    return {f"blocks.{i}.{name}": shape for i in range(int(vision["depth"])) for name, shape in block.items()}
-
-
-def _qwen2_5_tower(vision: dict[str, Any]) -> Shapes:
-    width, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
-    merged = width * int(vision["spatial_merge_size"]) ** 2
-    gated = _linear("mlp.gate_proj", mlp, width) | _linear("mlp.up_proj", mlp, width)
-    return (
-        {"patch_embed.proj.weight": _patch_embed(vision)}
-        | _blocks(vision, gated | _linear("mlp.down_proj", width, mlp), norm_bias=False)
-        | _norm("merger.ln_q", width, bias=False)
-        | _linear("merger.mlp.0", merged, merged)
-        | _linear("merger.mlp.2", int(vision["out_hidden_size"]), merged)
-    )
-
-
-def _qwen3_tower(vision: dict[str, Any]) -> Shapes:
-    width, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
-    merged, out = width * int(vision["spatial_merge_size"]) ** 2, int(vision["out_hidden_size"])
-    shapes: Shapes = {"patch_embed.proj.weight": _patch_embed(vision), "patch_embed.proj.bias": (width,)}
-    shapes["pos_embed.weight"] = (int(vision["num_position_embeddings"]), width)
-    shapes |= _blocks(
-        vision, _linear("mlp.linear_fc1", mlp, width) | _linear("mlp.linear_fc2", width, mlp), norm_bias=True
-    )
-    mergers = {"merger": width}
-    # DeepStack's mergers normalise after the patches of a token are joined, the last one before.
-    mergers |= {f"deepstack_merger_list.{i}": merged for i in range(len(vision["deepstack_visual_indexes"] or ()))}
-    for name, normalised in mergers.items():
-        shapes |= _norm(f"{name}.norm", normalised, bias=True)
-        shapes |= _linear(f"{name}.linear_fc1", merged, merged) | _linear(f"{name}.linear_fc2", out, merged)
     return shapes
 
 
@@ -271,11 +174,11 @@ def _check_small_files(folder: Path) -> None:
         )
 
 
-def _by_parameter(folder: Path, stored: StoredWeights, model_type: str, expected: Shapes) -> dict[str, Tensor]:
+def _by_parameter(folder: Path, stored: StoredWeights, family: Family, expected: Shapes) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, tensor in stored.tensors.items():
-        parameter = parameter_name(name, model_type, expected)
+        parameter = family.parameter_name(name, expected)
         if parameter in found:
             raise ValueError(
                 f"{folder}: {origin[parameter]} and {name} both hold the weight {parameter}: keep one of them in the files"
@@ -337,7 +240,7 @@ def _warnings(
         hint = "; an adapter is not applied: merge it first if it is meant to be" if adapter else ""
         yield f"{folder} also holds {' and '.join(parts)}: they are left out{hint}"
     if not any((folder / name).is_file() for name in PROCESSOR_FILES[:3]):
-        family = FAMILIES[config.model_type]
+        family = config.family
         yield (
             f"{folder} has no {PROCESSOR_FILES[0]}: frames are normalised as {config.model_type} does by default "
             f"(image_mean={list(family.mean)}, image_std={list(family.std)})"

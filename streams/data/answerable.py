@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from streams.data.dataset import Reason
 from streams.layout.layout import STREAMING_TOKENS, Layout, OverBudget
 from streams.messages import RowTexts, RowWords
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 
 CERTAIN_TOKENS = (
     *STREAMING_TOKENS,
@@ -35,10 +35,11 @@ class Finding:
     answer: int | None = None
 
 
-def untimely(task: StreamTask, chunk_seconds: float, turns: int, max_turns: int) -> list[Finding]:
-    """Return the answers that are due after the last of `turns` turns, while their question is closed, or in a turn that
-    another answer needs. max_turns: data.max_turns, for the message.
+def untimely(task: StreamTask, plan: Plan, max_turns: int) -> list[Finding]:
+    """Return the answers that are due after the plan's last turn, while their question is closed, or in a turn that another
+    answer needs. max_turns: data.max_turns, for the message.
     """
+    turns, chunk_seconds = plan.turns, plan.chunk_seconds
     found = []
     due = [task.chunk_of(answer.time, chunk_seconds) for answer in task.answers]
     for i, (turn, answer) in enumerate(zip(due, task.answers, strict=True)):

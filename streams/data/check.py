@@ -27,7 +27,7 @@ from streams.data.durations import bounded, known_presentation
 from streams.layout.layout import Layout, LayoutConfig, OverBudget
 from streams.support.paths import user_path
 from streams.support.terminal import escape_unprintable_output, one_line
-from streams.task import StreamTask
+from streams.task import Plan, StreamTask
 from streams.video.config import VideoConfig
 from streams.video.presentation import Presentation
 from streams.video.reader import ClipReader, VideoError
@@ -97,7 +97,7 @@ def _refuse_unread(reader: ClipReader, task: StreamTask, fitted: StreamTask) -> 
     """
     chunk = reader.config.chunk_seconds
     if not reader.config.max_chunks and task.due_turns(chunk) > fitted.due_turns(chunk):
-        reader.read_task(task, task.due_turns(chunk))
+        reader.read_task(task, Plan(task.due_turns(chunk), chunk))
 
 
 def _sample(task: StreamTask, reason: str, kind: Reason) -> SkippedSample:
@@ -111,7 +111,7 @@ def _judge(found: Checked, task: StreamTask, video: VideoConfig, max_turns: int,
         return
     chunk = video.chunk_seconds_of(task)
     # No tail: it comes after every answer.
-    findings = untimely(task, chunk, task.num_turns(chunk, 0, max_turns), max_turns)
+    findings = untimely(task, Plan(task.num_turns(chunk, 0, max_turns), chunk), max_turns)
     for i, answer in enumerate(task.answers):
         fits = None if layout is None else layout.fitting(answer.text)
         if layout is not None and fits is not None and not is_correct(fits, answer.text, answer.kind):

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from streams.layout.lanes import SAID, Lanes, Span, head
+from streams.layout.lengths import NOT_COPIED
 from streams.log.record import GENERATED, ChunkRecord, Kind, StreamLog
 from streams.turns import ParsedTurn
 
@@ -42,16 +43,18 @@ DEFAULT_SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Hydra key `layout`. think_budget: tokens of the think span with its tags, then `</think>` is forced.
-
-    max_new_tokens: generated tokens of one turn, with tags and end token; the last one is forced to the end token.
-    force_empty_thoughts: every turn starts with a forced `<think></think>` (an evaluation condition).
-    """
+    """The budgets of a turn and the system prompt."""
 
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    """System message at the start of every stream."""
     think_budget: int = 20
+    """Tokens of the think span with both tags, at least 2; then `</think>` is forced."""
     max_new_tokens: int = 30
+    """Generated tokens of one turn with tags and end token, at least `layout.think_budget` + 2; the last one is
+    forced to be the end token.
+    """
     force_empty_thoughts: bool = False
+    """Start every turn with a forced `<think></think>`."""
 
     def __post_init__(self) -> None:
         if self.think_budget < 2:
@@ -221,7 +224,7 @@ class Layout:
 
     def max_memory(self, span: Span | None) -> int:
         """Most tokens of that copy: an answer costs a turn at least the end of its thought, its decision and its end."""
-        return len(self._short(head(span))) + len(self._said) + self.config.max_new_tokens - 3
+        return len(self._short(head(span))) + len(self._said) + self.config.max_new_tokens - NOT_COPIED
 
     def _timestamp(self, seconds: float) -> list[int]:
         return self._short(f"<{seconds:.1f} seconds>")

@@ -123,6 +123,11 @@ class StreamLog:
         return int(self.turn[-1]) + 1 if len(self) else 0
 
     @property
+    def targets_by_turn(self) -> tuple[int, ...]:
+        """How many target tokens each turn has; a log's targets in order are those of turn 0, of turn 1 and so on."""
+        return tuple(np.bincount(self.turn[self.target], minlength=self.num_turns).tolist())
+
+    @property
     def versions(self) -> tuple[int, ...]:
         """Every weight version that made a token or encoded a chunk, ascending."""
         encoded = {c.feature_version for c in self.chunks if c.feature_version is not None}

@@ -39,25 +39,34 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """window: W, video turns whose video stays. text_window: turns whose text stays (rcsm: 0 = all of them).
-
-    sink_tokens, tail_tokens (sink_window): first and last tokens kept of older generated text. video_tokens (visual_budget):
-    the budget. seed, rate (random): of the draws, and the probability to leave at a turn. positions: `native`, or
-    `contiguous` (sink_window, or your own with regions). target, args (name=custom): "package.module:Class" of a
-    MemoryPolicy, and what its constructor takes.
-    """
+    """The memory policy and its knobs. Which policy takes which knob: `docs/memory.md`."""
 
     name: str = "rcsm"
+    """Policy: `full`, `rcsm`, `recent_frames`, `sink_window`, `text_memory`, `visual_budget`, `random`, or
+    `custom` = the class in `memory.target`.
+    """
     window: int = 20
+    """Video turns whose video stays, the one being watched included (W)."""
     text_window: int = 0
+    """Turns whose text stays. `rcsm`: 0 = all of them."""
     sink_tokens: int = 0
+    """`sink_window`: first tokens that are kept of generated text older than `memory.text_window`."""
     tail_tokens: int = 0
+    """`sink_window`: last tokens that are kept of generated text older than `memory.text_window`."""
     video_tokens: int = 0
+    """`visual_budget`: video tokens that the latest chunks may take."""
     seed: int = 0
+    """`random`: seed of the draws."""
     rate: float = 0.1
+    """`random`: probability that a token leaves at a turn, in [0, 1]."""
     positions: str = NATIVE
+    """`native` = a token keeps its position, `contiguous` = what stays is re-indexed once per turn
+    (`sink_window`, or a policy of yours with regions).
+    """
     target: str = ""
+    """`custom`: your MemoryPolicy, as `package.module:Class`."""
     args: dict[str, Any] = field(default_factory=dict)
+    """`custom`: arguments of your policy's constructor, by name."""
 
     def __post_init__(self) -> None:
         if self.name not in (*POLICIES, CUSTOM):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-TEMPORAL_PATCH = 2
+from streams.checkpoint.families import TEMPORAL_PATCH
 
 
 class Spanned(Protocol):
@@ -22,19 +22,22 @@ class Spanned(Protocol):
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Hydra key `data.video`. min_pixels, max_pixels: budget of one frame after resizing.
-
-    max_chunks: 0 (the default) = every chunk lasts `chunk_seconds`, whatever follows. Otherwise the chunk length of a
-    task is ceil(its length / max_chunks) seconds, at least `chunk_seconds`, as ThinkStream does it. That is **not
-    causal**: at the first chunk it takes knowing how long the video will be, which no live stream knows.
-    """
+    """What a chunk is: its length, its frames, their pixels."""
 
     chunk_seconds: float = 1.0
+    """Length of a chunk in seconds; with `data.video.max_chunks`, the shortest one."""
     max_chunks: int = 0
+    """0 = every chunk lasts `data.video.chunk_seconds`. Otherwise the chunks of a task last ceil(its length /
+    max_chunks) seconds, as in ThinkStream. That is not causal: a live stream does not know how long it will be.
+    """
     frames_per_chunk: int = 2
+    """Frames of a chunk, a multiple of 2: the vision tower joins two frames into one patch."""
     min_pixels: int = 28 * 28
+    """Fewest pixels of a frame after resizing."""
     max_pixels: int = 56 * 56
+    """Most pixels of a frame after resizing."""
     decode_timeout_s: float = 20.0
+    """Seconds that reading a clip may take; a file that needs longer is skipped by name."""
 
     def __post_init__(self) -> None:
         for name in ("chunk_seconds", "decode_timeout_s"):

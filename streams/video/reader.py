@@ -31,7 +31,7 @@ from streams.video.presentation import Presentation
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from streams.task import StreamTask
+    from streams.task import Plan, StreamTask
 
 __all__ = [
     "Clip",
@@ -244,11 +244,11 @@ class ClipReader:
         times = frame_times(start, len(payload), seconds, self.config.frames_per_chunk)
         return Clip(frames=payload, frame_times=times, patch_size=self.patch_size)
 
-    def read_task(self, task: StreamTask, num_chunks: int) -> Clip:
-        """The first `num_chunks` chunks of a task; its last answer's chunk must be among them, the tail need not."""
-        seconds = self.config.chunk_seconds_of(task)
-        needed = min(num_chunks, task.due_turns(seconds))
-        return self.read(task.video, task.start, task.end, num_chunks, chunk_seconds=seconds, min_chunks=needed)
+    def read_task(self, task: StreamTask, plan: Plan) -> Clip:
+        """Read the chunks that the plan shows of a task; its last answer's must be among them, the tail need not."""
+        seconds = plan.chunk_seconds
+        needed = min(plan.turns, task.due_turns(seconds))
+        return self.read(task.video, task.start, task.end, plan.turns, chunk_seconds=seconds, min_chunks=needed)
 
     def presentation(self, video: str) -> Presentation:
         """What a player shows of the file, and when. Raises VideoError."""

@@ -8,25 +8,18 @@ import subprocess
 import sys
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-import launch
-from conf.schema import RunConfig, load_config
-from runtime.checks import check_nothing_needed_is_replaced, preflight
+from conf.schema import RunConfig
+from runtime.starting_point import StartingPoint
 from streams.backbone.tiny_spec import QWEN3_SPEC
 from streams.checkpoint.folder import resolve_checkpoint
+from tests.support.configs import composed
 from tests.support.project import ROOT
-
-launch.register_schema()
+from tests.support.starting import preflight
 
 CONF = ROOT / "conf"
 OWN_DATA = ["data=jsonl", "data.train=a.jsonl", "data.heldout=b.jsonl"]
-
-
-def composed(*overrides: str) -> RunConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(compose("config", overrides=list(overrides)))
 
 
 def test_one_job_alone_can_be_run_from_any_preset():
@@ -235,7 +228,7 @@ def test_a_run_may_not_start_from_what_it_replaces(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text(row)
     config = composed("job=rl", f"run_root={tmp_path}", f"algorithm.init={start}")
     with pytest.raises(ValueError, match=r"algorithm\.init=.*replaces"):
-        check_nothing_needed_is_replaced(config, {})
+        StartingPoint.of(config).check_nothing_needed_is_replaced({})
     assert start.is_dir()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from conf.mistakes import explain
 from launch import plain_words
-from tests.conf.test_config import composed
+from tests.support.configs import composed
 from tests.support.project import ROOT
 
 

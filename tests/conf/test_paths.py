@@ -20,7 +20,7 @@ from runtime.store.manifests import StageStore, settings
 from streams.data.dataset import load_tasks, write_tasks
 from streams.support.paths import expand_home
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from tests.conf.test_config import composed
+from tests.support.configs import composed
 from tests.support.project import ROOT
 
 NOBODY = "no-such-user-here"

@@ -13,7 +13,6 @@ from transformers import AutoModelForImageTextToText
 
 from conf.age import AgeBound
 from rewards import Reward
-from runtime.checks import check_memory, describe
 from runtime.planning.clip_cache import check_features
 from runtime.planning.footprint import slot_bytes
 from runtime.planning.plan import plan_run
@@ -22,10 +21,11 @@ from streams.backbone.tiny import build_config, build_tokenizer
 from streams.backbone.tiny_spec import TinySpec
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.support.usage import DeviceInfo
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from tests.conf.test_config import composed
-from tests.processes.test_run import launch
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
+from tests.support.commands import launch
+from tests.support.configs import composed
 from tests.support.geometries import qwen2_5_vl
+from tests.support.starting import check_memory, describe
 
 OWN_DATA = ("data.train=a.jsonl", "data.heldout=b.jsonl")
 PRESETS = ("vst_7b", "streamingvlm_7b")
@@ -129,10 +129,10 @@ def test_the_last_turn_of_vst_is_the_one_in_which_the_answer_is_due(vst):
     question = TimedQuery(90.0, "Which one?")
     task = StreamTask("a", "a.mp4", 0.0, 100.0, (question,), (ExpectedAnswer(90.0, "B", "choice"),))
     chunk = vst.data.video.chunk_seconds_of(task)
-    assert (chunk, vst.data.turns_of(task), task.due_turns(chunk)) == (31.0, 3, 3)
+    assert (vst.data.plan_of(task), task.due_turns(chunk)) == (Plan(3, 31.0), 3)
     # 1,000 s: five clips of 200 s; nothing is cut off.
     long = replace(task, end=1000.0, queries=(replace(question, time=999.0),), answers=(ExpectedAnswer(999.0, "B"),))
-    assert (vst.data.video.chunk_seconds_of(long), vst.data.turns_of(long)) == (200.0, 5)
+    assert vst.data.plan_of(long) == Plan(5, 200.0)
 
 
 def test_streamingvlm_streams_as_published(streamingvlm):

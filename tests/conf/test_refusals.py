@@ -7,9 +7,9 @@ import json
 import pytest
 
 from conf.schema import RunConfig
-from runtime.checks import check_memory
-from tests.conf.test_config import composed
-from tests.processes.test_run import launch
+from tests.support.commands import launch
+from tests.support.configs import composed
+from tests.support.starting import check_memory
 
 
 def folder(path, **values):

@@ -10,19 +10,11 @@ import pytest
 from conf.jobs import JobConfig
 from conf.schema import MemoryConfig, RunConfig
 from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
-from runtime.checks import check_memory
-from runtime.starting_point import respect_checkpoint
-from streams.layout.layout import LayoutConfig
-from streams.video.config import VideoConfig
-
-VIDEO = VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)
+from runtime.starting_point import StartingPoint
+from tests.support.configs import VIDEO, trained
+from tests.support.starting import check_memory
 
 ARGS = {"window": 2, "text_window": 3, "sink_tokens": 5, "tail_tokens": 6}
-
-
-def trained():
-    base = RunConfig(memory=MemoryConfig("rcsm", 4), layout=LayoutConfig("Watch.", 6, 10))
-    return dataclasses.replace(base, data=dataclasses.replace(base.data, video=VIDEO))
 
 
 def written(folder, config):
@@ -85,21 +77,21 @@ def test_evaluation_warns_and_resuming_refuses(tmp_path):
     evaluating = dataclasses.replace(
         config, run_root=str(tmp_path), job=JobConfig("eval", ["eval"]), memory=MemoryConfig("rcsm", 8)
     )
-    used = respect_checkpoint(evaluating, ["memory.window=8"], told.append, warned.append)
+    used = StartingPoint.of(evaluating).respected(["memory.window=8"], told.append, warned.append)
     assert used.memory.window == 8
     assert warned == ["memory.window=8 (the checkpoint was made with 4); the override is used"]
     resumed = dataclasses.replace(
         evaluating, job=JobConfig("rl", ["rl"]), resume=str(tmp_path / "checkpoints" / "rl" / "final")
     )
     with pytest.raises(ValueError, match=r"memory\.window=8 \(the checkpoint was made with 4\)"):
-        respect_checkpoint(resumed, ["memory.window=8"], told.append, warned.append)
+        StartingPoint.of(resumed).respected(["memory.window=8"], told.append, warned.append)
 
 
 def test_evaluation_without_overrides_takes_the_checkpoints_settings(tmp_path):
     written(tmp_path / "checkpoints" / "sft" / "final" / "hf", trained())
     told = []
     plain = RunConfig(run_root=str(tmp_path), job=JobConfig("eval", ["eval"]), memory=MemoryConfig("full"))
-    used = respect_checkpoint(plain, ["job=eval"], told.append, pytest.fail)
+    used = StartingPoint.of(plain).respected(["job=eval"], told.append, pytest.fail)
     assert used.memory == MemoryConfig("rcsm", 4)
     assert used.data.video.frames_per_chunk == 4
     assert any("memory.window=4" in line for line in told)

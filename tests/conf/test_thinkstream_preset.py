@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from conf.age import AgeBound
 from conf.training import optimiser_steps, warmup_steps
 from rewards import Reward
-from tests.conf.test_config import composed
+from tests.support.configs import composed
 
 PRESET = ["experiment=thinkstream_qwen2_5_vl_3b", "data.train=a.jsonl", "data.heldout=b.jsonl"]
 

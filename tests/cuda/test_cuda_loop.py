@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.long_streams.activation_checkpointing import checkpoint_activations
@@ -26,6 +25,7 @@ from streams.memory import MemoryConfig
 from streams.messages import GroupPayload
 from streams.scoring.logprobs import behaviour_differences, score_rows
 from streams.scoring.packing import pack
+from tests.support.learner import GRPO, even
 from tests.support.streams import joined_features, random_turns, request
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -39,7 +39,6 @@ SPECS = {
 LAYOUT = LayoutConfig(think_budget=5, max_new_tokens=10)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BARS = {"float32": 1e-4, "bfloat16": 1e-2}
-GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -152,9 +151,9 @@ def test_a_learner_step_and_the_swap_of_its_weights(checkpoint, ranks, offload):
     config = LearnerConfig(
         lr=1e-3, dtype="bfloat16", freeze="tower+merger", offload=offload, activation_checkpointing=True
     )
-    learner = LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, asdict(config), total_steps=3, seed=0), ranks)
+    learner = LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, config, total_steps=3, seed=0), ranks)
     before = {name: p.detach().clone() for name, p in worker.model.named_parameters()}
-    reports = [learner.train(step, "grpo", [TrainItem(payload, (1.0,))], GRPO) for step in range(3)]
+    reports = [learner.train(step, GRPO, [even(payload, (1.0,))]) for step in range(3)]
     assert [report.metrics["compiles"] for report in reports[1:]] == [reports[1].metrics["compiles"]] * 2
     staged = StagedWeights.stage(learner.export_weights(), worker)
     assert all(tensor.is_cuda for tensor in staged.tensors.values())

@@ -19,15 +19,10 @@ from streams.data.dataset import load_tasks
 from streams.data.formats.sightline import _ROW_KEYS
 from streams.data.formats.thinkstream import _ROW_KEYS as RECORD_KEYS
 from streams.messages import RewardJob
-from tests.conf.test_config import composed
-from tests.support.project import ROOT
+from streams.task import Plan
+from tests.support.configs import composed
+from tests.support.guides import DOCS, blocks
 from tests.support.rewards import one_answer, stream
-
-DOCS = ROOT / "docs"
-
-
-def blocks(guide: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / guide).read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -88,7 +83,7 @@ def test_what_is_wrong_with_ones_own_reward_is_said_by_key(my_rewards, params, m
 def test_ones_own_reward_runs_in_the_scorer_actor_or_the_actor_says_why_not(my_rewards, tmp_path):
     task = one_answer(2, 5)
     config = RewardConfig(**preset())
-    job = RewardJob("0/a", task, (stream({5: "red"}), stream({7: LONG})), 1.0)
+    job = RewardJob("0/a", task, Plan(10, 1.0), (stream({5: "red"}), stream({7: LONG})))
 
     def start(path: str):
         ray.init(

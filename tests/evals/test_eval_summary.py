@@ -19,7 +19,7 @@ from evals.summary import (
     training_fields,
 )
 from rewards.compose import AnswerResult, RewardResult
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 
 MODES = ("now", "recall", "alert")
 
@@ -32,7 +32,9 @@ def result(*answers: tuple[str, bool], failed: int = 0):
         task = StreamTask(f"t{i}", "a.mp4", 0.0, 4.0, *question, category=category)
         got = AnswerResult(0, category, 2, 2, correct, 1.0, float(correct))
         streams.append(
-            ScoredStream(task, (), RewardResult(float(correct), {}, (got,)), i, "broken" if i < failed else None)
+            ScoredStream(
+                task, Plan(4, 1.0), (), RewardResult(float(correct), {}, (got,)), i, "broken" if i < failed else None
+            )
         )
     return collect("trained", tuple(streams))
 

@@ -7,7 +7,6 @@ import re
 from base64 import b64decode
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +22,10 @@ from evals.transcripts.record import OUTCOMES, outcome
 from rewards.compose import AnswerResult, RewardResult
 from streams.log.record import Kind
 from streams.support.files import write_atomic
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from tests.support.clips import solid, write_clip
 from tests.support.project import ROOT
-from tests.support.transcripts import HOSTILE, LONG, VIDEO, WINDOW, make
+from tests.support.transcripts import HOSTILE, LONG, VIDEO, WINDOW, data_of, make
 
 DOCS = ROOT / "docs" / "transcripts.md"
 
@@ -38,7 +37,7 @@ def scored(name: str, category: str, reward: float, failed: str | None = None) -
     task = StreamTask(
         name, "a.mp4", 0.0, 4.0, (TimedQuery(1.0, "?"),), (ExpectedAnswer(2.0, "red"),), category=category
     )
-    return ScoredStream(task, (), RewardResult(reward, {}, ()), None, failed)
+    return ScoredStream(task, Plan(4, 1.0), (), RewardResult(reward, {}, ()), None, failed)
 
 
 @st.composite
@@ -182,10 +181,6 @@ def test_every_key_of_the_format_is_documented_and_a_line_survives_json(records)
 
 
 # ---- the page ----
-
-
-def data_of(page: Path) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
 
 
 @pytest.mark.slow

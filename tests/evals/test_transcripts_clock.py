@@ -29,10 +29,10 @@ from streams.data.dataset import load_tasks
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from tests.conf.test_config import composed
-from tests.evals.test_transcripts import data_of
 from tests.support.clips import solid, write_clip
+from tests.support.configs import composed
 from tests.support.service import open_service, worker_setup
+from tests.support.transcripts import data_of
 
 PRESETS = ("vst_7b", "thinkstream_qwen2_5_vl_3b", "none")
 WAIT_S = 120

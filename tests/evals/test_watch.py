@@ -16,11 +16,10 @@ from streams.backbone.backbone import Backbone
 from streams.backbone.tiny import build_tiny
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from tests.conf.test_config import composed
-from tests.conf.test_streaming_settings import trained
-from tests.processes.test_run import ROOT, launch
-from tests.runtime.test_driverlog import interrupted
 from tests.support.clips import write_clip
+from tests.support.commands import interrupted, launch
+from tests.support.configs import composed, trained
+from tests.support.project import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -7,12 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.assign import share_out
-from learner.batching import SftWeights, Shape, TargetCounts, common_shapes
+from learner.batching import MicroBatchWork, common_work
+from learner.losses.base import TargetCounts
+from learner.losses.sft import SftWeights
+from learner.parallel.assign import share_out
 from streams.log.record import Kind
 
 TOKENS = st.lists(st.integers(0, 10_000), max_size=24)
-SHAPES = st.lists(st.builds(Shape, st.sampled_from(["", "pre_merger"]), st.integers(1, 9)), max_size=5).map(tuple)
+WORK = st.lists(st.builds(MicroBatchWork, st.sampled_from(["", "pre_merger"]), st.integers(1, 9)), max_size=5).map(
+    tuple
+)
 
 
 @given(TOKENS, st.integers(1, 9))
@@ -44,14 +48,14 @@ def test_longest_groups_are_placed_first():
     assert share_out([], 2) == [[], []]
 
 
-@given(st.lists(SHAPES, min_size=1, max_size=5))
-def test_common_shapes_cover_every_ranks_work_and_no_more(ranks):
-    common = common_shapes(ranks)
-    assert len(common) == max(len(shapes) for shapes in ranks)
-    for i, shape in enumerate(common):
-        here = [shapes[i] for shapes in ranks if i < len(shapes)]
-        assert shape.head_chunks == max(s.head_chunks for s in here)
-        assert shape.vision == max(s.vision for s in here)
+@given(st.lists(WORK, min_size=1, max_size=5))
+def test_common_work_covers_every_ranks_work_and_no_more(ranks):
+    common = common_work(ranks)
+    assert len(common) == max(len(works) for works in ranks)
+    for i, work in enumerate(common):
+        here = [works[i] for works in ranks if i < len(works)]
+        assert work.head_chunks == max(w.head_chunks for w in here)
+        assert work.vision == max(w.vision for w in here)
 
 
 KINDS = (Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)

@@ -5,29 +5,27 @@ The logs are sampled before any learner runs in this process: DeepSpeed changes 
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
+from learner.parallel.zero3_linear import linear
 from learner.setup import LearnerSetup
-from learner.zero3_linear import linear
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
 from streams.data.dataset import load_tasks
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.messages import RolloutTask
+from streams.task import Plan
+from tests.support.learner import GRPO, even
 from tests.support.service import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 60.0
 STREAMS, TURNS = 3, 8
-GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 MEAN_BAR = 1e-2
 """Mean |difference| of a log-prob in bfloat16, as in the design; measured here: 2e-3."""
 
@@ -55,12 +53,12 @@ class Worker:
         return [self._group(epoch, task) for task in self.tasks]
 
     def _group(self, epoch, task):
-        future = self.service.submit(RolloutTask(f"{epoch}/{task.id}", 0, task, STREAMS, TURNS, 1.0))
+        future = self.service.submit(RolloutTask(f"{epoch}/{task.id}", task, Plan(TURNS, 1.0), STREAMS, 1.0))
         summary, payload = future.result(timeout=WAIT_S)
         assert summary.failed is None, summary.failed
         assert summary.monitor.tokens
         assert summary.monitor.mean < MEAN_BAR
-        return TrainItem(payload, (1.5, -0.5, -1.0))
+        return even(payload, (1.5, -0.5, -1.0))
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def worker(tmp_path, checkpoint):
 
 def learner_of(checkpoint, ranks, **values):
     given = {"dtype": "bfloat16", "lr": 1e-3, "freeze": "tower+merger"} | values
-    learner = asdict(LearnerConfig(**given))
+    learner = LearnerConfig(**given)
     return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, learner, total_steps=4, seed=0), ranks)
 
 
@@ -86,7 +84,7 @@ def test_learner_and_engine_agree_before_and_after_a_step(worker, checkpoint, ra
         # Angles of positions in bfloat16 would be off by whole radians.
         assert {b.dtype for b in learner.backbone.model.buffers() if b.is_floating_point()} == {torch.float32}
         agree(learner, groups)
-        report = learner.train(0, "grpo", groups, GRPO)
+        report = learner.train(0, GRPO, groups)
         assert report.metrics["age0_logp_diff_mean"] < MEAN_BAR
         assert report.metrics["grad_norm"] > 0
         update = learner.export_weights()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.long_streams.activation_checkpointing import checkpoint_activations
@@ -21,6 +19,7 @@ from streams.memory import MemoryConfig
 from streams.messages import GroupPayload
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
+from tests.support.learner import GRPO, even
 from tests.support.streams import MODEL_TYPES, joined_features, loud_backbone, random_turns, request, run
 
 LAYOUT = LayoutConfig(think_budget=5, max_new_tokens=10)
@@ -112,16 +111,16 @@ def test_a_learner_step_is_the_same_at_every_zero_stage(tmp_path, ranks, stage):
     rng = np.random.default_rng(1)
     made = [request(backbone, MemoryConfig("rcsm", 2), random_turns(backbone, rng, 6), f"s{i}") for i in range(2)]
     items = [
-        TrainItem(GroupPayload((log,), "features", to_array(joined_features(r)[None])), (advantage,))
+        even(GroupPayload((log,), "features", to_array(joined_features(r)[None])), (advantage,))
         for r, log, advantage in zip(made, run(backbone, made), (1.0, -1.0), strict=True)
     ]
     found = []
     for recompute in (False, True):
         config = LearnerConfig(freeze="tower+merger", zero_stage=stage, activation_checkpointing=recompute)
-        setup = LearnerSetup(str(backbone.source), LAYOUT, asdict(config), total_steps=2, seed=0)
+        setup = LearnerSetup(str(backbone.source), LAYOUT, config, total_steps=2, seed=0)
         learner = LearnerEngine(setup, ranks)
         learner.backbone.layout.banned = backbone.layout.banned
-        found.append(learner.train(0, "grpo", items, {"clip_low": 0.2, "clip_high": 0.2}).metrics)
+        found.append(learner.train(0, GRPO, items).metrics)
         learner.close()
     assert found[0]["grad_norm"] > 0
     for name in ("loss", "grad_norm", "entropy"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +27,10 @@ from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.log.record import NEVER
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
-from streams.scoring.logprobs import behaviour_differences
+from streams.scoring.logprobs import behaviour_differences, score_rows
+from streams.scoring.packing import pack
+from streams.task import Plan
+from tests.support.learner import GRPO, SFT, even
 from tests.support.service import LAYOUT, open_service, worker_setup
 from tests.support.streams import random_turns, request
 from tests.support.streams import run as run_streams
@@ -35,8 +38,6 @@ from tests.support.streams import run as run_streams
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 60.0
-SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
-GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 TURNS = 6
 
 
@@ -72,19 +73,23 @@ def demonstrations(service, tasks):
     for i, task in enumerate(tasks):
         script = [ScriptedTurn("nothing", None)] * (TURNS + i)
         script[2 + i] = ScriptedTurn("red", ("red", "green", "blue")[i])
-        items.append(TrainItem(payload_of(service.script(ScriptTask(f"0/{task.id}", task, tuple(script))))))
+        items.append(
+            TrainItem(
+                payload_of(service.script(ScriptTask(f"0/{task.id}", task, Plan(len(script), 1.0), tuple(script))))
+            )
+        )
     return items
 
 
 def sample(service, task, name, streams, temperature=1.0):
-    return payload_of(service.submit(RolloutTask(name, 0, task, streams, TURNS, temperature)))
+    return payload_of(service.submit(RolloutTask(name, task, Plan(TURNS, 1.0), streams, temperature)))
 
 
 @pytest.fixture(scope="module")
 def groups(service, tasks):
     """Two sampled groups with features, and advantages as of a group with one good stream."""
     advantages = (1.5, -0.5, -1.0)
-    return [TrainItem(sample(service, task, f"1/{task.id}", 3), advantages) for task in tasks[:2]]
+    return [even(sample(service, task, f"1/{task.id}", 3), advantages) for task in tasks[:2]]
 
 
 @pytest.fixture
@@ -93,7 +98,7 @@ def engine(checkpoint, ranks):
 
     def make(steps=10, reference="", version=0, **values):
         given = {"lr": 2e-3, "grad_clip": 1e6, "freeze": "none"} | values
-        learner = asdict(LearnerConfig(**given))
+        learner = LearnerConfig(**given)
         setup = LearnerSetup(
             str(checkpoint), LAYOUT, learner, total_steps=steps, seed=0, reference=str(reference), version=version
         )
@@ -116,7 +121,7 @@ def largest_difference(a, b):
 
 def test_supervised_steps_lower_the_loss_on_a_fixed_batch(engine, demonstrations):
     learner = engine()
-    reports = [learner.train(step, "sft", demonstrations, SFT) for step in range(8)]
+    reports = [learner.train(step, SFT, demonstrations) for step in range(8)]
     losses = [report.metrics["loss"] for report in reports]
     assert losses[-1] < 0.75 * losses[0]
     assert [report.version for report in reports] == list(range(1, 9))
@@ -146,12 +151,12 @@ def cuts(items):
     ]
 
 
-@pytest.mark.parametrize(("loss", "settings"), [("sft", SFT), ("grpo", GRPO)])
-def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batch_cut(engine, demonstrations, groups, loss, settings):
-    items = demonstrations if loss == "sft" else groups
+@pytest.mark.parametrize("loss", [SFT, GRPO], ids=["sft", "grpo"])
+def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batch_cut(engine, demonstrations, groups, loss):
+    items = demonstrations if loss is SFT else groups
     # Where a gradient vanishes in exact arithmetic, Adam's first step is rounding noise of size lr, hence a small one.
     learners = [engine(lr=1e-5, **cut) for cut in cuts(items)]
-    reports = [learner.train(0, loss, items, settings) for learner in learners]
+    reports = [learner.train(0, loss, items) for learner in learners]
     counts = [report.metrics["micro_batches"] for report in reports]
     streams = sum(len(item.payload.logs) for item in items)
     assert counts == [1, 1, streams, (streams + 1) // 2]
@@ -169,7 +174,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batch_cut(engine, d
 
 
 def test_a_group_sampled_at_the_learners_version_has_ratio_1_and_no_log_prob_difference(engine, groups):
-    metrics = engine(freeze="tower+merger").train(0, "grpo", groups, GRPO).metrics
+    metrics = engine(freeze="tower+merger").train(0, GRPO, groups).metrics
     sampled = sum(int(log.sampled.sum()) for item in groups for log in item.payload.logs)
     assert metrics["age0_tokens"] == sampled == metrics["target_tokens"]
     assert 0 <= metrics["age0_logp_diff_max"] < 1e-4
@@ -180,7 +185,7 @@ def test_a_group_sampled_at_the_learners_version_has_ratio_1_and_no_log_prob_dif
 
 def test_a_rewarded_stream_becomes_more_likely_and_a_punished_one_less(engine, groups):
     learner = engine(lr=1e-3, freeze="tower+merger")
-    learner.train(0, "grpo", groups, GRPO)
+    learner.train(0, GRPO, groups)
     for item in groups:
         logs = list(item.payload.logs)
         features = torch.from_numpy(item.payload.media).flatten(0, 1)
@@ -190,6 +195,29 @@ def test_a_rewarded_stream_becomes_more_likely_and_a_punished_one_less(engine, g
                 for log, now in zip(logs, scores_of(learner.backbone, logs, features), strict=True)
             ]
         assert change[0] > 0 > change[2]
+
+
+def test_the_gradient_of_a_step_is_each_tokens_own_advantage_times_its_log_probs_gradient(engine, checkpoint, groups):
+    """Computed again without packing, engine or DeepSpeed: stream by stream, token by token."""
+    rng = np.random.default_rng(3)
+    items = [replace(item, advantages=tuple(rng.normal(size=len(a)) for a in item.advantages)) for item in groups]
+    learner = engine(lr=1e-5, freeze="tower+merger", row_tokens=200, micro_batch_tokens=400)
+    learner.train(0, GRPO, items)
+    found = first_gradient(learner)
+
+    def expected(shift):
+        backbone = Backbone.load(checkpoint, LAYOUT)
+        total = sum(len(a) for item in items for a in item.advantages)
+        for item in items:
+            features = torch.from_numpy(item.payload.media).flatten(0, 1)
+            for log, advantages in zip(item.payload.logs, item.advantages, strict=True):
+                logp = score_rows(backbone, pack([log], [[0]]), features, temperature=1.0).logp
+                (-(torch.from_numpy(np.roll(advantages, shift)) * logp).sum() / total).backward()
+        return {name: p.grad for name, p in backbone.model.named_parameters() if name in found}
+
+    largest = max(float(g.abs().max()) for g in found.values())
+    assert largest_difference(found, expected(0)) < 1e-3 * largest, "the ratio is 1 to about 1e-4"
+    assert largest_difference(found, expected(1)) > 0.1 * largest, "one token off is another gradient"
 
 
 def scores_of(backbone, logs, features):
@@ -203,7 +231,7 @@ def test_greedy_streams_are_refused_for_training_by_name_and_can_be_scored(engin
     learner = engine(freeze="tower+merger")
     before = weights_of(learner)
     with pytest.raises(ValueError, match=r"stream eval/greedy/0 was decoded greedily"):
-        learner.train(0, "grpo", [*groups, TrainItem(greedy, (1.0, -1.0))], GRPO)
+        learner.train(0, GRPO, [*groups, even(greedy, (1.0, -1.0))])
     assert learner.version == 0
     assert largest_difference(before, weights_of(learner)) == 0
     report = learner.score([greedy])
@@ -220,7 +248,7 @@ def test_the_kl_to_the_starting_checkpoint_begins_at_zero_and_holds_the_policy_b
     free, held = (engine(lr=1e-3, freeze=freeze, reference=checkpoint) for _ in range(2))
     kls = {}
     for name, learner, kl_coef in (("free", free, 1e-9), ("held", held, 2.0)):
-        reports = [learner.train(i, "grpo", groups, GRPO | {"kl_coef": kl_coef}) for i in range(4)]
+        reports = [learner.train(i, replace(GRPO, kl_coef=kl_coef), groups) for i in range(4)]
         kls[name] = [report.metrics["kl"] for report in reports]
     assert kls["free"][0] == pytest.approx(0, abs=1e-6)
     assert kls["free"][-1] > 1e-3
@@ -230,8 +258,8 @@ def test_the_kl_to_the_starting_checkpoint_begins_at_zero_and_holds_the_policy_b
 def test_a_kl_without_a_reference_is_refused_by_its_key_and_none_is_measured_without_one(engine, groups):
     learner = engine(freeze="tower+merger")
     with pytest.raises(ValueError, match=r"algorithm\.kl_coef=0\.1 but the learner was set up without a reference"):
-        learner.train(0, "grpo", groups, GRPO | {"kl_coef": 0.1})
-    assert "kl" not in learner.train(0, "grpo", groups, GRPO | {"kl_coef": 0.0}).metrics
+        learner.train(0, replace(GRPO, kl_coef=0.1), groups)
+    assert "kl" not in learner.train(0, replace(GRPO, kl_coef=0.0), groups).metrics
 
 
 def test_a_reference_with_another_vocabulary_is_refused_by_its_key(engine, tmp_path):
@@ -273,7 +301,7 @@ def test_parameters_are_gathered_in_order_in_chunks_below_the_limit(sizes, limit
 def test_exported_weights_staged_on_another_backbone_decode_the_same(engine, checkpoint, demonstrations):
     learner = engine()
     for step in range(2):
-        learner.train(step, "sft", demonstrations, SFT)
+        learner.train(step, SFT, demonstrations)
     update = learner.export_weights()
     assert update.version == 2
     other = Backbone.load(checkpoint, LAYOUT)
@@ -303,7 +331,7 @@ def test_a_worker_that_swapped_samples_what_the_learner_scores(engine, service, 
     learner = engine(freeze="tower+merger")
     worker = open_service(service.setup, worker=1)
     try:
-        learner.train(0, "grpo", groups, GRPO)
+        learner.train(0, GRPO, groups)
         assert worker.stage(learner.export_weights(), 0.0).result(timeout=WAIT_S).version == 1
         fresh = sample(worker, tasks[0], "2/fresh", 3)
     finally:
@@ -328,7 +356,9 @@ def test_a_worker_that_swapped_samples_what_the_learner_scores(engine, service, 
     ids=lambda memory: memory.name,
 )
 def test_what_a_worker_evicted_the_learner_replays_from_the_log_alone(engine, service, tasks, memory):
-    payload = payload_of(service.submit(RolloutTask(f"3/{memory.name}", 0, tasks[0], 3, TURNS, 1.0, memory=memory)))
+    payload = payload_of(
+        service.submit(RolloutTask(f"3/{memory.name}", tasks[0], Plan(TURNS, 1.0), 3, 1.0, memory=memory))
+    )
     assert {log.header.policy for log in payload.logs} == {memory.name}
     assert all(log.evicted_tokens for log in payload.logs)
     learner = engine()
@@ -340,7 +370,7 @@ def test_what_a_worker_evicted_the_learner_replays_from_the_log_alone(engine, se
 def test_a_frozen_tower_is_neither_exported_nor_changed(engine, demonstrations):
     learner = engine(freeze="tower+merger")
     before = weights_of(learner)
-    learner.train(0, "sft", demonstrations, SFT)
+    learner.train(0, SFT, demonstrations)
     after = weights_of(learner)
     update = learner.export_weights()
     assert not [name for name in update.names if ".visual." in name]
@@ -356,7 +386,7 @@ def test_a_frozen_tower_is_neither_exported_nor_changed(engine, demonstrations):
 def test_an_open_tower_is_trained_and_exported(engine, demonstrations):
     learner = engine(freeze="none")
     before = weights_of(learner)
-    learner.train(0, "sft", demonstrations, SFT)
+    learner.train(0, SFT, demonstrations)
     after = weights_of(learner)
     assert set(learner.export_weights().names) == set(before)
     assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("attn.qkv.weight"))
@@ -369,14 +399,14 @@ def test_a_loaded_checkpoint_goes_on_as_if_it_had_never_stopped(engine, demonstr
     schedule = {"schedule": "cosine", "warmup_steps": 2, "steps": 6}
     learner = engine(**schedule)
     for step in range(3):
-        learner.train(step, "sft", demonstrations, SFT)
+        learner.train(step, SFT, demonstrations)
     learner.save(tmp_path, {"note": "here"})
     saved = weights_of(learner)
-    report = learner.train(3, "sft", demonstrations, SFT)
+    report = learner.train(3, SFT, demonstrations)
     resumed = engine(**schedule)
     resumed.load(tmp_path)
     assert largest_difference(saved, weights_of(resumed)) == 0
-    again = resumed.train(3, "sft", demonstrations, SFT)
+    again = resumed.train(3, SFT, demonstrations)
     assert again.metrics["lr"] == report.metrics["lr"]
     assert again.metrics["loss"] == report.metrics["loss"]
     assert largest_difference(weights_of(learner), weights_of(resumed)) == 0
@@ -386,14 +416,14 @@ def test_a_loaded_checkpoint_goes_on_as_if_it_had_never_stopped(engine, demonstr
 def test_weights_without_their_optimiser_state_stand_where_they_stood_in_the_schedule(engine, demonstrations):
     schedule = {"schedule": "cosine", "warmup_steps": 2, "steps": 6}
     learner = engine(**schedule)
-    rates = [learner.train(step, "sft", demonstrations, SFT).metrics["lr"] for step in range(5)]
+    rates = [learner.train(step, SFT, demonstrations).metrics["lr"] for step in range(5)]
     later = engine(version=3, **schedule)
-    assert [later.train(step, "sft", demonstrations, SFT).metrics["lr"] for step in (3, 4)] == rates[3:]
+    assert [later.train(step, SFT, demonstrations).metrics["lr"] for step in (3, 4)] == rates[3:]
 
 
 def test_the_exported_half_of_a_checkpoint_holds_the_same_weights(engine, demonstrations, tmp_path):
     learner = engine()
-    learner.train(0, "sft", demonstrations, SFT)
+    learner.train(0, SFT, demonstrations)
     learner.save(tmp_path, {"note": "here"})
     exported = Backbone.load(tmp_path / "hf", LAYOUT)
     assert (
@@ -401,7 +431,7 @@ def test_the_exported_half_of_a_checkpoint_holds_the_same_weights(engine, demons
         == 0
     )
     # Saving must not disturb the model: it is trained and scored afterwards.
-    assert learner.train(1, "sft", demonstrations, SFT).version == 2
+    assert learner.train(1, SFT, demonstrations).version == 2
 
 
 def test_a_folder_without_deepspeed_state_is_refused_by_name(engine, tmp_path):

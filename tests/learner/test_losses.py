@@ -1,4 +1,4 @@
-"""Losses and advantages: hand-computed values, where the gradient is zero, and what does not depend on the cut."""
+"""Losses: hand-computed values, where the gradient is zero, and what does not depend on the cut."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.losses import decision_weights, grpo_loss, k3_kl, sft_loss
-from rl.advantages import EPSILON, group_advantages
+from learner.losses.kl import k3_kl
+from learner.losses.policy_gradient import grpo_loss
+from learner.losses.sft import decision_weights, sft_loss
 
 
 def grpo(logp, behaviour, advantage, *, normaliser=None, low=0.2, high=0.3):
@@ -185,51 +186,6 @@ def test_unclamped_decision_weights_give_both_decisions_the_same_mass_and_keep_t
     of_silent, of_spoken = decision_weights(silent, spoken, math.inf)
     assert silent * of_silent == pytest.approx(spoken * of_spoken)
     assert silent * of_silent + spoken * of_spoken == pytest.approx(silent + spoken)
-
-
-# --- advantages -------------------------------------------------------------------------------------------------------
-
-
-def test_advantages_of_a_group_by_hand():
-    rewards = np.array([1.0, 0.0, 0.0, 1.0])
-    assert group_advantages(rewards, "mean") == pytest.approx([0.5, -0.5, -0.5, 0.5])
-    assert group_advantages(rewards, "grpo") == pytest.approx(np.array([1, -1, -1, 1]) * 0.5 / (0.5 + 1e-5))
-    # The population's standard deviation, not the sample's: sqrt(2/3) over 0, 1, 2.
-    assert group_advantages(np.array([0.0, 1.0, 2.0]), "grpo")[2] == pytest.approx(1 / (math.sqrt(2 / 3) + 1e-5))
-
-
-REWARDS = st.lists(st.floats(0, 1), min_size=2, max_size=16).map(np.array)
-
-
-@given(REWARDS, st.sampled_from(["grpo", "mean"]))
-def test_advantages_have_mean_zero_keep_the_order_and_are_bounded(rewards, kind):
-    advantages = group_advantages(rewards, kind)
-    assert advantages.dtype == np.float64
-    assert abs(advantages.mean()) < 1e-6
-    assert (np.diff(advantages[np.argsort(rewards, kind="stable")]) >= 0).all()
-    scale = rewards.std() / (rewards.std() + EPSILON) if kind == "grpo" else rewards.std()
-    assert advantages.std() == pytest.approx(scale, abs=1e-9)
-
-
-@given(REWARDS, st.floats(-2, 2))
-def test_a_constant_added_to_all_rewards_changes_no_advantage(rewards, constant):
-    for kind in ("grpo", "mean"):
-        # Rounding of the sum, magnified at most by 1 / epsilon.
-        assert group_advantages(rewards + constant, kind) == pytest.approx(group_advantages(rewards, kind), abs=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "mean"])
-@pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
-def test_a_group_of_equal_rewards_has_no_advantage(kind, value):
-    assert group_advantages(np.full(6, value), kind).tolist() == [0.0] * 6
-
-
-def test_group_normalisation_of_a_single_stream_and_an_unknown_kind_are_refused_by_their_keys():
-    with pytest.raises(ValueError, match=r"algorithm\.group_size=1"):
-        group_advantages(np.array([1.0]), "grpo")
-    assert group_advantages(np.array([1.0]), "mean").tolist() == [0.0]
-    with pytest.raises(ValueError, match=r"algorithm\.advantage='rloo'"):
-        group_advantages(np.array([1.0, 0.0]), "rloo")
 
 
 # --- log-ratios that overflow -----------------------------------------------------------------------------------------

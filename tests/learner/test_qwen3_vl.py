@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,15 +23,15 @@ from streams.data.dataset import load_tasks
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.log.record import Kind
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
+from streams.task import Plan
 from streams.video.config import VideoConfig
+from tests.support.learner import GRPO, SFT, even
 from tests.support.service import LAYOUT, open_service, worker_setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 60.0
 TURNS = 6
-SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
-GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def opened(checkpoint, freeze):
 
 
 def learner_of(checkpoint, freeze, ranks):
-    values = asdict(LearnerConfig(lr=2e-3, grad_clip=1e6, freeze=freeze))
+    values = LearnerConfig(lr=2e-3, grad_clip=1e6, freeze=freeze)
     return LearnerEngine(LearnerSetup(str(checkpoint), LAYOUT, values, total_steps=10, seed=0), ranks)
 
 
@@ -63,7 +63,7 @@ def payload_of(future):
 
 
 def sample(service, task, name):
-    return payload_of(service.submit(RolloutTask(name, 0, task, 3, TURNS, 1.0)))
+    return payload_of(service.submit(RolloutTask(name, task, Plan(TURNS, 1.0), 3, 1.0)))
 
 
 def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint, tasks, ranks):
@@ -71,9 +71,9 @@ def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint
     try:
         script = [ScriptedTurn("nothing", None)] * TURNS
         script[3] = ScriptedTurn("red", "red")
-        scripted = payload_of(service.script(ScriptTask("0/s", tasks[0], tuple(script))))[1]
+        scripted = payload_of(service.script(ScriptTask("0/s", tasks[0], Plan(TURNS, 1.0), tuple(script))))[1]
         before = {name: p.detach().clone() for name, p in learner.backbone.trainable().items()}
-        learner.train(0, "sft", [TrainItem(scripted)], SFT)
+        learner.train(0, SFT, [TrainItem(scripted)])
         after = learner.backbone.trainable()
         still = [name for name, old in before.items() if ".visual." in name and torch.equal(old, after[name])]
         # A bias of the keys moves every score of a query alike: its gradient is rounding.
@@ -90,7 +90,7 @@ def test_a_trained_tower_learns_in_every_level_and_its_worker_follows(checkpoint
     report = learner.score([payload])
     assert report.diff.tokens == summary.tokens
     assert report.diff.max < 1e-4
-    trained = learner.train(1, "grpo", [TrainItem(payload, (1.5, -0.5, -1.0))], GRPO)
+    trained = learner.train(1, GRPO, [even(payload, (1.5, -0.5, -1.0))])
     assert trained.metrics["age0_tokens"] == summary.tokens
     assert trained.metrics["age0_logp_diff_max"] < 1e-4
 
@@ -100,7 +100,7 @@ def test_features_of_a_frozen_tower_carry_every_level_and_lose_none_on_the_way(c
     try:
         summary, payload = sample(service, tasks[1], "0/frozen")
         again, shipped = payload_of(
-            service.submit(RolloutTask("0/again", 0, tasks[1], 3, TURNS, 1.0, features=payload.media))
+            service.submit(RolloutTask("0/again", tasks[1], Plan(TURNS, 1.0), 3, 1.0, features=payload.media))
         )
         width = service.backbone.feature_width
         encoded = service.stats().clips_encoded

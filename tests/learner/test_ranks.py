@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from streams.backbone.backbone import Backbone
 from streams.backbone.boundary import Boundary
-from streams.backbone.freezing import parameter_name
+from streams.checkpoint.families import QWEN2_5_VL
+from tests.support.learner import even
 from tests.support.ranks import LAYOUT, Call, Job, RankProcesses, checkpoint, groups, learner_values, run, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -48,7 +49,7 @@ def reference(model, tmp_path_factory):
     for freeze in Boundary:
         path = checkpoint(tmp_path_factory.mktemp("reference") / freeze, seed=3)
         other, own = (load_file(folder / "model.safetensors") for folder in (path, model))
-        shared = [name for name in other if freeze.below(parameter_name(name))]
+        shared = [name for name in other if freeze.below(QWEN2_5_VL.parameter_name(name))]
         save_file(other | {name: own[name] for name in shared}, path / "model.safetensors", metadata={"format": "pt"})
         made[freeze] = path
     return made
@@ -64,7 +65,7 @@ def batches(model):
 
 def spoiled(items, advantages):
     """The items, of which the last has other advantages: with two ranks only one of them holds it."""
-    return [*items[:-1], replace(items[-1], advantages=advantages)]
+    return [*items[:-1], even(items[-1].payload, advantages)]
 
 
 def job_of(model, reference, batches, loss, freeze, media, *, faults=False, **values):
@@ -206,7 +207,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(play, tmp_path, ranks, stage, loss, o
     other = learner_values(ranks=ranks, zero_stage=0 if offload == "none" else 1, offload=offload)
     for (refusal,) in play(replace(first, learner=other, calls=(load,), reference=""), ranks):
         assert refusal.startswith("ValueError")
-        assert f"learner.zero_stage={stage} but this run has learner.zero_stage={other['zero_stage']}" in refusal
+        assert f"learner.zero_stage={stage} but this run has learner.zero_stage={other.zero_stage}" in refusal
 
 
 def assert_a_missing_part_is_refused_by_both(play, job, folder):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.processes.test_run import launch
+from tests.support.commands import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from streams.data.synthetic.questions import SyntheticConfig, generate
-from tests.processes.test_run import ROOT, SETTINGS, launch
-from tests.runtime.test_driverlog import kept
+from tests.support.commands import kept, launch
+from tests.support.project import ROOT
+from tests.support.small_run import SETTINGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

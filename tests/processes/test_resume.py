@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.test_run import ROOT
+from tests.support.project import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

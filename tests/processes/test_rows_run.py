@@ -8,8 +8,9 @@ import re
 import pytest
 
 from streams.data.synthetic.questions import SyntheticConfig, generate
-from tests.processes.test_run import SETTINGS, launch
 from tests.support.clips import write_grey_ramp
+from tests.support.commands import launch
+from tests.support.small_run import SETTINGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -6,11 +6,7 @@ The run is made once and read by all tests of this file; a second one evaluates 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,42 +21,13 @@ from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
 from streams.positions.mrope import QWEN2_5_VL_CONVENTION
 from tests.support.clips import write_clip
-from tests.support.project import ROOT
+from tests.support.commands import Finished, launch
+from tests.support.small_run import GROUPS, IN_FLIGHT, MAX_LAG, SEED, SETTINGS, STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-LIMIT_S = 420
-SEED = 3
-STEPS, GROUPS, GROUP_SIZE, IN_FLIGHT, MAX_LAG = 4, 2, 2, 4, 1
 TRAIN_CLIPS, HELDOUT_PER_MODE = 6, 2
-SETTINGS = (
-    f"seed={SEED}",
-    "data=jsonl",
-    "data.video.min_pixels=784",
-    "data.video.max_pixels=3136",
-    "memory.window=4",
-    "layout.system_prompt='Watch, think, speak up.'",
-    "layout.think_budget=6",
-    "layout.max_new_tokens=10",
-    "learner.freeze=tower",
-    "learner.freeze_names=['model.visual.merger.ln_q.*']",
-    "sft.learner.freeze=none",
-    "model.tiny.hidden=64",
-    "model.tiny.layers=2",
-    "model.tiny.mlp=128",
-    "sft.steps=3",
-    "sft.batch=4",
-    "sft.learner.warmup_steps=1",
-    f"algorithm.steps={STEPS}",
-    f"algorithm.groups_per_step={GROUPS}",
-    f"algorithm.group_size={GROUP_SIZE}",
-    f"algorithm.groups_in_flight={IN_FLIGHT}",
-    f"weights.max_lag={MAX_LAG}",
-    "rollout.workers=2",
-    "monitor.every=2",
-    "checkpoint.every=2",
-)
 BAD_VIDEOS = {
     "missing": "No such file",
     "truncated": "truncated or damaged",
@@ -68,37 +35,6 @@ BAD_VIDEOS = {
     "promising": "the row says the clip lasts until 6 s but the file holds ",
 }
 BAD_LINES = {"not JSON": r"not JSON", "late query": r"queries\[0\]\.time=99.* lies outside"}
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A launched command that has ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    pid: int
-
-
-def launch(*overrides: str, limit_s: float = LIMIT_S, env: dict[str, str] | None = None) -> Finished:
-    """`python launch.py OVERRIDES`, ended with everything it started if it takes longer than `limit_s`."""
-    process = subprocess.Popen(
-        [sys.executable, "launch.py", *overrides],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | (env or {}),
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate(timeout=30)
-        pytest.fail(f"launch.py {' '.join(overrides)} did not end within {limit_s} s:\n{stdout}\n{stderr}")
-    return Finished(process.returncode, stdout, stderr, process.pid)
 
 
 def write_bad_videos(folder: Path) -> None:

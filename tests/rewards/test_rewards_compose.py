@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards import Reward, RewardConfig, StreamOutcome, get, oracle_turns, register, silent_turns
+from streams.task import Plan
 from tests.support.rewards import make_task, one_answer, outcome, stream
 
 LIB = "tests.support.rewards"
@@ -107,7 +108,7 @@ def test_totals_lie_between_0_and_1(task, said):
 def test_the_oracle_is_worth_exactly_1_and_silence_nothing(task):
     turns = task.num_turns(1.0, tail_chunks=2, max_turns=40)
     for reward in (QUICKSTART, WEIGHTED):
-        assert reward(StreamOutcome(task, oracle_turns(task, 1.0, turns), 1.0)).total == 1.0
+        assert reward(StreamOutcome(task, oracle_turns(task, Plan(turns, 1.0)), 1.0)).total == 1.0
     assert QUICKSTART(StreamOutcome(task, silent_turns(turns), 1.0)).total == 0.0
 
 

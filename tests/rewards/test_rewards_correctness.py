@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rewards import correct_answers, is_correct
 from streams.answers.choices import letters
 from streams.answers.numerals import integers
-from tests.support.rewards import make_task, outcome
+from tests.support.rewards import cases, make_task, outcome
 
 RIGHT = {
     (
@@ -65,12 +65,6 @@ WRONG = {
     ("red", "text"): "red green|not red|red green blue yellow|re||it is|redder|blue",
     ("-3", "text"): "3",
 }
-
-
-def cases(table):
-    return [
-        (text, expected, kind) for (expected, kind), texts in table.items() for text in dict.fromkeys(texts.split("|"))
-    ]
 
 
 @pytest.mark.parametrize(("response", "expected", "kind"), cases(RIGHT))

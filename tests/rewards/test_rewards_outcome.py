@@ -15,6 +15,7 @@ from rewards import (
     spare_responses,
     timing_score,
 )
+from streams.task import Plan
 from tests.support.rewards import make_task, one_answer, outcome, stream
 
 
@@ -133,7 +134,7 @@ def test_format_is_the_share_of_well_formed_turns():
 
 def test_scripts_by_hand():
     task = make_task([0.0, 4.0], [(6.0, "red", "text", 1), (2.0, "3", "integer", 0)])
-    assert [t.response for t in oracle_turns(task, 1.0, 8)] == [
+    assert [t.response for t in oracle_turns(task, Plan(8, 1.0))] == [
         None,
         None,
         "3",
@@ -143,14 +144,14 @@ def test_scripts_by_hand():
         "red",
         None,
     ]
-    assert [t.response for t in oracle_turns(task, 2.0, 4)] == [None, "3", None, "red"]
-    assert [t.response for t in oracle_turns(task, 1.0, 4)] == [None, None, "3", None]
+    assert [t.response for t in oracle_turns(task, Plan(4, 2.0))] == [None, "3", None, "red"]
+    assert [t.response for t in oracle_turns(task, Plan(4, 1.0))] == [None, None, "3", None]
     assert [t.response for t in silent_turns(3)] == [None] * 3
-    assert [t.turn for t in oracle_turns(task, 1.0, 8)] == list(range(8))
+    assert [t.turn for t in oracle_turns(task, Plan(8, 1.0))] == list(range(8))
 
 
 def test_an_oracle_cannot_say_two_answers_at_once():
     task = make_task([0.0], [(2.0, "a", "text", 0), (2.5, "b", "text", 0)])
-    said = oracle_turns(task, 1.0, 5)
+    said = oracle_turns(task, Plan(5, 1.0))
     assert [t.response for t in said] == [None, None, "b", "a", None]
     assert [m.response for m in match_answers(StreamOutcome(task, said, 1.0))] == ["a", "b"]

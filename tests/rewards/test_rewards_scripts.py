@@ -12,8 +12,7 @@ from rewards.thinkstream import literal_answer
 from streams.answers.choices import letters, polarity
 from streams.answers.han_numerals import value_of
 from streams.answers.numerals import integers
-from tests.rewards.test_rewards_correctness import cases
-from tests.support.rewards import make_task, outcome
+from tests.support.rewards import cases, make_task, outcome
 
 RIGHT = {
     ("B", "choice"): "选B|答案是B|B。|（Ｂ）|选项B|B项|Ｂ|我选B。|应该是B吧|Bです|Bだと思う|답은 B입니다|B번|「B」"

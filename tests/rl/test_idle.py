@@ -9,7 +9,7 @@ from rl.idle import IdleWatch
 from rl.metrics import StepClock, step_metrics
 from rl.results import ReadyGroup
 from streams.messages import GroupSummary, TrainReport
-from tests.conf.test_config import composed
+from tests.support.configs import composed
 
 
 def group(*totals: float | None, **components: float) -> ReadyGroup:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine.engine import Engine, stream_bound
+from rollout.engine.engine import Engine
+from rollout.engine.request import stream_bound
 from streams.memory import MemoryConfig
 from streams.turns import ParsedTurn
 from tests.support.streams import MODEL_TYPES, loud_backbone, random_turns, request, run

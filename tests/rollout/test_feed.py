@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.engine import Engine
 from rollout.engine.feed import TurnFeed
+from rollout.engine.request import StreamRequest
 from streams.log.pieces import PieceFolder, join_pieces, read_pieces
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences
 from streams.writing.writer import QueryInput, TurnInput
-from tests.streams.test_pieces import assert_same_log, file_size_limit
+from tests.support.logs import assert_same_log, file_size_limit
 from tests.support.streams import (
     MODEL_TYPES,
     chunk_record,

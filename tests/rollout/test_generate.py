@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
-from rollout.engine.engine import StreamRequest
+from rollout.engine.request import StreamRequest
 from streams.backbone.tiny_spec import TinySpec
 from streams.checkpoint.folder import token_side
 from streams.layout.layout import LayoutConfig

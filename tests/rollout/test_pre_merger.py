@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +22,8 @@ from streams.data.dataset import load_tasks
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
+from streams.task import Plan
+from tests.support.learner import GRPO, SFT, even
 from tests.support.ranks import float64
 from tests.support.service import LAYOUT, open_service, worker_setup
 
@@ -30,8 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 WAIT_S = 60.0
 TURNS = 6
 BAR = 1e-10
-SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 1.0}
-GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 ADVANTAGES = (1.5, -0.5, -1.0)
 SPECS = {
     "qwen2_5_vl": TinySpec(hidden=64, layers=2, mlp=128),
@@ -68,7 +68,7 @@ def service(checkpoint):
 def engine(checkpoint, ranks):
     def make(reference="", **values):
         given = {"lr": 1e-2, "grad_clip": 1e6, "freeze": "tower", "zero_stage": 0} | values
-        learner = asdict(LearnerConfig(**given))
+        learner = LearnerConfig(**given)
         setup = LearnerSetup(str(checkpoint), LAYOUT, learner, total_steps=10, seed=0, reference=str(reference))
         return LearnerEngine(setup, ranks)
 
@@ -76,7 +76,7 @@ def engine(checkpoint, ranks):
 
 
 def sample(service, task, name, turns=TURNS, **more):
-    summary, payload = service.submit(RolloutTask(name, 0, task, 3, turns, 1.0, **more)).result(timeout=WAIT_S)
+    summary, payload = service.submit(RolloutTask(name, task, Plan(turns, 1.0), 3, 1.0, **more)).result(timeout=WAIT_S)
     assert summary.failed is None, summary.failed
     return summary, payload
 
@@ -104,7 +104,7 @@ def test_engine_and_learner_agree_before_and_after_the_mergers_train(service, en
     assert learner.score([payload]).diff.max <= BAR
 
     old = visual(learner.backbone)
-    trained = learner.train(0, "grpo", [TrainItem(payload, ADVANTAGES)], GRPO)
+    trained = learner.train(0, GRPO, [even(payload, ADVANTAGES)])
     assert trained.metrics["age0_tokens"] == before.tokens
     assert trained.metrics["age0_logp_diff_max"] <= BAR
     moved = {name for name, value in visual(learner.backbone).items() if not torch.equal(value, old[name])}
@@ -133,11 +133,11 @@ def test_engine_and_learner_agree_before_and_after_the_mergers_train(service, en
 def test_a_group_keeps_the_features_it_began_with_and_the_next_one_has_new_ones(service, engine, tasks):
     learner = engine()
     first = sample(service, tasks[0], "0/first", turns=8)[1]
-    learner.train(0, "grpo", [TrainItem(first, ADVANTAGES)], GRPO)
-    steps = service.engine.stats.steps
-    running = service.submit(RolloutTask("1/over", 0, tasks[0], 8, 8, 1.0))
+    learner.train(0, GRPO, [even(first, ADVANTAGES)])
+    steps = service.engine.steps
+    running = service.submit(RolloutTask("1/over", tasks[0], Plan(8, 1.0), 8, 1.0))
     give_up = time.monotonic() + WAIT_S
-    while service.engine.stats.steps < steps + 12:
+    while service.engine.steps < steps + 12:
         assert time.monotonic() < give_up, "the group never ran"
         time.sleep(0.001)
     service.stage(learner.export_weights(), 0.0).result(timeout=WAIT_S)
@@ -163,7 +163,7 @@ def test_a_group_keeps_the_features_it_began_with_and_the_next_one_has_new_ones(
 def test_rows_that_come_with_a_task_go_through_the_workers_own_mergers(service, engine, tasks):
     payload = sample(service, tasks[1], "0/a")[1]
     learner = engine()
-    learner.train(0, "grpo", [TrainItem(payload, ADVANTAGES)], GRPO)
+    learner.train(0, GRPO, [even(payload, ADVANTAGES)])
     service.stage(learner.export_weights(), 0.0).result(timeout=WAIT_S)
     given, shipped = sample(service, tasks[1], "1/a", features=payload.media[..., ::-1].copy())
     assert shipped.media is given.features
@@ -174,28 +174,30 @@ def test_rows_that_come_with_a_task_go_through_the_workers_own_mergers(service, 
 
 
 def test_the_reference_keeps_its_own_mergers(service, engine, checkpoint, tasks):
-    items = [TrainItem(sample(service, tasks[0], "0/a")[1], ADVANTAGES)]
+    items = [even(sample(service, tasks[0], "0/a")[1], ADVANTAGES)]
     # Only the mergers train: what sets policy and reference apart is in the features alone.
     learner = engine(reference=checkpoint, freeze_names=("model.language_model.*", "lm_head.*"))
     assert all("merger" in name for name in learner.backbone.trainable())
-    kls = [learner.train(i, "grpo", items, GRPO | {"kl_coef": 1e-3}).metrics["kl"] for i in range(2)]
+    kls = [learner.train(i, replace(GRPO, kl_coef=1e-3), items).metrics["kl"] for i in range(2)]
     assert abs(kls[0]) <= BAR
     assert kls[1] > 1e-6
-    frames = [TrainItem(replace(items[0].payload, media_kind="frames"), ADVANTAGES)]
+    frames = [even(replace(items[0].payload, media_kind="frames"), ADVANTAGES)]
     with pytest.raises(ValueError, match=r"learner\.freeze=tower: the reference holds no tower"):
-        learner.train(2, "grpo", frames, GRPO | {"kl_coef": 1e-3})
+        learner.train(2, replace(GRPO, kl_coef=1e-3), frames)
 
 
 def test_demonstrations_ship_frames_and_their_mergers_train(service, engine, tasks):
     script = [ScriptedTurn("nothing", None)] * TURNS
     script[3] = ScriptedTurn("red", "red")
-    summary, payload = service.script(ScriptTask("0/s", tasks[0], tuple(script))).result(timeout=WAIT_S)
+    summary, payload = service.script(ScriptTask("0/s", tasks[0], Plan(TURNS, 1.0), tuple(script))).result(
+        timeout=WAIT_S
+    )
     assert summary.failed is None
     assert payload.media_kind == "frames"
     rows = service.backbone.encode_pre_merger([payload.media])[0]
     shown, kept = engine(), engine()
-    shown.train(0, "sft", [TrainItem(payload)], SFT)
-    kept.train(0, "sft", [TrainItem(replace(payload, media_kind="pre_merger", media=to_array(rows)))], SFT)
+    shown.train(0, SFT, [TrainItem(payload)])
+    kept.train(0, SFT, [TrainItem(replace(payload, media_kind="pre_merger", media=to_array(rows)))])
     largest = 0.0
     for name, p in shown.backbone.trainable().items():
         one, other = (e.deepspeed.optimizer.state[e.backbone.trainable()[name]]["exp_avg"] for e in (shown, kept))
@@ -208,7 +210,7 @@ def test_demonstrations_ship_frames_and_their_mergers_train(service, engine, tas
 def test_patterns_may_freeze_the_mergers_too(service, engine, tasks, tmp_path):
     learner = engine(freeze_names=("model.visual.*",))
     payload = sample(service, tasks[0], "0/a")[1]
-    learner.train(0, "grpo", [TrainItem(payload, ADVANTAGES)], GRPO)
+    learner.train(0, GRPO, [even(payload, ADVANTAGES)])
     update = learner.export_weights()
     assert update.names
     assert not [name for name in update.names if ".visual." in name]

@@ -10,33 +10,13 @@ import pytest
 import torch
 
 from streams.backbone.boundary import Boundary
-from streams.backbone.tiny import build_tiny
-from streams.backbone.tiny_spec import TinySpec
-from streams.data.dataset import load_tasks
-from streams.data.synthetic.questions import SyntheticConfig, generate
-from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.messages import RolloutTask, ScriptedTurn, ScriptTask, WeightsUpdate
+from streams.messages import ScriptedTurn, ScriptTask, WeightsUpdate
 from streams.scoring.logprobs import behaviour_differences
-from tests.support.service import open_service, worker_setup
+from streams.task import Plan
+from tests.support.service import TURNS, WAIT_S, group, open_service, roll
 
 pytestmark = pytest.mark.slow
-
-WAIT_S = 60.0
-TURNS = 6
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    made = generate(tmp_path_factory.mktemp("clips") / "data", SyntheticConfig(train_clips=3, heldout_per_mode=1))
-    return load_tasks(made.train_jsonl, on_bad="raise").tasks
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    checkpoint = build_tiny(tmp_path_factory.mktemp("model"), TinySpec(hidden=64, layers=2, mlp=128), seed=1, gain=2.0)
-    layout = LayoutConfig(system_prompt="Watch.", think_budget=4, max_new_tokens=7)
-    return worker_setup(checkpoint, layout=layout, memory=MemoryConfig("rcsm", 3), run_seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +42,6 @@ def test_room_for_unrotated_keys_is_taken_before_any_group(setup, shared):
         assert service.engine.pool.raw is not None
     finally:
         service.close()
-
-
-def group(task, name, streams=3, turns=TURNS, temperature=1.0, **more):
-    return RolloutTask(name, 0, task, streams, turns, temperature, **more)
-
-
-def roll(service, request):
-    return service.submit(request).result(timeout=WAIT_S)
 
 
 def assert_same(first, second):
@@ -158,7 +130,7 @@ def test_a_group_that_can_never_fit_is_refused_by_name_and_leaves_nothing_behind
 
 
 def test_a_group_past_its_deadline_fails_by_the_name_of_the_setting_and_its_slots_come_back(setup, tasks):
-    service = open_service(setup, deadline_s=0.05)
+    service = open_service(replace(setup, rollout=replace(setup.rollout, group_deadline_s=0.05)))
     try:
         # The first group is late because its clip is not read in time, the second, whose clip is cached, while it runs.
         for name in ("0/reading", "0/running"):
@@ -167,8 +139,8 @@ def test_a_group_past_its_deadline_fails_by_the_name_of_the_setting_and_its_slot
             assert summary.failed == ("TimeoutError: the group was not finished within rollout.group_deadline_s=0.05")
             assert summary.seconds >= 0.05
             assert_idle(service)
-        assert service.engine.stats.steps > 0
-        demonstration = ScriptTask("0/script", tasks[0], (ScriptedTurn("nothing", None),))
+        assert service.engine.steps > 0
+        demonstration = ScriptTask("0/script", tasks[0], Plan(1, 1.0), (ScriptedTurn("nothing", None),))
         assert service.script(demonstration).result(timeout=WAIT_S)[0].failed is None
     finally:
         service.close()
@@ -187,8 +159,8 @@ def test_a_greedy_group_is_repeatable(shared, tasks):
 def test_a_sampled_group_does_not_depend_on_what_else_runs(shared, tasks):
     alone = roll(shared, group(tasks[1], "4/a"))[1]
     others = [shared.submit(group(tasks[i], f"4/other{i}", streams=6, turns=10)) for i in (0, 2)]
-    steps = shared.engine.stats.steps
-    wait_until(lambda: shared.engine.stats.steps > steps + 5, "the other groups never ran")
+    steps = shared.engine.steps
+    wait_until(lambda: shared.engine.steps > steps + 5, "the other groups never ran")
     among = roll(shared, group(tasks[1], "4/a"))[1]
     assert not all(other.done() for other in others), "nothing else was running"
     assert_same(alone, among)
@@ -300,7 +272,7 @@ def holds(backbone, update):
 
 def test_weights_are_swapped_between_steps_while_streams_run(setup, fresh, shared, tasks):
     running = fresh.submit(group(tasks[0], "0/a", streams=12, turns=10))
-    wait_until(lambda: fresh.engine.stats.steps > 12, "the group never ran")
+    wait_until(lambda: fresh.engine.steps > 12, "the group never ran")
     update = update_of(fresh.backbone, 1, change=0.1)
     report = fresh.stage(update, 0.25).result(timeout=WAIT_S)
     assert not running.done()
@@ -369,7 +341,9 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(shared, how, rea
 
 def test_a_demonstration_is_laid_out_with_its_frames(shared, tasks):
     script = (ScriptedTurn("nothing", None), ScriptedTurn("red", "red"), ScriptedTurn("", None))
-    summary, payload = shared.script(ScriptTask("0/demo", tasks[0], script)).result(timeout=WAIT_S)
+    summary, payload = shared.script(ScriptTask("0/demo", tasks[0], Plan(len(script), 1.0), script)).result(
+        timeout=WAIT_S
+    )
     assert summary.failed is None
     (log,) = payload.logs
     assert log.num_turns == 3
@@ -393,7 +367,9 @@ def test_a_demonstration_is_laid_out_with_its_frames(shared, tasks):
 )
 def test_a_demonstration_longer_than_its_budgets_is_refused_by_name(shared, tasks, scripted, key):
     script = (ScriptedTurn("nothing", None), scripted)
-    summary, payload = shared.script(ScriptTask("0/long", tasks[0], script)).result(timeout=WAIT_S)
+    summary, payload = shared.script(ScriptTask("0/long", tasks[0], Plan(len(script), 1.0), script)).result(
+        timeout=WAIT_S
+    )
     assert payload is None
     assert "of turn 1 has " in summary.failed
     assert key in summary.failed
@@ -401,7 +377,9 @@ def test_a_demonstration_longer_than_its_budgets_is_refused_by_name(shared, task
 
 def test_a_demonstration_of_a_missing_video_fails_alone(shared, tasks):
     gone = replace(tasks[0], id="gone", video=tasks[0].video + ".gone")
-    summary, payload = shared.script(ScriptTask("0/gone", gone, (ScriptedTurn("", None),))).result(timeout=WAIT_S)
+    summary, payload = shared.script(ScriptTask("0/gone", gone, Plan(1, 1.0), (ScriptedTurn("", None),))).result(
+        timeout=WAIT_S
+    )
     assert payload is None
     assert "No such file" in summary.failed
     assert summary.task_id == "gone"

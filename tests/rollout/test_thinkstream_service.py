@@ -12,9 +12,9 @@ from conf.training import SftConfig
 from sft.demonstrations import script_for
 from streams.data.dataset import load_tasks
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
-from tests.rollout.test_service import WAIT_S, roll, setup  # noqa: F401 - a fixture
+from streams.task import Plan
 from tests.support.clips import write_grey_ramp
-from tests.support.service import open_service
+from tests.support.service import WAIT_S, open_service, roll
 
 pytestmark = pytest.mark.slow
 TAIL = 3
@@ -36,18 +36,18 @@ def records(tmp_path_factory):
 
 
 def demonstration(task, turns, chunk):
-    config = SftConfig()
-    return ScriptTask(f"0/{task.id}", task, script_for(task, turns, chunk, config, seed=0, epoch=0))
+    plan = Plan(turns, chunk)
+    return ScriptTask(f"0/{task.id}", task, plan, script_for(task, plan, SftConfig(), seed=0, epoch=0))
 
 
-def test_a_stream_of_unknown_length_ends_with_its_tail_or_its_video(setup, records):  # noqa: F811
+def test_a_stream_of_unknown_length_ends_with_its_tail_or_its_video(setup, records):
     early, late = load_tasks(records, on_bad="raise").tasks
     turns = [task.num_turns(1.0, TAIL, 100) for task in (early, late)]
     assert turns == [8, 12]
     service = open_service(setup)
     try:
         for task, asked, shown in ((early, 8, 8), (late, 12, 10)):
-            summary, payload = roll(service, RolloutTask(f"0/{task.id}", 0, task, 2, asked, 1.0))
+            summary, payload = roll(service, RolloutTask(f"0/{task.id}", task, Plan(asked, 1.0), 2, 1.0))
             assert summary.failed is None
             assert [len(stream) for stream in summary.turns] == [shown] * 2
             assert payload.media.shape[0] == shown
@@ -59,7 +59,7 @@ def test_a_stream_of_unknown_length_ends_with_its_tail_or_its_video(setup, recor
             assert said == [None] * due + ["B"] + [None] * (shown - due - 1)
         # A demonstration that speaks where there is no video is refused by name.
         silent = ScriptedTurn("", None)
-        script = ScriptTask("1/x", late, (*[silent] * 11, ScriptedTurn("", "B")))
+        script = ScriptTask("1/x", late, Plan(12, 1.0), (*[silent] * 11, ScriptedTurn("", "B")))
         summary, payload = service.script(script).result(timeout=WAIT_S)
         assert payload is None
         assert "speaks after the video's end, which comes in turn 9" in summary.failed
@@ -67,7 +67,7 @@ def test_a_stream_of_unknown_length_ends_with_its_tail_or_its_video(setup, recor
         service.close()
 
 
-def test_chunks_by_duration_reach_frames_queries_thoughts_and_positions(setup, records):  # noqa: F811
+def test_chunks_by_duration_reach_frames_queries_thoughts_and_positions(setup, records):
     """10 s in at most 5 chunks: chunks of 2 s, the answer at 8.5 s due in chunk 4, both thoughts in chunk 0."""
     video = replace(setup.video, max_chunks=5)
     _, task = load_tasks(records, on_bad="raise", video=video).tasks

@@ -9,13 +9,13 @@ import pytest
 
 import rollout.service
 from rollout.worker import RolloutWorker
-from tests.rollout.test_service import group, setup, tasks  # noqa: F401 - fixtures
+from tests.support.service import group
 
 # A worker sets the threads of its process.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("learner_process")]
 
 
-def test_a_stages_model_and_kv_pool_are_gone_before_the_next_ones_are_made(setup, tasks, monkeypatch):  # noqa: F811
+def test_a_stages_model_and_kv_pool_are_gone_before_the_next_ones_are_made(setup, tasks, monkeypatch):
     """Together they need not fit on a GPU."""
     made: list[weakref.ref] = []
     alive: list[int] = []
@@ -27,7 +27,7 @@ def test_a_stages_model_and_kv_pool_are_gone_before_the_next_ones_are_made(setup
             made.extend(weakref.ref(thing) for thing in (self, self.backbone.model, self.engine.pool))
 
     monkeypatch.setattr(rollout.service, "RolloutService", Counting)
-    worker = RolloutWorker(worker=0, threads=1, deadline_s=60.0, cache_mb=64)
+    worker = RolloutWorker(worker=0, threads=1, cache_mb=64)
     monkeypatch.setattr("rollout.worker._put", lambda array: array)
 
     async def stages():

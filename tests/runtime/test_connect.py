@@ -13,7 +13,7 @@ import pytest
 from runtime.cluster.code import cluster_environment, local_path
 from runtime.cluster.connect import bootstrap_address, check_answers
 from streams.support.files import MODULES_VARIABLE, PACKAGES, PROJECT
-from tests.processes.test_run import launch
+from tests.support.commands import launch
 from tests.support.project import ROOT
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from runtime.tracking import driver_log as driverlog
 from runtime.tracking.driver_log import DriverLog, Tee
+from tests.support.commands import interrupted, kept
 from tests.support.project import ROOT
-
-STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 
 PROGRAM = """
 import logging, sys, warnings
@@ -54,13 +51,6 @@ def run(root, body, *, stdout=subprocess.PIPE, env=None, close=""):
         timeout=120,
         check=False,
     )
-
-
-def kept(root) -> list[str]:
-    """The lines of the log, without their times."""
-    lines = (root / "logs" / "driver.log").read_text().splitlines()
-    assert all(STAMP.match(line) for line in lines)
-    return [STAMP.sub("", line) for line in lines]
 
 
 def test_everything_that_is_said_is_kept_for_every_attempt_and_without_secrets(tmp_path):
@@ -161,39 +151,6 @@ def test_a_command_that_is_no_run_ends_when_its_reader_goes(tmp_path):
 class _Broken(io.StringIO):
     def write(self, text):
         raise BrokenPipeError
-
-
-def interrupted(*words, after=0.0, ready=""):
-    """(status, output, error output) of `launch.py WORDS` after SIGINT, and that nothing of it is left."""
-    process = subprocess.Popen(
-        [sys.executable, "launch.py", *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    shown = ""
-    if ready:
-        while ready not in shown:
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            shown += line
-    time.sleep(after)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=90)
-    # Whoever holds the group would answer; a child that is ending gets a moment.
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.1)
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("a child was left over")
-    return process.returncode, shown + out, err
 
 
 @pytest.mark.slow

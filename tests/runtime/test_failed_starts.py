@@ -17,7 +17,7 @@ from conf.training import AlgorithmConfig, SftConfig
 from runtime.store.checkpoint import by_age
 from runtime.store.manifests import StageStore, clear, settings
 from streams.memory import MemoryConfig
-from tests.runtime.test_stages import begun, checkpoint, config, store, with_data
+from tests.support.stages import begun, checkpoint, config, store, with_data
 
 CHANGES: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,8 +39,8 @@ from streams.scoring.logprobs import attention_plan
 from streams.scoring.mask import DensePlan, dense_mask
 from streams.support.usage import DeviceInfo
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
-from tests.conf.test_config import composed
-from tests.streams.test_freezing import THREE_B
+from tests.support.configs import composed
+from tests.support.geometries import THREE_B
 
 SPECS = {"qwen2_5_vl": TinySpec(tie_embeddings=True), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}
 
@@ -326,7 +326,7 @@ def test_the_largest_stream_that_a_worker_re_scores_has_room():
 def test_the_optimiser_holds_what_was_said(checkpoint, ranks, dtype, stage):
     """DeepSpeed's float32 copies and AdamW's moments, after a step of a real learner."""
     values = LearnerConfig(dtype=dtype, zero_stage=stage, freeze="tower+merger", micro_batch_tokens=256)
-    learner = LearnerEngine(LearnerSetup(str(checkpoint), LayoutConfig(), asdict(values), 1, 0), ranks)
+    learner = LearnerEngine(LearnerSetup(str(checkpoint), LayoutConfig(), values, 1, 0), ranks)
     try:
         trained = list(learner.backbone.trainable().values())
         for parameter in trained:

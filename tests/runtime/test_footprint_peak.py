@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
 from learner.setup import LearnerSetup
@@ -28,6 +26,7 @@ from streams.log.record import Kind
 from streams.memory import MemoryConfig
 from streams.messages import GroupPayload
 from streams.scoring.logprobs import behaviour_differences
+from tests.support.learner import GRPO, even
 from tests.support.streams import joined_features, random_turns, request, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -96,7 +95,7 @@ def test_the_peak_of_a_real_learner_is_within_15_percent_of_the_estimate(tmp_pat
         # Slow on a CPU: half of the streams.
         logs, features = logs[:2], features[:2]
     items = [
-        TrainItem(GroupPayload((log,), "features", to_array(seen.to(dtype))), (advantage,))
+        even(GroupPayload((log,), "features", to_array(seen.to(dtype))), (advantage,))
         for log, seen, advantage in zip(logs, features, (1.0, -1.0, 0.5, -0.5), strict=False)
     ]
     longest = max(len(log) for log in logs)
@@ -104,12 +103,12 @@ def test_the_peak_of_a_real_learner_is_within_15_percent_of_the_estimate(tmp_pat
     gc.collect()
     geometry = ModelGeometry.read(tmp_path / "model")
     with HeldBytes() as held:
-        learner = LearnerEngine(LearnerSetup(str(tmp_path / "model"), LAYOUT, asdict(config), 2, 0), ranks)
+        learner = LearnerEngine(LearnerSetup(str(tmp_path / "model"), LAYOUT, config, 2, 0), ranks)
         gc.collect()
         # What loading takes on the way is gone when training begins.
         held.peak = held.now
         for step in range(2):
-            learner.train(step, "grpo", items, {"clip_low": 0.2, "clip_high": 0.2})
+            learner.train(step, GRPO, items)
     learner.close()
     # The streams' real lengths: how well those are bounded is not the question here.
     video = int(np.mean([(log.kind == Kind.VIDEO).sum() for log in logs]))

@@ -11,19 +11,19 @@ import ray
 
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
+from learner.messages import Runs, TrainBatch, TrainGroup
 from learner.setup import LearnerSetup
 from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
 from runtime.cluster.placement import plan_bundles
 from runtime.cluster.session import Session, wait_for
 from streams.memory import MemoryConfig
-from streams.messages import TrainBatch, TrainGroup
-from tests.support.ranks import GRPO, LAYOUT, checkpoint, groups, learner_values
+from tests.support.learner import GRPO
+from tests.support.ranks import LAYOUT, checkpoint, groups, learner_values
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 WAIT_S = 120.0
-KL = {"kl_coef": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,15 @@ def setup_of(model, **values):
 
 def batch_of(items, step=0, publish=True):
     made = tuple(
-        TrainGroup(f"g{i}", ray.put(replace(item.payload, media=ray.put(item.payload.media))), item.advantages, tokens)
-        for i, (item, tokens) in enumerate((item, sum(map(len, item.payload.logs))) for item in items)
+        TrainGroup(
+            f"g{i}",
+            ray.put(replace(item.payload, media=ray.put(item.payload.media))),
+            tuple(Runs.of(values) for values in item.advantages),
+            sum(map(len, item.payload.logs)),
+        )
+        for i, item in enumerate(items)
     )
-    return TrainBatch(step, "grpo", made, GRPO | KL, publish)
+    return TrainBatch(step, replace(GRPO, kl_coef=0.1), made, publish)
 
 
 def test_ranks_have_a_bundle_each_and_the_workers_come_after_them():
@@ -104,7 +109,7 @@ def test_a_group_of_two_trains_publishes_scores_saves_and_loads_as_one_learner(s
 def test_what_every_rank_refuses_is_the_groups_error(session, model, items):
     learners = session.learners
     learners.setup(setup_of(model, ranks=2, zero_stage=1), WAIT_S)
-    wrong = [*items[:2], replace(items[2], advantages=(1.0,))]
+    wrong = [*items[:2], replace(items[2], advantages=items[2].advantages[:1])]
     with pytest.raises(
         RuntimeError, match=r"learner rank 0 of 2 failed during optimiser step 1: .*4 streams but 3 advant"
     ):

@@ -15,9 +15,9 @@ from evals.categories import category_name
 from evals.summary import checkpoint_label
 from rl.metrics import term_metric
 from rl.stage import RL
-from runtime.checks import preflight
 from runtime.tracking.metric_names import MAX_BYTES, apart, metric_name, readable
-from tests.conf.test_config import composed
+from tests.support.configs import composed
+from tests.support.starting import preflight
 
 AWKWARD = (
     *("a//b", "..", ".", "/", "//", "/a", "a/", "a/../b", "a/./b", "./a", " ", " a ", "a ", "a:b", "a?b", "a_b", "%2F"),

@@ -24,7 +24,7 @@ from streams.log.mismatch import LogpDiff, OffToken, most_telling
 from streams.log.record import NEVER
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences
-from tests.processes.test_run import launch
+from tests.support.commands import launch
 from tests.support.streams import joined_features, loud_backbone, random_turns, request, run
 
 

@@ -16,7 +16,7 @@ from rollout.config import RolloutConfig
 from runtime.cluster.placement import placement_note, plan_bundles
 from runtime.cluster.preflight import Bundle, Node, check_resources, unplaced
 from streams.memory import MemoryConfig
-from tests.processes.test_run import launch
+from tests.support.commands import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks.smoke import result_of
-from tests.processes.test_run import launch
+from tests.support.commands import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -10,52 +10,17 @@ import shutil
 
 import pytest
 
-from conf.jobs import JobConfig
-from conf.schema import MemoryConfig, RunConfig
+from conf.schema import MemoryConfig
 from conf.training import AlgorithmConfig, SftConfig
-from runtime.starting_point import check_cold_start, reference_of_branch
+from runtime.starting_point import StartingPoint, reference_of_branch
 from runtime.store.checkpoint import (
     OPTIMIZER_FOLDER,
-    CheckpointState,
     by_age,
-    commit,
     newest_usable,
-    partial_path,
     prune,
 )
-from runtime.store.manifests import StageStore, clear, settings
-
-
-def config(root, *, stages=("data", "sft", "rl", "eval"), **changes):
-    return RunConfig(run_root=str(root), memory=MemoryConfig("full"), job=JobConfig("all", list(stages)), **changes)
-
-
-def checkpoint(root, stage, step, name=None, **kept):
-    path = root / "checkpoints" / stage / (name or f"step{step:06d}")
-    partial = partial_path(path)
-    (partial / OPTIMIZER_FOLDER).mkdir()
-    (partial / OPTIMIZER_FOLDER / "state.pt").write_text("state")
-    commit(partial, path, CheckpointState(stage, step, step, tuple(f"0/{i}" for i in range(step)), **kept))
-    return path
-
-
-def store(run, said=None):
-    return StageStore(run.root, run, (said if said is not None else []).append)
-
-
-def begun(run, stage, **finished):
-    """What a stage leaves behind: a manifest, finished if a result is given."""
-    kept = store(run)
-    kept.plan()
-    kept.begin(stage)
-    if finished:
-        kept.finish(stage, finished)
-
-
-def with_data(root):
-    (root / "data").mkdir(parents=True)
-    for split in ("train", "heldout"):
-        (root / "data" / f"{split}.jsonl").write_text("{}\n")
+from runtime.store.manifests import clear, settings
+from tests.support.stages import begun, checkpoint, config, store, with_data
 
 
 def test_in_an_empty_folder_every_stage_starts(tmp_path):
@@ -327,13 +292,13 @@ def test_a_finished_stage_whose_last_checkpoint_is_lost_goes_on_from_the_one_bef
 
 def test_rl_does_not_begin_without_the_cold_start_that_the_folder_should_hold(tmp_path):
     run = config(tmp_path, stages=("rl",))
-    check_cold_start(run, store(run).plan())
+    StartingPoint.of(run).check_cold_start(store(run).plan())
     begun(config(tmp_path), "sft")
     with pytest.raises(ValueError, match=r"has begun stage sft, but .*checkpoints/sft/final.* is not there"):
-        check_cold_start(run, store(run).plan())
-    check_cold_start(config(tmp_path), store(config(tmp_path)).plan())
+        StartingPoint.of(run).check_cold_start(store(run).plan())
+    StartingPoint.of(config(tmp_path)).check_cold_start(store(config(tmp_path)).plan())
     (checkpoint(tmp_path, "sft", 60, "final") / "hf").mkdir()
-    check_cold_start(run, store(run).plan())
+    StartingPoint.of(run).check_cold_start(store(run).plan())
 
 
 def test_checkpoints_without_their_manifest_are_not_deleted(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conf.training import SftConfig
 from sft.demonstrations import script_for
 from streams.messages import ScriptedTurn
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery, TimedThought
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery, TimedThought
 
 CHUNK_S = 0.5
 SPOKEN = "red"
@@ -36,7 +36,8 @@ def said(script):
 def delays(config, n=4000, due=4, turns=40, seed=0):
     """The delay of the only answer of each of n tasks."""
     spoken = [
-        list(said(script_for(task(f"t{i}", (due,)), turns, CHUNK_S, config, seed=seed, epoch=0))) for i in range(n)
+        list(said(script_for(task(f"t{i}", (due,)), Plan(turns, CHUNK_S), config, seed=seed, epoch=0)))
+        for i in range(n)
     ]
     assert all(len(found) == 1 for found in spoken)
     return np.array([found[0] for found in spoken]) - due
@@ -69,7 +70,7 @@ def test_every_answer_is_said_once_never_early_and_within_the_limits_or_in_the_l
 ):
     config = SftConfig(late_probability=probability, late_min=late_min, late_max=late_min + spread)
     turns = due[-1] + 1 + tail
-    script = script_for(task(due=due, start=1.25), turns, CHUNK_S, config, seed=seed, epoch=0)
+    script = script_for(task(due=due, start=1.25), Plan(turns, CHUNK_S), config, seed=seed, epoch=0)
     assert len(script) == turns
     where = {}
     for turn, words in said(script).items():
@@ -88,7 +89,7 @@ def test_every_answer_is_said_once_never_early_and_within_the_limits_or_in_the_l
 @settings(max_examples=100, deadline=None)
 def test_the_script_of_seed_epoch_and_task_is_always_the_same(due, seed, epoch, name):
     config = SftConfig(late_probability=0.5, pending_thought="{thought} {answer}")
-    again = [script_for(task(name, due), 25, CHUNK_S, config, seed=seed, epoch=epoch) for _ in range(2)]
+    again = [script_for(task(name, due), Plan(25, CHUNK_S), config, seed=seed, epoch=epoch) for _ in range(2)]
     assert again[0] == again[1]
 
 
@@ -97,7 +98,8 @@ def test_another_seed_or_epoch_gives_other_delays():
 
     def turns_of(seed, epoch):
         return [
-            next(iter(said(script_for(task(f"t{i}"), 40, CHUNK_S, config, seed=seed, epoch=epoch)))) for i in range(50)
+            next(iter(said(script_for(task(f"t{i}"), Plan(40, CHUNK_S), config, seed=seed, epoch=epoch))))
+            for i in range(50)
         ]
 
     assert turns_of(0, 0) == turns_of(0, 0)
@@ -107,19 +109,19 @@ def test_another_seed_or_epoch_gives_other_delays():
 @pytest.mark.parametrize("due", [3, 4])
 def test_an_answer_that_would_fall_past_the_end_is_said_in_the_last_turn(due):
     config = SftConfig(late_probability=1.0, late_min=3, late_max=8)
-    script = script_for(task(due=(due,)), 5, CHUNK_S, config, seed=0, epoch=0)
+    script = script_for(task(due=(due,)), Plan(5, CHUNK_S), config, seed=0, epoch=0)
     assert said(script) == {4: f"{SPOKEN}{due}"}
 
 
 def test_answers_that_end_up_in_one_turn_are_said_together_in_the_order_of_the_task():
     config = SftConfig(late_probability=1.0, late_min=9, late_max=9)
-    script = script_for(task(due=(2, 4)), 6, CHUNK_S, config, seed=0, epoch=0)
+    script = script_for(task(due=(2, 4)), Plan(6, CHUNK_S), config, seed=0, epoch=0)
     assert said(script) == {5: f"{SPOKEN}2 {SPOKEN}4"}
 
 
 def test_thoughts_stand_in_their_own_chunk_and_nothing_is_thought_elsewhere():
     thoughts = ((0, "a ball"), (2, "it rolls"))
-    script = script_for(task(due=(3,), thoughts=thoughts, start=2.0), 5, CHUNK_S, SftConfig(), seed=0, epoch=0)
+    script = script_for(task(due=(3,), thoughts=thoughts, start=2.0), Plan(5, CHUNK_S), SftConfig(), seed=0, epoch=0)
     assert script == (
         ScriptedTurn("a ball", None),
         ScriptedTurn("", None),
@@ -131,14 +133,18 @@ def test_thoughts_stand_in_their_own_chunk_and_nothing_is_thought_elsewhere():
 
 def test_thoughts_of_one_chunk_are_one_thought():
     thoughts = ((0, "a ball"), (0, ""), (0, "red"), (1, ""))
-    script = script_for(task(due=(1,), thoughts=thoughts), 2, CHUNK_S, SftConfig(), seed=0, epoch=0)
+    script = script_for(task(due=(1,), thoughts=thoughts), Plan(2, CHUNK_S), SftConfig(), seed=0, epoch=0)
     assert [turn.thought for turn in script] == ["a ball red", ""]
 
 
 def test_a_pending_answer_is_thought_from_the_turn_it_is_due_to_the_turn_it_is_said():
     config = SftConfig(late_probability=1.0, late_min=2, late_max=2, pending_thought="{thought} answer {answer}")
     script = script_for(
-        task(due=(2,), thoughts=((1, "one"), (2, "two"), (4, "four"), (5, "five"))), 7, CHUNK_S, config, seed=0, epoch=0
+        task(due=(2,), thoughts=((1, "one"), (2, "two"), (4, "four"), (5, "five"))),
+        Plan(7, CHUNK_S),
+        config,
+        seed=0,
+        epoch=0,
     )
     answer = f"{SPOKEN}2"
     assert [turn.thought for turn in script] == [
@@ -155,10 +161,10 @@ def test_a_pending_answer_is_thought_from_the_turn_it_is_due_to_the_turn_it_is_s
 
 def test_an_answer_said_in_time_is_pending_for_that_one_turn():
     config = SftConfig(pending_thought="{answer}!")
-    script = script_for(task(due=(1,)), 3, CHUNK_S, config, seed=0, epoch=0)
+    script = script_for(task(due=(1,)), Plan(3, CHUNK_S), config, seed=0, epoch=0)
     assert [turn.thought for turn in script] == ["", f"{SPOKEN}1!", ""]
 
 
 def test_an_answer_due_after_the_cut_of_a_stream_is_not_said_before_it_is_due():
-    script = script_for(task(due=(2, 9)), 5, CHUNK_S, SftConfig(), seed=0, epoch=0)
+    script = script_for(task(due=(2, 9)), Plan(5, CHUNK_S), SftConfig(), seed=0, epoch=0)
     assert said(script) == {2: f"{SPOKEN}2"}

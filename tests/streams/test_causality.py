@@ -11,11 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.writing.writer import QueryInput
-from tests.streams import test_exactness as exactness
 from tests.support.strategies import EVERY_MEMORY, for_backbone, layouts
-from tests.support.streams import differences, random_turns, request, run
-
-fp64 = exactness.fp64
+from tests.support.streams import FP64_BAR, differences, random_turns, request, run
 
 
 def other_frames(stream, turn, backbone):
@@ -54,9 +51,9 @@ def test_the_future_changes_nothing_before_it(fp64, name, data):
     assert until == int(np.flatnonzero(second.turn == cut)[0])
     assert (first.ids[:until] == second.ids[:until]).all()
     assert (np.minimum(first.expiry, until)[:until] == np.minimum(second.expiry, until)[:until]).all()
-    np.testing.assert_allclose(first.behaviour_logp[:until], second.behaviour_logp[:until], atol=exactness.FP64_BAR)
+    np.testing.assert_allclose(first.behaviour_logp[:until], second.behaviour_logp[:until], atol=FP64_BAR)
     assert not np.array_equal(first.behaviour_logp[until:], second.behaviour_logp[until:], equal_nan=True), (
         "the future must really differ"
     )
     # The learner's: what the two futures are scored with leaves their common past where it was sampled.
-    assert differences(fp64, [first, second], streams).max() <= exactness.FP64_BAR
+    assert differences(fp64, [first, second], streams).max() <= FP64_BAR

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.engine.engine import Engine
+from rollout.engine.step_plan import StepPlan
 from streams.log.record import Kind
 from streams.memory import MemoryConfig, SinkWindow, knobs, make_policy
 from streams.positions.mrope import PositionCursor
@@ -21,16 +22,22 @@ from streams.scoring.block_mask import BLOCK
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
 from streams.writing.writer import StreamWriter
-from tests.streams import test_exactness as exactness
-from tests.streams.test_custom_memory import run_to_the_end
-from tests.streams.test_policies import LAYOUTS, generate, header, plans
 from tests.support.contiguous import angles_in_float64, layout_of, slow_logps
+from tests.support.policies import LAYOUTS, generate, header, plans
 from tests.support.strategies import ANY_MEMORY, contiguous, for_backbone, watched
-from tests.support.streams import joined_features, loud_backbone, random_turns, request, run
+from tests.support.streams import (
+    CAUGHT,
+    FP64_BAR,
+    differences,
+    joined_features,
+    loud_backbone,
+    random_requests,
+    random_turns,
+    request,
+    run,
+    run_to_the_end,
+)
 
-FP64_BAR = exactness.FP64_BAR
-CAUGHT = exactness.TestPlantedDefects.CAUGHT
-fp64 = exactness.fp64
 SMALL = MemoryConfig("sink_window", 2, 3, sink_tokens=4, tail_tokens=5, positions="contiguous")
 
 
@@ -88,7 +95,7 @@ def test_engine_learner_and_slow_engine_agree(fp64, data):
     drawn = data.draw(mixed(fp64))
     requests = [stream for _, stream in drawn]
     logs = run(fp64, requests)
-    assert exactness.differences(fp64, logs, requests).max(initial=0.0) <= FP64_BAR
+    assert differences(fp64, logs, requests).max(initial=0.0) <= FP64_BAR
     for (memory, stream), log in zip(drawn, logs, strict=True):
         assert (log.regions is None) == (memory.positions == "native")
         if log.regions is not None and log.sampled.any():
@@ -113,7 +120,7 @@ def test_while_nothing_moves_contiguous_positions_are_the_native_ones(fp64):
 @pytest.fixture(scope="module")
 def evicting(fp64):
     memory = for_backbone(SMALL, fp64)
-    requests = exactness.streams(fp64, memory, 6, seed=4, low=9)
+    requests = random_requests(fp64, memory, 6, seed=4, low=9)
     logs = run(fp64, requests)
     evicted = sum((log.expiry[log.kind == Kind.VIDEO] < len(log)).sum() for log in logs)
     assert evicted >= 0.3 * sum((log.kind == Kind.VIDEO).sum() for log in logs)
@@ -124,7 +131,7 @@ class TestPlantedDefects:
     def rescored(self, fp64, evicting, wrong):
         memory, requests, logs = evicting
         logs = [wrong(log, r, memory) for log, r in zip(logs, requests, strict=True)]
-        return exactness.differences(fp64, logs, requests).max()
+        return differences(fp64, logs, requests).max()
 
     def test_the_logs_as_they_are_pass(self, fp64, evicting):
         assert self.rescored(fp64, evicting, lambda log, *_: log) <= FP64_BAR
@@ -171,29 +178,29 @@ class TestPlantedDefects:
 
     def test_an_end_token_that_sees_keys_where_the_next_turn_has_them(self, fp64, evicting, monkeypatch):
         _, requests, _ = evicting
-        right = Engine._gather
+        right = StepPlan.gather
 
-        def together(self, stream, step):
+        def together(self, stream):
             turn = stream.writer.turn
             over = stream.writer.state is not None and stream.writer.state.over
-            right(self, stream, step)
+            right(self, stream)
             if over and stream.writer.turn == turn:
-                right(self, stream, step)
+                right(self, stream)
 
-        monkeypatch.setattr(Engine, "_gather", together)
-        assert exactness.differences(fp64, run(fp64, requests), requests).max() > CAUGHT
+        monkeypatch.setattr(StepPlan, "gather", together)
+        assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     def test_keys_that_stay_as_they_were_rotated(self, fp64, evicting, monkeypatch):
         _, requests, _ = evicting
-        monkeypatch.setattr("rollout.engine.contiguous.StepRotation.turn", lambda *_: None)
-        assert exactness.differences(fp64, run(fp64, requests), requests).max() > CAUGHT
+        monkeypatch.setattr("rollout.engine.contiguous.StepRotation.move", lambda *_: None)
+        assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
 
 def test_flex_attention_merges_regions_to_the_dense_softmax(fp64, evicting):
     _, requests, logs = evicting
     # Rows of uneven length, of which one holds a native stream, too; short ones, as eager FlexAttention is slow.
     first, second = sorted(range(len(logs)), key=lambda i: len(logs[i]))[:2]
-    requests = [requests[first], requests[second], *exactness.streams(fp64, MemoryConfig("rcsm", 3), 1, high=6, seed=9)]
+    requests = [requests[first], requests[second], *random_requests(fp64, MemoryConfig("rcsm", 3), 1, high=6, seed=9)]
     logs = [logs[first], logs[second], *run(fp64, requests[2:])]
     rows = pack(logs, [[0, 2], [1]], which="sampled")
     features = torch.cat([joined_features(r) for r in requests])
@@ -206,7 +213,7 @@ def test_flex_attention_merges_regions_to_the_dense_softmax(fp64, evicting):
 def test_the_merge_runs_in_float32_too(tmp_path):
     """Where FlexAttention would be compiled, had the CPU's kernel a log-sum-exp."""
     backbone = loud_backbone(tmp_path, torch.float32)
-    (made,) = exactness.streams(backbone, SMALL, 1, seed=4, low=9)
+    (made,) = random_requests(backbone, SMALL, 1, seed=4, low=9)
     rows = pack(run(backbone, [made]), [[0]], which="sampled")
     assert rows.regions.filled
     with torch.no_grad():
@@ -248,7 +255,7 @@ def test_without_a_backward_not_all_scores_of_a_long_row_exist_at_once(fp64, evi
 def test_padding_fills_no_region_that_was_empty(fp64):
     """With text as long as video nothing stands in TEXT: no queries are turned for it."""
     memory = dataclasses.replace(SMALL, window=3)
-    logs = run(fp64, exactness.streams(fp64, memory, 1, seed=3, low=9))
+    logs = run(fp64, random_requests(fp64, memory, 1, seed=3, low=9))
     rows = pack(logs, [[0]])
     assert Region.TEXT not in rows.regions.filled
     padded = rows.padded(BLOCK, at_least=BLOCK).regions
@@ -288,13 +295,13 @@ def test_gradients_are_those_of_the_slow_engine(fp64, evicting):
 class TestEngine:
     def streams(self, fp64):
         memory = for_backbone(SMALL, fp64)
-        return exactness.streams(fp64, memory, 4, seed=6, low=8)
+        return random_requests(fp64, memory, 4, seed=6, low=8)
 
     def ran(self, engine):
         done = []
         while engine.busy:
             done += engine.step()
-            available = [s.reserved for s in engine._running]
+            available = [s.reserved for s in engine.admission.running]
             assert engine.pool.capacity - engine.pool.available <= sum(available)
         return {log.header.stream_id: log for log in done}
 
@@ -323,7 +330,7 @@ class TestEngine:
 
     def test_native_streams_alone_need_no_second_buffer(self, fp64):
         engine = Engine(fp64, kv_slots=2000, max_streams=4)
-        engine.add(exactness.streams(fp64, MemoryConfig("rcsm", 3), 1)[0])
+        engine.add(random_requests(fp64, MemoryConfig("rcsm", 3), 1)[0])
         self.ran(engine)
         assert engine.pool.raw is None
         engine.add(self.streams(fp64)[0])
@@ -343,9 +350,9 @@ class TestEngine:
                 projection.mul_(1.1)
 
         try:
-            while engine._running == [] or engine._running[0].writer.turn < 5:
+            while engine.admission.running == [] or engine.admission.running[0].writer.turn < 5:
                 engine.step()
-            cut = engine._running[0].forwarded
+            cut = engine.admission.running[0].forwarded
             swap()
             engine.version = 1
             (log,) = self.ran(engine).values()
@@ -390,10 +397,10 @@ def custom(name: str, **args) -> MemoryConfig:
 
 
 def test_regions_of_ones_own_are_exact_in_any_case(fp64):
-    requests = exactness.streams(fp64, custom("MovesVideo"), 4, seed=8, low=8)
+    requests = random_requests(fp64, custom("MovesVideo"), 4, seed=8, low=8)
     logs = run(fp64, requests)
     assert any((log.kind[log.regions.token] == Kind.VIDEO).any() for log in logs)
-    assert exactness.differences(fp64, logs, requests).max() <= FP64_BAR
+    assert differences(fp64, logs, requests).max() <= FP64_BAR
 
 
 @pytest.mark.parametrize(
@@ -448,7 +455,7 @@ def test_a_checkpoint_that_cannot_have_them_is_refused_before_a_stream_runs(fp64
     monkeypatch.setitem(parameters, "rope_type", "dynamic")
     engine = Engine(fp64, kv_slots=4000, max_streams=1)
     with pytest.raises(ValueError, match=r"rope_type='dynamic'.*memory\.positions=native"):
-        engine.add(exactness.streams(fp64, SMALL, 1)[0])
+        engine.add(random_requests(fp64, SMALL, 1)[0])
     assert not engine.busy
     assert engine.pool.raw is None
 

@@ -13,16 +13,25 @@ import yaml
 
 from conf.streaming import streaming_settings
 from rollout.engine.engine import Engine
-from runtime.checks import check_memory, describe
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
 from streams.log.record import Kind
 from streams.memory import POLICIES, Lanes, LiveTokens, MemoryConfig, MemoryPolicy, TurnStart, knobs, make_policy
-from tests.conf.test_config import composed
-from tests.docs.test_guides import DOCS, blocks
-from tests.streams.test_exactness import FP64_BAR, differences, run, streams
+from tests.support.configs import composed
+from tests.support.guides import DOCS, blocks
 from tests.support.service import open_service, worker_setup
-from tests.support.streams import loud_backbone, norms_in_input_dtype, random_turns, request
+from tests.support.starting import check_memory, describe
+from tests.support.streams import (
+    FP64_BAR,
+    differences,
+    loud_backbone,
+    norms_in_input_dtype,
+    random_requests,
+    random_turns,
+    request,
+    run,
+    run_to_the_end,
+)
 
 GUIDE = "memory.md"
 
@@ -51,7 +60,7 @@ def fp64(tmp_path_factory):
 def test_the_guides_example_is_short_and_exact_in_the_engine(my_memory, fp64):
     assert len(my_memory.splitlines()) < 30
     memory = MemoryConfig(**written() | {"args": {"window": 2, "turns": 2}})
-    requests = streams(fp64, memory, 4, seed=3, low=9)
+    requests = random_requests(fp64, memory, 4, seed=3, low=9)
     logs = run(fp64, requests)
     assert differences(fp64, logs, requests).max() <= FP64_BAR
     stayed = left = 0
@@ -190,7 +199,7 @@ def test_a_bound_that_is_none_is_refused_before_anything_starts(policy, message)
 )
 def test_a_policy_that_fails_in_a_stream_is_named_with_its_line(fp64, policy, message):
     with pytest.raises(ValueError, match="memory: " + message):
-        run(fp64, streams(fp64, own(policy), 1, seed=3, low=3))
+        run(fp64, random_requests(fp64, own(policy), 1, seed=3, low=3))
 
 
 def test_a_worker_that_cannot_import_it_says_so(my_memory, tmp_path, monkeypatch):
@@ -230,11 +239,6 @@ def engine_with(backbone, name: str, **args):
     engine = Engine(backbone, kv_slots=4000, max_streams=1)
     engine.add(request(backbone, memory, random_turns(backbone, np.random.default_rng(0), 12), "s"))
     return engine
-
-
-def run_to_the_end(engine):
-    while engine.busy:
-        engine.step()
 
 
 def test_a_stream_that_holds_more_than_its_policy_said_stops_with_the_numbers(fp64):

@@ -15,16 +15,17 @@ from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences
 from tests.support.exactness.defects import off_by_one, written_again
 from tests.support.exactness.rows import POLICIES
-from tests.support.streams import MODEL_TYPES, differences, joined_features, loud_backbone, norms_in_input_dtype, run
+from tests.support.streams import (
+    CAUGHT,
+    FP64_BAR,
+    MODEL_TYPES,
+    differences,
+    joined_features,
+    loud_backbone,
+    norms_in_input_dtype,
+    run,
+)
 from tests.support.streams import random_requests as streams
-
-FP64_BAR = 1e-10
-
-
-@pytest.fixture(scope="module", params=MODEL_TYPES)
-def fp64(request, tmp_path_factory):
-    with norms_in_input_dtype():
-        yield loud_backbone(tmp_path_factory.mktemp("fp64"), torch.float64, request.param)
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
@@ -93,14 +94,14 @@ class TestPlantedDeepstackDefects:
 
         features = [damaged(joined_features(r)) for r in requests]
         diff = np.abs(np.concatenate(behaviour_differences(backbone, logs, features)))
-        assert diff.max() <= FP64_BAR if defect == "none" else diff.max() > TestPlantedDefects.CAUGHT
+        assert diff.max() <= FP64_BAR if defect == "none" else diff.max() > CAUGHT
 
     def test_levels_without_their_layers_are_caught(self, with_levels, monkeypatch):
         """The whole injection forgotten in the learner, as by a forward that knows only embeddings."""
         backbone, requests, logs = with_levels
         place = backbone._place
         monkeypatch.setattr(backbone, "_place", lambda *args: (place(*args)[0], {}))
-        assert differences(backbone, logs, requests).max() > TestPlantedDefects.CAUGHT
+        assert differences(backbone, logs, requests).max() > CAUGHT
 
 
 class _NoFloat32(TorchDispatchMode):

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from streams.data.check import main
 from streams.data.dataset import load_tasks
+from streams.task import Plan
 from streams.video.config import VideoConfig
 from streams.video.reader import ClipReader, VideoError
+from tests.support.configs import composed
 from tests.support.films import (
     B_FRAMES,
     EVEN,
@@ -319,8 +321,8 @@ def test_checker_run_watch_and_max_chunks_agree_on_every_length(film, reader, tm
         assert task.end == plan.end == reader.duration(task.video), task.id
         turns = task.num_turns(1.0, 100, 1000)
         assert turns == math.ceil(task.end - 1e-6)
-        assert len(reader.read_task(task, turns).frames) == turns
-        assert len(reader.read_task(before, 100).frames) == turns, task.id
+        assert len(reader.read_task(task, Plan(turns, 1.0)).frames) == turns
+        assert len(reader.read_task(before, Plan(100, 1.0)).frames) == turns, task.id
 
 
 @pytest.mark.parametrize("name", ["cut_last.mp4", "sound.mkv", "sound.webm", "tail.mp4", "ten_times.mp4", "late.mp4"])
@@ -334,7 +336,7 @@ def test_a_row_longer_than_its_film_is_refused_by_checker_and_run_in_the_same_wo
     assert f"task long ({film(name)}): {said}" in capsys.readouterr().out
     task = load_tasks(too_long).tasks[0]
     with pytest.raises(VideoError) as caught:
-        reader.read_task(task, task.num_turns(1.0, 100, 1000))
+        reader.read_task(task, Plan(task.num_turns(1.0, 100, 1000), 1.0))
     assert str(caught.value) == f"{film(name)}: {said}"
 
 
@@ -346,13 +348,12 @@ def test_an_end_that_the_checker_accepts_is_read_to_its_last_chunk(seconds, film
     (task,) = load_tasks(path).tasks
     with ClipReader(VideoConfig(chunk_seconds=seconds)) as short:
         turns = task.num_turns(seconds, 100, 1000)
-        assert len(short.read_task(task, turns).frames) == turns == math.ceil(2.95 / seconds)
+        assert len(short.read_task(task, Plan(turns, seconds)).frames) == turns == math.ceil(2.95 / seconds)
 
 
 @pytest.mark.parametrize("name", ["sound.mkv", "sound.webm", "cut_last.mp4", "late.mp4", "no_length.mp4"])
 def test_watch_takes_the_same_length_and_reads_all_of_it(name, film, reader, capsys):
     from evals.watch.job import _shown
-    from tests.conf.test_config import composed
 
     shown = _shown(composed("job=watch", f"watch.video='{film(name)}'"))
     assert shown.length == shown.end == reader.duration(str(film(name)))
@@ -402,7 +403,6 @@ def test_the_checker_tells_of_late_pictures_and_not_of_b_frames(film, tmp_path, 
 
 def test_watch_refuses_to_end_before_the_first_picture(film):
     from evals.watch.job import _shown
-    from tests.conf.test_config import composed
 
     with pytest.raises(ValueError, match=r"watch\.seconds=1 ends before the first picture of .*late\.mp4.* at 2\.00 s"):
         _shown(composed("job=watch", f"watch.video='{film('late.mp4')}'", "watch.seconds=1"))

@@ -27,7 +27,7 @@ from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
 from streams.video.config import VideoConfig
 from streams.writing.writer import TurnInput
-from tests.support.geometries import qwen2_5_vl
+from tests.support.geometries import THREE_B
 from tests.support.streams import MODEL_TYPES, SPECS, chunk_record, loud_backbone, norms_in_input_dtype, request, run
 
 NAMES = (
@@ -226,20 +226,6 @@ def test_the_estimate_is_the_real_size_where_frames_fill_the_pixel_budget(tmp_pa
     geometry = ModelGeometry.read(path)
     for kind, nbytes in real.items():
         assert chunk_size(geometry, kind, dtype, video).nbytes * turns == nbytes, kind
-
-
-THREE_B = qwen2_5_vl(
-    layers=36,
-    hidden=2048,
-    mlp=11008,
-    heads=16,
-    kv_heads=2,
-    head_dim=128,
-    vocab=151936,
-    tied=True,
-    parameters={},
-)
-"""Qwen2.5-VL-3B."""
 
 
 def run_config(cache_mb, freeze, stages=("sft", "rl"), **data):

@@ -9,11 +9,8 @@ from hypothesis import strategies as st
 
 from streams.scoring.logprobs import score_rows
 from streams.scoring.packing import pack
-from tests.streams import test_exactness as exactness
 from tests.support.strategies import ANY_MEMORY, watched
-from tests.support.streams import joined_features, run
-
-fp64 = exactness.fp64
+from tests.support.streams import FP64_BAR, joined_features, run
 
 
 @st.composite
@@ -41,7 +38,7 @@ def test_tokens_do_not_depend_on_the_batch(fp64, data):
         (alone,) = run(fp64, [requests[i]])
         for column in ("ids", "kind", "lane", "expiry", "positions"):
             assert (getattr(alone, column) == getattr(among, column)).all(), column
-        np.testing.assert_allclose(alone.behaviour_logp, among.behaviour_logp, atol=exactness.FP64_BAR)
+        np.testing.assert_allclose(alone.behaviour_logp, among.behaviour_logp, atol=FP64_BAR)
 
 
 @given(data=st.data())
@@ -58,4 +55,4 @@ def test_packed_streams_score_as_each_alone(fp64, data):
             mine = rows.stream == i
             assert int(mine.sum()) == int(log.sampled.sum()) > 0
             for packed, alone in ((scores.logp, single.logp), (scores.entropy, single.entropy)):
-                torch.testing.assert_close(packed[mine], alone, atol=exactness.FP64_BAR, rtol=0)
+                torch.testing.assert_close(packed[mine], alone, atol=FP64_BAR, rtol=0)

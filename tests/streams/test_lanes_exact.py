@@ -10,16 +10,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rollout.engine import engine
+from rollout.engine import step_plan
 from streams.log.record import NEVER, Kind, StreamLog
 from streams.memory import MemoryConfig, TextMemory
-from tests.streams import test_exactness as exactness
 from tests.support.exactness.defects import written_again
 from tests.support.lanes import brute_force_lanes
-from tests.support.streams import brute_force_expiry, differences, run
-
-FP64_BAR, CAUGHT = exactness.FP64_BAR, exactness.TestPlantedDefects.CAUGHT
-fp64 = exactness.fp64
+from tests.support.streams import CAUGHT, FP64_BAR, brute_force_expiry, differences, random_requests, run
 
 TEXT_MEMORY = MemoryConfig("text_memory")
 LINGERING = MemoryConfig("custom", target="tests.support.lanes:LingeringTurns", args={"turns": 2})
@@ -31,13 +27,13 @@ def start_of(log: StreamLog, turn: int) -> int:
 
 @pytest.fixture(scope="module")
 def made(fp64):
-    requests = exactness.streams(fp64, TEXT_MEMORY, 6, seed=4, low=8)
+    requests = random_requests(fp64, TEXT_MEMORY, 6, seed=4, low=8)
     return requests, run(fp64, requests)
 
 
 @pytest.fixture(scope="module")
 def lingering(fp64):
-    requests = exactness.streams(fp64, LINGERING, 6, seed=4, low=8)
+    requests = random_requests(fp64, LINGERING, 6, seed=4, low=8)
     return requests, run(fp64, requests)
 
 
@@ -101,13 +97,13 @@ class TestPlantedDefects:
 
     def test_an_engine_without_lanes_is_caught_where_lane_one_stays(self, fp64, lingering, monkeypatch):
         requests, _ = lingering
-        monkeypatch.setattr(engine, "_seen", without_lanes)
+        monkeypatch.setattr(step_plan, "_seen", without_lanes)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     def test_an_engine_that_forwards_all_lanes_as_one_segment_is_caught(self, fp64, lingering, monkeypatch):
         requests, _ = lingering
-        monkeypatch.setattr(engine, "pairwise", lambda cuts: [(cuts[0], cuts[-1])])
-        monkeypatch.setattr(engine, "_seen", without_lanes)
+        monkeypatch.setattr(step_plan, "pairwise", lambda cuts: [(cuts[0], cuts[-1])])
+        monkeypatch.setattr(step_plan, "_seen", without_lanes)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     @pytest.mark.parametrize("begins", [lambda lane0, lane1: lane1, lambda lane0, lane1: 0], ids=["goes on", "at 0"])

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import typing
 
+from learner import messages as learner_messages
 from learner import setup as learner_setup
 from rollout import setup as rollout_setup
 from streams import messages
@@ -31,7 +32,7 @@ def reachable(hint: object, found: set[type]) -> set[type]:
 
 def sent() -> set[type]:
     found: set[type] = set()
-    for module in (messages, rollout_setup, learner_setup):
+    for module in (messages, rollout_setup, learner_messages, learner_setup):
         for value in vars(module).values():
             reachable(value, found)
     return found

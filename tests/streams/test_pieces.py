@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +15,13 @@ from streams.log.pieces import PieceFolder, join_pieces, read_pieces
 from streams.log.record import ChunkRecord, StreamLog
 from streams.memory import POLICIES, MemoryConfig, make_policy
 from streams.positions.mrope import PositionCursor
-from streams.positions.regions import RegionLog
 from streams.writing.writer import StreamWriter, TurnInput
-from tests.streams.test_policies import LAYOUTS, MEMORIES, generate, header, plans
+from tests.support.logs import assert_same_log, file_size_limit
+from tests.support.policies import LAYOUTS, MEMORIES, generate, header, plans
 
 RCSM = MemoryConfig("rcsm", 2, text_window=2)
 CONTIGUOUS = MemoryConfig("sink_window", 1, text_window=2, sink_tokens=2, tail_tokens=3, positions="contiguous")
 PLAN = tuple(TurnInput(ChunkRecord(turn, "v", (turn + 0.1, turn + 0.6), (1, 2, 2))) for turn in range(12))
-
-
-@contextmanager
-def file_size_limit(size: int):
-    """No file of this process may grow beyond `size` bytes: a full disk, as far as it can be had."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def assert_same_log(got: StreamLog | RegionLog, wanted: StreamLog | RegionLog) -> None:
-    """Field for field, dtypes and shapes included."""
-    for field in dataclasses.fields(wanted):
-        a, b = getattr(got, field.name), getattr(wanted, field.name)
-        if isinstance(b, np.ndarray):
-            assert (a.dtype, a.shape) == (b.dtype, b.shape), field.name
-            np.testing.assert_array_equal(a, b, err_msg=field.name)
-        elif isinstance(b, RegionLog):
-            assert_same_log(a, b)
-        else:
-            assert a == b, field.name
 
 
 def written(memory, layout, plan, seed, cuts) -> tuple[StreamLog, list[LogPiece]]:

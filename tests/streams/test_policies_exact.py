@@ -13,12 +13,8 @@ from hypothesis import strategies as st
 
 from streams.log.record import Kind
 from streams.memory import MemoryConfig
-from tests.streams import test_exactness as exactness
 from tests.support.strategies import ANY_MEMORY, EVERY_MEMORY, watched
-from tests.support.streams import brute_force_expiry, differences, run
-
-FP64_BAR = exactness.FP64_BAR
-fp64 = exactness.fp64
+from tests.support.streams import FP64_BAR, brute_force_expiry, differences, random_requests, run
 
 RANDOM = MemoryConfig("random", seed=3, rate=0.1)
 
@@ -42,7 +38,7 @@ def test_engine_equals_one_masked_forward(fp64, name, data):
 
 
 def test_whatever_left_the_recorded_expiry_gives_the_log_probs(fp64):
-    requests = exactness.streams(fp64, RANDOM, 6, seed=5, low=8)
+    requests = random_requests(fp64, RANDOM, 6, seed=5, low=8)
     logs = run(fp64, requests)
     left = np.concatenate([log.kind[log.expiry < len(log)] for log in logs])
     assert set(left.tolist()) >= {Kind.SYSTEM, Kind.SCAFFOLD, Kind.VIDEO, Kind.THINK, Kind.END}

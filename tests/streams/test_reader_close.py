@@ -19,11 +19,11 @@ from rollout.promises import Promises, ServiceClosedError
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from streams.video.config import VideoConfig
 from streams.video.reader import ClipReader, ReaderClosedError
-from tests.processes.test_run import launch
 from tests.support.clips import write_clip, write_grey_ramp
+from tests.support.commands import launch
 from tests.support.service import open_service, worker_setup
 
 CLIP_SECONDS = 30
@@ -188,7 +188,9 @@ def task_of(video: str, name: str, turns: int) -> StreamTask:
 
 
 def demonstration(video: str, name: str, turns: int) -> ScriptTask:
-    return ScriptTask(name, task_of(video, name, turns), tuple(ScriptedTurn("", None) for _ in range(turns)))
+    return ScriptTask(
+        name, task_of(video, name, turns), Plan(turns, 1.0), tuple(ScriptedTurn("", None) for _ in range(turns))
+    )
 
 
 @pytest.mark.parametrize("kind", ["script", "rollout"])
@@ -204,7 +206,7 @@ def test_a_stage_change_in_the_middle_of_a_read(setup, long_clip, tmp_path, kind
             futures = [service.script(demonstration(long_clip, name, CLIP_SECONDS)) for name in names]
         else:
             tasks = [task_of(long_clip, name, CLIP_SECONDS) for name in names]
-            futures = [service.submit(RolloutTask(t.id, 0, t, 2, CLIP_SECONDS, 1.0)) for t in tasks]
+            futures = [service.submit(RolloutTask(t.id, t, Plan(CLIP_SECONDS, 1.0), 2, 1.0)) for t in tasks]
         time.sleep(delay_s)
         began = time.monotonic()
         service.close()
@@ -224,7 +226,7 @@ def test_streams_under_way_end_with_the_service(setup, tmp_path):
     good = str(write_grey_ramp(tmp_path / "good.mp4", 100, 4))
     service = open_service(setup)
     task = task_of(good, "0/long", 25)
-    future = service.submit(RolloutTask(task.id, 0, task, 8, 25, 1.0))
+    future = service.submit(RolloutTask(task.id, task, Plan(25, 1.0), 8, 1.0))
     give_up = time.monotonic() + WAIT_S
     while not service.engine.busy and time.monotonic() < give_up:
         time.sleep(0.002)

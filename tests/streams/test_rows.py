@@ -27,7 +27,7 @@ from streams.data.check import check
 from streams.data.dataset import Reason, SkippedSample, counted, load_tasks, write_tasks
 from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
 from streams.messages import RolloutTask, ScriptedJob
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery, TimedThought
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery, TimedThought
 from tests.support.clips import write_grey_ramp
 from tests.support.service import open_service, worker_setup
 
@@ -164,14 +164,14 @@ def test_a_question_that_a_response_to_another_closes_is_named():
     queries = (TimedQuery(0.0, "alarm?"), TimedQuery(1.0, "now?"))
     answers = (ExpectedAnswer(6.0, "red", query=0), ExpectedAnswer(2.0, "blue", query=1))
     row = StreamTask("a", "v.mp4", 0.0, 10.0, queries, answers)
-    (found,) = untimely(row, 1.0, 10, 240)
+    (found,) = untimely(row, Plan(10, 1.0), 240)
     assert (found.kind, found.answer) == (Reason.QUESTION_CLOSED, None)
     assert (
         "answers[0] is due in turn 6, but any response closes queries[0], and answers[1] is due in turn 2"
         in found.reason
     )
     stays = replace(row, queries=(replace(queries[0], stay_open=True), queries[1]))
-    assert untimely(stays, 1.0, 10, 240) == []
+    assert untimely(stays, Plan(10, 1.0), 240) == []
     # Answered before the other is asked: nothing closes early.
     assert untimely(replace(row, answers=(replace(answers[0], time=0.5), answers[1])), 1.0, 10, 240) == []
 
@@ -199,7 +199,7 @@ def test_counts_and_examples_are_said_on_one_line_each(layout):
 
 
 def oracle(reward, tasks, fits=None, seconds=1000.0):
-    jobs = tuple(ScriptedJob(t, 1.0, 8, (fits or {}).get(t.id, {})) for t in tasks)
+    jobs = tuple(ScriptedJob(t, Plan(8, 1.0), (fits or {}).get(t.id, {})) for t in tasks)
     results, think = Scorer(reward).oracle(jobs, 6, seconds)
     return OracleReport(tuple(zip(tasks, results, strict=False)), think)
 
@@ -237,7 +237,7 @@ def test_the_oracle_thinks_where_the_reward_pays_for_it():
         "thinkstream_efficiency": {"weight": 0.2, "budget": 6},
     }
     rows = [task((2, "B", "choice"))]
-    jobs = (ScriptedJob(rows[0], 1.0, 8),)
+    jobs = (ScriptedJob(rows[0], Plan(8, 1.0)),)
     (result,), think = Scorer(RewardConfig("weighted_sum", terms)).oracle(jobs, 20, 1000.0)
     assert (result.total, think) == (1.0, 20)
     # Where thoughts cost, it does without.
@@ -372,7 +372,7 @@ def run_verdicts(path, layout, service):
     loaded = load_tasks(path, video=CONFIG.data.video)
     usable = set()
     for found in judge(loaded.tasks, layout).tasks:
-        request = RolloutTask(f"0/{found.id}", 0, found, 1, CONFIG.data.turns_of(found), 1.0)
+        request = RolloutTask(f"0/{found.id}", found, CONFIG.data.plan_of(found), 1, 1.0)
         summary, _ = service.submit(request).result(timeout=60)
         usable |= set() if summary.failed else {found.id}
     return usable
@@ -401,7 +401,7 @@ def test_what_a_rows_check_refuses_for_a_token_the_worker_refuses_too(folder, la
     names = [name for name, (fields, _) in TABLE.items() if set(fields) == {"queries"}]
     path.write_text("\n".join(json.dumps(row(name, **TABLE[name][0])) for name in names))
     for found in load_tasks(path).tasks:
-        summary, _ = service.submit(RolloutTask(f"1/{found.id}", 0, found, 1, 3, 1.0)).result(timeout=60)
+        summary, _ = service.submit(RolloutTask(f"1/{found.id}", found, Plan(3, 1.0), 1, 1.0)).result(timeout=60)
         assert (summary.failed is None) == TABLE[found.id][1], (found.id, summary.failed)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from streams.data.dataset import load_tasks, write_tasks
 from streams.data.durations import END_SLACK_S, bounded
 from streams.data.formats.thinkstream import answer_kind, parse_record
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery, TimedThought
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery, TimedThought
 from streams.video.config import VideoConfig
 from streams.video.reader import ClipReader, VideoError
 from tests.support.clips import write_grey_ramp
@@ -296,11 +296,11 @@ def test_the_length_of_a_video_and_its_frames_come_from_one_process(ramp, reader
 
 def test_the_tail_of_a_stream_ends_with_its_video(ramp, reader):
     task = video_task(ramp, 11.2)
-    clip = reader.read_task(task, task.num_turns(1.0, 5, 100))
+    clip = reader.read_task(task, Plan(task.num_turns(1.0, 5, 100), 1.0))
     # Chunk 12 holds the last half second; of the 17 chunks asked for, four do not exist.
     assert len(clip.frames) == 13
     assert clip.frame_times.shape == (13, 2)
-    assert len(reader.read_task(task, 4).frames) == 4
+    assert len(reader.read_task(task, Plan(4, 1.0)).frames) == 4
     whole = reader.read(str(ramp), 0.0, 12.5, 13)
     assert (clip.frames == whole.frames).all()
 
@@ -310,16 +310,16 @@ def test_the_last_answer_must_lie_in_the_video(ramp, reader, answer, fits):
     task = video_task(ramp, answer)
     turns = task.num_turns(1.0, 3, 1000)
     if fits:
-        assert len(reader.read_task(task, turns).frames) == 13
+        assert len(reader.read_task(task, Plan(turns, 1.0)).frames) == 13
         return
     with pytest.raises(VideoError, match=rf"chunk {int(answer)} starts at {answer:g} s but the file holds 12\.50 s"):
-        reader.read_task(task, turns)
+        reader.read_task(task, Plan(turns, 1.0))
 
 
 def test_chunk_lengths_by_duration_reach_the_frames(ramp):
     with ClipReader(VideoConfig(max_chunks=5)) as reader:
         task = video_task(ramp, 1.0, end=12.5)
-        clip = reader.read_task(task, 5)
+        clip = reader.read_task(task, Plan(5, reader.config.chunk_seconds_of(task)))
         assert clip.frame_times[:, 0].tolist() == [0.75, 3.75, 6.75, 9.75, 12.75]
 
 

@@ -21,20 +21,7 @@ from streams.backbone.tiny_spec import TinySpec
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.checkpoint.weights import check_weights
 from streams.layout.layout import LayoutConfig
-from tests.support.weights import INDEX, LFS, SPECS, WHOLE, sharded
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    return {name: build_tiny(root / name.replace(" ", "_"), spec) for name, spec in SPECS.items()}
-
-
-@pytest.fixture
-def folder_of(made, tmp_path):
-    """A copy of one of the checkpoints, to be damaged."""
-    return lambda name="qwen2_5_vl": Path(shutil.copytree(made[name], tmp_path / name.replace(" ", "_")))
-
+from tests.support.weights import INDEX, LFS, WHOLE, sharded
 
 # ---- files that are not whole ----
 
@@ -98,10 +85,10 @@ def test_no_bytes_make_a_file_fail_otherwise_than_by_its_name(tmp_path_factory, 
         check_weights(folder / "broken")
 
 
-def test_shards_are_read_through_their_index(folder_of, made):
+def test_shards_are_read_through_their_index(folder_of, checkpoints):
     folder, names = sharded(folder_of(), parts=3)
     save_file({"left": torch.zeros(99, 99)}, folder / "model-00004-of-00004.safetensors")
-    assert ModelGeometry.read(folder).total == ModelGeometry.read(made["qwen2_5_vl"]).total
+    assert ModelGeometry.read(folder).total == ModelGeometry.read(checkpoints["qwen2_5_vl"]).total
     assert "files that are not loaded (model-00004-of-00004.safetensors)" in check_weights(folder).warnings[0]
     Backbone.load(folder, LayoutConfig())
     (folder / names[1]).unlink()

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +18,12 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 from conf.schema import RunConfig
-from runtime.checks import preflight
 from streams.backbone.backbone import Backbone
-from streams.backbone.freezing import parameter_name
-from streams.backbone.tiny import build_config, build_tiny, build_tokenizer
+from streams.backbone.tiny import build_config, build_tokenizer
 from streams.backbone.tiny_spec import TinySpec
+from streams.checkpoint.families import FAMILIES, QWEN2_5_VL
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.checkpoint.weights import (
-    _DEFAULTS,
     EMBEDDING,
     HEAD,
     ModelConfigFile,
@@ -36,20 +33,8 @@ from streams.checkpoint.weights import (
 )
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
+from tests.support.starting import preflight
 from tests.support.weights import SPECS, WHOLE, configured, rewrite, sharded, without
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    return {name: build_tiny(root / name.replace(" ", "_"), spec) for name, spec in SPECS.items()}
-
-
-@pytest.fixture
-def folder_of(made, tmp_path):
-    """A copy of one of the checkpoints, to be damaged."""
-    return lambda name="qwen2_5_vl": Path(shutil.copytree(made[name], tmp_path / name.replace(" ", "_")))
-
 
 # ---- what is expected is what transformers' modules have ----
 
@@ -98,7 +83,7 @@ def test_names_and_shapes_are_those_of_the_modules(tmp_path, spec, bias):
 @pytest.mark.parametrize(("family", "config"), [("qwen2_5_vl", Qwen2_5_VLConfig), ("qwen3_vl", Qwen3VLConfig)])
 def test_a_key_that_is_left_out_is_what_transformers_takes_for_it(family, config):
     whole = config(text_config={"bos_token_id": 1}, vision_config={"initializer_range": 0.1})
-    for part, values in _DEFAULTS[family].items():
+    for part, values in FAMILIES[family].defaults.items():
         theirs = {key: getattr(getattr(whole, part), key) for key in values}
         assert {k: tuple(v) if isinstance(v, list) else v for k, v in theirs.items()} == values
 
@@ -106,7 +91,7 @@ def test_a_key_that_is_left_out_is_what_transformers_takes_for_it(family, config
 @pytest.mark.parametrize("root", [None, True, False])
 @pytest.mark.parametrize("text", [None, True, False])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_whether_heads_are_tied_is_read_as_transformers_reads_it(made, folder_of, family, root, text):
+def test_whether_heads_are_tied_is_read_as_transformers_reads_it(checkpoints, folder_of, family, root, text):
     folder = folder_of(family)
     raw = json.loads((folder / "config.json").read_text())
     for place, value in ((raw, root), (raw["text_config"], text)):
@@ -122,15 +107,15 @@ def test_whether_heads_are_tied_is_read_as_transformers_reads_it(made, folder_of
 
 RENAMED = {
     "as saved": lambda name: name,
-    "of transformers 4.5x": lambda name: parameter_name(name),
+    "of transformers 4.5x": lambda name: QWEN2_5_VL.parameter_name(name),
     "of the first release": lambda name: name.replace("model.language_model.", "model.").replace(
         "model.visual.", "visual."
     ),
-    "of a bare model": lambda name: parameter_name(name).removeprefix("model."),
-    "wrapped once more": lambda name: f"model.{parameter_name(name)}",
+    "of a bare model": lambda name: QWEN2_5_VL.parameter_name(name).removeprefix("model."),
+    "wrapped once more": lambda name: f"model.{QWEN2_5_VL.parameter_name(name)}",
     "of a parallel wrapper": lambda name: f"module.{name}",
     "of an adapter's wrapper": lambda name: f"base_model.model.{name}",
-    "of another text model": lambda name: parameter_name(name).replace("language_model", "text_model"),
+    "of another text model": lambda name: QWEN2_5_VL.parameter_name(name).replace("language_model", "text_model"),
 }
 
 
@@ -262,11 +247,11 @@ def test_strange_tensors_and_files_are_named_in_one_warning_and_not_counted(fold
     assert Backbone.load(folder, LayoutConfig()).model.lm_head.weight.shape == (640, 64)
 
 
-def test_a_whole_file_is_loaded_and_counted_before_the_index_beside_it(folder_of, made):
+def test_a_whole_file_is_loaded_and_counted_before_the_index_beside_it(folder_of, checkpoints):
     folder, shards = sharded(folder_of())
-    shutil.copy(made["qwen2_5_vl"] / WHOLE, folder / WHOLE)
+    shutil.copy(checkpoints["qwen2_5_vl"] / WHOLE, folder / WHOLE)
     assert all(name in check_weights(folder).warnings[0] for name in shards)
-    assert ModelGeometry.read(folder).total == ModelGeometry.read(made["qwen2_5_vl"]).total
+    assert ModelGeometry.read(folder).total == ModelGeometry.read(checkpoints["qwen2_5_vl"]).total
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -293,7 +278,7 @@ def test_quantised_checkpoints_are_refused(folder_of):
 
 
 def test_two_tensors_for_one_weight_are_refused(folder_of):
-    folder = rewrite(folder_of(), lambda held: held | {parameter_name("model.norm.weight"): torch.zeros(64)})
+    folder = rewrite(folder_of(), lambda held: held | {QWEN2_5_VL.parameter_name("model.norm.weight"): torch.zeros(64)})
     with pytest.raises(ValueError, match=r"model\.norm\.weight .*both hold the weight|both hold the weight"):
         check_weights(folder)
 
@@ -311,10 +296,10 @@ def test_a_run_that_names_such_a_folder_ends_before_ray_starts_with_the_key(fold
         preflight(changed)
 
 
-def test_the_check_loads_neither_torch_nor_transformers(made):
+def test_the_check_loads_neither_torch_nor_transformers(checkpoints):
     code = (
         "import sys; from pathlib import Path; from streams.checkpoint.weights import check_weights; "
-        f"check_weights(Path({str(made['qwen3_vl'])!r})); "
+        f"check_weights(Path({str(checkpoints['qwen3_vl'])!r})); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from rollout.engine.engine import StreamRequest
+from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone, VideoTokens
 from streams.log.record import GENERATED_TEXT, Kind, StreamLog
 from streams.memory import MemoryConfig

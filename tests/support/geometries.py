@@ -20,3 +20,17 @@ def qwen2_5_vl(**language_model: Any) -> ModelGeometry:
         deepstack_levels=0,
         **language_model,
     )
+
+
+THREE_B = qwen2_5_vl(
+    layers=36,
+    hidden=2048,
+    mlp=11008,
+    heads=16,
+    kv_heads=2,
+    head_dim=128,
+    vocab=151936,
+    tied=True,
+    parameters={},
+)
+"""Qwen2.5-VL-3B."""

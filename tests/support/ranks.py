@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,11 +22,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from learner.assign import share_out
 from learner.batching import TrainItem
 from learner.config import LearnerConfig
+from learner.losses.config import LossConfig
+from learner.parallel.assign import share_out
 from learner.setup import LearnerSetup
-from rollout.engine.engine import StreamRequest
+from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone, to_array
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
@@ -35,14 +36,14 @@ from streams.log.record import ChunkRecord
 from streams.memory import MemoryConfig
 from streams.messages import GroupPayload
 from streams.writing.writer import QueryInput, TurnInput
+from tests.support.learner import GRPO, SFT, even
 from tests.support.project import ROOT
 from tests.support.streams import norms_in_input_dtype, request
 from tests.support.streams import run as run_streams
 
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 SPEC = TinySpec(hidden=32, layers=2, mlp=48, vision_depth=1, vision_hidden=32, vision_mlp=32, vision_heads=2)
-SFT = {"balance_decisions": 1.0, "decision_weight_clamp": 20.0, "answer_weight": 2.0}
-GRPO = {"clip_low": 0.2, "clip_high": 0.2}
+LOSSES: dict[str, LossConfig] = {"sft": replace(SFT, answer_weight=2.0), "grpo": GRPO}
 WAIT_S = 200.0
 
 
@@ -52,9 +53,8 @@ class Call:
 
     what: str
     step: int = 0
-    loss: str = "sft"
+    loss: LossConfig = SFT
     items: tuple[TrainItem, ...] = ()
-    settings: tuple[tuple[str, float], ...] = ()
     path: str = ""
 
 
@@ -63,7 +63,7 @@ class Job:
     """What the ranks of one run do, and how. float64: see `float64`; timeout_s: of collectives."""
 
     checkpoint: str
-    learner: dict[str, Any]
+    learner: LearnerConfig
     calls: tuple[Call, ...]
     reference: str = ""
     float64: bool = True
@@ -71,12 +71,12 @@ class Job:
 
 
 def train(step: int, loss: str, items: list[TrainItem], **settings: float) -> Call:
-    return Call("train", step, loss, tuple(items), tuple(((SFT if loss == "sft" else GRPO) | settings).items()))
+    return Call("train", step, replace(LOSSES[loss], **settings), tuple(items))
 
 
-def learner_values(**values: Any) -> dict[str, Any]:
+def learner_values(**values: Any) -> LearnerConfig:
     given = {"lr": 1e-4, "grad_clip": 1e6, "row_tokens": 150, "micro_batch_tokens": 300, "head_chunk": 16}
-    return asdict(LearnerConfig(**(given | values)))
+    return LearnerConfig(**(given | values))
 
 
 def checkpoint(folder: Path, seed: int = 2, **spec: Any) -> Path:
@@ -112,7 +112,7 @@ def groups(path: Path, turns: list[int], *, media: str, streams: int = 2, seed: 
             with torch.no_grad():
                 kinds = {"features": features, "pre_merger": backbone.encode_pre_merger([clip])[0]}
             shipped = to_array(kinds[media]) if media in kinds else clip
-            items.append(TrainItem(GroupPayload(logs, media, shipped), advantages))
+            items.append(even(GroupPayload(logs, media, shipped), advantages))
     return items
 
 
@@ -224,7 +224,7 @@ def publish(path: Path, content: bytes) -> None:
 
 def main(folder: Path, rank: int, world: int, timeout_s: float) -> None:
     """The process of one rank. It ends when its launcher kills it, or is gone."""
-    from learner.ranks import Ranks, open_store
+    from learner.parallel.ranks import Ranks, open_store
     from learner.setup import RankPlace
 
     place = RankPlace(rank, world, "127.0.0.1", 0, timeout_s)
@@ -257,7 +257,8 @@ def wait_for(path: Path) -> None:
 
 
 def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
-    import learner.engine as module
+    from learner.engine import LearnerEngine
+    from learner.parallel import deepspeed as module
 
     plain = module.deepspeed_config
 
@@ -269,7 +270,7 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
 
     stack.enter_context(mock.patch.object(module, "deepspeed_config", everything_partitioned))
     setup = LearnerSetup(job.checkpoint, LAYOUT, job.learner, total_steps=10, seed=0, reference=job.reference)
-    engine = module.LearnerEngine(setup, ranks)
+    engine = LearnerEngine(setup, ranks)
     replies = []
     for call in job.calls:
         try:
@@ -305,7 +306,7 @@ def one(engine: Any, call: Call, ranks: Any) -> Any:
     share = share_out([sum(map(len, item.payload.logs)) for item in call.items], ranks.world)[ranks.rank]
     mine = [call.items[i] for i in share]
     if call.what == "train":
-        return engine.train(call.step, call.loss, mine, dict(call.settings)).metrics
+        return engine.train(call.step, call.loss, mine).metrics
     if call.what == "score":
         return engine.score([item.payload for item in mine])
     if call.what == "weights":

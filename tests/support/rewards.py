@@ -68,3 +68,9 @@ class Breaks:
 
     def __call__(self, outcome: StreamOutcome) -> list[float]:
         return [1.0]
+
+
+def cases(table):
+    return [
+        (text, expected, kind) for (expected, kind), texts in table.items() for text in dict.fromkeys(texts.split("|"))
+    ]

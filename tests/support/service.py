@@ -8,32 +8,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rollout.service import RolloutService, ServiceLimits
-from rollout.setup import WorkerSetup
+from rollout.config import RolloutConfig
+from rollout.service import RolloutService
+from rollout.setup import SelfCheckSetup, WorkerSetup
 from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
+from streams.messages import RolloutTask
+from streams.task import Plan
 from streams.video.config import VideoConfig
 
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 
 
-def worker_setup(checkpoint: Path, **given: Any) -> WorkerSetup:
+def worker_setup(checkpoint: Path, *, max_streams: int = 16, monitor_every: int = 1, **given: Any) -> WorkerSetup:
     """A small worker; what is `given` differs."""
     values: dict[str, Any] = {
         "dtype": "float32",
         "layout": LAYOUT,
         "memory": MemoryConfig("rcsm", 2),
         "video": VideoConfig(),
+        "rollout": RolloutConfig(max_streams=max_streams),
         "boundary": Boundary.TOWER_MERGER,
-        "max_streams": 16,
         "kv_slots": 4096,
-        "monitor_every": 1,
         "run_seed": 0,
+        "self_check": SelfCheckSetup(monitor_every),
     }
     return WorkerSetup(checkpoint=str(checkpoint), **values | given)
 
 
-def open_service(setup: WorkerSetup, worker: int = 0, **limits: float) -> RolloutService:
+def open_service(setup: WorkerSetup, worker: int = 0, cache_mb: int = 256) -> RolloutService:
     """To be closed by whoever opened it."""
-    return RolloutService(worker, setup, ServiceLimits(**limits), put=lambda array: array, get=lambda array: array)
+    return RolloutService(worker, setup, cache_mb, put=lambda array: array, get=lambda array: array)
+
+
+WAIT_S = 60.0
+TURNS = 6
+
+
+def group(task, name, streams=3, turns=TURNS, temperature=1.0, **more):
+    return RolloutTask(name, task, Plan(turns, 1.0), streams, temperature, **more)
+
+
+def roll(service, request):
+    return service.submit(request).result(timeout=WAIT_S)

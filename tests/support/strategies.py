@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 from hypothesis import strategies as st
 
-from rollout.engine.engine import StreamRequest
+from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone
 from streams.memory import MemoryConfig
-from tests.streams.test_policies import MEMORIES
+from tests.support.policies import MEMORIES
 from tests.support.streams import random_turns, request
 
 

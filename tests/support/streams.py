@@ -1,4 +1,4 @@
-"""Shared by the engine tests: loud backbones and random streams (benchmarks.exactness), and the policies by brute force."""
+"""Shared by the engine tests: loud backbones and random streams (tests.support.exactness), and the policies by brute force."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from streams.memory import MemoryConfig
 from streams.writing.writer import TurnInput
 from tests.support.exactness.backbones import MODEL_TYPES, SPECS, loud_backbone, norms_in_input_dtype
 from tests.support.exactness.streams import (
+    CAUGHT,
+    FP64_BAR,
     GRIDS,
     QUERIES,
     chunk_record,
@@ -19,9 +21,12 @@ from tests.support.exactness.streams import (
     random_turns,
     request,
     run,
+    run_to_the_end,
 )
 
 __all__ = [
+    "CAUGHT",
+    "FP64_BAR",
     "GRIDS",
     "MODEL_TYPES",
     "QUERIES",
@@ -37,6 +42,7 @@ __all__ = [
     "random_turns",
     "request",
     "run",
+    "run_to_the_end",
 ]
 
 

@@ -5,6 +5,8 @@ What every stream says is scripted, so that each outcome of an answer occurs; cl
 
 from __future__ import annotations
 
+import json
+import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from streams.layout.layout import LayoutConfig
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
 from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from streams.video.config import VideoConfig
 from tests.support.clips import solid, write_clip
 from tests.support.service import open_service, worker_setup
@@ -45,7 +47,7 @@ class Made:
     logs: tuple[StreamLog | None, ...]
 
     def records(self, name: str) -> list[dict]:
-        return [record(name, s, log, CHUNK, REWARD.timing) for s, log in zip(self.streams, self.logs, strict=True)]
+        return [record(name, s, log, REWARD.timing) for s, log in zip(self.streams, self.logs, strict=True)]
 
     def result(self) -> EvalResult:
         return collect("trained", self.streams)
@@ -109,7 +111,7 @@ def make(folder: Path) -> dict[str, Made]:
 
         def scripted(task: StreamTask, says: dict[int, str], thought: str = "nothing new"):
             turns = LONG if task is endless else 12
-            request = ScriptTask(f"0/{task.id}", task, script(turns, says, thought))
+            request = ScriptTask(f"0/{task.id}", task, Plan(turns, CHUNK), script(turns, says, thought))
             return _scored(task, *service.script(request).result(timeout=120))
 
         replies = {118: "green", 128: "blue", 312: "green", 480: "green"}
@@ -124,7 +126,7 @@ def make(folder: Path) -> dict[str, Made]:
             scripted(endless, replies, "a yellow square on grey"),
         ]
         sft = [scripted(alert, {8: "red"}), scripted(recall, {7: "red"}), scripted(now, {6: "red"})]
-        short = RolloutTask("0/engine", 0, alert, 1, 12, 0.0, memory=MemoryConfig("recent_frames", 2))
+        short = RolloutTask("0/engine", alert, Plan(12, 1.0), 1, 0.0, memory=MemoryConfig("recent_frames", 2))
         rolled = [_scored(alert, *service.submit(short).result(timeout=120))]
     Path(gone.video).unlink()
     return {
@@ -145,10 +147,14 @@ def build_page(folder: Path, budget_mb: float = 8.0) -> Path:
 def _scored(task: StreamTask, summary, payload) -> tuple[ScoredStream, StreamLog]:
     assert summary.failed is None, summary.failed
     result = REWARD(StreamOutcome(task, summary.turns[0], CHUNK))
-    return ScoredStream(task, summary.turns[0], result, payload), payload.logs[0]
+    return ScoredStream(task, Plan(len(summary.turns[0]), CHUNK), summary.turns[0], result, payload), payload.logs[0]
 
 
 def _failed(task: StreamTask) -> ScoredStream:
     silent = silent_turns(12)
     result: RewardResult = REWARD(StreamOutcome(task, silent, CHUNK))
-    return ScoredStream(task, silent, result, None, "VideoError: no such file")
+    return ScoredStream(task, Plan(12, CHUNK), silent, result, None, "VideoError: no such file")
+
+
+def data_of(page: Path) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])

@@ -50,19 +50,26 @@ chunk.
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """Hydra key `data.synthetic`. window: chunks of memory that a recall must outlast. *_turns: length in
-    chunks. full_length: every clip lasts max_turns. frame: [height, width] in pixels, even; empty = several small sizes.
-    """
+    """The clips and questions that `job=data` generates."""
 
     train_clips: int = 240
+    """Training clips, with one question each."""
     heldout_per_mode: int = 96
+    """Held-out clips of each of the modes now, recall and alert."""
     window: int = 4
+    """Chunks of memory that a recall question must outlast; at least `memory.window` where the policy has one."""
     seed: int = 0
+    """Seed of clips and questions."""
     chunk_seconds: float = 1.0
+    """Length of a chunk in seconds, from 0.1 to 60."""
     min_turns: int = 10
+    """Shortest clip, in chunks."""
     max_turns: int = 20
+    """Longest clip, in chunks."""
     full_length: bool = False
+    """Make every clip `data.synthetic.max_turns` long."""
     frame: tuple[int, ...] = ()
+    """Frame size as [height, width] in pixels, both even and at least 16; empty = several small sizes."""
 
     def __post_init__(self) -> None:
         # Lists come from YAML.

@@ -12,7 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.engine import Engine
+from rollout.engine.request import Stream, StreamRequest
+from rollout.engine.step_plan import StepPlan
 from streams.backbone.backbone import Backbone
 from streams.log.record import GENERATED, NEVER, Kind, StreamLog
 from streams.memory import MemoryConfig, make_policy
@@ -38,21 +40,19 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
 """Policy -> defect -> why it changes neither mask nor vocabulary there."""
 
 
+class _LateEndPlan(StepPlan):
+    def _end_turn(self, stream: Stream) -> bool:
+        return True
+
+
 class LateEnd(Engine):
     """The published off-by-one: END rides in the next turn's prefill, after its eviction."""
 
-    _rides = False
-
-    def _gather(self, stream, step) -> None:  # type: ignore[no-untyped-def]
-        state = stream.writer.state
-        self._rides = state is not None and state.over and stream.forwarded < stream.writer.log.length
-        super()._gather(stream, step)
-
-    def _add_segment(self, stream, step) -> None:  # type: ignore[no-untyped-def]
-        if self._rides:
-            self._rides = False
-            return
-        super()._add_segment(stream, step)
+    def _gather(self) -> StepPlan:
+        step = _LateEndPlan(self.pool, self.version)
+        for stream in self.admission.running:
+            step.gather(stream)
+        return step
 
 
 def causal(log: StreamLog) -> StreamLog:

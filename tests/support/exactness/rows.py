@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout.engine.engine import StreamRequest, stream_bound
+from rollout.engine.request import StreamRequest, stream_bound
 from streams.backbone.backbone import Backbone
 from streams.log.mismatch import LogpDiff
 from streams.log.record import Kind, StreamLog

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rollout.engine.engine import Engine, StreamRequest
+from rollout.engine.engine import Engine
+from rollout.engine.request import StreamRequest
 from rollout.engine.sampler import stream_seed
 from streams.backbone.backbone import Backbone
 from streams.log.record import NEVER, ChunkRecord, LogHeader, StreamLog
@@ -136,3 +137,15 @@ def signed_differences(
 def differences(backbone: Backbone, logs: list[StreamLog], requests: list[StreamRequest]) -> np.ndarray:
     """Their sizes."""
     return np.abs(signed_differences(backbone, logs, requests))
+
+
+FP64_BAR = 1e-10
+"""Largest difference of log-probs in fp64 between engine and learner that is rounding."""
+CAUGHT = 1000 * FP64_BAR
+"""What a planted defect must exceed."""
+
+
+def run_to_the_end(engine: Engine) -> None:
+    """Step until nothing is left to do."""
+    while engine.busy:
+        engine.step()

@@ -1,8 +1,10 @@
 """The learner's ranks: rendezvous, process group, and what ranks tell one another between collectives of DeepSpeed.
 
-It holds no ray import. Invariants: no port is fixed (rank 0's store takes a free one on its own node and
-names it); every collective has the place's timeout; a rank that waits in vain says who waited for what. All ranks make
-the same calls in the same order: a rank that finds a fault reports it in `agree`, it never leaves the others waiting.
+It imports no ray. Invariants:
+- No port is fixed: rank 0's store takes a free one on its own node and reports it.
+- Every collective has the place's timeout; a rank that waits in vain says who waited for what.
+- All ranks make the same calls in the same order: a rank that finds a fault reports it in `agree`, it never leaves the
+  others waiting.
 """
 
 from __future__ import annotations

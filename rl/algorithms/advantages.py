@@ -1,0 +1,26 @@
+"""Advantages of whole streams from the rewards of their group.
+
+Pure functions; a group whose rewards are all equal has advantage 0 everywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+EPSILON = 1e-5
+
+
+def centred(rewards: np.ndarray) -> np.ndarray:
+    """Return r - mean, float64 [G], from rewards [G]. Source: Dr. GRPO (arXiv 2503.20783)."""
+    return rewards - rewards.mean()
+
+
+def normalised(rewards: np.ndarray) -> np.ndarray:
+    """Return (r - mean) / (std + 1e-5), float64 [G], from rewards [G]; std is the population's.
+
+    Raises ValueError for a group of one: its advantage is 0 whatever it does.
+    Source: GRPO (arXiv 2402.03300, section 4.1.2).
+    """
+    if len(rewards) < 2:
+        raise ValueError("algorithm.group_size=1: a group-normalised advantage needs at least 2 streams a group")
+    return centred(rewards) / (rewards.std() + EPSILON)

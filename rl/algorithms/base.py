@@ -1,0 +1,64 @@
+"""What an algorithm is: advantages of a scored group, token by token, and the loss that they enter.
+
+Invariants:
+- An algorithm works on the light half of a group alone (GroupSummary and rewards): the driver never loads a log.
+- A stream whose reward failed has advantage 0 and does not count in its group's baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from learner.losses.config import LossConfig
+from learner.messages import Runs, TrainBatch, TrainGroup
+from rl.results import ReadyGroup
+
+
+class Algorithm(Protocol):
+    """One algorithm with its settings; it keeps no state between steps."""
+
+    def advantages(self, group: ReadyGroup) -> tuple[np.ndarray, ...]:
+        """Return one float64 array per stream of the group, with one value per target token in the log's order.
+
+        `group.summary.targets[stream][turn]` is how many targets a turn has; a stream's targets are those of turn 0, then
+        those of turn 1, and so on: `np.repeat(by_turn, targets[stream])` gives all targets of a turn that turn's value.
+        """
+
+    @property
+    def loss(self) -> LossConfig:
+        """The loss, with its settings."""
+
+
+def even_advantages(group: ReadyGroup, of_rewards: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Advantages of an algorithm that judges streams as a whole: all targets of a stream have the stream's.
+
+    of_rewards: float64 [S] from the rewards [S] of the streams that were scored. Not asked if that is one alone: there is
+    nothing to compare it with.
+    """
+    scored = [i for i, result in enumerate(group.results) if result.failed is None]
+    advantages = np.zeros(len(group.results))
+    if len(scored) > 1:
+        advantages[scored] = of_rewards(np.array([group.results[i].total for i in scored]))
+    return tuple(
+        np.full(sum(by_turn), advantage) for advantage, by_turn in zip(advantages, group.summary.targets, strict=True)
+    )
+
+
+def train_batch(step: int, algorithm: Algorithm, groups: Sequence[ReadyGroup]) -> TrainBatch:
+    """Return the optimiser step `step` over scored groups."""
+    return TrainBatch(
+        step=step,
+        loss=algorithm.loss,
+        groups=tuple(
+            TrainGroup(
+                group=group.summary.group,
+                payload=group.payload,
+                advantages=tuple(Runs.of(values) for values in algorithm.advantages(group)),
+                tokens=group.summary.log_tokens,
+            )
+            for group in groups
+        ),
+    )

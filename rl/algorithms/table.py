@@ -1,0 +1,21 @@
+"""Algorithms by the name that `algorithm.advantage` gives them: the one place that a new one is entered in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from conf.training import AlgorithmConfig
+from rl.algorithms.base import Algorithm
+from rl.algorithms.grpo import DrGrpo, Grpo
+
+ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {
+    "grpo": Grpo,
+    "mean": DrGrpo,
+}
+
+
+def make_algorithm(config: AlgorithmConfig) -> Algorithm:
+    """Return the algorithm that the config names. Raises ValueError for a name that is not in the table."""
+    if config.advantage not in ALGORITHMS:
+        raise ValueError(f"algorithm.advantage={config.advantage!r} is not one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[config.advantage](config)

@@ -1,0 +1,223 @@
+"""A group's life: its clip is read, encoded at the freeze boundary, its streams run, and their logs come back.
+
+    read          prepare thread   the clip's frames, and its features if the task brings them
+    start         engine thread    encode what is missing, queue the streams in the engine
+    step          engine thread    one engine step; a group whose last stream ends is finished
+    drop_late     engine thread    groups past their deadline fail
+    fail_running  engine thread    after an error inside a step, which all that run share
+
+No thread, lock or future is handled here: results are returned, and the service answers with them.
+
+Invariants:
+* a group's failure is its result, with its cause; ReaderClosedError is no failure and passes through;
+* a group that has a result has no stream in the engine, and so no slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from rollout.clips import ClipFeatures, ClipFrames, Encoded
+from rollout.engine.engine import Engine
+from rollout.engine.request import StreamRequest
+from rollout.recipe import StreamRecipe
+from rollout.self_check import Checked, SelfCheck
+from streams.log.mismatch import LogpDiff, most_telling
+from streams.log.record import StreamLog
+from streams.memory import make_policy
+from streams.messages import GroupPayload, GroupSummary, RolloutTask
+from streams.support.meter import Meter
+from streams.video.reader import Clip, ReaderClosedError
+
+GroupResult = tuple[GroupSummary, GroupPayload | None]
+
+
+@dataclass
+class Group:
+    """A group on its way.
+
+    Attributes:
+        future: what the service answers; not touched here.
+        began, deadline: times of the monotonic clock, in seconds. The deadline is set when the streams are queued.
+        clip: set by `read`. encoded: the clip at the boundary, as shipped. features: what its streams embed.
+        logs: of the streams that have finished, by stream id. checked: those that were re-scored.
+    """
+
+    task: RolloutTask
+    future: Future[GroupResult]
+    began: float
+    deadline: float = float("inf")
+    clip: Clip | None = None
+    encoded: Encoded | None = None
+    features: torch.Tensor | None = None
+    logs: dict[str, StreamLog] = field(default_factory=dict)
+    checked: list[Checked] = field(default_factory=list)
+
+    def stream_ids(self) -> list[str]:
+        return [f"{self.task.group}/{i}" for i in range(self.task.streams)]
+
+
+class Groups:
+    """The groups of one worker, from their tasks to their results."""
+
+    def __init__(
+        self,
+        worker: int,
+        recipe: StreamRecipe,
+        engine: Engine,
+        frames: ClipFrames,
+        features: ClipFeatures,
+        self_check: SelfCheck,
+        meter: Meter,
+    ) -> None:
+        self._worker, self._recipe, self._engine = worker, recipe, engine
+        self._frames, self._features = frames, features
+        self._self_check, self._meter = self_check, meter
+        self._running: dict[str, Group] = {}
+
+    # --- prepare thread ---------------------------------------------------------------------------------------
+
+    def read(self, group: Group) -> GroupResult | None:
+        """Read the group's clip; returns None, or why that failed. Raises ReaderClosedError."""
+        task = group.task
+        try:
+            group.clip = self._frames.read(task.task, task.plan)
+            if task.features is not None:
+                group.encoded = self._features.given(task.features)
+        except ReaderClosedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
+            return self._failed(group, error)
+        return None
+
+    # --- engine thread ----------------------------------------------------------------------------------------
+
+    def start(self, group: Group) -> GroupResult | None:
+        """Encode the group's clip and queue its streams; returns None, or why that failed."""
+        try:
+            self._encode(group)
+            for request in self._requests(group):
+                self._engine.add(request)
+        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
+            self._engine.cancel(set(group.stream_ids()))
+            return self._failed(group, error)
+        # From here, not from the submission: decoding has a deadline of its own, and waiting is nobody's fault.
+        group.deadline = time.monotonic() + self._recipe.setup.rollout.group_deadline_s
+        self._running[group.task.group] = group
+        return None
+
+    def step(self) -> Iterator[tuple[Group, GroupResult]]:
+        """Run one engine step and yield every group that it finished.
+
+        One by one: what fails while a later one is checked or parsed does not take the earlier ones with it.
+        """
+        if not self._engine.busy:
+            return
+        # One of thousands: outside CUDA, where reading the peak is not free, only its time is taken.
+        with self._meter.phase("engine step", peak=self._meter.cuda):
+            finished = self._engine.step()
+        for stream in finished:
+            name = stream.header.stream_id.rsplit("/", 1)[0]
+            group = self._running[name]
+            group.logs[stream.header.stream_id] = stream
+            assert group.features is not None
+            checked = self._self_check.check(stream, group.features, self._engine.version)
+            if checked is not None:
+                group.checked.append(checked)
+            if len(group.logs) == group.task.streams:
+                result = self._result(group)
+                del self._running[name]
+                yield group, result
+
+    def drop_late(self) -> Iterator[tuple[Group, GroupResult]]:
+        """Fail the groups that are past their deadline, and yield them."""
+        now = time.monotonic()
+        for name, group in list(self._running.items()):
+            if now > group.deadline:
+                self._engine.cancel(set(group.stream_ids()))
+                del self._running[name]
+                limit = f"rollout.group_deadline_s={self._recipe.setup.rollout.group_deadline_s:g}"
+                yield group, self._failed(group, TimeoutError(f"the group was not finished within {limit}"))
+
+    def fail_running(self, error: Exception) -> list[tuple[Group, GroupResult]]:
+        """Fail every group that runs, and free all slots. `error` was raised inside a step, which they share."""
+        self._engine.drop_all()
+        failed = [(group, self._failed(group, error)) for group in self._running.values()]
+        self._running.clear()
+        return failed
+
+    def _encode(self, group: Group) -> None:
+        """Set the clip at the freeze boundary, as given, as kept, or encoded now; and as the streams embed it."""
+        assert group.clip is not None
+        if group.encoded is None:
+            group.encoded = self._features.encode(group.task.task, group.task.plan.turns, group.clip)
+        group.features = self._features.embed(group.encoded)
+
+    def _requests(self, group: Group) -> Iterator[StreamRequest]:
+        """Yield the group's streams: the same turns and features, a seed, a policy and a log of their own."""
+        task, setup = group.task, self._recipe.setup
+        assert group.clip is not None
+        assert group.features is not None
+        layout = self._recipe.layout(empty_thoughts=task.empty_thoughts)
+        memory = task.memory or setup.memory
+        version = self._engine.version if setup.boundary.vision_trains else None
+        turns = self._recipe.turns(task.task, task.plan, group.clip, layout, version)
+        for stream_id in group.stream_ids():
+            yield StreamRequest(
+                header=self._recipe.header(stream_id, task.task.id, memory, layout, task.temperature),
+                turns=turns,
+                features=tuple(group.features),
+                policy=make_policy(memory),
+                layout=layout,
+                patch_seconds=self._recipe.patch_seconds(task.plan),
+            )
+
+    def _result(self, group: Group) -> GroupResult:
+        assert group.clip is not None
+        assert group.encoded is not None
+        layout = self._recipe.layout(empty_thoughts=group.task.empty_thoughts)
+        logs = tuple(group.logs[stream_id] for stream_id in group.stream_ids())
+        summary = GroupSummary(
+            group=group.task.group,
+            task_id=group.task.task.id,
+            worker=self._worker,
+            turns=tuple(layout.parse_turns(stream) for stream in logs),
+            targets=tuple(stream.targets_by_turn for stream in logs),
+            oldest_version=min(stream.oldest_version for stream in logs),
+            versions=tuple(sorted({version for stream in logs for version in stream.versions})),
+            tokens=sum(int(stream.sampled.sum()) for stream in logs),
+            log_tokens=sum(len(stream) for stream in logs),
+            evicted_tokens=sum(stream.evicted_tokens for stream in logs),
+            seconds=time.monotonic() - group.began,
+            clip_seconds=self._recipe.clip_seconds(group.task.task, group.task.plan),
+            monitor=LogpDiff.merge([checked.mismatch for checked in group.checked]),
+            off=most_telling([checked.outlier for checked in group.checked]),
+            features=group.encoded.reference,
+            feature_bytes=group.encoded.tensor.nbytes,
+        )
+        if group.encoded.reference is not None:
+            return summary, GroupPayload(logs, self._recipe.setup.boundary.ships, group.encoded.reference)
+        return summary, GroupPayload(logs, "frames", group.clip.frames)
+
+    def _failed(self, group: Group, error: Exception) -> GroupResult:
+        task = group.task
+        clip_seconds = self._recipe.clip_seconds(task.task, task.plan)
+        return failure(self._worker, task.group, task.task.id, clip_seconds, group.began, error)
+
+
+def failure(worker: int, group: str, task_id: str, clip_seconds: float, began: float, error: Exception) -> GroupResult:
+    """Return the result of a task that failed. began: time of the monotonic clock, in seconds."""
+    summary = GroupSummary(
+        group=group,
+        task_id=task_id,
+        worker=worker,
+        seconds=time.monotonic() - began,
+        clip_seconds=clip_seconds,
+        failed=f"{type(error).__name__}: {error}",
+    )
+    return summary, None
