@@ -195,17 +195,26 @@ class RolloutService:
     # --- engine thread ----------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while (waiting := self._inbox.wait(self.engine)) is not None:
-            groups, swaps = waiting
-            began = time.monotonic()
-            for swap in swaps:
-                self._swap(swap)
-            for group in groups:
-                failed = self._groups.start(group)
-                if failed is not None:
-                    self._answer(group.future, failed)
-            self._step()
-            self._busy.add(time.monotonic() - began)
+        # A call a round: staged weights and clips must not live on in a local while the thread sleeps.
+        while self._round():
+            pass
+
+    def _round(self) -> bool:
+        """Wait for work, take in what is new and run one step; False once the service closes."""
+        waiting = self._inbox.wait(self.engine)
+        if waiting is None:
+            return False
+        groups, swaps = waiting
+        began = time.monotonic()
+        for swap in swaps:
+            self._swap(swap)
+        for group in groups:
+            failed = self._groups.start(group)
+            if failed is not None:
+                self._answer(group.future, failed)
+        self._step()
+        self._busy.add(time.monotonic() - began)
+        return True
 
     def _step(self) -> None:
         try:
