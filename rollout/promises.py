@@ -1,7 +1,8 @@
-"""Futures that a rollout service owes: work accepted and not answered yet.
+"""Futures that a rollout service owes: work that it accepted and has not answered yet.
 
-Invariants: a future is settled once, by its result, by its error, or by the end of the service; whoever
-waits for one never waits for a service that is gone.
+Invariants:
+* a future is settled once: by its result, by its error, or by the end of the service;
+* nobody waits for a service that is gone: after `cut_off` no future is open, and none is made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Promises:
     """All futures of one service. Every method may be called from any thread."""
 
     def __init__(self, owner: str) -> None:
-        """owner: who is named in the error of work that was cut off."""
+        """owner: whom the error of work that was cut off names."""
         self._owner = owner
         self._lock = threading.Lock()
         self._owed: dict[Future[Any], str] = {}
@@ -39,14 +40,14 @@ class Promises:
         with self._lock:
             if self._owed.pop(future, None) is None or not future.set_running_or_notify_cancel():
                 return
-        # Outside the lock: callbacks run here.
+        # Outside the lock: callbacks run here, and may call back into this object.
         if error is None:
             future.set_result(result)
         else:
             future.set_exception(error)
 
     def refuse(self) -> None:
-        """From now on `make` raises."""
+        """Make `make` raise from now on."""
         with self._lock:
             self._closed = True
 

@@ -8,8 +8,8 @@
     script -> prepare thread: Demonstrations.write -> the demonstration's future
     stage  -> inbox -> engine thread: StagedWeights.apply -> the swap's future
 
-Every lock of the worker is in this module, in `rollout.promises` and in the clip reader. The decode process belongs to that
-reader (`ClipFrames`): the prepare thread alone reads through it.
+Every lock is in `rollout.threads`, `rollout.promises` or the clip reader. The decode process belongs to that reader
+(`rollout.clips.ClipFrames`): the prepare thread alone reads through it, and `close` ends it.
 
 Invariants:
 * only the engine thread touches engine, weights, kept features and running groups;
@@ -23,10 +23,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -41,6 +39,7 @@ from rollout.recipe import StreamRecipe
 from rollout.self_check import SelfCheck
 from rollout.setup import WorkerSetup
 from rollout.staging import StagedWeights
+from rollout.threads import BusyShare, Inbox, PrepareThread, Swap
 from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
 from streams.memory import CONTIGUOUS, make_policy
@@ -51,8 +50,6 @@ from streams.writing.writer import check_timestamps_kept
 
 log = logging.getLogger("sightline.rollout")
 
-IDLE_WAKE_S = 5.0
-"""How long the engine thread sleeps at most when it has nothing to do; work wakes it at once."""
 PREPARE_JOIN_S = 10.0
 ENGINE_JOIN_S = 30.0
 """How long `close` waits for each thread: for the prepare thread to drop its clip, for an engine step to end."""
@@ -104,9 +101,9 @@ class RolloutService:
         self._groups = Groups(worker, recipe, self.engine, self._frames, self._features, check, self.meter)
         self._demonstrations = Demonstrations(worker, recipe, self._frames)
         self._promises = Promises(f"rollout worker {worker}")
-        self._inbox = _Inbox()
-        self._busy = _BusyShare()
-        self._prepare = _PrepareThread()
+        self._inbox = Inbox()
+        self._busy = BusyShare()
+        self._prepare = PrepareThread()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -143,7 +140,7 @@ class RolloutService:
         """Unpack a fetched version and have it swapped in between two steps. Raises ServiceClosedError, as `submit` does."""
         staged = StagedWeights.stage(update, self.backbone, self.setup.staging)
         future = self._promises.make(f"the swap to version {update.version}")
-        self._inbox.put_swap(_Swap(staged, fetch_s, future))
+        self._inbox.put_swap(Swap(staged, fetch_s, future))
         return future
 
     def stats(self) -> WorkerStats:
@@ -198,17 +195,26 @@ class RolloutService:
     # --- engine thread ----------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while (waiting := self._inbox.wait(self.engine)) is not None:
-            groups, swaps = waiting
-            began = time.monotonic()
-            for swap in swaps:
-                self._swap(swap)
-            for group in groups:
-                failed = self._groups.start(group)
-                if failed is not None:
-                    self._answer(group.future, failed)
-            self._step()
-            self._busy.add(time.monotonic() - began)
+        # A call a round: staged weights and clips must not live on in a local while the thread sleeps.
+        while self._round():
+            pass
+
+    def _round(self) -> bool:
+        """Wait for work, take in what is new and run one step; False once the service closes."""
+        waiting = self._inbox.wait(self.engine)
+        if waiting is None:
+            return False
+        groups, swaps = waiting
+        began = time.monotonic()
+        for swap in swaps:
+            self._swap(swap)
+        for group in groups:
+            failed = self._groups.start(group)
+            if failed is not None:
+                self._answer(group.future, failed)
+        self._step()
+        self._busy.add(time.monotonic() - began)
+        return True
 
     def _step(self) -> None:
         try:
@@ -220,7 +226,7 @@ class RolloutService:
         for group, result in self._groups.drop_late():
             self._answer(group.future, result)
 
-    def _swap(self, swap: _Swap) -> None:
+    def _swap(self, swap: Swap) -> None:
         began = time.monotonic()
         # An older one may arrive behind a newer: it is answered, with the version that runs, and not applied.
         if swap.staged.version > self.engine.version:
@@ -236,101 +242,3 @@ class RolloutService:
         now = time.monotonic()
         report = SwapReport(self.worker, self.engine.version, swap.fetch_s, now - began, self._busy.take(now))
         self._promises.settle(swap.future, report)
-
-
-@dataclass(frozen=True)
-class _Swap:
-    """Weights that wait for the engine thread. fetch_s: seconds that their transfer took."""
-
-    staged: StagedWeights
-    fetch_s: float
-    future: Future[SwapReport]
-
-
-class _Inbox:
-    """What waits for the engine thread. `wait` is that thread's; everything else may be called from any."""
-
-    def __init__(self) -> None:
-        self._wake = threading.Condition()
-        self._groups: deque[Group] = deque()
-        self._swaps: deque[_Swap] = deque()
-        self._stopped = False
-
-    def put_group(self, group: Group) -> None:
-        with self._wake:
-            self._groups.append(group)
-            self._wake.notify()
-
-    def put_swap(self, swap: _Swap) -> None:
-        with self._wake:
-            self._swaps.append(swap)
-            self._wake.notify()
-
-    def stop(self) -> None:
-        """End the engine thread after its current step, whatever waits."""
-        with self._wake:
-            self._stopped = True
-            self._wake.notify()
-
-    def wait(self, engine: Engine) -> tuple[list[Group], list[_Swap]] | None:
-        """Sleep until there is work, new or in the engine; return what is new, None after `stop`."""
-        with self._wake:
-            while not (self._stopped or self._groups or self._swaps or engine.busy):
-                self._wake.wait(timeout=IDLE_WAKE_S)
-            if self._stopped:
-                return None
-            groups, swaps = list(self._groups), list(self._swaps)
-            self._groups.clear()
-            self._swaps.clear()
-            return groups, swaps
-
-
-class _PrepareThread:
-    """One thread that does what is submitted, in order. Every method may be called from any thread."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._lock = threading.Lock()
-        self._working = threading.Lock()  # held by the thread while it works
-        self._refusing = False
-
-    def submit(self, work: Callable[..., None], *given: Any) -> None:
-        """Queue work; dropped after `refuse`, as `close` settles what is owed for it."""
-        with self._lock:
-            if not self._refusing:
-                self._pool.submit(self._run, work, *given)
-
-    def refuse(self) -> None:
-        """Drop what is submitted from now on."""
-        with self._lock:
-            self._refusing = True
-
-    def end(self, timeout_s: float) -> bool:
-        """Drop what waits, and wait for what is under way; False if that takes longer."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        # Not `wait=True`, which has no limit: a read that does not end must not keep a stage from starting.
-        if not self._working.acquire(timeout=timeout_s):
-            return False
-        self._working.release()
-        return True
-
-    def _run(self, work: Callable[..., None], *given: Any) -> None:
-        with self._working:
-            work(*given)
-
-
-class _BusyShare:
-    """The share of time that the engine thread had work. Engine thread only."""
-
-    def __init__(self) -> None:
-        self._busy_s = 0.0
-        self._since = time.monotonic()
-
-    def add(self, seconds: float) -> None:
-        self._busy_s += seconds
-
-    def take(self, now: float) -> float:
-        """Return the share since the last call, in [0, 1]. now: time of the monotonic clock, in seconds."""
-        busy, since = self._busy_s, now - self._since
-        self._busy_s, self._since = 0.0, now
-        return busy / since if since else 0.0

@@ -1,7 +1,10 @@
 """Weights on the worker's side: staged in the background, copied into place between two engine steps.
 
-Invariants: the running weights change only in `StagedWeights.apply`, called between steps; a version
-older than the running one is never applied.
+Threads: `stage` runs on the thread that fetched the update, `apply` on the engine thread.
+
+Invariants:
+* the running weights change only in `StagedWeights.apply`, called between two steps;
+* a version older than the running one is never applied (the service sees to it).
 """
 
 from __future__ import annotations
@@ -25,8 +28,11 @@ class StagedWeights:
 
     @classmethod
     def stage(cls, update: WeightsUpdate, backbone: Backbone, where: str = "device") -> StagedWeights:
-        """Unpack an update. where: `device` holds it beside the running weights (a short pause at the swap); `host` needs
-        no memory there and copies over at the swap. Raises ValueError if it does not fit the backbone.
+        """Unpack an update. Raises ValueError if it does not fit the backbone.
+
+        Args:
+            where: `device` puts it beside the running weights (a short pause at the swap); `host` needs no memory there and
+                copies over at the swap.
         """
         dtype = getattr(torch, update.dtype)
         wanted = sum(int(np.prod(shape)) for shape in update.shapes) * dtype.itemsize
@@ -58,6 +64,7 @@ class StagedWeights:
 
     @torch.no_grad()
     def apply(self, backbone: Backbone) -> None:
+        """Copy the tensors into the backbone's parameters. Raises RuntimeError if the device refuses a copy."""
         parameters = dict(backbone.model.named_parameters())
         for name, tensor in self.tensors.items():
             parameters[name].copy_(tensor)

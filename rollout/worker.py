@@ -1,8 +1,9 @@
 """The rollout worker's Ray actor: a thin asynchronous shell around `RolloutService`.
 
-Every call returns when its own work is done and blocks no other: groups, demonstrations, weights and
-counters overlap. Weights are fetched in a thread of their own, so no stream waits for a transfer. The driver imports this
-module, too: torch and the engine are imported by the constructor, in the worker's process.
+Invariants:
+* every call returns when its own work is done and blocks no other: groups, demonstrations, weights and counters overlap;
+* weights are fetched in a thread of their own: no stream waits for a transfer;
+* the driver imports this module, too: torch and the engine are imported by the constructor, in the worker's process.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class RolloutWorker:
         self._service: RolloutService | None = None
 
     async def device(self) -> DeviceInfo:
-        """What this worker would load onto, before it does."""
+        """Return the device that this worker would load onto, before it does."""
         from streams.support.meter import device_info
 
         return await asyncio.to_thread(device_info, ray.util.get_node_ip_address())
@@ -80,7 +81,7 @@ class RolloutWorker:
     async def read_rows(
         self, checkpoint: str, layout: LayoutConfig, rows: tuple[RowTexts, ...]
     ) -> tuple[RowWords, ...]:
-        """What the checkpoint's tokenizer says about the rows' texts. Here, because the driver loads no tokenizer."""
+        """Judge the rows' texts by the checkpoint's tokenizer. Here, because the driver loads no tokenizer."""
         from streams.backbone.vocabulary import text_layout
         from streams.data.answerable import read_words
 
@@ -160,8 +161,9 @@ class RolloutWorker:
 
 @contextmanager
 def _closed_means_cancelled() -> Iterator[None]:
-    """Work that a stage leaves behind is cancelled, not failed: nobody waits for it any more, and Ray prints a failure
-    that nobody takes, with its traceback, in the middle of the next stage.
+    """Cancel what a stage leaves behind instead of failing it.
+
+    Nobody waits for it any more, and Ray would print the failure with its traceback in the middle of the next stage.
     """
     try:
         yield

@@ -1,9 +1,12 @@
 """FlashInfer's paged attention over the pool itself: page size 1, a page is a slot, nothing is gathered or padded.
 
-Invariants: everything that a step must know is known on the host (lengths and slots), so planning never
-waits for the device; slot lists are copied to it once per step and serve every layer; decode segments (one token) and
-longer ones are planned apart, as the kernel's tile is chosen from the mean length. Written against flashinfer-python
-0.6.18; the `fa2` kernels run on every device that FlashInfer supports, with any number of query heads per KV head.
+Written against flashinfer-python 0.6.18; the `fa2` kernels run on every device that FlashInfer supports, with any number of
+query heads per KV head.
+
+Invariants:
+* everything that a step must know is known on the host (lengths and slots): planning never waits for the device;
+* slot lists are copied to the device once per step and serve every layer;
+* decode segments (one token) and longer ones are planned apart: the kernel's tile is chosen from the mean length.
 """
 
 from __future__ import annotations

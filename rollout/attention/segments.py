@@ -1,7 +1,8 @@
 """A segment as the attention backends see it.
 
-Invariant: the last `rows` slots of a segment are its own tokens, in order; its i-th token sees every
-slot before its own.
+Invariants:
+* the last `rows` slots of a segment are its own tokens', in order;
+* its i-th token attends to every slot before its own, and to its own.
 """
 
 from __future__ import annotations

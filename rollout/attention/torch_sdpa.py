@@ -1,7 +1,9 @@
 """The portable backend: gathers each segment's slots, pads, and calls SDPA once per bucket and layer.
 
-Segments of one token (decode) and longer ones (prefill) are padded apart, so that a mixed step does
-not pad every decode token to the longest prefill. Index tensors are built once per step and used by every layer.
+Invariants:
+* segments of one token (decode) and longer ones (prefill) are padded apart: a mixed step does not pad every decode token to
+  the longest prefill;
+* index tensors are built once per step and used by every layer.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Engine:
         return step
 
     def _finish(self) -> list[StreamLog]:
-        """Write what goes out in pieces, and let go of the streams that are over; returns the logs that were kept."""
+        """Write what goes out in pieces and release the streams that are over; returns the logs that were kept."""
         logs = []
         for stream in list(self.admission.running):
             if not stream.failure:

@@ -1,9 +1,15 @@
 """A stream's log in pieces: what an endless stream has done is written out and dropped, and joined when it is read.
 
-`LogBuilder.cut` makes a LogPiece; a PieceSink takes it; `join_pieces` gives the StreamLog back, field for
-field. A token may leave memory long after its piece was written: a later piece then amends its expiry. Invariants: pieces
-follow one another without gap; an amendment only lowers, and never to before the piece that brings it. So the pieces read
-so far are exact for the tokens they hold, whatever comes later.
+`LogBuilder.cut` makes a LogPiece; a PieceSink takes it; `join_pieces` gives the StreamLog back, field for field. A token may
+be evicted long after its piece was written: a later piece then amends its expiry.
+
+Live streams only: no stage of a run writes pieces. Programs that drive an engine by themselves do (docs/memory.md),
+`benchmarks.endless` among them.
+
+Invariants:
+* pieces follow one another without gap;
+* an amendment only lowers, and never to before the piece that brings it: the pieces read so far are exact for the tokens
+  they hold, whatever comes later.
 """
 
 from __future__ import annotations

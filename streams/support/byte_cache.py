@@ -1,8 +1,8 @@
-"""Vision: clips read once, encoded once, kept under a byte budget.
+"""A cache under a byte budget: clips and features of a worker, references to features in the driver.
 
-Invariants: every stream of a group embeds the same tensor: the very one that is shipped to the learner,
-or, where only the tower is frozen, what the mergers of the day make of it; what is kept is forgotten when weights that
-made it change.
+Invariants:
+* what is kept never takes more than the budget; the least recently used value goes first;
+* not thread-safe: one thread owns a cache.
 """
 
 from __future__ import annotations
