@@ -7,7 +7,7 @@ why; what no longer needs its exception fails here, too, so the tables only shri
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,11 +16,24 @@ FILES = (ROOT / "launch.py", *(path for name in PACKAGES for path in sorted((ROO
 
 MODULES, METHODS, ATTRIBUTES, LINES, FUNCTION = 12, 15, 15, 500, 80
 
-FULL_FOLDERS: dict[str, str] = {}
+FULL_FOLDERS = {"learner": "the losses are one file; they become a folder with the algorithms' family"}
 """Folder -> why it has more than MODULES modules."""
-MANY_METHODS: dict[str, str] = {}
+MANY_METHODS = {
+    "Backbone": "one adapter to transformers: half of them are one-line properties of the loaded model",
+    "Layout": "every way between words and ids, so that nothing else ever tokenises",
+    "LearnerEngine": "to be split: the step protocol, the losses, scoring",
+    "RLLoop": "to be split: dispatch and checkpoints leave it",
+    "RolloutService": "to be split: groups, demonstrations, the self-check",
+    "Session": "what stages ask of the actors; two of its methods make it a context manager",
+    "StageStore": "a decision table: each method answers one question about a stage on disk",
+}
 """Class -> why it has more than METHODS methods."""
-MANY_ATTRIBUTES: dict[str, str] = {}
+MANY_ATTRIBUTES = {
+    "RLLoop": "to be split: dispatch and checkpoints leave it",
+    "RLResult": "a row of counters, each a field of a checkpoint's JSON",
+    "RolloutService": "to be split: groups, demonstrations, the self-check",
+    "Run": "to be split: what the stages share becomes one object",
+}
 """Class -> why it has more than ATTRIBUTES attributes."""
 
 
@@ -28,7 +41,7 @@ def classes() -> Iterator[tuple[str, ast.ClassDef]]:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
-                yield f"{path.relative_to(ROOT)}:{node.name}", node
+                yield node.name, node
 
 
 def methods(node: ast.ClassDef) -> int:
@@ -48,6 +61,14 @@ def attributes(node: ast.ClassDef) -> set[str]:
     return found
 
 
+def largest(count: Callable[[ast.ClassDef], int]) -> dict[str, int]:
+    """By class; of several with one name, the largest counts."""
+    found: dict[str, int] = {}
+    for name, node in classes():
+        found[name] = max(found.get(name, 0), count(node))
+    return found
+
+
 def above(sizes: dict[str, int], limit: int, excepted: dict[str, str]) -> dict[str, int | str]:
     """What is above the limit without an exception, and what has an exception that it does not need."""
     found: dict[str, int | str] = {name: size for name, size in sizes.items() if size > limit and name not in excepted}
@@ -64,11 +85,11 @@ def test_a_folder_holds_at_most_12_modules():
 
 
 def test_a_class_has_at_most_15_methods():
-    assert above({name: methods(node) for name, node in classes()}, METHODS, MANY_METHODS) == {}
+    assert above(largest(methods), METHODS, MANY_METHODS) == {}
 
 
 def test_a_class_has_at_most_15_attributes():
-    assert above({name: len(attributes(node)) for name, node in classes()}, ATTRIBUTES, MANY_ATTRIBUTES) == {}
+    assert above(largest(lambda node: len(attributes(node))), ATTRIBUTES, MANY_ATTRIBUTES) == {}
 
 
 def test_a_file_has_at_most_500_lines():
