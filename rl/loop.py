@@ -34,7 +34,7 @@ from runtime.store.checkpoint import CheckpointState, promote, read_best, step_n
 from runtime.store.journal import StepJournal, journal_path
 from runtime.store.manifests import plain
 from runtime.task_order import epochs, group_id
-from streams.data.dataset import Reason, SkippedSample, at_row
+from streams.data.dataset import SkippedSample, at_row
 from streams.log.mismatch import LogpDiff, OffToken
 from streams.messages import (
     GroupSummary,
@@ -45,7 +45,7 @@ from streams.messages import (
     TrainReport,
 )
 from streams.support.byte_cache import ByteBudgetCache
-from streams.task import StreamTask
+from streams.task import Reason, StreamTask
 
 
 class RLLoop:

@@ -20,10 +20,10 @@ from rewards.compose import RewardResult
 from runtime.cluster.session import Session
 from streams.answers.judge import is_correct
 from streams.data.answerable import Finding, lost, overlap, too_long, untimely
-from streams.data.dataset import Reason, SkippedSample, at_row, counted
+from streams.data.dataset import SkippedSample, at_row, counted
 from streams.messages import RowTexts, RowWords, ScriptedJob, ScriptedTurn
 from streams.support.terminal import one_line
-from streams.task import StreamTask
+from streams.task import Reason, StreamTask
 
 NAMED = 5
 """Rows of one kind that are printed; summary.json has all of them."""

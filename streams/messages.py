@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from streams.data.dataset import Reason
 from streams.log.mismatch import LogpDiff, OffToken
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
-from streams.task import Plan, StreamTask
+from streams.task import Plan, Reason, StreamTask
 from streams.turns import ParsedTurn
 
 MESSAGES_VERSION = 8

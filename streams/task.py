@@ -1,4 +1,4 @@
-"""What one dataset row says: a video, timed queries, timed expected answers.
+"""What one dataset row says: a video, timed queries, timed expected answers; how its stream runs, and why it may not.
 
 Times are seconds on the video's own clock; chunk indices are counted from `StreamTask.start`.
 Invariants (checked by the constructors, so every StreamTask in the program holds them):
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal, get_args
 
 AnswerKind = Literal["choice", "yes_no", "integer", "text"]
@@ -52,6 +53,22 @@ class ExpectedAnswer:
             raise ValueError(f"answer text is empty at time {self.time}")
         if self.kind not in ANSWER_KINDS:
             raise ValueError(f"answer kind {self.kind!r} is not one of {', '.join(ANSWER_KINDS)}")
+
+
+class Reason(StrEnum):
+    """Why a row is left out, or kept although a part of it cannot be answered. The values are the keys of summary.json."""
+
+    UNREADABLE = "row_unreadable"
+    CONTRADICTORY = "row_contradictory"
+    CONTROL_TOKEN = "control_token"
+    AFTER_LAST_TURN = "due_after_last_turn"
+    ANSWER_TOO_LONG = "answer_too_long"
+    THOUGHT_TOO_LONG = "thought_too_long"
+    QUESTION_CLOSED = "question_closed"
+    TURN_SHARED = "turn_shared"
+    VIDEO = "video_unusable"
+    REWARD = "reward_failed"
+    STREAM = "stream_failed"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from streams.data.dataset import Reason
 from streams.layout.layout import STREAMING_TOKENS, Layout, OverBudget
 from streams.messages import RowTexts, RowWords
-from streams.task import Plan, StreamTask
+from streams.task import Plan, Reason, StreamTask
 
 CERTAIN_TOKENS = (
     *STREAMING_TOKENS,

@@ -22,12 +22,12 @@ from pathlib import Path
 
 from streams.answers.judge import is_correct
 from streams.data.answerable import CERTAIN_TOKENS, lost, overlap, spelled_token, texts_of, too_long, untimely
-from streams.data.dataset import FORMATS, Reason, SkippedSample, load_tasks, write_tasks
+from streams.data.dataset import FORMATS, SkippedSample, load_tasks, write_tasks
 from streams.data.durations import bounded, known_presentation
 from streams.layout.layout import Layout, LayoutConfig, OverBudget
 from streams.support.paths import user_path
 from streams.support.terminal import escape_unprintable_output, one_line
-from streams.task import Plan, StreamTask
+from streams.task import Plan, Reason, StreamTask
 from streams.video.config import VideoConfig
 from streams.video.presentation import Presentation
 from streams.video.reader import ClipReader, VideoError

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,27 +24,11 @@ from streams.data.durations import measured
 from streams.data.fields import parse_line
 from streams.data.formats.sightline import parse_row, row_of
 from streams.data.formats.thinkstream import is_record, parse_record
-from streams.task import StreamTask
+from streams.task import Reason, StreamTask
 from streams.video.config import VideoConfig
 
 FORMATS = ("auto", "sightline", "thinkstream")
 HINT = "(set data.* or run job=data)"
-
-
-class Reason(StrEnum):
-    """Why a row is left out, or kept although a part of it cannot be answered. The values are the keys of summary.json."""
-
-    UNREADABLE = "row_unreadable"
-    CONTRADICTORY = "row_contradictory"
-    CONTROL_TOKEN = "control_token"
-    AFTER_LAST_TURN = "due_after_last_turn"
-    ANSWER_TOO_LONG = "answer_too_long"
-    THOUGHT_TOO_LONG = "thought_too_long"
-    QUESTION_CLOSED = "question_closed"
-    TURN_SHARED = "turn_shared"
-    VIDEO = "video_unusable"
-    REWARD = "reward_failed"
-    STREAM = "stream_failed"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from streams.memory.sink_window import SinkWindow
 from streams.memory.text_memory import TextMemory
 from streams.memory.visual_budget import VisualBudget
 from streams.memory.windows import Full, Rcsm, RecentFrames
+from streams.positions.regions import Region
 
 __all__ = [
     "CONTIGUOUS",
@@ -37,6 +38,7 @@ __all__ = [
     "RandomTokens",
     "Rcsm",
     "RecentFrames",
+    "Region",
     "SinkWindow",
     "TextMemory",
     "TurnStart",

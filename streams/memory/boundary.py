@@ -1,4 +1,7 @@
-"""Asks a policy safely: it may be a user's class."""
+"""The guards around a policy, which may be a user's class: what it answers is checked before anybody uses it.
+
+Invariant: whatever a policy raises or returns wrongly is a ValueError that names the policy, its method and the turn.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from streams.positions.regions import Region
 
 
 def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
-    """bool [n]: what the policy lets go, open queries excepted. Raises ValueError for an answer that is no such array."""
-    leaving = _asked(policy.leaving, f" in turn {start.turn}", live, start)
+    """Return what the policy evicts, bool [n]; open queries stay. Raises ValueError for an answer that is no such array."""
+    leaving = _call(policy.leaving, f" in turn {start.turn}", live, start)
     if not isinstance(leaving, np.ndarray) or leaving.dtype != np.bool_ or leaving.shape != (len(live),):
         given = f"{leaving.dtype} {list(leaving.shape)}" if isinstance(leaving, np.ndarray) else repr(leaving)
         raise ValueError(
@@ -30,8 +33,8 @@ def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndar
 
 
 def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:
-    """int8 [n]: the region of each live token that stays, as the policy says; before: as they are now. Raises ValueError."""
-    region = _asked(policy.regions, f" in turn {start.turn}", live, start)
+    """Return the region of each live token that stays, int8 [n]. before: their regions now. Raises ValueError."""
+    region = _call(policy.regions, f" in turn {start.turn}", live, start)
     name = f"memory: {type(policy).__name__}.regions"
     if not isinstance(region, np.ndarray) or region.dtype != np.int8 or region.shape != (len(live),):
         given = f"{region.dtype} {list(region.shape)}" if isinstance(region, np.ndarray) else repr(region)
@@ -50,9 +53,9 @@ def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.
 
 
 def live_bound(policy: MemoryPolicy, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
-    """What the policy's max_live_tokens says. Raises ValueError: the policy's own, and for an answer that is no number."""
+    """Return the policy's max_live_tokens. Raises ValueError: the policy's own, and for an answer that is no number."""
     sizes = {"per_turn": per_turn, "fixed": fixed, "video_per_turn": video_per_turn, "turns": turns}
-    bound = _asked(policy.max_live_tokens, "", refuses=True, **sizes)
+    bound = _call(policy.max_live_tokens, "", allow_refusal=True, **sizes)
     if not isinstance(bound, int | np.integer) or bound < 1:
         raise ValueError(
             f"memory: {type(policy).__name__}.max_live_tokens returned {bound!r} for {sizes}; it must be a whole number of "
@@ -62,8 +65,8 @@ def live_bound(policy: MemoryPolicy, per_turn: int, fixed: int, video_per_turn: 
 
 
 def lane_one_start(policy: MemoryPolicy, lane0: int, lane1: int) -> int:
-    """What the policy's lane_one_begins says. Raises ValueError for an answer that is no position."""
-    first = _asked(policy.lane_one_begins, "", lane0, lane1)
+    """Return the policy's lane_one_begins. Raises ValueError for an answer that is no position."""
+    first = _call(policy.lane_one_begins, "", lane0, lane1)
     if not isinstance(first, int | np.integer) or first < 0:
         raise ValueError(
             f"memory: {type(policy).__name__}.lane_one_begins returned {first!r} for ({lane0}, {lane1}); it must be a "
@@ -72,14 +75,16 @@ def lane_one_start(policy: MemoryPolicy, lane0: int, lane1: int) -> int:
     return int(first)
 
 
-def _asked(method: Callable[..., Any], when: str, *args: Any, refuses: bool = False, **named: Any) -> Any:
-    """What a policy's method answers. It may be a user's: whatever it raises is a ValueError that says where; with
-    `refuses`, a ValueError is an answer, too.
+def _call(method: Callable[..., Any], when: str, *args: Any, allow_refusal: bool = False, **named: Any) -> Any:
+    """Call a policy's method, which may be user code.
+
+    Any exception is raised again as a ValueError that names the method, `when`, file and line. With `allow_refusal`, the
+    method's own ValueError is an answer: it passes through unchanged.
     """
     try:
         return method(*args, **named)
     except Exception as error:  # named boundary: a user's code
-        if refuses and isinstance(error, ValueError):
+        if allow_refusal and isinstance(error, ValueError):
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(

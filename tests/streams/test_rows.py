@@ -24,10 +24,10 @@ from streams.backbone.tiny_spec import TinySpec
 from streams.backbone.vocabulary import text_layout
 from streams.data.answerable import read_words, untimely
 from streams.data.check import check
-from streams.data.dataset import Reason, SkippedSample, counted, load_tasks, write_tasks
+from streams.data.dataset import SkippedSample, counted, load_tasks, write_tasks
 from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
 from streams.messages import RolloutTask, ScriptedJob
-from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery, TimedThought
+from streams.task import ExpectedAnswer, Plan, Reason, StreamTask, TimedQuery, TimedThought
 from tests.support.clips import write_grey_ramp
 from tests.support.service import open_service, worker_setup
 
