@@ -6,17 +6,15 @@ search path, and "expecting <EOF>" without the word that it stumbled over.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
-from conf.schema import RunConfig
+from conf.reference import settings
 
 GROUPS = Path(__file__).parent
 
@@ -44,7 +42,7 @@ def explain(error: Exception, words: Sequence[str]) -> str:
 
 def _no_such_key(key: str, words: Sequence[str]) -> str:
     typed = next((word for word in words if word.lstrip("+~").partition("=")[0] == key), key)
-    kinds = dict(_keys(RunConfig))
+    kinds = {setting.key: setting.kind for setting in settings()}
     every = tuple(kinds)
     if _section(key, every):  # a mapping given for a whole section: the wrong name is inside it
         return f"{typed}: names a key that {key} does not have; it has {_section(key, every)}"
@@ -65,15 +63,6 @@ def _section(section: str, every: Sequence[str]) -> str:
     """The names that a section has, '' if there is no such section."""
     below = [key.removeprefix(f"{section}.") for key in every if key.startswith(f"{section}.")]
     return ", ".join(dict.fromkeys(key.partition(".")[0] for key in below))
-
-
-def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every setting."""
-    for name, kind in typing.get_type_hints(section).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from _keys(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name, kind
 
 
 def _close(word: str, known: Sequence[str]) -> str:

@@ -37,12 +37,12 @@ class MonitorConfig:
     none).
     """
     max: float | None = None
-    """Largest |engine - learner| log-prob of a single token, in nats, above which the run stops; null = by dtype
-    (float32: 3e-4, less: no limit), 0 = no limit.
+    """Largest absolute difference of engine and learner log-prob of a single token, in nats, above which the run
+    stops; null = by dtype (float32: 3e-4, less: no limit), 0 = no limit.
     """
     mean: float | None = None
-    """Mean |engine - learner| log-prob, in nats, above which the run stops; null = by dtype (float32: 1e-5, less:
-    1e-2), 0 = no limit.
+    """Mean absolute difference of engine and learner log-probs, in nats, above which the run stops; null = by dtype
+    (float32: 1e-5, less: 1e-2), 0 = no limit.
     """
     k3: float | None = None
     """k3 estimate of the KL of engine and learner, in nats, above which the run stops; null = by dtype (float32:

@@ -45,7 +45,7 @@ class CheckpointConfig:
     every: int = 20
     """Optimiser steps between checkpoints (0 = only at the end of each stage)."""
     keep: int = 2
-    """Checkpoints of a stage that stay on disk; the best one counts extra."""
+    """Checkpoints of a stage that stay on disk; the best one of RL is kept besides."""
     optimizer: str = "all"
     """Which kept checkpoints have optimiser state: `all`, only the `latest`, or `none`. Resuming without it
     starts with fresh moments.

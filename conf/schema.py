@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -149,6 +150,11 @@ class RunConfig:
                 "each video (ceil(seconds / max_chunks)): this is not causal, a live stream cannot do it"
             )
         return [*notes, *(f"deviation: {deviation}" for deviation in self.deviations)]
+
+
+def register_schema() -> None:
+    """Give Hydra the typed default of every key, under the name that conf/config.yaml lists first."""
+    ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
 
 
 def load_config(raw: DictConfig) -> RunConfig:

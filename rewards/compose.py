@@ -46,11 +46,6 @@ class RewardConfig:
         for name, params in self.terms.items():
             _read_term(name, params, self.combine)
 
-    @classmethod
-    def quickstart(cls) -> RewardConfig:
-        """correctness x timing: 1 in the due chunk, 0.25 less per chunk after it, nothing before it."""
-        return cls("product", {"correctness": {}, "timing": {}})
-
 
 @dataclass(frozen=True)
 class AnswerResult:

@@ -8,25 +8,20 @@ import subprocess
 import sys
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 import launch
-from conf.schema import RunConfig, load_config
+from conf.schema import RunConfig
 from runtime.checks import check_nothing_needed_is_replaced, preflight
 from streams.backbone.tiny_spec import QWEN3_SPEC
 from streams.checkpoint.folder import resolve_checkpoint
+from tests.support.presets import composed
 from tests.support.project import ROOT
 
 launch.register_schema()
 
 CONF = ROOT / "conf"
 OWN_DATA = ["data=jsonl", "data.train=a.jsonl", "data.heldout=b.jsonl"]
-
-
-def composed(*overrides: str) -> RunConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(compose("config", overrides=list(overrides)))
 
 
 def test_one_job_alone_can_be_run_from_any_preset():
