@@ -1,8 +1,9 @@
-"""Vision: clips read once, encoded once, kept under a byte budget.
+"""A cache of values under a byte budget, for decoded clips and encoded features.
 
-Invariants: every stream of a group embeds the same tensor: the very one that is shipped to the learner,
-or, where only the tower is frozen, what the mergers of the day make of it; what is kept is forgotten when weights that
-made it change.
+Invariants:
+* the values together never exceed the budget;
+* the least recently used value is dropped first;
+* a key always returns the value that was put last, or nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 
 class ByteBudgetCache(Generic[T]):
-    """Least recently used values under a byte budget; a value larger than the budget is not kept."""
+    """Least-recently-used cache; a value larger than the whole budget is not kept."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget = budget_bytes
@@ -22,12 +23,14 @@ class ByteBudgetCache(Generic[T]):
         self._values: OrderedDict[str, tuple[T, int]] = OrderedDict()
 
     def get(self, key: str) -> T | None:
+        """Return the value of `key` and mark it as used; None if it is not kept."""
         if key not in self._values:
             return None
         self._values.move_to_end(key)
         return self._values[key][0]
 
     def put(self, key: str, value: T, nbytes: int) -> None:
+        """Keep `value`, which counts `nbytes`, and drop others until it fits."""
         if key in self._values:
             self.used -= self._values.pop(key)[1]
         if nbytes > self.budget:
