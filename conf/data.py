@@ -49,5 +49,5 @@ class DataConfig:
             raise ValueError("data.train and data.heldout must be set together, or both left to the generator")
 
     def turns_of(self, task: StreamTask) -> int:
-        """Chunks that a stream over this task is shown."""
+        """Return the number of chunks that a stream over this task is shown."""
         return task.num_turns(self.video.chunk_seconds_of(task), self.tail_chunks, self.max_turns)

@@ -1,7 +1,7 @@
-"""What Hydra says about a command line that it cannot compose, as one line that names value, key and what to do.
+"""Explains a command line that Hydra cannot compose, in one line that names value, key and remedy.
 
-Pure: the error and the words that were typed in, a sentence out. Without it Hydra prints a page about its own
-search path, and "expecting <EOF>" without the word that it stumbled over.
+Pure: takes the error and the words that were typed, returns a sentence. Hydra itself prints a page about its search path, or
+"expecting <EOF>" without the word at fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GROUPS = Path(__file__).parent
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:
-    """words: the overrides as they were typed."""
+    """Return the explanation of `error`. words: the overrides as they were typed."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if (GROUPS / group).is_dir() and group:
@@ -60,7 +60,7 @@ def _no_such_key(key: str, words: Sequence[str]) -> str:
 
 
 def _section(section: str, every: Sequence[str]) -> str:
-    """The names that a section has, '' if there is no such section."""
+    """Return the names in a section; '' if there is no such section."""
     below = [key.removeprefix(f"{section}.") for key in every if key.startswith(f"{section}.")]
     return ", ".join(dict.fromkeys(key.partition(".")[0] for key in below))
 

@@ -52,7 +52,7 @@ def time_factor(turn: int | None, due: int, slack: int, window: int = 5) -> floa
 
 
 def think_factor(mean_tokens: float, budget: int = 20, step: int = 5) -> float:
-    """Return a value that rises in steps of `step` tokens to 1 at `budget - step`; 1 throughout where that leaves no room for a step.
+    """Return a value that rises in steps of `step` tokens to 1 at `budget - step`; always 1 if there is no room for a step.
 
     With the defaults: 0 below 5 tokens, 0.25 below 10, 0.5 below 15, then 1.
     """
