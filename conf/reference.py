@@ -79,7 +79,7 @@ def sections(owner: type = RunConfig, key: str = "") -> Iterator[tuple[str, type
     """Yield (key, dataclass) of every section, each before those inside it; the run itself has the key ''."""
     yield key, owner
     for field, kind in _fields(owner):
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from sections(kind, _below(key, field.name))
 
 
