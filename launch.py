@@ -36,12 +36,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from conf.paths import PATH_KEYS
-from conf.redact import redact
 from conf.sweep import forget_record, sweep_root
 from runtime.stop import REQUEUE_STATUS, Requeue, StopSignal
 from runtime.tracking.driver_log import DriverLog
 from sightline import __version__
 from streams.support.files import MODULES_VARIABLE, PROJECT
+from streams.support.redact import redact
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig

@@ -1,4 +1,4 @@
-"""How old a sample may get: the bound that follows from the configuration, printed and checked before a buffer exists."""
+"""The bound on the age of a sample that follows from the configuration; printed and checked before a buffer exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from conf.schema import RunConfig
 
 @dataclass(frozen=True)
 class AgeBound:
-    """capacity C: groups admitted and not yet trained. batch B: groups a step. lag: versions a worker may be behind."""
+    """What bounds the age of a sample, in weight versions.
+
+    Attributes:
+        capacity: C, groups admitted and not yet trained.
+        batch: B, groups per optimiser step.
+        lag: versions that a worker may be behind.
+    """
 
     capacity: int
     batch: int
@@ -28,11 +34,15 @@ class AgeBound:
 
     @property
     def bound(self) -> int:
+        """Largest age in versions: floor((C - 1) / B) + lag."""
         return (self.capacity - 1) // self.batch + self.lag
 
 
 def age_bound(config: RunConfig) -> AgeBound:
-    """The bound of a run. `algorithm.mode=sync` admits a step's groups only when every worker runs its weights: C = B."""
+    """Return the bound of a run. Raises ValueError for settings that could never fill a step.
+
+    With `algorithm.mode=sync` a step's groups are admitted only when every worker runs its weights: C = B, lag 0.
+    """
     algorithm = config.algorithm
     if algorithm.mode == "sync":
         return AgeBound(algorithm.groups_per_step, algorithm.groups_per_step, 0)

@@ -25,12 +25,12 @@ class DataConfig:
     ignore_fields: list[str] = field(default_factory=list)
     """Fields that rows may have although no format reads them. Any other unknown field makes its row unusable."""
     tail_chunks: int = 5
-    """Chunks that a stream goes on after its last answer is due (0 = it ends there)."""
+    """Chunks that a stream goes on after its last answer is due (0 = it ends with that chunk)."""
     max_turns: int = 240
     """Longest stream, in turns (one chunk each). Longer videos are cut."""
     cache_mb: int = 256
-    """MiB of host memory for each of three caches: every worker's frames, every worker's features (on its
-    device), the driver's references to features.
+    """MiB for each of three caches: the frames of a worker (host memory), the features of a worker (device memory), and
+    the features that the driver keeps in Ray's object store.
     """
     video: VideoConfig = field(default_factory=VideoConfig)
     """What a chunk is."""

@@ -1,28 +1,26 @@
-"""What Hydra says about a command line that it cannot compose, as one line that names value, key and what to do.
+"""Explains a command line that Hydra cannot compose, in one line that names value, key and remedy.
 
-Pure: the error and the words that were typed in, a sentence out. Without it Hydra prints a page about its own
-search path, and "expecting <EOF>" without the word that it stumbled over.
+Pure: takes the error and the words that were typed, returns a sentence. Hydra itself prints a page about its search path, or
+"expecting <EOF>" without the word at fault.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
-from conf.schema import RunConfig
+from conf.reference import settings
 from streams.support.files import PROJECT
 
 GROUPS = PROJECT / "conf"
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:
-    """words: the overrides as they were typed."""
+    """Return the explanation of `error`. words: the overrides as they were typed."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if (GROUPS / group).is_dir() and group:
@@ -44,7 +42,7 @@ def explain(error: Exception, words: Sequence[str]) -> str:
 
 def _no_such_key(key: str, words: Sequence[str]) -> str:
     typed = next((word for word in words if word.lstrip("+~").partition("=")[0] == key), key)
-    kinds = dict(_keys(RunConfig))
+    kinds = {setting.key: setting.kind for setting in settings()}
     every = tuple(kinds)
     # Only a configuration of the user's own (--config-name) can lack these.
     if (GROUPS / key).is_dir() and "." not in key and not typed.partition("=")[2].startswith("{"):
@@ -72,18 +70,9 @@ def _no_such_key(key: str, words: Sequence[str]) -> str:
 
 
 def _section(section: str, every: Sequence[str]) -> str:
-    """The names that a section has, '' if there is no such section."""
+    """Return the names in a section; '' if there is no such section."""
     below = [key.removeprefix(f"{section}.") for key in every if key.startswith(f"{section}.")]
     return ", ".join(dict.fromkeys(key.partition(".")[0] for key in below))
-
-
-def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every setting."""
-    for name, kind in typing.get_type_hints(section).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from _keys(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name, kind
 
 
 def _close(word: str, known: Sequence[str]) -> str:

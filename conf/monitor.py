@@ -1,7 +1,6 @@
-"""What a run watches itself for (Hydra key `monitor`): how often engine and learner are compared, when their mismatch stops
-the run, and after how many steps without anything to learn it says so.
+"""Typed settings of self-monitoring (Hydra key `monitor`): the mismatch of engine and learner, and idle steps.
 
-Invariant: limits that are not given are the bars that the exactness design sets for the run's dtypes.
+Invariant: limits that are not set are those of the run's dtypes (SINGLE, HALF).
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 
 SINGLE = (3e-4, 1e-5, math.inf)
 HALF = (math.inf, 1e-2, 1e-4)
-"""Largest difference, its mean, k3 divergence: in nats, with everything in float32, and with anything in less."""
+"""Limits of the largest difference, its mean and k3, in nats: with everything in float32, and with anything in less."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of |behaviour - re-scored log-prob| and of k3, in nats; infinite = none."""
+    """Limits of |behaviour - re-scored log-prob| and of k3, in nats; infinite = none."""
 
     max: float
     mean: float
@@ -24,7 +23,7 @@ class Limits:
 
     @property
     def token(self) -> float:
-        """From which difference on a single token is named as off."""
+        """Difference above which a single token is reported as an outlier, in nats."""
         return self.max if math.isfinite(self.max) else 10 * self.mean
 
 
@@ -37,12 +36,12 @@ class MonitorConfig:
     none).
     """
     max: float | None = None
-    """Largest |engine - learner| log-prob of a single token, in nats, above which the run stops; null = by dtype
-    (float32: 3e-4, less: no limit), 0 = no limit.
+    """Largest absolute difference of engine and learner log-prob of a single token, in nats, above which the run
+    stops; null = by dtype (float32: 3e-4, less: no limit), 0 = no limit.
     """
     mean: float | None = None
-    """Mean |engine - learner| log-prob, in nats, above which the run stops; null = by dtype (float32: 1e-5, less:
-    1e-2), 0 = no limit.
+    """Mean absolute difference of engine and learner log-probs, in nats, above which the run stops; null = by dtype
+    (float32: 1e-5, less: 1e-2), 0 = no limit.
     """
     k3: float | None = None
     """k3 estimate of the KL of engine and learner, in nats, above which the run stops; null = by dtype (float32:
@@ -70,7 +69,7 @@ class MonitorConfig:
                 raise ValueError(f"monitor.{key}={value} must be null (by dtype), 0 (no limit) or a positive number")
 
     def limits(self, *dtypes: str) -> Limits:
-        """Of a run whose models are of these dtypes."""
+        """Return the limits of a run whose models have these dtypes."""
         bars = SINGLE if set(dtypes) == {"float32"} else HALF
         given = (self.max, self.mean, self.k3)
         return Limits(*(bar if value is None else value or math.inf for value, bar in zip(given, bars, strict=True)))

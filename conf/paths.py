@@ -1,6 +1,6 @@
-"""Which keys of the configuration are paths, and `~` in them: the one place where the configuration's `~` is expanded.
+"""The keys of the configuration that are paths, and the one place where `~` in them is expanded.
 
-Invariant: nothing behind a loaded configuration expands anything.
+Invariant: code that gets a loaded configuration expands nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PATH_KEYS = (
     "watch.video",
     "tracking.uri",
 )
-"""tracking.uri is one where it names a local store: a plain path, `file:` or `sqlite:///`."""
+"""Among them tracking.uri: it is a path if it names a local store (a plain path, `file:` or `sqlite:///`)."""
 
 _LOCAL_STORE = re.compile(r"(sqlite:///|file:(?://)?/?)?(~.*)", re.DOTALL)
 
 
 def with_home(key: str, value: Any) -> Any:
-    """The value of a configuration key with its `~` expanded; as it is if the key is no path. Raises ValueError."""
+    """Return the value of a configuration key with `~` expanded; unchanged if the key is no path. Raises ValueError."""
     if key not in PATH_KEYS or not isinstance(value, str):
         return value
     try:

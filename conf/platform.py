@@ -1,7 +1,4 @@
-"""Typed settings of the platform a run stands on: weights on their way, checkpoints, tracking, cluster.
-
-Part of the schema; `conf.schema` assembles it.
-"""
+"""Typed settings of the platform: weights on their way, checkpoints, tracking, cluster (Hydra keys of the same names)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from dataclasses import dataclass, field
 PLACEMENTS = ("auto", "colocated", "separated", "cpu")
 
 MAX_EXPERIMENT = 500
-"""Characters of an experiment's name that MLflow takes."""
+"""Longest name of an experiment that MLflow accepts, in characters."""
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the programs that `ray job submit` starts."""
@@ -45,7 +42,7 @@ class CheckpointConfig:
     every: int = 20
     """Optimiser steps between checkpoints (0 = only at the end of each stage)."""
     keep: int = 2
-    """Checkpoints of a stage that stay on disk; the best one counts extra."""
+    """Checkpoints of a stage that stay on disk; the best one of RL is kept besides."""
     optimizer: str = "all"
     """Which kept checkpoints have optimiser state: `all`, only the `latest`, or `none`. Resuming without it
     starts with fresh moments.

@@ -1,7 +1,10 @@
 """The typed schema of a run: every Hydra key, its type and what it must satisfy.
 
-Worker-level settings stand next to the class they configure; this module adds the jobs' own and assembles
-them. Invariants: an unknown key is an error that names it; impossible combinations are refused here, before any actor.
+Worker-level settings are defined next to the class that they configure; this module assembles them with those of the jobs.
+
+Invariants:
+* an unknown key is an error that names it;
+* impossible combinations are refused here, before any actor starts.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -112,20 +116,20 @@ class RunConfig:
         return self.algorithm.groups_per_step * self.algorithm.group_size
 
     def sft_steps(self, tasks: int) -> int:
-        """Optimiser steps of the cold start on that many usable tasks."""
+        """Return the optimiser steps of the cold start on that many usable tasks."""
         return optimiser_steps(self.sft.steps, self.sft.epochs, tasks, self.sft.batch)
 
     def rl_steps(self, tasks: int) -> int:
-        """Optimiser steps of the RL stage on that many usable tasks."""
+        """Return the optimiser steps of the RL stage on that many usable tasks."""
         algorithm = self.algorithm
         return optimiser_steps(algorithm.steps, algorithm.epochs, tasks, algorithm.groups_per_step)
 
     def sft_learner(self, steps: int) -> LearnerConfig:
-        """The learner's settings for a cold start of `steps` steps."""
+        """Return the learner's settings for a cold start of `steps` steps."""
         return self._warmed(self.learner.with_overrides(self.sft.learner), self.sft.warmup_ratio, steps)
 
     def rl_learner(self, steps: int) -> LearnerConfig:
-        """The learner's settings for an RL stage of `steps` steps."""
+        """Return the learner's settings for an RL stage of `steps` steps."""
         return self._warmed(self.learner, self.algorithm.warmup_ratio, steps)
 
     @staticmethod
@@ -133,7 +137,7 @@ class RunConfig:
         return learner.with_overrides({"warmup_steps": warmup_steps(ratio, steps)}) if ratio else learner
 
     def notes(self) -> list[str]:
-        """What a reader of this run's figures must know: printed at start."""
+        """Return what a reader of this run's figures must know; printed at start."""
         notes = self.memory.notes()
         if "window" in self.memory.takes and self.memory.window >= self.data.max_turns:
             notes.append(
@@ -149,6 +153,11 @@ class RunConfig:
                 "each video (ceil(seconds / max_chunks)): this is not causal, a live stream cannot do it"
             )
         return [*notes, *(f"deviation: {deviation}" for deviation in self.deviations)]
+
+
+def register_schema() -> None:
+    """Give Hydra the typed default of every key, under the name that conf/config.yaml lists first."""
+    ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
 
 
 def load_config(raw: DictConfig) -> RunConfig:
@@ -173,7 +182,7 @@ def load_config(raw: DictConfig) -> RunConfig:
 
 
 def _unlock(node: DictConfig) -> None:
-    """OmegaConf makes frozen dataclasses read-only even for merging defaults with overrides."""
+    """Make a node writable: OmegaConf makes frozen dataclasses read-only even for merging defaults with overrides."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = node._get_node(key)

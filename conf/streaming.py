@@ -1,8 +1,10 @@
-"""streaming.json: how a checkpoint must be run, and what happens when the configuration says otherwise.
+"""streaming.json: how a checkpoint must be run, and what happens if the configuration differs.
 
-Written into every exported checkpoint; read by evaluation, watch, and RL that starts from a folder. Rule:
-the checkpoint's value is used unless the user overrode that key on the command line; then the override is used and a
-warning names both values (an error where a stage is resumed).
+Written into every exported checkpoint; read by evaluation, watch, and RL that starts from a folder.
+
+Invariants:
+* the checkpoint's value is used unless the command line overrides that key;
+* an override is used with a warning that names both values (an error where a stage is resumed).
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ class Applied:
 
 
 def streaming_settings(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint of this run says about how to run it."""
+    """Return what a checkpoint of this run must be run with."""
     values: dict[str, Any] = {name: _get(config, key) for name, key in _FIELDS.items()}
     return {"format": FORMAT} | values | {name: asdict(_get(config, name)) for name in _SECTIONS}
 
 
 def read_streaming(checkpoint: Path) -> dict[str, Any]:
-    """config key -> value of a checkpoint folder, {} if it has no streaming.json. Raises ValueError for a damaged one."""
+    """Return config key -> value of a checkpoint folder, {} without streaming.json. Raises ValueError for a damaged one."""
     file = checkpoint / STREAMING_FILE
     if not file.is_file():
         return {}
@@ -58,7 +60,7 @@ def read_streaming(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"format {saved['format']} is not {FORMAT}, the one this version reads")
         values = {key: saved[name] for name, key in _FIELDS.items() if name in saved}
         for name, section in _SECTIONS.items():
-            # A key that did not exist when the checkpoint was made had no other effect than its default has.
+            # A key that is newer than the checkpoint: the code then did what its default does now.
             given = asdict(section()) | saved[name] if name in saved else {}
             values |= {f"{name}.{key}": value for key, value in given.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -67,17 +69,18 @@ def read_streaming(checkpoint: Path) -> dict[str, Any]:
 
 
 def apply_streaming(config: RunConfig, saved: dict[str, Any], overridden: Collection[str]) -> Applied:
-    """Take a checkpoint's settings over. overridden: keys (or groups, as `memory`) set on the command line.
+    """Apply a checkpoint's settings to the configuration.
 
-    Of a mapping (`memory.args`) single names may be overridden, too; the others stay the checkpoint's. Raises ValueError if
-    what the checkpoint says cannot be used, or not with the overrides.
+    overridden: keys (or groups, as `memory`) set on the command line. Single names of a mapping (`memory.args`) may be
+    overridden, too; the others stay the checkpoint's.
+    Raises ValueError if the checkpoint's settings cannot be used, or not with the overrides.
     """
     taken: list[str] = []
     conflicts: list[str] = []
     changes: dict[str, Any] = {}
     named = config.memory.name if _overrides(overridden, "memory.name") else saved.get("memory.name")
     if named != CUSTOM:
-        # The checkpoint's own policy goes with its name. (One that was named and not chosen was never used.)
+        # The checkpoint's policy belongs to its name. (One that was named but not chosen was never used.)
         saved = {key: value for key, value in saved.items() if key not in ("memory.target", "memory.args")}
     for key, value in sorted(saved.items()):
         try:
@@ -107,12 +110,12 @@ def apply_streaming(config: RunConfig, saved: dict[str, Any], overridden: Collec
 
 
 def _overrides(overridden: Collection[str], key: str) -> bool:
-    """Whether a key is set on the command line, by itself or with the group around it."""
+    """Return whether a key is set on the command line, by itself or with the group around it."""
     return any(f"{key}.".startswith(f"{word}.") for word in overridden)
 
 
 def overridden_keys(overrides: Collection[str]) -> frozenset[str]:
-    """The keys and groups that command-line overrides set."""
+    """Return the keys and groups that command-line overrides set."""
     return frozenset(text.partition("=")[0].lstrip("+~").partition("@")[0] for text in overrides)
 
 
@@ -123,7 +126,7 @@ def _get(config: Any, key: str) -> Any:
 
 
 def _replaced(node: Any, changes: dict[str, Any]) -> Any:
-    """A copy of nested dataclasses with dotted keys replaced; validation runs on whole sections, not key by key."""
+    """Return nested dataclasses with dotted keys replaced; validation runs on whole sections, not key by key."""
     own: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():

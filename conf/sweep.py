@@ -16,7 +16,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from conf.redact import public_setting
+from streams.support.redact import public_setting
 
 LONGEST = 100
 """Characters of a folder's name; what is longer is cut."""

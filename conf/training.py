@@ -10,7 +10,7 @@ from learner.losses.config import PolicyGradientConfig, SupervisedConfig
 
 
 def check_length(job: str, steps: int, epochs: float) -> None:
-    """A stage's length is given either in optimiser steps or in passes over its tasks."""
+    """Raise ValueError unless a stage's length is given either in optimiser steps or in passes over its tasks."""
     if steps < 0 or not (math.isfinite(epochs) and epochs >= 0):
         raise ValueError(f"{job}.steps={steps} and {job}.epochs={epochs} must not be negative")
     if bool(steps) == bool(epochs):
@@ -20,7 +20,7 @@ def check_length(job: str, steps: int, epochs: float) -> None:
 
 
 def optimiser_steps(steps: int, epochs: float, tasks: int, batch: int) -> int:
-    """`steps`, or as many as it takes to pass `epochs` times over the tasks, `batch` a step; the last may wrap around."""
+    """Return `steps`, or the steps of `epochs` passes over the tasks, `batch` a step; the last step may wrap around."""
     if tasks < 1 or batch < 1:
         raise ValueError(f"{tasks} usable tasks and a batch of {batch}: both must be at least 1")
     # 0.1 * 30 tasks is 3.0000000000000004: that is three tasks, not a part of a fourth.
@@ -28,7 +28,7 @@ def optimiser_steps(steps: int, epochs: float, tasks: int, batch: int) -> int:
 
 
 def warmup_steps(ratio: float, total: int) -> int:
-    """Warm-up of `ratio` of all steps, rounded up."""
+    """Return the warm-up steps: `ratio` of all, rounded up."""
     return math.ceil(ratio * total - 1e-9)
 
 

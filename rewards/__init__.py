@@ -1,8 +1,9 @@
 """Rewards: what a stream's responses are worth, in content, in time and in form.
 
-Pure functions over `StreamOutcome`, composed from config; imports only `streams`, never ray
-(the actor around it is `rewards.scorer`). Your own term:
-`register` it, or point `reward.terms.<name>.target` at it.
+Pure functions over `StreamOutcome`, composed from the configuration. To use a term of your own, `register` it or name it in
+`reward.terms.<name>.target`.
+
+Invariant: imports only `streams`, never ray (`rewards.scorer` is the class that becomes an actor).
 """
 
 from rewards.brevity import ResponseCount, ThinkLength

@@ -1,7 +1,10 @@
 """Saying no more than was asked for, and thinking no longer than is allowed.
 
-Pure. Invariants: with any settings, one more response that answers nothing never raises
-`response_count`; with any settings, a longer thought never raises `think_length`: nothing is paid for length.
+Pure.
+
+Invariants, with any settings:
+* one more response that answers nothing never raises `response_count`;
+* a longer thought never raises `think_length`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from streams.turns import ParsedTurn
 
 
 def mean_think_tokens(turns: tuple[ParsedTurn, ...]) -> float:
-    """Mean tokens of a think span, with its tags, over the turns that hold one; 0 if none does."""
+    """Return the mean tokens of a think span, with its tags, over the turns that have one; 0 if none has."""
     lengths = [turn.think_tokens for turn in turns if turn.think_tokens]
     return sum(lengths) / len(lengths) if lengths else 0.0
 

@@ -1,8 +1,10 @@
 """The reward of a stream: configured terms, multiplied or summed per expected answer, then averaged.
 
-Invariants: a total lies in [0, 1] and does not depend on the order of the terms; a term
-that raises, or returns something else than one value in [0, 1] per answer, costs that stream (total 0,
-`failed` names the cause), never the run; settings that cannot work are refused when the config is made.
+Invariants:
+* a total lies in [0, 1] and does not depend on the order of the terms;
+* if a term raises, or returns anything but one value in [0, 1] per answer, that stream's total is 0 and `failed` names
+  the cause; the run goes on;
+* settings that cannot work are refused when the config is made.
 """
 
 from __future__ import annotations
@@ -46,17 +48,20 @@ class RewardConfig:
         for name, params in self.terms.items():
             _read_term(name, params, self.combine)
 
-    @classmethod
-    def quickstart(cls) -> RewardConfig:
-        """correctness x timing: 1 in the due chunk, 0.25 less per chunk after it, nothing before it."""
-        return cls("product", {"correctness": {}, "timing": {}})
-
 
 @dataclass(frozen=True)
 class AnswerResult:
-    """correct: the matched response is right, whatever its time. value: this answer's part of the total.
+    """The reward of one expected answer.
 
-    components: the value of each term for this answer; empty if the reward failed.
+    Attributes:
+        index: its place in the task.
+        category: that of the task.
+        response_turn: turn of the matched response; None without one.
+        due_turn: turn in which it became due.
+        correct: whether the matched response is right, whatever its time.
+        timing: its timing score, in [0, 1].
+        value: its part of the total.
+        components: the value of each term; empty if the reward failed.
     """
 
     index: int
@@ -71,7 +76,7 @@ class AnswerResult:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """components: mean per term over the answers. failed: a failed call's cause, with the stream's id."""
+    """The reward of a stream. components: mean per term over the answers. failed: cause of a failed call, with the stream."""
 
     total: float
     components: dict[str, float]
@@ -122,7 +127,7 @@ class Reward:
         return RewardResult(float(combined.mean()), components, answers, failed)
 
     def _call_terms(self, outcome: StreamOutcome) -> tuple[dict[str, np.ndarray], str | None]:
-        """Every term's values, or the cause if one failed: the boundary around a user's reward code."""
+        """Return every term's values, or the cause if one failed: the boundary around a user's reward code."""
         values: dict[str, np.ndarray] = {}
         for name, (term, _) in self._terms.items():
             try:

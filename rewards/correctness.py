@@ -1,6 +1,6 @@
-"""The reward for right answers, whatever their time. What is right, `streams.answers.judge` says.
+"""The reward for right answers, whatever their time.
 
-Pure.
+Pure. `streams.answers.judge` decides what is right.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from streams.answers.judge import is_correct
 
 
 def correct_answers(outcome: StreamOutcome) -> tuple[bool, ...]:
-    """Per expected answer: is the response that went to it right, whatever its time? False without one."""
+    """Return, per expected answer, whether the response matched to it is right, whatever its time; False without one."""
     expected = outcome.task.answers
     return tuple(
         match.response is not None

@@ -1,6 +1,6 @@
-"""Does the stream keep to the turn layout?
+"""The reward for keeping to the turn layout.
 
-Pure. A property of the whole stream, given to every one of its answers alike.
+Pure. It is a property of the whole stream, so every answer gets the same value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from streams.turns import ParsedTurn
 
 
 def format_score(turns: tuple[ParsedTurn, ...]) -> float:
-    """Share of the turns that are well formed; 0 for a stream without turns."""
+    """Return the share of the turns that are well formed; 0 for a stream without turns."""
     return sum(turn.well_formed for turn in turns) / len(turns) if turns else 0.0
 
 

@@ -1,9 +1,12 @@
-"""Which response answers which expected answer: the one matching rule that every reward term reads.
+"""Matches responses to expected answers: the one rule that every reward term uses.
 
-Turn indices are chunk indices of `StreamTask.chunk_of`. Invariants: a response belongs to
-one answer at most and an answer to one response at most; no response before its query's turn is ever
-matched; only turns that the stream really had count, so an answer due after the last turn stays unanswered
-unless it was answered early.
+Turn indices are chunk indices of `StreamTask.chunk_of`.
+
+Invariants:
+* a response is matched to at most one answer, and an answer to at most one response;
+* no response before its query's turn is ever matched;
+* only turns that the stream really had count: an answer due after the last turn stays unanswered unless it was answered
+  early.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from streams.turns import ParsedTurn
 
 @dataclass(frozen=True)
 class StreamOutcome:
-    """What a stream was asked and what it did: all that a reward term may look at."""
+    """What a stream was asked and what it did: everything that a reward term may read."""
 
     task: StreamTask
     turns: tuple[ParsedTurn, ...]
@@ -34,7 +37,7 @@ class StreamOutcome:
 
 @dataclass(frozen=True)
 class AnswerMatch:
-    """Expected answer number `index` and the response that went to it (None, None if nothing did)."""
+    """Expected answer number `index` and the response matched to it (None, None if there is none)."""
 
     index: int
     query_turn: int
@@ -55,7 +58,7 @@ class DueAnswer:
 
 
 def due_answers(task: StreamTask, chunk_seconds: float) -> tuple[DueAnswer, ...]:
-    """The expected answers of `task` in its own order, in turns."""
+    """Return the expected answers of `task`, in its order, placed on turns."""
     return tuple(
         DueAnswer(
             index=i,
@@ -69,20 +72,20 @@ def due_answers(task: StreamTask, chunk_seconds: float) -> tuple[DueAnswer, ...]
 
 
 def most_recently_due(waiting: Collection[DueAnswer], turn: int) -> DueAnswer | None:
-    """The unanswered answer that became due last at or before `turn`; of equals, the first in the task."""
+    """Return the unanswered answer that became due last at or before `turn`; of equals, the first in the task."""
     due = [answer for answer in waiting if answer.due_turn <= turn]
     return max(due, key=lambda answer: (answer.time, -answer.index), default=None)
 
 
 def _answered_early(waiting: Collection[DueAnswer], turn: int) -> DueAnswer | None:
-    """The unanswered answer of the query asked last; of that query's answers, the one due next."""
+    """Return the unanswered answer of the query asked last; of that query's answers, the one due next."""
     asked = [answer for answer in waiting if answer.query_turn <= turn]
     # Queries are sorted by time, so a later index was asked later, within one turn too.
     return max(asked, key=lambda answer: (answer.query, -answer.time, -answer.index), default=None)
 
 
 def match_answers(outcome: StreamOutcome) -> tuple[AnswerMatch, ...]:
-    """One match per expected answer, in the task's order.
+    """Return one match per expected answer, in the task's order.
 
     Responses are taken in time order. Each goes to the most recently due unanswered answer; if none is due,
     to the unanswered answer of the query asked last (an early response). With one query and one answer this
@@ -92,7 +95,7 @@ def match_answers(outcome: StreamOutcome) -> tuple[AnswerMatch, ...]:
 
 
 def spare_responses(outcome: StreamOutcome) -> int:
-    """How many responses answered nothing: said before any query, or after every answer had its response."""
+    """Return how many responses answered nothing: before any query, or after every answer had its response."""
     return _assign(outcome)[1]
 
 

@@ -1,9 +1,11 @@
 """Reward terms by name, or by the dotted path of a user's own.
 
-A term is `(outcome: StreamOutcome) -> array of one value in [0, 1] per expected answer`: an
-instance of a class that is constructed with the term's parameters, or a function that takes them as keyword
-arguments after the outcome. Invariants: one factory per name; a wrong name, path or parameter is a
-ValueError that carries the config key.
+A term is `(outcome: StreamOutcome) -> array of one value in [0, 1] per expected answer`: an instance of a class that is
+constructed with the term's parameters, or a function that takes them as keyword arguments after the outcome.
+
+Invariants:
+* there is one factory per name;
+* a wrong name, path or parameter is a ValueError with the config key.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _factories: dict[str, Callable[..., Any]] = {}
 
 
 def register(name: str) -> Callable[[Factory], Factory]:
-    """Make a class or function known under `name` (as a key of `reward.terms`)."""
+    """Register a class or function as term `name`, a key of `reward.terms`. Raises ValueError if the name is taken."""
 
     def add(factory: Factory) -> Factory:
         known = _factories.get(name)
@@ -43,7 +45,7 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
 
 def get(name: str, key: str = "reward.terms") -> Callable[..., Any]:
-    """The class or function registered as `name`, or found at the dotted path "package.module:attribute"."""
+    """Return the class or function registered as `name`, or found at the dotted path "package.module:attribute"."""
     if ":" in name:
         return load(name, key)
     if name not in _factories:
@@ -55,7 +57,7 @@ def get(name: str, key: str = "reward.terms") -> Callable[..., Any]:
 
 
 def build(name: str, params: Mapping[str, Any], key: str) -> Term:
-    """The term `name` with its parameters; `key` is its config key, for the errors."""
+    """Return the term `name` with its parameters. Raises ValueError that begins with `key`, its config key."""
     factory = get(name, key)
     is_class = inspect.isclass(factory)
     check_params(factory, params, key, skip=0 if is_class else 1)

@@ -1,6 +1,6 @@
-"""The scorer's Ray actor: a thin shell around the composed reward.
+"""The scorer: the class that becomes a Ray actor around the composed reward.
 
-One reward call's failure costs that stream (see `rewards.compose`), never the run.
+Invariant: a failed reward call affects that stream alone (see `rewards.compose`), never the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Scorer:
         return os.getpid()
 
     def score(self, jobs: tuple[RewardJob, ...]) -> tuple[tuple[RewardResult, ...], ...]:
-        """Per job, one result per stream."""
+        """Return, per job, one result per stream."""
         return tuple(
             tuple(self._reward(StreamOutcome(job.task, turns, job.plan.chunk_seconds)) for turns in job.turns)
             for job in jobs
@@ -45,10 +45,10 @@ class Scorer:
     def oracle(
         self, jobs: tuple[ScriptedJob, ...], think_tokens: int, seconds: float
     ) -> tuple[tuple[RewardResult, ...], int]:
-        """Play the scripted oracle over the jobs: one result per job, and the length of its think spans.
+        """Play the scripted oracle over the jobs. Returns one result per job, and the length of its think spans.
 
-        It thinks nothing, or `think_tokens` tokens a turn where that earns more over all jobs: a reward may pay for either.
-        The jobs are taken in order until `seconds` are over; there are then fewer results.
+        The oracle thinks nothing, or `think_tokens` tokens a turn if that earns more over all jobs: a reward may pay for
+        either. Jobs are played in order until `seconds` are over; there are then fewer results.
         """
         best = play(self._reward, jobs, 0, time.monotonic() + seconds / 2)
         if all(result.total == 1 for result in best):
@@ -60,7 +60,7 @@ class Scorer:
 
 
 def play(reward: Reward, jobs: Sequence[ScriptedJob], think_tokens: int, over: float) -> tuple[RewardResult, ...]:
-    """The oracle's result per job; fewer, but never none, once the clock (time.monotonic) is past `over`."""
+    """Return the oracle's result per job; fewer, but at least one, once the clock (time.monotonic) is past `over`."""
     played: list[RewardResult] = []
     for job in jobs:
         if played and time.monotonic() > over:

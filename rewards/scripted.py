@@ -16,11 +16,12 @@ from streams.turns import ParsedTurn
 def oracle_turns(
     task: StreamTask, plan: Plan, fits: Mapping[int, str] | None = None, think_tokens: int = 0
 ) -> tuple[ParsedTurn, ...]:
-    """Every expected answer in its due turn, silence elsewhere.
+    """Return a stream that gives every expected answer in its due turn and is silent elsewhere.
 
-    A turn holds one response: of answers due in the same turn, the rest follow in the next free turns,
-    late, so a task that nobody can answer perfectly shows as an oracle below 1. Answers due after the last
-    turn are not said. fits: of these answers (by index), which are longer than a turn, that much is said.
+    A turn has one response. If several answers are due in the same turn, the others follow late, in the next free turns:
+    a task that nobody can answer perfectly then shows as an oracle below 1. Answers due after the last turn are not said.
+
+    fits: by index, the part that is said of answers that are longer than a turn.
     think_tokens: length of every turn's think span.
     """
     waiting = {answer.index: answer for answer in due_answers(task, plan.chunk_seconds)}
@@ -37,7 +38,7 @@ def oracle_turns(
 
 
 def silent_turns(num_turns: int) -> tuple[ParsedTurn, ...]:
-    """A well-formed stream that never speaks."""
+    """Return a well-formed stream that never speaks."""
     return tuple(_silent(turn, 0) for turn in range(num_turns))
 
 

@@ -26,7 +26,7 @@ _DIGIT = re.compile(r"[0-9]")
 
 
 def literal_answer(text: str) -> str | None:
-    """A letter A to E ("C", "(C)", "C."), yes or no in any case, or one digit; None for everything else."""
+    """Return a letter A to E ("C", "(C)", "C."), yes or no in any case, or one digit; None for everything else."""
     text = text.strip()
     if choice := _CHOICE.fullmatch(text):
         return choice[1] or choice[2]
@@ -36,7 +36,7 @@ def literal_answer(text: str) -> str | None:
 
 
 def first_literal(turns: Collection[ParsedTurn]) -> tuple[str, int] | None:
-    """(answer, turn) of the first response that parses; None if none does."""
+    """Return (answer, turn) of the first response that parses; None if none does."""
     for turn in sorted(turns, key=lambda turn: turn.turn):
         if turn.response is not None and (answer := literal_answer(turn.response)) is not None:
             return answer, turn.turn
@@ -44,7 +44,7 @@ def first_literal(turns: Collection[ParsedTurn]) -> tuple[str, int] | None:
 
 
 def time_factor(turn: int | None, due: int, slack: int, window: int = 5) -> float:
-    """1 up to `slack` chunks away from the due one, early or late, then a straight line to 0 over `window` chunks."""
+    """Return 1 up to `slack` chunks away from the due one, early or late, then a straight line to 0 over `window` chunks."""
     if turn is None:
         return 0.0
     over = abs(turn - due) - slack
@@ -52,7 +52,7 @@ def time_factor(turn: int | None, due: int, slack: int, window: int = 5) -> floa
 
 
 def think_factor(mean_tokens: float, budget: int = 20, step: int = 5) -> float:
-    """Rises in steps of `step` tokens up to 1 at `budget - step`; 1 throughout where that leaves no room for a step.
+    """Return a value that rises in steps of `step` tokens to 1 at `budget - step`; always 1 if there is no room for a step.
 
     With the defaults: 0 below 5 tokens, 0.25 below 10, 0.5 below 15, then 1.
     """
@@ -63,7 +63,7 @@ def think_factor(mean_tokens: float, budget: int = 20, step: int = 5) -> float:
 
 
 def count_factor(responses: int, step: int = 3, limit: int = 10) -> float:
-    """1 for one response, then a step down for every `step` more; 0 for none and above `limit`.
+    """Return 1 for one response, then a step down for every `step` more; 0 for none and above `limit`.
 
     With the defaults: 0.75 for 2 to 4 responses, 0.5 for 5 to 7, 0.25 for 8 to 10.
     """
@@ -97,7 +97,7 @@ class ThinkStreamTime:
         if not outcome.turns:
             return _same_for_all(outcome, 0.0)
         chunk = outcome.chunk_seconds
-        # Of a stream that was cut before its answer was due, the last chunk counts as the due one.
+        # If the stream was cut before its answer was due, the last chunk counts as the due one.
         due = min(outcome.task.chunk_of(outcome.task.answers[0].time, chunk), len(outcome.turns) - 1)
         found = first_literal(outcome.turns)
         turn = None if found is None else found[1]

@@ -1,7 +1,11 @@
-"""How well a response's turn fits the turn in which its answer became due.
+"""The reward for answering in the turn in which an answer becomes due.
 
-Pure. Invariants: a score lies in [0, 1]; it is 1 in the due turn; moving a response away from
-the due turn, in either direction, never raises it; no response, or one before its query, scores 0.
+Pure.
+
+Invariants:
+* a score lies in [0, 1], and is 1 in the due turn;
+* moving a response away from the due turn, in either direction, never raises it;
+* no response, or one before its query, scores 0.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ def timing_score(
     early_slope: float = 1.0,
     early_slack: float = 0.0,
 ) -> float:
-    """1 within the slack, then a straight line down to 0. Slacks are in chunks, slopes per chunk."""
+    """Return 1 within the slack, then a straight line down to 0. Slacks are in chunks, slopes in reward per chunk."""
     if response_turn is None or response_turn < query_turn:
         return 0.0
     delay = response_turn - due_turn

@@ -1,6 +1,6 @@
-"""Which held-out streams get a transcript: few, of every category, failures and successes alike.
+"""Chooses the held-out streams that get a transcript: few, of every category, failures and successes alike.
 
-Pure and deterministic. Rule: categories take turns, in alphabetical order; within a category the picks are,
+Pure and deterministic. Categories take turns, in alphabetical order; within a category the picks are,
 again and again, the lowest reward that is left, the largest change against the checkpoint before (where there is one and
 anything changed), and the highest reward; ties go by task id. Streams that could not be run come last: they show nothing.
 """
@@ -15,7 +15,7 @@ from evals.heldout import ScoredStream
 
 
 def choose(streams: Sequence[ScoredStream], before: Mapping[str, float], count: int) -> tuple[str, ...]:
-    """Ids of at most `count` tasks, in the order of choice. before: rewards of an earlier checkpoint, by task id."""
+    """Return the ids of at most `count` tasks, in the order of choice. before: an earlier checkpoint's rewards by task id."""
     by_category: dict[str, list[ScoredStream]] = {}
     for stream in streams:
         by_category.setdefault(category_name(stream.task.category), []).append(stream)
@@ -25,7 +25,7 @@ def choose(streams: Sequence[ScoredStream], before: Mapping[str, float], count: 
 
 
 def _order(streams: list[ScoredStream], before: Mapping[str, float]) -> Iterator[str]:
-    """All task ids of one category, as they are picked."""
+    """Yield all task ids of one category, in the order in which they are picked."""
     left = sorted((s for s in streams if s.failed is None), key=lambda s: (s.result.total, s.task.id))
 
     def changed(stream: ScoredStream) -> float:
@@ -33,7 +33,7 @@ def _order(streams: list[ScoredStream], before: Mapping[str, float]) -> Iterator
 
     while left:
         yield left.pop(0).task.id
-        # Of equal changes the first, which is the one with the lower reward.
+        # `max` returns the first of equal changes, which has the lower reward.
         most = max(range(len(left)), key=lambda i: changed(left[i]), default=None)
         if most is not None and changed(left[most]) > 0:
             yield left.pop(most).task.id

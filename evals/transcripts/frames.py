@@ -1,7 +1,11 @@
 """Small frames of the chosen streams, as data URIs under a byte budget.
 
-Videos are read again here, at thumbnail size. Invariants: a video that cannot be read costs its own frames;
-what a strip lacks, it says; a strip is never larger than its share.
+Videos are read again here, at thumbnail size.
+
+Invariants:
+* a video that cannot be read leaves its own strip without frames, and no other;
+* a strip's note names what it lacks;
+* a strip is never larger than its share.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ JPEG_QUALITY = 78
 
 @dataclass(frozen=True)
 class Strip:
-    """frames: data URIs by turn. note: what is missing or smaller, '' if nothing is."""
+    """The frames of one stream, as data URIs by turn. note: what is missing or smaller; '' if nothing is."""
 
     frames: dict[int, tuple[str, ...]]
     note: str = ""
@@ -36,7 +40,7 @@ class Strip:
 
 
 def read_strips(streams: Mapping[str, Mapping[str, Any]], video: VideoConfig, budget: int) -> dict[str, Strip]:
-    """By task, for records of format 1 by task. budget: bytes of all strips together.
+    """Return the strips by task, for records of format 1 by task. budget: bytes of all strips together.
 
     Short streams are served first; what they leave of their equal share goes to the longer ones.
     """
@@ -67,7 +71,7 @@ def _read(reader: ClipReader, stream: Mapping[str, Any], share: int) -> Strip:
 
 
 def _ladder(clip: Clip) -> Iterator[Strip]:
-    """The clip's frames, ever cheaper: one a chunk, then half the size, then every second chunk, fourth, ..."""
+    """Yield the clip's frames, ever smaller: all, one a chunk, half the size, every second chunk, fourth, ..."""
     turns, per_chunk = clip.frames.shape[:2]
     yield _strip(clip, 1, 1, per_chunk, "")
     yield _strip(clip, 1, 1, 1, f"1 of {per_chunk} frames a chunk")

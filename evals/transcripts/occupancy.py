@@ -1,8 +1,9 @@
 """What was in memory at each turn of a stream, computed from its log alone.
 
-Pure. A token counts as live at a turn if the turn's last prefilled token may attend to it (lanes aside):
-`k <= q < expiry[k]` for that token q, so eviction has happened and generation has not begun. Invariant: eviction is
-counted in the turn whose prefill comes next (at the latest in the last), and every evicted token once.
+Pure. A token counts as live at a turn if the turn's last prefilled token q may attend to it (lanes aside):
+`k <= q < expiry[k]`. At q, eviction has happened and generation has not begun.
+
+Invariant: every evicted token is counted once, in the turn whose prefill comes next (at the latest in the last turn).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _AFTER_PREFILL = (*GENERATED, Kind.MEMORY)
 
 @dataclass(frozen=True)
 class TurnMemory:
-    """tokens: appended by the turn, generated ones included. live: by kind, at its last prefilled token. evicted: in it."""
+    """The memory of one turn: tokens that it appended, live tokens by kind at its last prefilled token, tokens evicted."""
 
     turn: int
     tokens: int
@@ -40,7 +41,7 @@ Life = tuple[tuple[int, int], ...]
 
 
 def turn_memory(log: StreamLog) -> tuple[TurnMemory, ...]:
-    """One entry per turn of the log."""
+    """Return one entry per turn of the log."""
     count = log.num_turns
     enters, leaves = _span(log)
     kinds = len(Kind)
@@ -51,7 +52,7 @@ def turn_memory(log: StreamLog) -> tuple[TurnMemory, ...]:
     live = np.cumsum(steps, axis=0)
     tokens = np.bincount(log.turn, minlength=count)
     gone = log.expiry[log.expiry < len(log)]
-    # A copied thought, which follows what left, stands before that prefill. Behind the last one nothing comes any more.
+    # The first turn whose last prefilled token is at or behind the expiry. Behind the last turn nothing is prefilled.
     evicted = np.bincount(np.minimum(np.searchsorted(_last_prefilled(log), gone), count - 1), minlength=count)
     return tuple(
         TurnMemory(
@@ -65,7 +66,7 @@ def turn_memory(log: StreamLog) -> tuple[TurnMemory, ...]:
 
 
 def lives(log: StreamLog, kinds: tuple[Kind, ...]) -> tuple[Life, ...]:
-    """Per turn of the log: the life of its tokens of these kinds. Empty where it has none or none was seen."""
+    """Return, per turn of the log, the life of its tokens of these kinds; empty where it has none or none was seen."""
     count = log.num_turns
     enters, leaves = _span(log)
     chosen = np.isin(log.kind, kinds) & (enters < leaves)
@@ -78,13 +79,13 @@ def lives(log: StreamLog, kinds: tuple[Kind, ...]) -> tuple[Life, ...]:
 
 
 def _span(log: StreamLog) -> tuple[np.ndarray, np.ndarray]:
-    """Per token the first turn at which it is live and the first at which it no longer is, int64 [L]; turns if never."""
+    """Return the first turn at which each token is live, and the first at which it is not, int64 [L]; `num_turns` = never."""
     last = _last_prefilled(log)
     return np.searchsorted(last, np.arange(len(log))), np.searchsorted(last, log.expiry)
 
 
 def _last_prefilled(log: StreamLog) -> np.ndarray:
-    """Per turn the index of its last prefilled token, int64 [turns]."""
+    """Return, per turn, the index of its last prefilled token, int64 [turns]."""
     prefilled = ~np.isin(log.kind, _AFTER_PREFILL)
     last = np.full(log.num_turns, -1, np.int64)
     np.maximum.at(last, log.turn[prefilled], np.flatnonzero(prefilled))

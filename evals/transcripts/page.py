@@ -3,9 +3,10 @@
     sightline page OUT.html A.jsonl [B.jsonl ...]      # also across runs, e.g. two seeds
     python -m evals.transcripts.page ...               # the same, in a checkout
 
-Invariants: the file stays under its byte budget and names what it leaves out; everything from data is
-inert: it sits in one JSON block without `<`, is shown as text only, and a content policy with the hashes of the page's
-own script and style forbids any other, and the network.
+Invariants:
+* the file stays under its byte budget and names what it leaves out;
+* data are inert: they are in one JSON block without `<` and are shown as text only;
+* a content policy with the hashes of the page's own script and style forbids any other, and the network.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 SCRIPTS = ("data", "list", "stream", "timeline", "turn", "start")
 """The page's script, in order; the parts share one scope."""
 DATA_SHARE = 0.75
-"""Of the page's budget, at most this much goes to text and counts; frames get the rest."""
+"""Largest share of the page's budget for text and counts; frames get the rest."""
 LABELS = {
     "sft": "after SFT",
     "rl": "after RL",
@@ -100,7 +101,7 @@ def _by_task(records: Records) -> dict[str, dict[str, Any]]:
 
 
 def _fitting(streams: dict[str, dict[str, Any]], budget: int) -> dict[str, dict[str, Any]]:
-    """The first streams whose text and counts fit."""
+    """Return the first streams whose text and counts fit."""
     kept: dict[str, dict[str, Any]] = {}
     for task, stream in streams.items():
         budget -= len(encoded(_json(_shown(stream))))
@@ -111,7 +112,7 @@ def _fitting(streams: dict[str, dict[str, Any]], budget: int) -> dict[str, dict[
 
 
 def _shown(stream: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page's script reads of one stream: what its runs share, then each run."""
+    """Return what the page's script reads of one stream: what its runs share, then each run."""
     line = next(iter(stream["runs"].values()))
     shared = {key: line[key] for key in ("task", "category", "video", "start", "end", "chunk_seconds", "queries")}
     return shared | {

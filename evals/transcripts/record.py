@@ -1,9 +1,12 @@
 """Transcripts: what a model saw, held in memory, thought and said at every turn of some held-out streams.
 
 `run_root/transcripts/<result>.jsonl` holds one stream a line in format 1, written down in
-docs/transcripts.md; `<last checkpoint>.html` shows all results of the evaluation side by side. Invariants: files are
-replaced whole or not at all; only logs travel to the driver, frames of the chosen streams are read again from their
-videos; a transcript that cannot be made costs itself, never the evaluation.
+docs/transcripts.md; `<last checkpoint>.html` shows all results of the evaluation side by side.
+
+Invariants:
+* files are replaced whole or not at all;
+* only logs travel to the driver; frames of the chosen streams are read again from their videos;
+* a transcript that cannot be made is reported and left out; the evaluation goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def write_transcripts(
     tracker: Tracker,
     progress: Progress,
 ) -> None:
-    """JSONL of every result and one page, named after the last of `checkpoints`; logs both under the tracker's run."""
+    """Write the JSONL of every result and one page, named after the last of `checkpoints`, and give them to the tracker."""
     if not config.eval.transcripts:
         return
     try:
@@ -103,7 +106,7 @@ def _write(
 
 
 def record(result: str, stream: ScoredStream, log: StreamLog | None, timing: Timing) -> dict[str, Any]:
-    """One stream in format 1.
+    """Return one stream in format 1.
 
     log: None if it could not be run; what only the log knows is null then.
     """
@@ -146,7 +149,7 @@ def record(result: str, stream: ScoredStream, log: StreamLog | None, timing: Tim
 
 
 def outcome(answer: AnswerResult) -> str:
-    """One of OUTCOMES. late, early: right in content, but not worth the full timing score."""
+    """Return one of OUTCOMES. late, early: right in content, but without the full timing score."""
     if answer.response_turn is None:
         return "silent"
     if not answer.correct:
@@ -192,7 +195,7 @@ def _said(turn: ParsedTurn) -> dict[str, Any]:
 
 
 def _held(memory: TurnMemory | None) -> dict[str, Any]:
-    """Counts of one turn; null where there is no log."""
+    """Return the counts of one turn; null where there is no log."""
     if memory is None:
         return dict.fromkeys(("tokens", "live_tokens", "video_tokens", "text_tokens", "evicted_tokens", "live"))
     return {
@@ -206,7 +209,7 @@ def _held(memory: TurnMemory | None) -> dict[str, Any]:
 
 
 def _shown(chunk: ChunkRecord | None, life: tuple[tuple[int, int], ...]) -> dict[str, Any] | None:
-    """The chunk of one turn and its life in memory; null for a turn without video, or without a log."""
+    """Return the chunk of one turn and its life in memory; None for a turn without video, or without a log."""
     if chunk is None:
         return None
     return {

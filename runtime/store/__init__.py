@@ -1,1 +1,1 @@
-"""The files under run_root that a run goes on from: manifests, checkpoints, journals, the lock."""
+"""The files under run_root that a run continues from: manifests, checkpoints, journals, the lock."""

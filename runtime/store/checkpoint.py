@@ -2,8 +2,11 @@
 
 Layout of one: `hf/` (an exported checkpoint that `from_pretrained` loads, with tokenizer, processors, chat
 template and streaming.json), `deepspeed/` (model, optimiser, scheduler and RNG state), `state.json` (CheckpointState),
-`files.json` (size and CRC of every file). Invariants: a directory under its final name is complete: it is written
-aside, flushed, and renamed; what is read back is checked against `files.json` first.
+`files.json` (size and CRC of every file).
+
+Invariants:
+* a directory under its final name is complete: it is written aside, flushed, and renamed;
+* what is read back is checked against `files.json` first.
 """
 
 from __future__ import annotations
@@ -28,11 +31,18 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Where a stage stood.
+    """The progress of a stage.
 
-    step: optimiser steps; version: of the learner's weights. consumed: ids of all groups trained so far; dropped: ids
-    that were given up. group_size: streams of a group. counters: the stage's result so far. tracking_run: MLflow's id.
-    settings: what the stage runs under (see runtime.store.manifests), {} if it did not say.
+    Attributes:
+        stage: its name.
+        version: version of the learner's weights.
+        step: optimiser steps.
+        consumed: ids of all groups trained so far.
+        dropped: ids of groups that were given up.
+        group_size: streams of a group.
+        counters: the stage's result so far.
+        tracking_run: id of the MLflow run.
+        settings: what the stage runs under (see runtime.store.manifests); {} if that was not recorded.
     """
 
     stage: str
@@ -52,7 +62,7 @@ class CheckpointState:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that passed its check. resumable: it holds optimiser state, which was checked, too."""
+    """A checkpoint that passed its check. resumable: it has optimiser state, which was checked, too."""
 
     path: Path
     state: CheckpointState
@@ -64,7 +74,7 @@ def step_name(step: int) -> str:
 
 
 def partial_path(final: Path) -> Path:
-    """Where a checkpoint is written before it is complete; leftovers of a crash are cleared."""
+    """Make the empty folder in which `final` is written; leftovers of a crash are deleted."""
     partial = final.with_name(final.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -73,7 +83,7 @@ def partial_path(final: Path) -> Path:
 
 
 def commit(partial: Path, final: Path, state: CheckpointState) -> None:
-    """Add state and checksums, flush everything to disk, rename into place (an older one of that name goes)."""
+    """Add state and checksums, flush everything to disk, and rename into place, which replaces one of that name."""
     (partial / STATE_FILE).write_text(dumps(asdict(state), keep=True, indent=1) + "\n")
     files = {
         str(path.relative_to(partial)): _flush_and_sum(path) for path in sorted(partial.rglob("*")) if path.is_file()
@@ -92,7 +102,7 @@ def commit(partial: Path, final: Path, state: CheckpointState) -> None:
 
 
 def read_state(path: Path) -> CheckpointState:
-    """The state of a complete checkpoint. Raises FileNotFoundError or ValueError that names the file."""
+    """Return the state of a complete checkpoint. Raises FileNotFoundError or ValueError that names the file."""
     file = path / STATE_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no {STATE_FILE}")
@@ -122,14 +132,14 @@ def verify(path: Path) -> Found:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, {size} were written")
         if _crc(file) != crc:
             raise ValueError(f"{file} is not what was written (its checksum differs)")
-    # By the listing: of a state that is being dropped some files may still be there.
+    # By the listing, not by the files: a crash may have left some of an optimiser state that was being dropped.
     return Found(path, read_state(path), any(name.startswith(OPTIMIZER_FOLDER + os.sep) for name in expected))
 
 
 def newest_usable(folder: Path, say: Callable[[str], None]) -> Found | None:
-    """The checkpoint with the most steps under `folder` that passes its check; every other one met is named.
+    """Return the checkpoint with the most steps under `folder` that passes its check; those that fail are reported by `say`.
 
-    One that was set aside for its successor, which then did not come, is put back.
+    A checkpoint that was set aside for a successor is renamed back if the successor was never completed.
     """
     if not folder.is_dir():
         return None
@@ -147,7 +157,7 @@ def newest_usable(folder: Path, say: Callable[[str], None]) -> Found | None:
 
 
 def by_age(folder: Path) -> list[Path]:
-    """Directories under their final names that can say their step, newest (most steps) first."""
+    """Return the directories under their final names, most steps first."""
     steps = [
         (_step_of(path), path.name, path)
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -160,13 +170,13 @@ def _step_of(path: Path) -> int:
     try:
         return read_state(path).step
     except (ValueError, OSError):
-        # It may still be a damaged newest one: its name says where it stood.
+        # It may be the newest one, damaged: its name has the step.
         digits = path.name.removeprefix("step")
         return int(digits) if digits.isdigit() else 1 << 62
 
 
 def prune(folder: Path, keep: int, optimizer: str, protect: Collection[str] = ()) -> list[str]:
-    """Delete all but the newest `keep` checkpoints and the names in `protect`; returns the names deleted.
+    """Delete all but the newest `keep` checkpoints and the names in `protect`. Returns the names deleted.
 
     optimizer: `all` keeps the optimiser state of each, `latest` of the newest only.
     """
@@ -181,9 +191,9 @@ def prune(folder: Path, keep: int, optimizer: str, protect: Collection[str] = ()
 
 
 def set_aside_after(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints of later steps, when a stage goes back to `step`; returns their names.
+    """Rename checkpoints of steps after `step`, to which a stage goes back. Returns their new names.
 
-    Damaged ones, too: as the newest they would count among those to keep, in place of what is written from now on.
+    Damaged ones are renamed, too: as the newest they would count among those to keep.
     """
     names = []
     for path in by_age(folder):
@@ -211,7 +221,7 @@ def promote(source: Path, best: Path, note: dict[str, Any]) -> None:
 
 
 def read_best(best: Path, step: int) -> dict[str, Any]:
-    """The note of `best`, {} if there is none or if it is from a later step than `step` (which was undone)."""
+    """Return the note of `best`; {} if there is none, or if it is from a step after `step`, which was undone."""
     file = best / "best.json"
     try:
         note = json.loads(file.read_text()) if file.is_file() else {}
@@ -221,7 +231,7 @@ def read_best(best: Path, step: int) -> dict[str, Any]:
 
 
 def _drop_optimizer(path: Path) -> None:
-    # The listing first: a crash in between leaves files that nobody expects, not files that somebody misses.
+    # The listing first: a crash in between leaves files that are not listed, never listed files that are missing.
     listing = path / FILES_FILE
     files = json.loads(listing.read_text())
     kept = {name: entry for name, entry in files.items() if not name.startswith(OPTIMIZER_FOLDER + os.sep)}

@@ -1,8 +1,9 @@
 """The steps of a stage, one JSON line each, in `run_root/stages/<stage>.steps.jsonl`.
 
-Lines are written as steps happen; a resumed stage rewinds the file to its checkpoint's step, so the file
-always tells one history. The tracker takes lines only up to a step that a checkpoint holds: what a crash undoes was
-never in the charts.
+Invariants:
+* a line is written when its step happens;
+* a resumed stage rewinds the file to its checkpoint's step, so the file has one history;
+* the tracker takes lines only up to a checkpoint's step, so a step that a crash undoes was never in the charts.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class StepJournal:
 
     @classmethod
     def open(cls, path: Path, step: int) -> StepJournal:
-        """The journal as a stage at `step` continues it: later lines, and a torn last one, are cut off."""
+        """Return the journal that a stage at `step` continues: later lines, and a torn last one, are cut off."""
         path.parent.mkdir(parents=True, exist_ok=True)
         journal = cls(path)
         journal._lines = [line for line in read_lines(path) if line.step <= step] if step else []
@@ -50,7 +51,7 @@ class StepJournal:
     def append(
         self, step: int, values: dict[str, float | None], groups: tuple[str, ...] = (), kind: str = "step"
     ) -> None:
-        """Write a line at once. A disk that takes none is named, and the file caught up when it takes some again."""
+        """Write a line at once. A disk error is reported once; the missing lines are written when the disk works again."""
         line = JournalLine(step, kind, values, groups)
         self._lines.append(line)
         try:
@@ -78,7 +79,7 @@ class StepJournal:
         return [line for line in self._lines if line.kind == kind]
 
     def take(self, step: int) -> list[JournalLine]:
-        """Lines not handed out before, in order, up to the first that belongs to a later step."""
+        """Return the lines not returned before, in order, up to the first that belongs to a later step."""
         taken = []
         while self._taken < len(self._lines) and self._lines[self._taken].step <= step:
             taken.append(self._lines[self._taken])
@@ -98,7 +99,7 @@ def _dumps(line: JournalLine) -> str:
 
 
 def read_lines(path: Path) -> list[JournalLine]:
-    """The lines of a journal, none if there is no file; a torn last line is left out."""
+    """Return the lines of a journal, none if there is no file; a torn last line is left out."""
     if not path.is_file():
         return []
     lines = []

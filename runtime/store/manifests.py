@@ -1,10 +1,14 @@
 """Which stages of a run are finished, and with which settings: the manifests under `run_root/stages`.
 
 One JSON file per stage: `status` begun or finished, `settings` (every key that the stage's outcome depends
-on), `attempts`, `result`; `origin` if it went on from a checkpoint of another run_root. Invariants: `resume=auto` runs a
-finished stage again only if its last checkpoint is lost and still needed; a stage is only continued under the settings
-that it began with; a start that left no checkpoint binds nothing; keys that change how fast, not what, are free; planning
-deletes nothing.
+on), `attempts`, `result`; `origin` if it continued from a checkpoint of another run_root.
+
+Invariants:
+* `resume=auto` runs a finished stage again only if its last checkpoint is lost and still needed;
+* a stage is only continued under the settings that it began with;
+* a start that left no checkpoint binds nothing;
+* keys that change how fast a stage runs, not what it computes, may change;
+* planning deletes nothing.
 """
 
 from __future__ import annotations
@@ -87,13 +91,13 @@ _MADE_FROM = {"data": ["data"], "sft": ["sft", "rl", "eval"], "rl": ["rl", "eval
 
 
 def replaced_by(stages: list[str]) -> set[str]:
-    """Paths under run_root that running `stages` from their start replaces."""
+    """Return the paths under run_root that running `stages` from their start replaces."""
     return {name for stage in stages for made in _MADE_FROM.get(stage, []) for name in REPLACES[made]}
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What to do about one stage. resume: the checkpoint it goes on from. attempt counts from 1."""
+    """What to do about one stage. resume: the checkpoint that it continues from. attempt counts from 1."""
 
     stage: str
     skip: bool = False
@@ -123,7 +127,7 @@ class StageStore:
         return self.root / "stages" / f"{stage}.json"
 
     def read(self, stage: str) -> dict[str, Any]:
-        """The manifest of a stage, {} if there is none. Raises ValueError that names a damaged one."""
+        """Return the manifest of a stage, {} if there is none. Raises ValueError that names a damaged one."""
         path = self.path(stage)
         if not path.is_file():
             return {}
@@ -137,14 +141,14 @@ class StageStore:
         return values if isinstance(values, dict) else {}
 
     def result(self, stage: str) -> dict[str, Any]:
-        """What a finished stage reported, {} if it is not finished."""
+        """Return what a finished stage reported; {} if it is not finished."""
         manifest = self.read(stage)
         return manifest.get("result", {}) if manifest.get("status") == "finished" else {}
 
     def begin(self, stage: str) -> None:
-        """Note that a stage runs, with its settings.
+        """Record that a stage runs, with its settings.
 
-        A finished stage that goes on stays finished until `settle`: if it cannot start, nothing has changed.
+        A finished stage that continues stays finished until `settle`: if it cannot start, nothing has changed.
         """
         if self.plans[stage].resume is None or self._readable(stage).get("status") != "finished":
             self._note_begun(stage)
@@ -162,15 +166,16 @@ class StageStore:
         self._write(stage, manifest)
 
     def adopt(self, stage: str) -> None:
-        """Note that a skipped stage needs no run here: the checkpoint that a later one goes on from already has it."""
+        """Record a skipped stage as finished: the checkpoint that a later stage resumes from already includes it."""
         later = [plan.resume.path for plan in self.plans.values() if plan.resume]
         if later and not self._readable(stage):
             manifest = {"stage": stage, "status": "finished", "attempts": 0, "result": {}, "origin": str(later[0])}
             self._write(stage, manifest | {"settings": settings(self.config, stage)})
 
     def settle(self, stage: str) -> None:
-        """A stage that goes on from a checkpoint sets aside what lies beyond it: later steps, damaged ones, or those of
-        another history. Only once nothing more can keep the stage from running.
+        """Set aside the checkpoints beyond the one that the stage continues from: later, damaged, or of another history.
+
+        Called only once nothing more can keep the stage from running.
         """
         found = self.plans[stage].resume
         if found is None:
@@ -226,20 +231,20 @@ class StageStore:
 
     @property
     def charts_go_on(self) -> bool:
-        """Whether the tracker goes on with the run of an earlier attempt: that one trained something, or the same starts
-        again. The parameters of a start that failed must not stand beside what corrected ones train.
+        """Whether the tracker continues the MLflow run of an earlier attempt: that one trained something, or the same
+        settings start again. Parameters of a failed start must not appear beside what corrected ones train.
         """
         resumed = any(plan.resume for plan in self.plans.values())
-        # Of a stage that this job runs, the journal brings the steps into a new run.
+        # A stage that this job runs brings its steps into a new MLflow run by its journal.
         elsewhere = any(by_age(self._own(stage)) for stage in TRAINING if stage not in self.plans)
         noted = any(self._readable(stage) for stage in TRAINING)
         return resumed or elsewhere or (noted and not self.corrected)
 
     def _binding(self, stage: str, manifest: dict[str, Any]) -> dict[str, Any]:
-        """The settings under which alone the stage may go on; {} if it has nothing to go on from.
+        """Return the settings that the stage must keep; {} if it has nothing to continue from.
 
-        Data that were made, and a finished stage, are bound by their manifest. A stage that only began is bound by the
-        checkpoint that it would go on from: what a start that failed has noted means nothing.
+        Generated data and a finished stage are bound by their manifest. A stage that only began is bound by the
+        checkpoint that it would continue from: what a failed start recorded means nothing.
         """
         noted = dict(manifest.get("settings", {}))
         if stage == "data":
@@ -260,7 +265,7 @@ class StageStore:
         return noted if held else {}
 
     def _newest(self, stage: str, manifest: dict[str, Any]) -> Found | None:
-        """The newest usable checkpoint; None if the stage has none yet. Raises ValueError if all are damaged."""
+        """Return the newest usable checkpoint; None if the stage has none yet. Raises ValueError if all are damaged."""
         own = self._own(stage)
         found = newest_usable(own, self.say)
         if found is None and (unusable := by_age(own)):
@@ -280,7 +285,7 @@ class StageStore:
         return StagePlan(stage, resume=found, attempt=attempt, fresh=False)
 
     def _stands(self, stage: str, manifest: dict[str, Any]) -> bool:
-        """Whether a finished stage can be left alone: what it made is whole, or nothing will start from it."""
+        """Return whether a finished stage can be left alone: what it made is whole, or nothing will start from it."""
         if stage not in TRAINING or _adopted(manifest):
             return True
         try:
@@ -291,7 +296,7 @@ class StageStore:
         return True
 
     def _from_path(self, path: Path, wanted: list[str]) -> dict[str, StagePlan]:
-        """Stages before the checkpoint's own are skipped, that one goes on from it, later ones start."""
+        """Return the plans: stages before the checkpoint's own are skipped, that one continues, later ones start."""
         found = self._verified(str(path))
         stage = found.state.stage
         if stage not in wanted:
@@ -335,10 +340,10 @@ class StageStore:
             )
 
     def _changed(self, stage: str, before: dict[str, Any]) -> list[str]:
-        """Keys whose values are not those of `before`, each with both values."""
+        """Return the keys whose values are not those of `before`, each with both values."""
         now = settings(self.config, stage)
         if before.get("memory.name") != CUSTOM:
-            # Noted by versions that accepted a policy which was named and not chosen: it was never used.
+            # Earlier versions accepted, and recorded, a policy that was named but not chosen: it was never used.
             before = {key: v for key, v in before.items() if not key.startswith(("memory.target", "memory.args"))}
         # A key that did not exist when the stage began had no other effect than its default has.
         default = flat(asdict(RunConfig(job=JobConfig("rl", ["rl"]))))
@@ -351,7 +356,7 @@ class StageStore:
         return [f"{key}={now.get(key)!r}, began with {before.get(key)!r}" for key in keys]
 
     def _check_nothing_later(self, stage: str) -> None:
-        """A stage that starts replaces what was made from it: not without being told."""
+        """Raise ValueError if the stage would replace what was made from it."""
         if later := [s for s in _later(stage) if self._made(s)]:
             raise ValueError(
                 f"resume=auto: {self.root} holds stage {later[0]} but not {stage}, and running {stage} would replace it: "
@@ -366,7 +371,7 @@ class StageStore:
             )
 
     def _made(self, stage: str) -> bool:
-        """Whether there is anything of a stage to lose: more than a note that it began."""
+        """Return whether a stage has anything to lose: more than a record that it began."""
         manifest = self.read(stage)
         return (
             manifest.get("status") == "finished" or "origin" in manifest or bool(manifest and by_age(self._own(stage)))
@@ -384,7 +389,7 @@ class StageStore:
         return (self.root / "checkpoints" / stage).resolve()
 
     def _origin(self, stage: str) -> str:
-        """The checkpoint of another run_root that the stage goes on from, also in later attempts; empty if none."""
+        """Return the checkpoint of another run_root that the stage continues from, also in later attempts; '' if none."""
         found = self.plans[stage].resume
         if found is None or self._own(stage) in found.path.parents:
             return "" if found is None else str(self._readable(stage).get("origin", ""))
@@ -415,7 +420,7 @@ class StageStore:
 
 
 def _adopted(manifest: dict[str, Any]) -> bool:
-    """Whether the stage never ran here: a later one went on from a checkpoint of another run_root that has it."""
+    """Return whether the stage never ran here: a later one continued from a checkpoint of another run_root."""
     return "origin" in manifest and not manifest.get("attempts")
 
 
@@ -425,12 +430,12 @@ def _listed(changed: list[str]) -> str:
 
 
 def _later(stage: str) -> list[str]:
-    """Training stages that are made from this one."""
+    """Return the training stages that are made from this one."""
     return [s for s in TRAINING if s != stage and s in _MADE_FROM[stage]]
 
 
 def settings(config: RunConfig, stage: str) -> dict[str, Any]:
-    """Every key that the stage's outcome depends on, flat, JSON-ready."""
+    """Return every key that the stage's outcome depends on, flat, JSON-ready."""
     values = flat(asdict(config))
     chosen = {
         key: value
@@ -456,7 +461,7 @@ def clear(root: Path, stages: list[str]) -> None:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
+    """Return nested settings with dotted keys."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -467,7 +472,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def plain(values: Any) -> Any:
-    """JSON-ready: sets become sorted lists, tuples lists."""
+    """Return the values JSON-ready: sets become sorted lists, tuples lists."""
     if isinstance(values, dict):
         return {key: plain(value) for key, value in values.items()}
     if isinstance(values, set | frozenset):

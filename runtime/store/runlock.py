@@ -1,8 +1,35 @@
-"""One run at a time in a run_root: a lock that dies with its holder, and a lease for file systems that cannot lock.
+"""One run at a time in a run_root: a kernel lock where there is one, a lease on the lock file everywhere else.
 
-`run_root/.lock` names the holder (host, pid, start, command) and beats while it lives. Invariants: on one
-machine the kernel decides, so a killed holder is replaced at once; across machines, or where the file system does not
-lock, a holder that still beats is never replaced, one that has stopped for STALE_S is; a holder that lost it notices.
+`run_root/.lock` contains the holder (host, boot, pid, start, command, a token of this very attempt); empty = free. The
+holder touches the file every BEAT_S. A release empties it and never removes it.
+
+To acquire: (1) take the kernel's lock (`flock`); blocked = busy. (2) Read the holder H. If it is on another machine, or if
+there are no kernel locks, watch the file for STALE_S: touched or rewritten = busy, emptied or untouched = go on. (3) Write
+oneself. (4) Without kernel locks, wait CLAIM_S and read again: another's token = busy.
+
+Invariants:
+* on one machine, a killed holder is replaced at once and a living one never;
+* elsewhere, a holder that beats is never replaced, and one that has not for STALE_S is;
+* a holder that was replaced all the same notices within one beat, and `check` then stops its run.
+
+Proof. Kernel locks, one machine: `flock` admits one process and ends with it. A holder of the same boot that is named in
+the file while we have the lock is dead, so nothing is waited for.
+
+Kernel locks, several machines: the lock may have been lost while its holder lives (a server that restarted), so it is not
+trusted alone. A living holder touches the file BEAT_S < STALE_S apart, so step 2 sees it. Among those that pass step 2
+the lock admits one.
+
+No kernel locks: let A and B both pass step 2, and A write before B. B's last look at the file came before A's write, or B
+would have seen A's token or a new mtime (busy). B writes at most POLL_S after that look, hence less than CLAIM_S after
+A's write, and step 4 shows A the token of B: A is busy. The last writer alone keeps its token, so one is left. This
+assumes that no process stalls for CLAIM_S - POLL_S between its look and its write, and that a write is visible to others
+by then.
+
+Where an assumption fails (a process frozen for STALE_S or in the wrong moment), two may run: the beat of the one that is no
+longer named in the file reads the other's token, and it stops at its next `check`. It does not empty the file, which is the
+other's.
+
+No clocks are compared: staleness is a change of mtime, timed by the waiter's own monotonic clock.
 """
 
 from __future__ import annotations
@@ -21,13 +48,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from conf.redact import redact
+from streams.support.redact import redact
 
 BEAT_S = 5.0
 STALE_S = 30.0
-"""Without a beat for so long, a holder on another machine counts as dead."""
+"""Seconds without a beat after which a holder that the kernel cannot vouch for counts as dead."""
 CLAIM_S = 2.0
-"""Where locks do not work: how long a claim must stand before it counts."""
+"""Seconds between a claim and the check that nobody wrote after it, where kernel locks do not work."""
 POLL_S = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -35,12 +62,12 @@ log = logging.getLogger("sightline.runlock")
 
 
 class RunRootBusyError(ValueError):
-    """Another run works in this run_root."""
+    """Raised where another run works in the run_root."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lock. machine: the boot of a host, since host names repeat. token: this very attempt."""
+    """The process that holds the lock. machine: id of the host's boot, as host names repeat. token: unique per attempt."""
 
     host: str
     machine: str
@@ -60,7 +87,10 @@ class Holder:
 
 
 class RunLock:
-    """`with RunLock(root): ...`. Raises RunRootBusyError, naming the holder, if another run is at work there."""
+    """The lock of one run_root: `with RunLock(root): ...`. Raises RunRootBusyError that names the holder, if there is one.
+
+    taken_over: the holder that ended without releasing the lock; None if it was free.
+    """
 
     def __init__(self, root: Path, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
         self.path = root / ".lock"
@@ -115,7 +145,7 @@ class RunLock:
         self._close()
 
     def check(self) -> None:
-        """Raises RuntimeError if another run has taken the lock over (this process was frozen for long)."""
+        """Raise RuntimeError if another run has taken the lock over, as after a long freeze of this process."""
         if self._lost:
             raise RuntimeError(
                 f"another run took over {self.path.parent} while this one did not respond ({_read(self.path)}): stopping, "
@@ -123,7 +153,7 @@ class RunLock:
             )
 
     def _lock(self) -> bool:
-        """True if the kernel gave the lock, False if this file system has none."""
+        """Take the kernel's lock; False if this file system has none. Raises RunRootBusyError if another process has it."""
         assert self._descriptor is not None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,7 +166,7 @@ class RunLock:
         return True
 
     def _wait_until_stale(self, previous: Holder) -> None:
-        """A holder that the kernel cannot vouch for: dead if it does not beat for stale_s."""
+        """Return once `previous` has not beaten for stale_s, or has released. Raises RunRootBusyError at a sign of life."""
         seen, since = self._last_beat(), time.monotonic()
         log.warning(
             "run_root %s: was held by %s; waiting up to %g s for a sign of life",
@@ -152,7 +182,7 @@ class RunLock:
                 raise self._busy(_read(self.path))
 
     def _await_claim(self) -> None:
-        """Of two that write at the same time the later one wins; the other sees it here."""
+        """Raise RunRootBusyError if another run wrote after this one: the last writer wins."""
         time.sleep(min(CLAIM_S, self._stale_s))
         current = _read(self.path)
         if current != self.holder:
@@ -187,7 +217,7 @@ class RunLock:
                 log.warning("run_root %s: could not renew the lock: %s", self.path.parent, error)
 
     def _last_beat(self) -> int:
-        # Opened, since a network file system answers a plain stat from its cache.
+        # Opened, not only stat: a network file system answers a plain stat from its cache.
         with open(self.path, "rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
@@ -198,7 +228,7 @@ class RunLock:
 
 
 def _read(path: Path) -> Holder | None:
-    """The holder that the file names; None if it is empty or holds something else."""
+    """Return the holder that the file names; None if it is empty or contains something else."""
     try:
         return Holder(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -1,1 +1,1 @@
-"""What a run tells: the terminal, the driver's log, MLflow."""
+"""What a run reports to: the terminal, the driver's log, MLflow."""

@@ -1,9 +1,12 @@
-"""What the driver says, on the terminal and in `run_root/logs/driver.log`: progress, warnings, errors, of every attempt.
+"""Copies what the driver prints into `run_root/logs/driver.log`: progress, warnings and errors of every attempt.
 
-`launch.py` puts a `Tee` in place of stdout and stderr before anything is said, and names the run_root once the
-run may write there. Invariants: passwords in addresses reach neither place (`conf.redact`); a terminal whose reader has
-gone, a full disk, and characters that the terminal does not know cost what was said, never the run; the file rotates.
-What native code writes to the file descriptors does not pass here.
+`launch.py` replaces stdout and stderr by a `Tee` before anything is printed, and opens the file once the run may write to
+its run_root. What native code writes to the file descriptors does not pass here.
+
+Invariants:
+* passwords in addresses reach neither place (`streams.support.redact`);
+* a closed pipe, a full disk, and characters that the terminal does not know lose output, never the run;
+* the file rotates.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
-from conf.redact import redact
+from streams.support.redact import redact
 from streams.support.terminal import escape_unprintable_output
 
 FILE = "driver.log"
@@ -32,15 +35,15 @@ BACKUPS = 2
 KEPT_LINES = 1000
 """Lines kept until the run_root is known."""
 REWRITTEN_S = 30.0
-"""A line that is rewritten in place on the terminal goes into the file this often, and as it stood last."""
+"""Seconds between copies in the file of a line that is rewritten in place on the terminal; its last version also goes in."""
 
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class DriverLog:
-    """The file behind both streams. Lines said before `open` are kept and written then.
+    """The file behind both streams. Lines printed before `open` are kept and written then.
 
-    outlives_readers: whoever reads along on a pipe may go (`| head`); True = that does not end the process.
+    outlives_readers: True = the process goes on if the reader of its pipe ends (`| head`).
     """
 
     def __init__(self) -> None:
@@ -76,7 +79,7 @@ class DriverLog:
             self._handler = None
 
     def line(self, text: str) -> None:
-        """One line, without what only a terminal understands."""
+        """Write one line, without terminal control sequences."""
         text = _CONTROL.sub("", text).rstrip()
         if not text:
             return
@@ -86,7 +89,7 @@ class DriverLog:
             self._handler.handle(logging.makeLogRecord({"msg": text}))
 
     def close(self) -> None:
-        """Write what has no line end yet; at exit."""
+        """Write lines that have no end yet. Called at exit."""
         for tee in self._tees:
             tee.finish()
 
@@ -96,7 +99,7 @@ class DriverLog:
 
 
 class _Handler(RotatingFileHandler):
-    """Reports the first failure to write, by `failed`; whatever is said later is tried again."""
+    """Reports the first failure to write by `failed`; later lines are tried again."""
 
     def __init__(self, path: Path, failed: Callable[[BaseException | None], None]) -> None:
         super().__init__(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8", errors="backslashreplace")
@@ -110,7 +113,7 @@ class _Handler(RotatingFileHandler):
 
 
 class Tee(io.TextIOBase):
-    """A stream of text in place of sys.stdout or sys.stderr, which may be None. Everything else is the stream's own."""
+    """A text stream that replaces sys.stdout or sys.stderr, which may be None. All else is delegated to that stream."""
 
     def __init__(self, stream: TextIO | None, log: DriverLog) -> None:
         self._stream, self._log = stream, log
@@ -128,7 +131,7 @@ class Tee(io.TextIOBase):
         return len(text)
 
     def _latest(self, rest: str) -> str:
-        """What stands in a line that is not over: only its last version, but one in a while goes into the log."""
+        """Return the last version of a line that has no end yet; every REWRITTEN_S one version goes into the log."""
         before, rewritten, now = rest.rpartition("\r")
         if rewritten and before.strip() and time.monotonic() - self._rewritten_at > REWRITTEN_S:
             self._rewritten_at = time.monotonic()
@@ -165,7 +168,10 @@ class Tee(io.TextIOBase):
             return
 
     def _to_nowhere(self) -> None:
-        """As the Python manual says about EPIPE: else the flush at exit would fail once more and set the exit status."""
+        """Redirect the stream to /dev/null, as the Python manual advises for EPIPE.
+
+        Otherwise the flush at exit would fail again and set the exit status.
+        """
         if self._stream is None:
             return
         with contextlib.suppress(OSError, ValueError):

@@ -1,8 +1,11 @@
-"""Names of metrics that hold a user's words (categories, reward terms): whatever the words, one name each.
+"""Names of metrics that contain a user's words (categories, reward terms), encoded so that MLflow accepts them.
 
-Pure. What a tracker takes is MLflow's rule: letters, digits, `_ - . / :` and spaces, at most 250 characters, a
-relative path in its shortest form. Invariants: two different names never become the same; a name of plain ASCII that
-MLflow takes (and every file system keeps) stays as it is; `readable` turns a name back unless it was too long.
+Pure. MLflow accepts letters, digits, `_ - . / :` and spaces, at most 250 characters, as a relative path in its shortest form.
+
+Invariants:
+* two different names never become the same;
+* a name of plain ASCII that MLflow accepts, and every file system keeps, does not change;
+* `readable` decodes a name unless it was too long.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./ -]")
 
 
 def metric_name(name: str) -> str:
-    """The name under which a metric is logged. `name` is non-empty text, like `eval/accuracy_` and a category.
+    """Return the name under which a metric is logged. `name` is non-empty text, like `eval/accuracy_` and a category.
 
     Letters and digits of every script stay. Any other character becomes `_x002F_`, its code point; so does an underscore
     that would read as the beginning of one. A name that is too long is cut and ends in `_x`, 16 digits of its hash, and `_`.
@@ -37,12 +40,12 @@ def metric_name(name: str) -> str:
 
 
 def readable(name: str) -> str:
-    """The words behind a metric's name, as they were given; a name that was cut stays as it is."""
+    """Return the words of a metric's name as they were given; a name that was cut stays as it is."""
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), name)
 
 
 def apart(words: str, taken: Collection[str], mark: str) -> str:
-    """A user's words beside names of our own: with `mark` behind them where they would be one of `taken`. One to one."""
+    """Return a user's words, with `mark` appended where they would equal one of our own names, `taken`. One to one."""
     stem = words
     while stem.endswith(mark):
         stem = stem.removesuffix(mark)
@@ -58,7 +61,7 @@ def _escaped(character: str) -> str:
 
 
 def _shapeless(name: str) -> set[int]:
-    """Places of characters that a path would lose: slashes around nothing or dots, dots alone, spaces at an end."""
+    """Return the indices of characters that a path would lose: slashes around nothing or dots, dots alone, outer spaces."""
     places = set(range(len(name) - len(name.lstrip(" "))))
     places |= set(range(len(name.rstrip(" ")), len(name)))
     if name.startswith(".."):  # MLflow refuses "..a", too

@@ -1,4 +1,4 @@
-"""What the driver tells the person at the terminal: one line an event."""
+"""Progress on the terminal: one line per event."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from streams.support.terminal import visible
 
 PLAIN_LINES = 40
-"""Lines that one stage prints at most, where there is no terminal to rewrite."""
+"""Largest number of lines that one stage prints where there is no terminal."""
 
 
 class Progress:
@@ -23,12 +23,12 @@ class Progress:
         self._open = False
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._close_line()
         self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {visible(text)}", markup=False, soft_wrap=True)
 
     def step(self, stage: str, done: int, total: int, values: dict[str, float | None]) -> None:
-        """Where a stage stands."""
+        """Show the progress of a stage."""
         shown = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if v is not None)
         text = f"[{time.monotonic() - self._began:6.1f}s] {stage} {done}/{total}  {shown}"
         if not self._live:

@@ -1,9 +1,14 @@
-"""Tracking: MLflow behind a thread of its own, and live progress on the terminal.
+"""Tracking: writes parameters, metrics and artifacts to MLflow from a thread of its own.
 
-Named boundary: a tracker that fails is reported once and never stops or slows training; a single metric,
-parameter or artifact that is refused costs itself alone. Metrics of a step are logged in one batch; their names are the
-list in docs/metrics.md. Invariants: a resumed run continues its own MLflow run; a metric has at most one value per step;
-steps reach the charts only when a checkpoint holds them; a password in `tracking.uri` is used to connect, never shown.
+Metrics of a step are logged in one batch; docs/metrics.md lists their names.
+
+Invariants:
+* a failing tracker (named boundary) is reported once and never stops or slows training;
+* a metric, parameter or artifact that MLflow refuses is left out, and no other;
+* a resumed run continues its own MLflow run;
+* a metric has at most one value per step;
+* steps reach the charts only when a checkpoint has them;
+* a password in `tracking.uri` is used to connect, and never shown.
 """
 
 from __future__ import annotations
@@ -19,24 +24,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.redact import public_setting, public_uri, public_words
 from conf.schema import TrackingConfig
 from runtime.store.journal import JournalLine
 from runtime.tracking.metric_names import metric_name
+from streams.support.redact import public_setting, public_uri, public_words
 
 log = logging.getLogger("sightline.tracking")
 CLOSE_TIMEOUT_S = 60.0
 RUN_FILE = "tracking.json"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-"""MLflow's codes for an entry that it does not take, as against a store that cannot be written."""
+"""MLflow's error codes for an entry that it does not accept, as opposed to a store that cannot be written."""
 
 
 class Tracker:
-    """Writes parameters and metrics to MLflow in the background. `uri` is where to look at them, without
-    a password.
+    """Writes to MLflow in the background.
 
-    resume: continue the MLflow run that `run_root/tracking.json` names, if there is one. remember: write that file.
-    known: the run to continue if that file is lost (a checkpoint names it, too).
+    Args:
+        config: the settings.
+        root: the run_root.
+        run_name: name of a new MLflow run.
+        resume: continue the MLflow run that `run_root/tracking.json` names, if there is one.
+        remember: write that file.
+        known: the run to continue if that file is lost (a checkpoint names it, too).
     """
 
     def __init__(
@@ -101,7 +110,7 @@ class Tracker:
             log.warning("tracking to %s stopped, training goes on: %s", self.uri, self.failed.splitlines()[0])
 
     def _drain(self) -> None:
-        # A server that is away for half a minute is waited for; MLflow's own 7 attempts take minutes and as many warnings.
+        # 4 attempts outlast half a minute without a server; MLflow's default of 7 takes minutes and as many warnings.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         # The SQLite store announces every migration of an empty database.
@@ -124,7 +133,7 @@ class Tracker:
                 client.set_terminated(run, status=value)
 
     def _refused(self, what: str, error: Exception) -> None:
-        """A single thing that the store does not take costs itself, and is named once."""
+        """Report, once, an entry that the store refused."""
         if what not in self.refused:
             self.refused.add(what)
             log.warning(
@@ -135,7 +144,7 @@ class Tracker:
             )
 
     def _open_run(self, client: Any) -> tuple[str, bool]:
-        """(id, whether it is continued) of the MLflow run to write to."""
+        """Return (id, whether it is continued) of the MLflow run to write to."""
         from mlflow.exceptions import MlflowException
 
         if self._resume and (known := self._before()):
@@ -163,7 +172,7 @@ class Tracker:
         return self.run_id, False
 
     def _before(self) -> str:
-        """The MLflow run of the attempt before, empty if there was none or if it wrote to another store."""
+        """Return the MLflow run of the previous attempt; '' if there was none, or if it wrote to another store."""
         try:
             known = json.loads((self._root / RUN_FILE).read_text())
             return str(known["run_id"]) if public_uri(known["uri"]) in (self._store, self.uri) else ""
@@ -182,9 +191,9 @@ class Tracker:
 
 
 class _Store:
-    """One MLflow run, written from the tracker's thread. refused(what, error): told of what the store does not take.
+    """One MLflow run, written from the tracker's thread. refused(what, error): called for an entry that the store refuses.
 
-    Whatever else goes wrong (a server that is away, a full disk) is raised: then nothing more can be tracked.
+    Any other failure (no server, a full disk) is raised: nothing more can be tracked then.
     """
 
     def __init__(self, client: Any, run: str, continued: bool, refused: Callable[[str, Exception], None]) -> None:
@@ -195,14 +204,14 @@ class _Store:
     def params(self, values: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        # MLflow refuses to change a parameter: the first attempt's stay, if it came so far.
+        # MLflow refuses to change a parameter: those of the first attempt stay, if it logged any.
         if self._continued and self._client.get_run(self._run).data.params:
             return
         params = [Param(key, value) for key, value in values.items()]
         self._each("parameter", params, lambda some: self._client.log_batch(self._run, params=some))
 
     def metrics(self, values: dict[str, float], step: int, stamp: int) -> None:
-        """Values of one step, without those that the run has already."""
+        """Log the values of one step, without those that the run already has."""
         from mlflow.entities import Metric
 
         names = [name for name in values if name not in self._left_out and step not in self._steps(name)]
@@ -218,8 +227,9 @@ class _Store:
             self._refused(f"artifact {path.name}", error)
 
     def _each(self, what: str, entries: list[Any], write: Callable[[list[Any]], None]) -> None:
-        """Write all entries at once; if one is refused, one by one, so that the others arrive. MLflow checks every entry of a
-        batch before it writes the first.
+        """Write all entries at once; if one is refused, one by one, so that the others are written.
+
+        MLflow checks every entry of a batch before it writes the first, so none is written twice.
         """
         from mlflow.exceptions import MlflowException
 
@@ -240,7 +250,7 @@ class _Store:
                 self._refused(f"{what} {entry.key!r}", error)
 
     def _steps(self, key: str) -> set[int]:
-        """Steps at which `key` has a value already; the store is asked once per key of a continued run."""
+        """Return the steps at which `key` already has a value; the store is asked once per key of a continued run."""
         if key not in self._logged:
             before = self._client.get_metric_history(self._run, key) if self._continued else []
             self._logged[key] = {int(metric.step) for metric in before}

@@ -1,3 +1,6 @@
-"""What an answer's text says, by the kinds of `streams.task`: letters, numbers, yes and no, in the scripts that data come in.
+"""Reads what an answer's text says, by the kinds of `streams.task`: letters, numbers, yes and no, in many scripts.
 
-Data are checked by the same rules as responses are rewarded by. Pure; imports only `streams.task`."""
+Invariants:
+* rows are checked by the same rules that reward responses;
+* pure; imports only `streams.task`.
+"""

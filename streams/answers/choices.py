@@ -48,14 +48,14 @@ _EXPECTED_TAIL = re.compile(r"[项項]|选项|選項|번")
 
 
 def letters(text: str) -> frozenset[str]:
-    """The option letters that `text` mentions, as lower-case letters."""
+    """Return the option letters that `text` mentions, in lower case."""
     folded = _ABBREVIATION.sub(" ", _CJK_WORDS.sub(EDGE, fold(text)))
     parted = apart(folded)
     return frozenset(m[1] for m in _LONE_LETTER.finditer(parted) if _is_letter(folded, parted, m))
 
 
 def denied(text: str) -> bool:
-    """Whether `text` denies a letter that it mentions, in a script without spaces: "不是B", "B不对", "Bではない"."""
+    """Return whether `text` denies a letter that it mentions, in a script without spaces: "不是B", "B不对", "Bではない"."""
     return _DENIED.search(fold(text)) is not None
 
 
@@ -68,7 +68,7 @@ def _is_letter(folded: str, text: str, match: re.Match[str]) -> bool:
 
 
 def expected_letter(text: str) -> tuple[str | None, str]:
-    """The letter that an expected choice begins with, and the text after it ("C. red" -> "c", ". red")."""
+    """Return the letter that an expected choice begins with, and the text after it ("C. red" -> "c", ". red")."""
     folded = fold(text)
     lead = _EXPECTED_LEAD.match(folded)
     match = _EXPECTED.match(apart(folded), lead.end() if lead else 0)
@@ -79,7 +79,7 @@ def expected_letter(text: str) -> tuple[str | None, str]:
 
 
 def polarity(text: str) -> bool | None:
-    """True for yes, False for no, None if neither or both are said as whole words."""
+    """Return True for yes, False for no, None if the text says neither or both as whole words."""
     folded = fold(text)
     words, said = set(_WORD.findall(apart(folded))), said_by(folded)
     says_yes, says_no = bool(words & YES) or True in said, bool(words & NO) or False in said

@@ -45,7 +45,7 @@ _CJK = re.compile("[\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7ff]")
 
 
 def said_by(folded: str) -> frozenset[bool]:
-    """Which of yes (True) and no (False) the phrases of `folded` say."""
+    """Return which of yes (True) and no (False) the phrases of `folded` say."""
     if not _CJK.search(folded):
         return frozenset()
     found = (_phrase(part) for part in re.split(r"[^\w\s]|[\n_]", folded))

@@ -1,7 +1,7 @@
-"""What in a row contradicts itself, so that no response could be right as the row says.
+"""Finds rows that contradict themselves, so that no response could be right.
 
-Pure. Read with the rules that responses are read with: an expected answer must name what its kind
-compares, and must not be due after its question has closed. Such a row is left out when its file is read.
+Pure. An expected answer must name what its kind compares, by the rules that responses are read with, and must not be due
+after its question has closed. A row that fails is left out when its file is read.
 """
 
 from __future__ import annotations

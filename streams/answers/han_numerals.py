@@ -116,9 +116,9 @@ _INEXACT = re.compile(
 
 
 def han_integers(folded: str) -> tuple[frozenset[str | None], str]:
-    """(the numbers that `folded` mentions in these scripts, the text that is left for digits and English words).
+    """Return (the numbers that `folded` mentions in these scripts, the text left for digits and English words).
 
-    Left: with "minus " for 负 and the like, and without digits that a Chinese scale follows (3万).
+    The text left is `folded` with "minus " for 负 and the like, and without digits that a Chinese scale follows (3万).
     """
     text = _MINUS.sub(" minus ", folded)
     found: set[str | None] = set()
@@ -143,7 +143,7 @@ def han_integers(folded: str) -> tuple[frozenset[str | None], str]:
 
 
 def _counts(text: str, match: re.Match[str]) -> bool:
-    """Whether the numeral can be nothing but a number: see the module docstring."""
+    """Return whether the numeral can be nothing but a number (see the head of the module)."""
     start, end = match.start("run"), match.end()
     before, after = text[max(0, start - 1) : start], text[end : end + 1]
     if before.isdecimal() or after.isdecimal():
@@ -156,7 +156,7 @@ def _counts(text: str, match: re.Match[str]) -> bool:
 
 
 def _open(neighbour: str, words: str) -> bool:
-    """The end of a phrase, or one of the `words` that go with a number."""
+    """Return whether `neighbour` is the end of a phrase, or one of the `words` that go with a number."""
     return not neighbour or neighbour in words or not (neighbour.isalnum() or neighbour == _PLACEHOLDER)
 
 
@@ -173,7 +173,7 @@ def _number(text: str, match: re.Match[str]) -> str | None:
 
 
 def value_of(run: str) -> int | None:
-    """The number that Chinese digits and units write; None if they write none for certain ("三四", "三百五")."""
+    """Return the number that Chinese digits and units write; None if it is not certain ("三四", "三百五")."""
     if len(run) > _LONGEST:
         return None
     if len(run) > 1 and all(character in _DIGIT_VALUES for character in run):
@@ -209,7 +209,7 @@ def value_of(run: str) -> int | None:
 
 
 def _scaled_value(match: re.Match[str]) -> str | None:
-    """Of digits and a scale ("3万", "2千"); None where more follows, or the digits are no plain whole number."""
+    """Return the value of digits and a scale ("3万", "2千"); None if more follows or the digits are no whole number."""
     value = {**_UNIT_VALUES, **_BIG_VALUES}.get(match["scale"])
     digits = match["digits"].replace(",", "")
     if value is None or match["rest"] or not digits.isdecimal() or len(digits) > 18:

@@ -1,4 +1,4 @@
-"""Is a response the expected answer? By kind of answer, forgiving of spelling, never of hedging.
+"""Decides whether a response is the expected answer, by kind of answer: forgiving of spelling, never of hedging.
 
 Pure. Invariants:
 * the expected text itself is always right;
@@ -16,7 +16,7 @@ from streams.task import ANSWER_KINDS, AnswerKind
 
 
 def is_correct(response: str, expected: str, kind: AnswerKind) -> bool:
-    """Whether `response` says `expected`.
+    """Return whether `response` says `expected`. Raises ValueError for an unknown kind.
 
     choice: mentions the expected letter and no other, and does not deny it (see `choices`); or mentions no letter and is
     exactly the expected option's text, where the task gives it ("C. red").
@@ -25,7 +25,7 @@ def is_correct(response: str, expected: str, kind: AnswerKind) -> bool:
     text: equal after `phrases.normalise`.
     """
     if kind not in ANSWER_KINDS:
-        raise ValueError(f"answer kind {kind!r} is not one of {', '.join(ANSWER_KINDS)}: mend the dataset row")
+        raise ValueError(f"answer kind {kind!r} is not one of {', '.join(ANSWER_KINDS)}: correct the dataset row")
     if response.strip() == expected.strip():
         return True
     if kind == "choice":

@@ -69,7 +69,7 @@ _INTEGER = re.compile(r"(\d+|\d{1,3}(?:,\d{3})+)(?:\.0+)?")
 
 
 def integers(text: str) -> frozenset[str | None]:
-    """Every number that `text` mentions: canonical decimal strings, None for those that are no integers."""
+    """Return every number that `text` mentions, as canonical decimal strings; None stands for one that is no integer."""
     written, left = han_integers(fold(text))
     folded = apart(left)
     found = {*written} | {_from_words(match) for match in _WORDS.finditer(folded)}

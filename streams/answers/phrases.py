@@ -1,4 +1,4 @@
-"""Short texts brought to one form, so that equal answers are equal strings.
+"""Normalises short texts, so that equal answers are equal strings.
 
 Pure. Equality after this normalisation is the whole rule for `text` answers: containing the
 expected phrase is not enough, or a model that lists every colour would be right about all of them.
@@ -31,14 +31,14 @@ _CJK_TAIL = re.compile(r"(?<=.)(?:です|でした|だと思います|입니다|
 
 
 def fold(text: str) -> str:
-    """NFKC and casefold, with one kind of apostrophe and one kind of minus sign."""
+    """Return the text in NFKC and casefolded, with one kind of apostrophe and one kind of minus sign."""
     # Apostrophes first: NFKC turns the acute accent into a space and a combining mark.
     plain = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).casefold()
     return unicodedata.normalize("NFKC", plain).translate(_MINUS)
 
 
 def _without_frame(phrase: str) -> str:
-    """A Chinese, Japanese or Korean phrase without what introduces an answer ("答案是红色", "是红色的", "赤です")."""
+    """Return a Chinese, Japanese or Korean phrase without what introduces an answer ("答案是红色", "是红色的", "赤です")."""
     phrase = closed_up(phrase)
     while True:
         predicate = _CJK_IS.fullmatch(phrase)
@@ -50,7 +50,7 @@ def _without_frame(phrase: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """`text` without case, punctuation, articles, extra spaces and lead-ins ("it is", "the colour is", "答案是").
+    """Return `text` without case, punctuation, articles, extra spaces and lead-ins ("it is", "the colour is", "答案是").
 
     A sign before a digit stays ("-3" is not "3"). Nothing is dropped if nothing would be left: the answer
     "the" or "?" is still itself.

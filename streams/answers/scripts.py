@@ -1,8 +1,9 @@
 """Scripts that write words without spaces between them: Han, kana, Hangul, Thai, Lao, Khmer, Myanmar.
 
 Pure. A Latin letter or a digit beside such a character is a word of its own ("选B", "有3个"), which `\\w`
-does not know. Hangul has spaces, but its particles are written onto the word before ("B입니다"). Invariant: `apart` keeps
-every character's place, and texts without these scripts as they are.
+does not know. Hangul has spaces, but its particles are written onto the word before ("B입니다").
+
+Invariant: `apart` keeps every character's index, and does not change texts without these scripts.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _SPACE_INSIDE = re.compile(f"(?<=[{HAN}{KANA}{_SOUTHEAST_ASIAN}])[^\\S\\n]+(?=[{
 
 
 def apart(text: str) -> str:
-    """`text` with EDGE for every character of these scripts, so that letters and digits beside them stand alone."""
+    """Return `text` with EDGE for every character of these scripts, so that letters and digits beside them stand alone."""
     return _UNSPACED.sub(EDGE, text)
 
 
 def closed_up(text: str) -> str:
-    """`text` without spaces between two characters of scripts that have none (Hangul has)."""
+    """Return `text` without spaces between two characters of scripts that have none (Hangul has)."""
     return _SPACE_INSIDE.sub("", text)

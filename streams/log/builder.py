@@ -1,4 +1,11 @@
-"""Builds a StreamLog token by token, whole or in pieces."""
+"""Builds a StreamLog token by token, whole or in pieces.
+
+Invariants (asserted):
+* tokens are only appended, and turns and segments never decrease;
+* an expiry is only lowered, and only to the start of a segment that has not begun;
+* a token has a log-prob exactly if it was sampled;
+* pieces are consecutive, and what was handed out is no longer held.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +23,17 @@ from streams.positions.regions import RegionBook, RegionLog
 class LogPiece:
     """Consecutive tokens of a log, handed out before its stream has ended; `streams.log.pieces` joins them.
 
-    number: 0, 1, ...; first: log index of its first token. columns: as in StreamLog, by name. amended, amended_expiry [A]:
-    tokens of earlier pieces whose expiry was lowered since. regions: of a contiguous stream, the moves and turns since the
-    piece before. header: in piece 0 only. last: the stream ended with it.
+    Attributes:
+        stream_id: the stream that it belongs to.
+        number: 0, 1, ... within the stream.
+        first: log index of its first token.
+        last: the stream ended with this piece.
+        header: in piece 0 only.
+        columns: the columns of StreamLog, by name.
+        chunks: the chunks of video appended since the piece before.
+        amended, amended_expiry: [A], log indices of tokens in earlier pieces whose expiry was lowered since, and the
+            new expiry of each.
+        regions: moves and turns since the piece before, for a contiguous stream.
     """
 
     stream_id: str
@@ -38,9 +53,13 @@ class LogPiece:
 
 @dataclass
 class LogBuilder:
-    """Grows a StreamLog; or hands it out in pieces and holds only what came since, from log index `first` on.
+    """Grows a StreamLog, or hands it out in pieces and keeps only the tokens since, from log index `first` on.
 
-    regions: of a stream with contiguous positions, what it has to say of them.
+    Attributes:
+        regions: the regions of a stream with contiguous positions.
+        length: tokens appended so far, those handed out included.
+        first: log index of the first token that is still held.
+        segment_start: log index at which the current segment begins.
     """
 
     header: LogHeader
@@ -57,21 +76,21 @@ class LogBuilder:
 
     @property
     def nbytes(self) -> int:
-        """Allocated for tokens, amendments, and what is to be said of regions."""
+        """Bytes allocated for tokens, amendments and regions."""
         regions = 0 if self.regions is None else self.regions.nbytes
         return self._columns.nbytes + sum(indices.nbytes for indices, _ in self._amended) + regions
 
     def column(self, name: str, start: int = 0) -> np.ndarray:
-        """One column from log index `start` on, as a view to read; `start` must not have been handed out."""
+        """Return a read-only view of one column from log index `start` on, which must not have been handed out."""
         assert start >= self.first, f"tokens before {self.first} were handed out"
         return self._columns.column(name)[start - self.first :]
 
     def positions_between(self, start: int, stop: int) -> np.ndarray:
-        """int32 [3, n]"""
+        """Return the native positions int32 [3, n] of the tokens in [start, stop)."""
         return self.column("positions", start)[: stop - start].T
 
     def begin_segment(self) -> int:
-        """The next append starts a new segment; returns its first index."""
+        """Start a new segment with the next append. Returns the log index at which it begins."""
         self._segment += 1
         self.segment_start = self.length
         return self.length
@@ -92,9 +111,10 @@ class LogBuilder:
         target: bool = False,
         logp: float = float("nan"),
     ) -> slice:
-        """Append tokens to the current segment; positions int [3, n]. Returns where they stand."""
+        """Append tokens to the current segment; positions int [3, n]. Returns their log indices."""
         assert self._segment >= 0, "append before begin_segment"
         assert turn >= self._turn, "turns never decrease"
+        # logp == logp is False for NaN alone.
         assert sampled == (logp == logp), "a sampled token has a log-prob, any other has none"
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
@@ -120,6 +140,7 @@ class LogBuilder:
         if not len(indices):
             return
         assert indices.max() < self.length, "only logged tokens expire"
+        # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
         early = indices < self.first
         if early.any():
             self._amended.append((indices[early], self.length))
@@ -128,7 +149,7 @@ class LogBuilder:
         self._columns.write("expiry", held, self.length)
 
     def cut(self, stop: int, *, last: bool = False) -> LogPiece:
-        """Hand out what is held before log index `stop`, and forget it. last: the stream has ended."""
+        """Return the held tokens before log index `stop` as a piece, and drop them. last: the stream has ended."""
         assert self.first <= stop <= self.length, "only what is held is handed out"
         assert stop == self.length or not last, "the last piece holds all there is"
         amended, self._amended = self._amended, []
@@ -152,11 +173,12 @@ class LogBuilder:
         return piece
 
     def finish(self) -> StreamLog:
-        """All of it, if nothing was handed out."""
+        """Return the whole log; nothing may have been handed out."""
         columns = _as_logged({name: self.column(name).copy() for name in _COLUMNS})
         regions = None if self.regions is None else self.regions.log()
         return StreamLog(header=self.header, chunks=tuple(self._chunks), regions=regions, **columns)
 
 
 def _as_logged(columns: dict[str, np.ndarray]) -> dict[str, Any]:
+    # Columns grow along their first axis, [n, 3]; a StreamLog has positions as [3, n].
     return columns | {"positions": np.ascontiguousarray(columns["positions"].T)}

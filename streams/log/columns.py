@@ -1,7 +1,10 @@
 """Columns: arrays of one length that grow at their end without copying what is there.
 
-The log of a stream and its live tokens are such columns. Invariants: `append` costs amortised O(appended);
-what `column` returned stays as it was when something is appended, kept or cut, and cannot be written through.
+The log of a stream and its live tokens are such columns.
+
+Invariants:
+* `append` costs amortised O(appended);
+* a view that `column` returned cannot be written through, and does not change when rows are appended, kept or cut.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ Spec = Mapping[str, np.dtype[Any]]
 
 
 class Columns:
-    """dtypes: of each column; a dtype with a shape makes a column of [n, *shape]."""
+    """Columns by name. A dtype with a shape makes a column of [n, *shape]."""
 
     def __init__(self, dtypes: Spec) -> None:
         self.length = 0
@@ -26,17 +29,17 @@ class Columns:
 
     @property
     def nbytes(self) -> int:
-        """Allocated, the room to grow included."""
+        """Bytes allocated, the room to grow included."""
         return sum(column.nbytes for column in self._data.values())
 
     def column(self, name: str) -> np.ndarray:
-        """What is held of one column, as a view to read."""
+        """Return a read-only view of one column."""
         view = self._data[name][: self.length]
         view.flags.writeable = False
         return view
 
     def append(self, count: int, **values: Any) -> None:
-        """Append `count` rows; every column is given, as one value for all or an array."""
+        """Append `count` rows. Every column must be given, as one value for all rows or as an array."""
         assert values.keys() == self._data.keys(), "every column grows"
         stop = self.length + count
         capacity = len(next(iter(self._data.values())))
@@ -47,14 +50,15 @@ class Columns:
         self.length = stop
 
     def write(self, name: str, at: np.ndarray, value: Any) -> None:
+        """Set the rows `at` of one column; views see the change."""
         self._data[name][at] = value
 
     def keep(self, mask: np.ndarray) -> None:
-        """Drop the rows where mask, bool [n], is False. Into new arrays: views stay what they were."""
+        """Drop the rows where mask, bool [n], is False. The rest is copied: earlier views do not change."""
         self._take({name: self._data[name][: self.length][mask] for name in self._data})
 
     def cut(self, count: int) -> dict[str, np.ndarray]:
-        """Take the first `count` rows out."""
+        """Remove the first `count` rows and return them as copies."""
         head = {name: column[:count].copy() for name, column in self._data.items()}
         self._take({name: column[count : self.length].copy() for name, column in self._data.items()})
         return head

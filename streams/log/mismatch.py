@@ -1,4 +1,4 @@
-"""Mismatch statistics: behaviour against re-scored log-probs, with their token counts, and which token to look at.
+"""Statistics of the mismatch between behaviour and re-scored log-probs, and the token that shows it best.
 
 Invariant: an empty sample is None, never 0.
 """
@@ -15,7 +15,7 @@ from streams.log.record import Kind, StreamLog
 
 @dataclass(frozen=True)
 class LogpDiff:
-    """|behaviour - re-scored| log-prob over `tokens` tokens; mean, max and k3 are None where there was no token.
+    """Statistics of |behaviour - re-scored| log-prob over `tokens` tokens; mean, max and k3 are None if there is no token.
 
     k3: mean of exp(d) - 1 - d with d = re-scored - behaviour, an estimate of the KL divergence of the engine's
     distribution from the learner's (Schulman's k3), in nats.
@@ -28,7 +28,7 @@ class LogpDiff:
 
     @classmethod
     def of(cls, differences: np.ndarray) -> LogpDiff:
-        """differences: float [tokens], re-scored minus behaviour, signed."""
+        """Return the statistics of differences float [tokens], re-scored minus behaviour, signed."""
         if not len(differences):
             return cls()
         size = np.abs(differences)
@@ -47,7 +47,7 @@ class LogpDiff:
             return cls()
 
         def mean(values: list[float | None]) -> float | None:
-            # Of a part from before k3 was kept, nothing is known.
+            # A part from before k3 was recorded has none: then there is none for all.
             if any(value is None for value in values):
                 return None
             return sum(part.tokens * (value or 0.0) for part, value in zip(full, values, strict=True)) / tokens
@@ -77,7 +77,10 @@ class OffToken:
 
     @classmethod
     def of(cls, log: StreamLog, index: np.ndarray, differences: np.ndarray, limit: float) -> OffToken | None:
-        """Of the tokens at `index` [N] of a log, ascending, with re-scored minus behaviour [N]; None if N is 0."""
+        """Return the first token beyond `limit`, or else the one with the largest difference; None if N is 0.
+
+        index: int [N], log indices, ascending. differences: float [N], re-scored minus behaviour.
+        """
         if not len(index):
             return None
         # Written so that NaN is beyond every limit.
@@ -100,7 +103,7 @@ class OffToken:
 
 
 def most_telling(tokens: Sequence[OffToken | None]) -> OffToken | None:
-    """The first of the tokens beyond their limit, or else the one that is furthest off."""
+    """Return the first of the tokens beyond their limit, or else the one with the largest difference; None without any."""
     found = [token for token in tokens if token is not None]
     beyond = [token for token in found if token.above]
     return beyond[0] if beyond else max(found, key=lambda t: abs(t.rescored - t.behaviour), default=None)

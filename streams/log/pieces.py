@@ -1,4 +1,4 @@
-"""A stream's log in pieces: what an endless stream has done is written out and dropped, and joined when it is read.
+"""A stream's log in pieces: an endless stream writes them out and drops them; they are joined when they are read.
 
 `LogBuilder.cut` makes a LogPiece; a PieceSink takes it; `join_pieces` gives the StreamLog back, field for field. A token may
 be evicted long after its piece was written: a later piece then amends its expiry.
@@ -34,17 +34,18 @@ _REGIONS = "regions."
 
 
 class PieceSink(Protocol):
-    """Where the pieces of one stream go, in order, from between two engine steps: other streams wait meanwhile."""
+    """Receives the pieces of one stream, in order, between two engine steps; other streams wait meanwhile."""
 
     def write(self, piece: LogPiece) -> None:
-        """Raises OSError if it cannot keep the piece; that ends the stream, and no other."""
+        """Write a piece. Raises OSError if it cannot; that ends this stream and no other."""
 
 
 def join_pieces(pieces: Iterable[LogPiece], *, prefix: bool = False) -> StreamLog:
-    """The log of the stream that these pieces are of. prefix: also of one that has not finished, as far as it came.
+    """Return the log that these pieces make up.
 
+    prefix: accept a stream that has not finished, and return it as far as it has come.
     Raises ValueError, with the stream and the piece, if one is missing, out of order, of another stream, or contradicts
-    what came before it.
+    an earlier one.
     """
     read: list[LogPiece] = []
     length = 0
@@ -69,7 +70,7 @@ def join_pieces(pieces: Iterable[LogPiece], *, prefix: bool = False) -> StreamLo
         _amend(columns["expiry"], piece)
     regions = [piece.regions for piece in read if piece.regions is not None]
     if len(regions) not in (0, len(read)):
-        raise ValueError(f"stream {header.stream_id}: some of its pieces say where its tokens stand, others do not")
+        raise ValueError(f"stream {header.stream_id}: some of its pieces have regions, others do not")
     return StreamLog(
         header=header,
         chunks=tuple(chunk for piece in read for chunk in piece.chunks),
@@ -110,7 +111,7 @@ def _amend(expiry: np.ndarray, piece: LogPiece) -> None:
 
 
 class PieceFolder:
-    """A PieceSink of one file a piece. Written under another name first: a file that is there is whole."""
+    """A PieceSink with one file per piece. A file is written under another name first: one that exists is complete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -132,7 +133,7 @@ class PieceFolder:
 
 
 def read_pieces(folder: Path) -> Iterator[LogPiece]:
-    """The pieces in a PieceFolder, one by one. Raises ValueError that names a file which is missing or broken."""
+    """Yield the pieces in a PieceFolder. Raises ValueError that names a file which is missing or broken."""
     found = sorted(folder.glob(_name("*")))
     if not found:
         raise ValueError(f"{folder} holds no piece of a log")
@@ -190,7 +191,7 @@ def _unpack(data: bytes) -> LogPiece:
 
 
 def _tuples(words: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where our records have tuples."""
+    """Convert the lists of JSON to the tuples of our records."""
     return {name: _tuple(value) for name, value in words.items()}
 
 

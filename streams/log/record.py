@@ -1,8 +1,12 @@
 """StreamLog: the record of what was done to one stream, token by token, in append order.
 
 It is the only thing the learner trains from, and the one contract between rollout and learner.
-Invariants (asserted by LogBuilder): tokens are only appended; `expiry` is never raised and is lowered only to the
-start of a segment that has not begun; turns, segments never decrease; `behaviour_logp` is NaN unless `sampled`.
+
+Invariants (asserted by LogBuilder):
+* tokens are only appended;
+* `expiry` is never raised, and is lowered only to the start of a segment that has not begun;
+* turns and segments never decrease;
+* `behaviour_logp` is NaN unless `sampled`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from streams.log.columns import Spec
 from streams.positions.regions import RegionLog
 
 NEVER = np.iinfo(np.int32).max
-"""The expiry of a token that stays visible for ever."""
+"""The expiry of a token that is never evicted."""
 
 
 class Kind(IntEnum):
@@ -41,11 +45,17 @@ GENERATED = (*GENERATED_TEXT, Kind.END)
 class ChunkRecord:
     """One chunk of video as it was appended.
 
-    frame_times: seconds on the video's clock. grid: merged (t, h, w) tokens of the whole chunk. keep: indices of the
-    kept tokens in the full grid, None = all. feature: key of the clip whose features were embedded, with the weight
-    version that encoded them (None when tower and mergers are frozen: every version encodes alike). patch_times: seconds
-    from the start of the stream to each of the t temporal patches (the mean of its frames), for layouts that write time as
-    text.
+    Attributes:
+        turn: the turn that it was appended in.
+        video: path of the video.
+        frame_times: seconds on the video's clock.
+        grid: merged (t, h, w) tokens of the whole chunk.
+        feature: key of the clip whose features were embedded.
+        feature_version: the weight version that encoded them; None if tower and mergers are frozen, so that every
+            version encodes alike.
+        keep: indices of the kept tokens in the full grid; None = all.
+        patch_times: seconds from the start of the stream to each of the t temporal patches (the mean of its frames),
+            for layouts that write time as text.
     """
 
     turn: int
@@ -65,7 +75,7 @@ class ChunkRecord:
 
 @dataclass(frozen=True)
 class LogHeader:
-    """What the log's numbers depend on. `score_temperature` is what every scorer divides the logits by."""
+    """What the numbers of a log depend on. Every scorer divides the logits by `score_temperature`."""
 
     stream_id: str
     task_id: str
@@ -80,12 +90,12 @@ class LogHeader:
 
     @property
     def trainable(self) -> bool:
-        """Greedy streams are scored at temperature 1 but never trained: nothing was sampled at that temperature."""
+        """False for greedy streams: they are scored at temperature 1, at which nothing was sampled."""
         return self.temperature == self.score_temperature
 
     @property
     def memory(self) -> str:
-        """The policy's name for people: one of the user's own by its class; with the positions, unless they are native."""
+        """The policy's name for people: a user's policy by its class; with the positions unless they are native."""
         knobs = dict(self.policy_knobs)
         name = str(knobs.get("target", self.policy))
         return f"{name} ({knobs['positions']})" if "positions" in knobs else name
@@ -95,9 +105,17 @@ class LogHeader:
 class StreamLog:
     """A finished log of L tokens.
 
-    ids int32 [L]; kind, lane int8 [L]; turn, segment int32 [L]; positions int32 [3, L] (temporal, height, width);
-    expiry int32 [L]; sampled, target bool [L]; behaviour_logp float64 [L]; version int32 [L].
-    regions: of a stream with contiguous positions; `positions` are the native ones of every stream.
+    Attributes:
+        ids: int32 [L].
+        kind, lane: int8 [L].
+        turn, segment: int32 [L].
+        positions: int32 [3, L] (temporal, height, width), the native ones in every stream.
+        expiry: int32 [L], the first log index whose token can no longer attend to this one; NEVER if there is none.
+        sampled, target: bool [L], whether a token was sampled, and whether it is trained on.
+        behaviour_logp: float64 [L], the log-prob that it was sampled with, in nats.
+        version: int32 [L], the weights that computed it.
+        chunks: the video, chunk by chunk.
+        regions: moves and offsets, for a stream with contiguous positions.
     """
 
     header: LogHeader
@@ -169,4 +187,4 @@ _COLUMNS: Spec = {
 
 
 BYTES_PER_TOKEN = sum(dtype.itemsize for dtype in _COLUMNS.values())
-"""What one token costs in a StreamLog: its columns and three position ids."""
+"""Bytes of one token in a StreamLog: its columns and three position ids."""

@@ -1,7 +1,8 @@
 """Memory policies: which tokens of a stream expire when the next turn starts.
 
-`policy` says what a policy is; one module per family of policies; `config` is the Hydra side. Invariant:
-light: no torch, the driver imports it.
+`policy` defines what a policy is, one module per family of policies implements it, `config` is the Hydra side.
+
+Invariant: importing it loads no torch; the driver does.
 """
 
 from streams.layout.lanes import Lanes

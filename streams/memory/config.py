@@ -1,9 +1,12 @@
 """`memory=NAME` of the Hydra config: which policy, with which knobs; or a user's own.
 
-A policy's knobs are the parameters of its constructor, named as the fields of MemoryConfig. Invariants: what
-cannot work is refused when the config is made, by its key, and so is a policy of the user's that is named but not chosen; a
-knob that the policy does not take is ignored, and `notes` says so (a preset's knob may outlive a change of policy on the
-command line).
+A policy's knobs are the parameters of its constructor, named as the fields of MemoryConfig.
+
+Invariants:
+* what cannot work is refused by its key when the config is made;
+* so is a user's policy that is named but not chosen;
+* a knob that the policy does not take is ignored, and `notes` reports it: a preset's knob may outlive a change of policy
+  on the command line.
 """
 
 from __future__ import annotations
@@ -97,7 +100,7 @@ class MemoryConfig:
         return ("target", "args") if self.name == CUSTOM else tuple(inspect.signature(POLICIES[self.name]).parameters)
 
     def notes(self) -> list[str]:
-        """What is set and not taken: printed at start."""
+        """Return what is set but not taken by the policy; printed at start."""
         idle = [
             f"memory.{f.name}={getattr(self, f.name)}"
             for f in fields(self)
@@ -107,23 +110,23 @@ class MemoryConfig:
         return [f"note: memory.name={self.name} does not take {', '.join(idle)}"] if idle else []
 
     def recent(self) -> MemoryConfig:
-        """The baseline beside this memory: only the latest turns, as many as its video stays for."""
+        """Return the baseline to compare with: only the latest turns, as many as this policy keeps video of."""
         own = make_policy(self).window
         return MemoryConfig("recent_frames", self.window if own is None else max(1, int(own)))
 
     @property
     def words(self) -> str:
-        """Name and what stays, for people."""
+        """The name and what stays, for people."""
         name = self.name if self.name != CUSTOM else f"{self.target}({_listed(self.args)})"
         positions = "" if self.positions == NATIVE else f"{self.positions} positions"
         return ", ".join(filter(None, (name, make_policy(self).words, positions)))
 
 
 def check_args_taken(config: MemoryConfig) -> None:
-    """Refuse arguments for a policy that takes none.
+    """Raise ValueError for arguments of a policy that takes none.
 
-    Asked once a checkpoint's settings are in: a single argument may be overridden where the checkpoint brings the policy.
-    Raises ValueError.
+    Called once a checkpoint's settings are applied: where the checkpoint brings the policy, the command line may override
+    single arguments.
     """
     if config.name != CUSTOM and config.args:
         raise ValueError(
@@ -133,7 +136,7 @@ def check_args_taken(config: MemoryConfig) -> None:
 
 
 def make_policy(config: MemoryConfig) -> MemoryPolicy:
-    """The policy of one stream. Raises ValueError, with the config key, for what cannot work."""
+    """Return the policy of one stream. Raises ValueError, with the config key, for what cannot work."""
     policy = _construct(config)
     if config.positions == CONTIGUOUS:
         check_contiguous(policy, config.name)
@@ -158,7 +161,7 @@ def _construct(config: MemoryConfig) -> MemoryPolicy:
 
 
 def _check_own(policy: MemoryPolicy, target: str) -> None:
-    """Raises ValueError if what is read of a user's policy is not of its type."""
+    """Raise ValueError if an attribute that is read of a user's policy has the wrong type."""
     for name, kinds, what in (
         ("window", Real | None, "a number of turns or None"),
         ("text_window", Real | None, "a number of turns or None"),
@@ -174,7 +177,7 @@ def _check_own(policy: MemoryPolicy, target: str) -> None:
 
 
 def knobs(config: MemoryConfig) -> tuple[tuple[str, int | float | str], ...]:
-    """The policy's settings as they are written into a log header."""
+    """Return the policy's settings as a log header has them."""
     positions = () if config.positions == NATIVE else (("positions", config.positions),)
     if config.name == CUSTOM:
         return (("target", config.target), ("args", json.dumps(config.args, sort_keys=True)), *positions)

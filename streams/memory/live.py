@@ -1,7 +1,10 @@
-"""What a stream remembers of itself between turns: its live tokens, and a few numbers for every turn.
+"""What a stream keeps between turns: its live tokens, and a few numbers for every turn.
 
-The writer keeps both beside the log, so that an eviction reads what is live and never the whole log.
-Invariants: live tokens stand in log order; the numbers of a turn are written when it starts (closed_in: when it closes).
+The writer keeps both beside the log, so that an eviction reads the live tokens and never the whole log.
+
+Invariants:
+* live tokens are in log order;
+* the numbers of a turn are written when it starts (`closed_in`: when its query closes).
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ _LIVE: Spec = {
 
 
 class LiveSet:
-    """The tokens that a next one may attend to (its lane permitting). Columns as in LiveTokens, `lane`, and
-    `position`: the first of a token's three native position ids, as they stand on a line.
+    """The tokens that the next one may attend to, its lane permitting.
+
+    Columns are those of LiveTokens, `lane`, and `position`: the smallest of a token's three native position ids.
     """
 
     def __init__(self) -> None:
@@ -52,7 +56,10 @@ class LiveSet:
         ordinal: int = -1,
         lane: int = 0,
     ) -> None:
-        """The tokens logged at `at`, of one kind; positions int [3, n]; ordinal: of a single token of generated text."""
+        """Add the tokens logged at `at`, of one kind. positions: int [3, n].
+
+        ordinal: place among the stream's generated text, for a single token of it; -1 otherwise.
+        """
         index = np.arange(at.start, at.stop)
         position = positions.min(axis=0)
         self._columns.append(
@@ -60,11 +67,11 @@ class LiveSet:
         )
 
     def tokens(self) -> LiveTokens:
-        """As a policy sees them."""
+        """Return them as a policy sees them."""
         return LiveTokens(*(self.column(name) for name in ("kind", "turn", "ids", "index", "ordinal")))
 
     def drop(self, leaving: np.ndarray) -> np.ndarray:
-        """Let go where `leaving`, bool [n]; returns the log indices."""
+        """Drop the tokens where `leaving`, bool [n]. Returns their log indices."""
         left = self.column("index")[leaving]
         if len(left):
             self._columns.keep(~leaving)
@@ -75,7 +82,7 @@ _TURNS: Spec = {name: np.dtype(np.int64) for name in ("video_turns", "generated"
 
 
 class TurnHistory:
-    """The numbers of every turn that policies may ask for, as TurnStart has them: 24 bytes a turn."""
+    """The numbers of every turn that a TurnStart gives to policies: 24 bytes a turn."""
 
     def __init__(self) -> None:
         self._columns = Columns(_TURNS)
@@ -87,7 +94,7 @@ class TurnHistory:
         return self._columns.nbytes
 
     def begin(self, *, has_video: bool, video_tokens: int, generated: int) -> TurnStart:
-        """The next turn starts; generated: text tokens of the turns before it."""
+        """Start the next turn. generated: generated text tokens of the turns before it."""
         turn = len(self._columns)
         self._columns.append(1, video_turns=self._video_turns, generated=generated, closed_in=NEVER)
         self._video_turns += has_video
@@ -97,7 +104,7 @@ class TurnHistory:
         )
 
     def ask(self, until: int | None) -> None:
-        """The latest turn brings a query, closed by turn `until`, or (None) by a response."""
+        """Record that the latest turn has a query, closed in turn `until` or (None) by a response."""
         turn = len(self._columns) - 1
         if until is None:
             self._open.append(turn)
@@ -105,7 +112,7 @@ class TurnHistory:
             self._columns.write("closed_in", np.array([turn]), until)
 
     def answered(self) -> None:
-        """The latest turn responded: that closes every query which waits for a response."""
+        """Record that the latest turn responded, which closes every query that waits for a response."""
         if self._open:
             self._columns.write("closed_in", np.array(self._open), len(self._columns) - 1)
             self._open.clear()

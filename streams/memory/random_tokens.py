@@ -1,6 +1,6 @@
-"""random: any token may leave at any turn, by luck. For tests: whatever leaves, the learner must score it exactly.
+"""random: any token may be evicted at any turn. For tests: the learner must score exactly, whatever is evicted.
 
-Invariant: the draws depend on the seed, the turn and the token's place in the log, on nothing else.
+Invariant: the draws depend on the seed, the turn and the token's log index, on nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
 
 
 class RandomTokens(MemoryPolicy):
-    """At every turn each live token leaves with probability `rate`, of whatever kind."""
+    """At every turn each live token, of any kind, is evicted with probability `rate`."""
 
     def __init__(self, seed: int, rate: float) -> None:
         self.seed, self.rate = seed, rate

@@ -1,8 +1,10 @@
-"""sink_window: recent turns, and of older generated text its beginning and its end.
+"""sink_window: recent turns, and the beginning and the end of older generated text.
 
-Sources: StreamingLLM (arXiv 2309.17453) and StreamingVLM (arXiv 2510.09608), whose inference keeps 16
-vision turns, 16 text turns, 512 sink and 512 tail tokens. With native positions survivors keep those that they were
-rotated with; with contiguous ones, as in StreamingVLM, they are re-indexed once per turn, by the regions named here.
+With native positions, kept tokens keep the positions that they were rotated with. With contiguous ones, as in StreamingVLM,
+they are re-indexed once per turn, by the regions that `regions` returns.
+
+Sources: StreamingLLM (arXiv 2309.17453) and StreamingVLM (arXiv 2510.09608), whose inference keeps 16 vision turns, 16 text
+turns, 512 sink and 512 tail tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from streams.positions.regions import Region
 
 
 class SinkWindow(MemoryPolicy):
-    """Video of the last `window` video turns and text of the last `text_window` turns; of the text that the model generated
-    before those, the stream's first `sink_tokens` for ever and the last `tail_tokens`.
+    """Video of the last `window` video turns, text of the last `text_window` turns; of generated text before those, the
+    stream's first `sink_tokens` and the last `tail_tokens`.
     """
 
     def __init__(self, window: int, text_window: int, sink_tokens: int, tail_tokens: int) -> None:
@@ -36,7 +38,7 @@ class SinkWindow(MemoryPolicy):
 
     def regions(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
         region = np.full(len(live), Region.RETAINED, np.int8)
-        # Turns up to the latest one whose video has left; later ones without video wait for the video before them.
+        # Turns up to the latest one whose video was evicted. A later turn without video waits for the video before it.
         shown = start.video_turns[start.turn] + start.has_video
         region[start.video_turns[live.turn] < shown - self.window] = Region.TEXT
         old = live.turn <= start.turn - self.text_window
@@ -47,7 +49,7 @@ class SinkWindow(MemoryPolicy):
         return region
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
-        # A turn that leaves the text window pushes at most its own number of tokens out of the tail.
+        # A turn that falls out of the text window pushes at most its own number of tokens out of the tail.
         text = per_turn - video_per_turn
         kept = (min(turns, self.text_window) + 1) * text + self.sink_tokens + self.tail_tokens
         return fixed + min(kept, turns * text) + min(turns, self.window + 1) * video_per_turn

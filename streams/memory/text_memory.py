@@ -1,7 +1,8 @@
-"""text_memory: the current chunk, and in text what was asked, thought and said before it.
+"""text_memory: the current chunk, and as text what was asked, thought and said before it.
 
-Source: VST (arXiv 2603.12262), which prompts anew at every clip with its memory of thoughts. Here that is
-one log in two lanes: lane 0 is the memory, lane 1 the turn that is being watched.
+One log in two lanes: lane 0 is the memory, lane 1 the turn that is being watched.
+
+Source: VST (arXiv 2603.12262), which prompts anew at every clip with its memory of thoughts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ STAYS = (Kind.SYSTEM, Kind.QUERY, Kind.MEMORY)
 
 
 class TextMemory(MemoryPolicy):
-    """Of a turn only its query and the copy of its thought and answer outlive it."""
+    """Evict everything of a turn except its query and the copy of its thought and answer."""
 
     lanes = Lanes.MEMORY
 
@@ -24,7 +25,7 @@ class TextMemory(MemoryPolicy):
         return ~np.isin(live.kind, STAYS)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
-        # Slots of the turn that leaves are freed after the forward of the one that comes.
+        # Slots of an evicted turn are freed after the forward of the next one.
         return fixed + min(turns, 2) * per_turn
 
     @property

@@ -1,6 +1,6 @@
 """visual_budget: as many of the latest chunks as fit into a number of video tokens.
 
-For chunks of uneven size, where a window of turns would bound no memory. Chunks leave whole, oldest first.
+For chunks of uneven size, where a window of turns would not bound memory. Chunks are evicted whole, oldest first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class VisualBudget(MemoryPolicy):
                 f"memory.video_tokens={self.video_tokens} cannot hold one chunk of {video_per_turn} video tokens: raise it, "
                 "or lower data.video.max_pixels or data.video.frames_per_chunk"
             )
-        # What leaves goes after the forward that replaces it: the budget, and the chunk that comes.
+        # Evicted slots are freed after the next forward: the budget, and the chunk that comes.
         video = min(turns * video_per_turn, self.video_tokens + video_per_turn)
         return fixed + turns * (per_turn - video_per_turn) + video
 

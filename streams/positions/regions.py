@@ -1,10 +1,14 @@
-"""Regions: where the live tokens of a contiguous stream stand, so that their positions never leave the window's length.
+"""Regions: the positions of a contiguous stream's live tokens, which stay within the length of what is in memory.
 
-Pure numpy. Every token starts in RETAINED, at its native position ids; at the start of a turn it may move
-to an earlier region, where it stands at the next free coordinate (one number, for text). Laid out one after the other, the
-regions give every live key its position; a token leaves no gap behind unless others of its region stand on both sides of
-it. Invariants: inside a region relative positions never change; so one integer offset per turn and region turns a query at
-its native position into one that sees that region's keys at their coordinates; RETAINED's offset is 0.
+Pure numpy. Every token starts in RETAINED, at its native position ids. At the start of a turn it may move to an earlier
+region, where it gets the next free coordinate (one number: only text moves). The regions are laid out one after the other,
+which gives every live key its position. An evicted token leaves a gap only if its region has tokens on both sides of it.
+
+Invariants:
+* inside a region, relative positions never change;
+* so one integer offset per turn and region, added to a query's native position, gives the query the right distance to
+  every key of that region;
+* the offset of RETAINED is 0.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import numpy as np
 
 
 class Region(IntEnum):
-    """In layout order. A token only ever moves towards the front."""
+    """The regions in layout order. A token only moves towards the front."""
 
     SYSTEM = 0
     PINNED = 1
@@ -28,17 +32,22 @@ class Region(IntEnum):
 
 
 STATIC = tuple(Region)[: Region.RETAINED]
-"""The regions that tokens move to."""
+"""The regions that tokens move to; their keys have coordinates."""
 _UNTURNED = np.iinfo(np.int64).min
+"""Position of a key that has not been rotated at a coordinate yet: it differs from every real one."""
 
 
 @dataclass(frozen=True)
 class RegionLog:
-    """What a StreamLog holds of a contiguous stream besides its native positions: M moves, and offsets of T turns.
+    """The part of a StreamLog that a contiguous stream adds to native positions: M moves, and offsets of T turns.
 
-    token, entry int32 [M]: log index of the token, and the segment start at which it enters; it is there until its next
-    entry or its expiry. region int8 [M]; coordinate int32 [M]. offsets int32 [T, 5]: what a query of that turn adds to its
-    native position ids to see the keys of that region at their coordinates (0 where the region is empty).
+    Attributes:
+        token: int32 [M], log index of the token that moves.
+        region: int8 [M], the region that it enters.
+        coordinate: int32 [M], its place there.
+        entry: int32 [M], the segment start at which it enters; it stays until its next entry or its expiry.
+        offsets: int32 [T, 5], what a query of that turn adds to its native position ids to see the keys of that region
+            at their coordinates (0 where the region is empty).
     """
 
     token: np.ndarray
@@ -53,17 +62,20 @@ class RegionLog:
 
     @classmethod
     def join(cls, parts: Sequence[RegionLog]) -> RegionLog:
-        """Of one stream, from what it said piece by piece."""
+        """Concatenate the RegionLogs of one stream's consecutive pieces."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 @dataclass
 class RegionBook:
-    """Keeps the regions of one stream, turn by turn. The first arrays are aligned with the stream's live tokens as they were
-    when the running turn started: what has been appended since is RETAINED.
+    """The regions of one stream, turn by turn.
 
-    turned: of the running turn, log indices of the live keys that stand elsewhere than in the turn before, and where they
-    now stand, in the frame in which RETAINED keys and queries stand at their native positions (only distances matter).
+    `_region`, `_coordinate` and `_position` are aligned with the live tokens as they were when the running turn started;
+    tokens that have been appended since are RETAINED.
+
+    Attributes:
+        turned: (log indices, new positions) of the live keys whose position changed since the previous turn. Positions
+            are relative: RETAINED keys and queries keep their native ones, so only distances are meaningful.
     """
 
     turned: tuple[np.ndarray, np.ndarray] = field(
@@ -77,12 +89,12 @@ class RegionBook:
 
     @property
     def nbytes(self) -> int:
-        """Of the live tokens' arrays, and of what `log` would say."""
+        """Bytes of the arrays of live tokens, and of what `log` would return."""
         arrays = (self._region, self._coordinate, self._position, *self.turned, *self._moves, *self._offsets)
         return sum(array.nbytes for array in arrays)
 
     def leave(self, stays: np.ndarray) -> np.ndarray:
-        """Forget what leaves; stays bool over the live tokens. Returns the regions of those that stay."""
+        """Drop evicted tokens; `stays` is bool over the live tokens. Returns the regions of those that stay."""
         new = len(stays) - len(self._region)
         self._region = np.append(self._region, np.full(new, Region.RETAINED, np.int8))[stays]
         self._coordinate = np.append(self._coordinate, np.zeros(new, np.int64))[stays]
@@ -90,10 +102,14 @@ class RegionBook:
         return self._region
 
     def move(self, live: np.ndarray, region: np.ndarray, entry: int) -> None:
-        """live int64 [n]: log indices of what stays; region int8 [n]: where each is from log index `entry` on."""
+        """Move tokens between regions and log the moves.
+
+        live: int64 [n], log indices of the live tokens. region: int8 [n], the region of each from log index `entry` on.
+        """
         moving = region != self._region
         for r in STATIC:
             there, coming = (region == r) & ~moving, (region == r) & moving
+            # Behind the last token that stays, so that coordinates keep the order in which tokens entered.
             first = self._coordinate[there].max(initial=-1) + 1
             self._coordinate[coming] = np.arange(first, first + coming.sum())
         self._region = region.copy()
@@ -103,11 +119,13 @@ class RegionBook:
             self._moves.append(np.stack(moved).astype(np.int32))
 
     def settle(self, live: np.ndarray, native: np.ndarray) -> None:
-        """Lay the regions out for the turn, once its prefill is there: live, native int64 [n], log indices of the live tokens
-        and their native positions.
+        """Lay out the regions for the running turn. Called once its prefill has been appended.
+
+        live, native: int64 [n], log indices of the live tokens and their native positions.
         """
         region = np.append(self._region, np.full(len(live) - len(self._region), Region.RETAINED, np.int8))
         first_native = native[np.flatnonzero(region == Region.RETAINED)[0]]
+        # Region r covers [base, base + its extent) of the layout; its first live key, at coordinate `first`, is at base.
         first, base, extent = np.zeros(5, np.int64), np.zeros(5, np.int64), 0
         for r in STATIC:
             here = self._coordinate[self._region == r]
@@ -116,23 +134,26 @@ class RegionBook:
                 first[r] = here.min()
                 extent += int(here.max()) + 1 - int(here.min())
         filled = np.isin(np.arange(5), self._region)
+        # A query at native position p is at extent + (p - first_native) of the layout, a key with coordinate c of region r
+        # at base[r] + (c - first[r]). Their distance is p + offset - c with this offset, so keys need no new coordinate.
         offsets = np.where(filled, extent - first_native - base + first, 0)
         self._offsets.append(offsets.astype(np.int32)[None])
         static = np.flatnonzero(self._region != Region.RETAINED)
+        # The same distances, seen from queries at their native positions: keys are rotated at c - offset.
         position = self._coordinate[static] - offsets[self._region[static]]
         changed = position != self._position[static]
         self._position[static] = position
         self.turned = live[static[changed]], position[changed]
 
     def cut(self) -> RegionLog:
-        """What happened since this was asked last, to be handed out and forgotten."""
+        """Return what happened since the previous cut, and forget it."""
         said = self.log()
         self._moves.clear()
         self._offsets.clear()
         return said
 
     def log(self) -> RegionLog:
-        """What is held."""
+        """Return the moves and offsets since the previous cut."""
         moves = np.concatenate([np.zeros((4, 0), np.int32), *self._moves], axis=1)
         offsets = np.concatenate([np.zeros((0, 5), np.int32), *self._offsets])
         return RegionLog(moves[0], moves[1].astype(np.int8), moves[2], moves[3], offsets)

@@ -1,9 +1,12 @@
-"""M-RoPE outside of the model, for streams whose keys move: keys and queries are rotated by the plan, not by transformers.
+"""M-RoPE outside of the model, for streams whose keys move: the attention plan rotates keys and queries.
 
-The model itself rotates such rows by position 0, that is not at all but for its `attention_scaling`, which
-it applies there; so these tables carry no scaling. Invariants: angles are computed in float64 from the checkpoint's own
-frequencies and cast at the end, so that equal distances give equal angles however far a stream has gone; a row of position
-ids (temporal, height, width) turns the same frequencies as in the model.
+For these rows the model is given position 0, which leaves queries and keys unrotated but still applies
+`attention_scaling`. These tables therefore must not apply it again.
+
+Invariants:
+* angles are computed in float64 from the checkpoint's own frequencies and cast at the end, so that equal distances give
+  equal angles however long a stream is;
+* each of the three position ids (temporal, height, width) turns the same frequencies as in the model.
 """
 
 from __future__ import annotations
@@ -17,8 +20,13 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class Rotary:
-    """inv_freq [D / 2] and parameters (`mrope_section`, `rope_type`) as the text model has them. interleaved: whether the
-    three axes take turns among the frequencies (Qwen3-VL), or each has its own range of them (Qwen2.5-VL).
+    """The rotation tables of one text model.
+
+    Args:
+        inv_freq: float [D / 2], as the text model has them.
+        parameters: the model's rope parameters (`mrope_section`, `rope_type`).
+        interleaved: True if the three axes alternate over the frequencies (Qwen3-VL), False if each has a range of its
+            own (Qwen2.5-VL).
     """
 
     def __init__(self, inv_freq: torch.Tensor, parameters: dict[str, Any], *, interleaved: bool) -> None:
@@ -41,7 +49,7 @@ class Rotary:
         self._axis = axis
 
     def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> Tables:
-        """Of positions int [3, ...] -> [..., D] in that dtype."""
+        """Return cos and sin [..., D] in that dtype for positions int [3, ...]."""
         device = positions.device
         by_axis = positions.movedim(0, -1).to(torch.float64)
         angles = by_axis[..., self._axis.to(device)] * self._inv_freq.to(device)
@@ -50,7 +58,7 @@ class Rotary:
 
 
 def rotated(x: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """x [..., D] rotated; the tables broadcast against it."""
+    """Rotate x [..., D]; the tables broadcast against it."""
     cos, sin = tables
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

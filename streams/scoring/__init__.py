@@ -1,4 +1,4 @@
 """Scoring: log-probs of a log's tokens under the log's own mask.
 
-Used by learner, worker monitor, evaluation and tests; knows no DeepSpeed and no optimiser.
+Used by learner, worker monitor, evaluation and tests. Imports neither DeepSpeed nor an optimiser.
 """

@@ -1,9 +1,12 @@
-"""The block-sparse form of the attention mask, from expiry and lane alone: what a kernel skips, what it need not mask.
+"""The block-sparse form of the attention mask, computed from expiry and lane: which blocks a kernel skips or need not mask.
 
-Plain numpy on the host. Per (block of keys, lane) the latest expiry, per (block of queries, lane) the
-first index: of two blocks that do not overlap in time all keys precede all queries, so the key that lives longest and the
-query that comes first decide for every pair. Invariants: equal, block for block, to FlexAttention's `create_block_mask` on
-the predicate, for any expiry and lane; O(L + blocks^2) a lane, where evaluating the predicate is O(L^2).
+Plain numpy on the host. It takes the latest expiry per (block of keys, lane) and the first index per (block of queries,
+lane). In two blocks that do not overlap in time all keys precede all queries, so the key with the latest expiry and the
+first query decide whether any pair is visible.
+
+Invariants:
+* equal, block for block, to FlexAttention's `create_block_mask` on the predicate, for any expiry and lane;
+* O(L + blocks^2) per lane, where evaluating the predicate is O(L^2).
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class BlockLists:
-    """What FlexAttention's BlockMask holds, by the same names: int32, per query block (`kv_`) the key blocks that it visits,
-    per key block (`q_`) the query blocks that visit it; counts [1, 1, n], indices [1, 1, n, m] with the visited ones first.
+    """The arrays of FlexAttention's BlockMask, by the same names, int32.
+
+    `kv_*`: per query block, the key blocks that it visits. `q_*`: per key block, the query blocks that visit it. Counts are
+    [1, 1, n]; indices are [1, 1, n, m] with the visited ones first. `full_*` blocks need no masking.
     """
 
     kv_num_blocks: np.ndarray
@@ -33,14 +38,14 @@ class BlockLists:
 
 
 def visible_blocks(expiry: np.ndarray, lane: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """(partial, full) bool [n, n] of a row of tokens; [query block, key block]. expiry, lane: int [L].
+    """Return (partial, full), bool [n, n] as [query block, key block], of a row of tokens. expiry, lane: int [L].
 
-    Full: every pair is visible (a block that the row's end cuts never is). Partial: some pair is, and not every one.
+    Full: every pair is visible (never so in a block that the row's end cuts). Partial: some pairs are, but not all.
     """
     length = len(expiry)
     count = -(-length // block)
     index = np.arange(count * block, dtype=np.int64).reshape(count, block)
-    # Behind the row's end stand keys that have expired before the first query, in a lane of their own.
+    # The last block is filled up with keys that expire before the first query, in a lane of their own.
     until, lanes = np.zeros_like(index), np.full_like(index, -1)
     until.flat[:length] = np.clip(expiry, 0, length)
     lanes.flat[:length] = lane
@@ -48,13 +53,15 @@ def visible_blocks(expiry: np.ndarray, lane: np.ndarray, block: int = BLOCK) -> 
     latest = np.zeros(count, np.int64)
     for value in range(int(lane.min()), int(lane.max()) + 1):
         mine = lanes == value
-        # A query of this lane also attends to the lanes before it.
+        # Cumulative over lanes: a query of this lane also attends to the lanes before it.
         latest = np.maximum(latest, np.where(mine, until, 0).max(axis=1))
+        # Blocks without a query of this lane get an index beyond every expiry.
         first = np.where(mine, index, index.size).min(axis=1)
         some |= latest[None, :] > first[:, None]
     some = np.tril(some, -1)
-    # On the diagonal causality decides, too: if any query attends to a key there, then the key's own.
+    # On the diagonal causality matters, too. If any query there sees a key, then the query at the key's own index does.
     np.fill_diagonal(some, (until > index).any(axis=1))
+    # Every key outlives the block's last query, and every lane of the keys is admitted by every lane of the queries.
     outlives = until.min(axis=1)[None, :] > index[:, -1, None]
     admitted = lanes.max(axis=1)[None, :] <= lanes.min(axis=1)[:, None]
     full = np.tril(outlives & admitted, -1)
@@ -62,22 +69,24 @@ def visible_blocks(expiry: np.ndarray, lane: np.ndarray, block: int = BLOCK) -> 
 
 
 def block_lists(expiry: np.ndarray, lane: np.ndarray) -> BlockLists:
-    """Of a row of tokens; expiry, lane: int [L]."""
+    """Return the block lists of a row of tokens; expiry, lane: int [L]."""
     partial, full = visible_blocks(expiry, lane)
     found = [part for dense in (partial, full, partial.T, full.T) for part in _ordered(dense)]
     return BlockLists(*found)
 
 
 def interval_block_lists(queries: np.ndarray, keys: np.ndarray) -> BlockLists:
-    """Of queries int [3, N] (region, place, lane) against keys int [4, K] (region, entry, exit, lane), whole blocks of both.
+    """Return the block lists of stacked queries against keys that are visible for an interval; see `interval_block_mask`.
 
-    A partial block may turn out to hold no visible pair: it is found by the extremes of its intervals only.
+    queries: int [3, N] (region, place, lane). keys: int [4, K] (region, entry, exit, lane). N and K are whole blocks.
+    Partial blocks are found by the extremes of their intervals only, so one may contain no visible pair: the kernel then
+    masks all of it.
     """
     region, place, lane = queries.reshape(3, -1, 1, BLOCK)
     key_region, entry, leaves, key_lane = keys.reshape(4, 1, -1, BLOCK)
     low, high = (lambda t: t.min(axis=-1)), (lambda t: t.max(axis=-1))
     some = (low(region) <= high(key_region)) & (low(key_region) <= high(region)) & (low(key_lane) <= high(lane))
-    # A copy that nobody sees stretches no interval.
+    # Exclude copies that are never visible (entry >= exit): they must not widen the block's [min entry, max exit) range.
     never = entry >= leaves
     some &= (low(np.where(never, place.max() + 1, entry)) <= high(place)) & (
         low(place) < high(np.where(never, 0, leaves))
@@ -89,6 +98,6 @@ def interval_block_lists(queries: np.ndarray, keys: np.ndarray) -> BlockLists:
 
 
 def _ordered(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many of each row are True, and the columns: the True ones first, both kinds ascending."""
+    """Return how many of each row are True, and the columns: the True ones first, both kinds ascending."""
     columns = np.argsort(~dense, axis=1, kind="stable")
     return dense.sum(axis=1, dtype=np.int32)[None, None], columns.astype(np.int32)[None, None]

@@ -1,8 +1,11 @@
 """FlexAttention, compiled once for every shape that training meets.
 
-Invariants: where the compiler can run, nothing runs uncompiled in silence (`fullgraph`: hitting
-Dynamo's limit of recompilations raises); lengths are dynamic, so that the number of compilations depends on dtype, heads
-and whether gradients are on, not on data. `compile_count` counts them in this process.
+Invariants:
+* where the compiler can run, nothing falls back to uncompiled code in silence (with `fullgraph`, hitting Dynamo's limit
+  of recompilations raises);
+* lengths are dynamic, so that the number of compilations depends on dtype, heads and gradients, not on data.
+
+`compile_count` counts the compilations of this process.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ _counted = {"graphs": 0}
 
 
 def compile_count() -> int:
-    """Graphs compiled by this module's functions in this process."""
+    """Return the number of graphs that this module's functions have compiled in this process."""
     return _counted["graphs"]
 
 
 def can_compile(device: torch.device, dtype: torch.dtype, *, lse: bool = False) -> bool:
-    """Whether FlexAttention compiles for tensors like these, now; lse: it is to return the log-sum-exp, too.
+    """Return whether FlexAttention compiles for such tensors, gradients as they are now. lse: also with log-sum-exp.
 
     On CPU it is a forward without gradients and without log-sum-exp, and needs a C++ compiler and AVX2.
     """
@@ -43,12 +46,12 @@ def _has_avx2() -> bool:
 
 
 def _counting_inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Inductor behind a counter: Dynamo's own counters also count what other code compiles, and change with releases."""
+    """Count, then call Inductor. Dynamo's own counters include what other code compiles, and change with releases."""
     _counted["graphs"] += 1
     return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for all lengths at once."""
+    """Return `function` compiled for all lengths at once."""
     return torch.compile(function, backend=_counting_inductor, dynamic=True, fullgraph=True)

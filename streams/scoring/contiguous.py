@@ -1,10 +1,13 @@
-"""Attention of contiguous streams in one forward: every region's keys at static angles, the query turned for each of them.
+"""Attention of contiguous streams in one forward: keys at fixed angles, queries rotated anew for every region.
 
-A query sees a RETAINED key by both native positions, and a key of another region by that key's
-coordinate and its own native position plus its turn's offset for the region. The model itself rotates nothing (position 0).
-Invariants: same predicate as the plain mask, each token through one key at a time; on CPU one softmax over the scores of
-all regions, differentiable; FlexAttention takes the queries of all regions one after the other, each against its own
-region's blocks, and what it returns is merged by log-sum-exp: a query that sees nothing of a region weighs nothing.
+A RETAINED key and a query are rotated by their native positions. A key of another region is rotated by its coordinate, and
+the query by its native position plus its turn's offset for that region. The model itself rotates nothing (position 0).
+
+Invariants:
+* the predicate is that of the plain mask, and a query sees a token through one key only;
+* without FlexAttention there is one softmax over the scores of all regions, differentiable;
+* FlexAttention takes the queries of all regions stacked, each against the blocks of its own region, and the results are
+  merged by log-sum-exp: a region in which a query sees no key has weight 0.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from streams.scoring.packing import Rows
 
 
 def region_plan(rows: Rows, regions: RegionRows, backbone: Backbone, kind: str) -> AttentionPlan:
-    """`sdpa` (one dense softmax) or `flex` for packed rows of which some are of contiguous streams, on the model's device."""
+    """Return the plan, `sdpa` (one dense softmax) or `flex`, for packed rows with contiguous streams, on the model's device."""
     device = backbone.device
     there = regions.to(device)
     angles = _Angles.of(there, backbone.rotary, backbone.dtype)
@@ -37,7 +40,7 @@ def region_plan(rows: Rows, regions: RegionRows, backbone: Backbone, kind: str) 
 
 @dataclass(frozen=True)
 class _Angles:
-    """Tables of keys where they stood first and of copies; of queries for RETAINED and for each filled region."""
+    """Rotation tables: of keys at their native positions, of copies, and of queries for RETAINED and each filled region."""
 
     own: Tables
     copies: Tables
@@ -56,13 +59,13 @@ class _Angles:
     def keys(
         self, regions: RegionRows, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(keys, copies, values, values of copies) [R, H_kv, L or M, D]."""
+        """Return (keys, copies, values, values of copies), each [R, H_kv, L or M, D]."""
         index = regions.token[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         return rotated(k, self.own), rotated(k.gather(2, index), self.copies), v, v.gather(2, index)
 
 
 def _dense_mask(rows: Rows, regions: RegionRows) -> torch.Tensor:
-    """bool [R, 1, L, L + M]."""
+    """Return the mask bool [R, 1, L, L + M]: native keys, then copies."""
     at = torch.arange(rows.ids.shape[1], device=rows.ids.device)[:, None]
     lane = rows.lane.gather(1, regions.token)
     seen = (regions.entry[:, None] <= at) & (at < regions.exit[:, None]) & (lane[:, None] <= rows.lane[:, :, None])
@@ -71,7 +74,7 @@ def _dense_mask(rows: Rows, regions: RegionRows) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DenseRegionPlan:
-    """mask bool [R, 1, L, L + M]; on CPU the learner's plan, as SDPA returns no log-sum-exp to merge by."""
+    """One dense softmax over all regions; mask bool [R, 1, L, L + M]. SDPA returns no log-sum-exp to merge by."""
 
     angles: _Angles
     regions: RegionRows
@@ -83,6 +86,7 @@ class DenseRegionPlan:
         keys, copies, values, copied = self.angles.keys(self.regions, k, v)
         parts = [keys, *(copies[:, :, bounds[r] : bounds[r + 1]] for r in self.regions.filled)]
         both = torch.cat((values, copied), dim=2)
+        # Without a backward the scores of some queries at a time need not be kept.
         most = length if torch.is_grad_enabled() else max(1, REGION_SCORES // (rows * heads * both.shape[2]))
         some = [slice(start, start + most) for start in range(0, length, most)]
         out = torch.cat([self._attended(q, parts, both, scaling, queries) for queries in some], dim=2)
@@ -91,7 +95,7 @@ class DenseRegionPlan:
     def _attended(
         self, q: torch.Tensor, parts: list[torch.Tensor], values: torch.Tensor, scaling: float, some: slice
     ) -> torch.Tensor:
-        """Of `some` queries, against all keys, region by region; values [R, H_kv, L + M, D]."""
+        """Return the attention of the queries `some` over all keys, region by region; values [R, H_kv, L + M, D]."""
         q, mask = q[:, :, some], self.mask[:, :, some]
         rows, heads, length, dim = q.shape
         scores = [
@@ -108,7 +112,7 @@ class DenseRegionPlan:
 
 
 def region_block_mask(rows: Rows, regions: RegionRows, device: torch.device) -> BlockMask:
-    """Of the rows end to end: queries once per region (RETAINED first), keys and then copies. Built on the host."""
+    """Return the BlockMask of the rows end to end: queries once per region (RETAINED first), keys, then copies."""
     count, length = rows.ids.shape
     starts = torch.arange(count)[:, None] * length
     at, lane = torch.arange(count * length), rows.lane.cpu().flatten()
@@ -132,7 +136,7 @@ def region_block_mask(rows: Rows, regions: RegionRows, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class FlexRegionPlan:
-    """FlexAttention on CUDA; on CPU a forward only."""
+    """FlexAttention with the block mask of stacked queries. On CPU it has no backward."""
 
     angles: _Angles
     regions: RegionRows
@@ -155,12 +159,13 @@ class FlexRegionPlan:
         # [H, regions, R * L, D] and [H, regions, R * L]
         parts = out[0].unflatten(1, (-1, rows * length))
         lse = aux.lse[0].unflatten(1, (-1, rows * length))
-        # A query sees itself among RETAINED, so the sum is finite.
+        # The weight of a region is exp(lse), normalised. A query sees itself in RETAINED, so at least one lse is finite.
         weight = lse.softmax(dim=1)[..., None]
+        # The output of a query without a visible key in a region is undefined: 0 * NaN would be NaN.
         merged = (parts.masked_fill(lse.isneginf()[..., None], 0.0) * weight).sum(dim=1).to(q.dtype)
         return merged.transpose(0, 1).unflatten(0, (rows, length))
 
 
 def _end_to_end(tensor: torch.Tensor) -> torch.Tensor:
-    """[R, H, L, D] -> [1, H, R * L, D]."""
+    """Reshape [R, H, L, D] to [1, H, R * L, D]."""
     return tensor.transpose(0, 1).flatten(1, 2)[None]

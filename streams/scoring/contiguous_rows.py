@@ -1,8 +1,10 @@
-"""Packed rows of contiguous streams: for every move of a token into a region, one more key at its place there.
+"""Packed rows of contiguous streams: a copy of a token's key for every move into a region, at its coordinate there.
 
-Invariants: a token is seen through exactly one key by any query: at its native position until it
-moves for the first time, then through its copies, each from its entry to the next one or the token's expiry; row
-coordinates as in `packing`; logs with native positions have no copies and are rotated by the model.
+Invariants:
+* a query sees a token through exactly one key: the native one until the token's first move, then its copies, each from
+  its entry to the next entry or the token's expiry;
+* row coordinates are those of `packing`;
+* logs with native positions have no copies and are rotated by the model.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from streams.positions.regions import STATIC
 
 @dataclass(frozen=True)
 class RegionRows:
-    """R rows of L tokens with M copies each, region by region, padded with copies that nobody sees.
+    """R rows of L tokens with M copies each, region by region, padded with copies that are never visible.
 
-    own int64 [3, R, L]: position ids that the plan rotates a token by (0 where the model does it). offsets int64 [5, R, L]:
-    what a query adds to them for each region. token, coordinate, entry, exit int64 [R, M]: of a copy, where in the row its
-    token is, its place in the region, and the queries [entry, exit) that see it. bounds: copies of region r are those from
-    bounds[r] to bounds[r + 1], in every row.
+    Attributes:
+        own: int64 [3, R, L], position ids that the plan rotates a token by (0 where the model rotates it).
+        offsets: int64 [5, R, L], what a query adds to them for each region.
+        token: int64 [R, M], index in the row of a copy's token.
+        coordinate: int64 [R, M], a copy's place in its region.
+        entry, exit: int64 [R, M], the queries [entry, exit) that see a copy.
+        bounds: the copies of region r are those from bounds[r] to bounds[r + 1], in every row.
     """
 
     own: torch.Tensor
@@ -38,7 +43,7 @@ class RegionRows:
 
     @property
     def filled(self) -> tuple[int, ...]:
-        """Regions of which any row holds a copy."""
+        """Regions that have a copy in any row."""
         return tuple(int(r) for r in STATIC if self.bounds[r + 1] > self.bounds[r])
 
     def to(self, device: torch.device) -> RegionRows:
@@ -46,18 +51,18 @@ class RegionRows:
         return replace(self, **moved)
 
     def padded(self, tokens: int, multiple: int) -> RegionRows:
-        """With `tokens` more tokens at the end of each row, and copies to a multiple."""
+        """Return the rows with `tokens` more tokens at their ends, and copies padded to a multiple of `multiple`."""
         copies = self.token.shape[1]
         more = -copies % multiple
         wide: dict[str, Any] = {n: pad(getattr(self, n), (0, more)) for n in ("token", "coordinate", "entry", "exit")}
         own, offsets = (pad(t, (0, tokens)) for t in (self.own, self.offsets))
-        # To the last region that holds any: every filled one costs a set of queries.
+        # Added to the last region that has copies: a region that was empty would cost another set of queries.
         bounds = tuple(bound + more if bound == copies else bound for bound in self.bounds)
         return replace(self, own=own, offsets=offsets, **wide, bounds=bounds)
 
 
 def native_until(log: StreamLog) -> np.ndarray:
-    """int32 [L]: the first index whose query no longer sees a token where it stood at first."""
+    """Return int32 [L]: the first index whose query no longer sees a token at its native position."""
     until = log.expiry.copy()
     if log.regions is not None:
         np.minimum.at(until, log.regions.token, log.regions.entry)
@@ -65,13 +70,13 @@ def native_until(log: StreamLog) -> np.ndarray:
 
 
 def pack_regions(logs: list[StreamLog], rows: list[list[int]], length: int) -> RegionRows | None:
-    """Of logs packed as `packing.pack` does, into rows of `length` tokens; None if no log has regions."""
+    """Return the regions of logs packed by `packing.pack` into rows of `length` tokens; None if no log has regions."""
     members = [logs[i] for row in rows for i in row]
     if all(log.regions is None for log in members):
         return None
     own = np.zeros((3, len(rows), length), np.int64)
     offsets = np.zeros((len(STATIC), len(rows), length), np.int64)
-    # By region and row: pieces [4, n] of token, coordinate, entry, exit.
+    # copies[region][row]: arrays [4, n] of token, coordinate, entry, exit.
     copies: list[list[list[np.ndarray]]] = [[[] for _ in rows] for _ in STATIC]
     for r, row in enumerate(rows):
         at = 0
@@ -99,12 +104,13 @@ def pack_regions(logs: list[StreamLog], rows: list[list[int]], length: int) -> R
 
 
 def _copies(log: StreamLog, at: int) -> tuple[np.ndarray, np.ndarray]:
-    """(token, coordinate, entry, exit of every copy as int64 [4, n], its region [n]) for a log that begins at `at`."""
+    """Return (int64 [4, n]: token, coordinate, entry, exit of every copy; its region [n]) for a log that begins at `at`."""
     moves = log.regions
     assert moves is not None
     order = np.lexsort((moves.entry, moves.token))
     token, entry = moves.token[order].astype(np.int64), moves.entry[order].astype(np.int64)
     leaves = np.minimum(log.expiry[token].astype(np.int64), len(log))
+    # Sorted by token, then by entry: a copy ends where the next one of the same token begins.
     again = np.flatnonzero(token[1:] == token[:-1])
     leaves[again] = entry[again + 1]
     return np.stack([token + at, moves.coordinate[order], entry + at, leaves + at]), moves.region[order]

@@ -1,8 +1,9 @@
 """Log-probs at target positions: one forward over packed rows, then a chunked LM head.
 
-Invariants: logits exist only at target positions, `head_chunk` rows at a time; the ban list
-and the score temperature are applied before log-softmax, as in the engine; the predictor of a target is the log entry
-just before it.
+Invariants:
+* logits exist only at target positions, `head_chunk` of them at a time;
+* the ban list and the score temperature are applied before log-softmax, as in the engine;
+* the predictor of a target is the log entry just before it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from streams.scoring.packing import Rows, pack, plan_micro_batches
 
 @dataclass(frozen=True)
 class Scores:
-    """logp, entropy float [N] of the N targets of a Rows; entropy is over the allowed ids, in nats, without gradient."""
+    """Log-prob and entropy, float [N] in nats, of the N targets of a Rows. Entropy: over allowed ids, without gradient."""
 
     logp: torch.Tensor
     entropy: torch.Tensor
 
 
 def attention_plan(rows: Rows, kind: str, backbone: Backbone) -> AttentionPlan:
-    """`sdpa` (dense mask) or `flex` (block mask) for packed rows, which may still be on the host, on the model's device."""
+    """Return the plan, `sdpa` (dense mask) or `flex` (block mask), on the model's device; the rows may be on the host."""
     device = backbone.device
     if rows.regions is not None:
         return region_plan(rows, rows.regions, backbone, kind)
@@ -50,10 +51,11 @@ def score_rows(
     head_chunks: int = 0,
     attention: str = "sdpa",
 ) -> Scores:
-    """Scores of the rows' targets. `features` [M, F] are what the tower made of the video tokens, log by log.
+    """Return the scores of the rows' targets. Gradients flow into the backbone and `features` where they require them.
 
-    Gradients flow into the backbone and into `features` where they require them. head_chunks: how often the head is
-    called at least, on nothing if need be: ranks that share a model's parameters must call it equally often.
+    features: float [M, F] of the video tokens, log by log.
+    head_chunks: least number of calls of the head, on no targets if need be: ranks that share a model's parameters must
+    call it equally often.
     """
     if attention == "flex":
         rows = rows.padded(BLOCK, at_least=MIN_FLEX_TOKENS)
@@ -103,7 +105,7 @@ def behaviour_differences(
     head_chunk: int = 1024,
     attention: str = "sdpa",
 ) -> list[np.ndarray]:
-    """Re-scored minus behaviour log-prob of every sampled token, one float64 array per log.
+    """Return re-scored minus behaviour log-prob of every sampled token, one float64 array per log.
 
     features: per log [video tokens, F], as they were embedded. All logs must share one score temperature.
     """

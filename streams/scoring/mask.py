@@ -1,9 +1,13 @@
 """The learner's attention mask, built from stream logs: one predicate, as a dense mask and as a FlexAttention block mask.
 
 The predicate: visible(q, k) = k <= q < expiry[k] and lane[k] <= lane[q], in row coordinates.
-Invariants: in a packed row the expiry of a stream's tokens is capped at the stream's end, so that causality and expiry
-also keep streams apart; padding is a last stream of its own. FlexAttention sees the rows of a batch end to end as one row,
-by the same rule: one compiled kernel then serves any number of rows.
+
+Invariants:
+* in a packed row the expiry of a stream's tokens is capped at the stream's end, so that causality and expiry also keep
+  streams apart;
+* padding is a last stream of its own;
+* FlexAttention sees the rows of a batch end to end as one row, by the same rule, so that one compiled kernel serves any
+  number of rows.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ MIN_FLEX_TOKENS = 2 * BLOCK
 
 
 def dense_mask(expiry: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
-    """bool [R, 1, L, L] from expiry int [R, L] (row coordinates, capped) and lane int [R, L]; [.., q, k]."""
+    """Return the mask bool [R, 1, L, L], as [.., q, k]. expiry: int [R, L], row coordinates, capped; lane: int [R, L]."""
     length = expiry.shape[-1]
     index = torch.arange(length, device=expiry.device)
     causal = index[None, :] <= index[:, None]
@@ -37,7 +41,7 @@ def dense_mask(expiry: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
 def mask_mod(
     expiry: torch.Tensor, lane: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The same predicate as a FlexAttention mask_mod over one row, from expiry and lane int [L]."""
+    """Return the same predicate as a FlexAttention mask_mod over one row, from expiry and lane int [L]."""
 
     def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (k <= q) & (q < expiry[k]) & (lane[k] <= lane[q])
@@ -46,12 +50,14 @@ def mask_mod(
 
 
 def block_mask(expiry: torch.Tensor, lane: torch.Tensor, device: torch.device | None = None) -> BlockMask:
-    """Of expiry and lane int [R, L], their rows end to end; for `device`, or where they are.
+    """Return the BlockMask of rows laid end to end, from expiry and lane int [R, L].
 
-    Built on the host: rows that are still there reach a GPU in one copy that nobody waits for.
+    device: where the mask is to be; None = where expiry is. The mask is built on the host and copied in one asynchronous
+    transfer, so rows that are still on the host cost no synchronisation.
     """
     rows, length = expiry.shape
     starts = torch.arange(rows)[:, None] * length
+    # Capped at its own row, then offset: end to end, a token expires before the next row begins.
     row_expiry = (expiry.cpu().clamp(max=length) + starts).flatten().to(torch.int32).numpy()
     row_lane = lane.cpu().flatten().to(torch.int32).numpy()
     lists = vars(block_lists(row_expiry, row_lane))
@@ -66,9 +72,10 @@ def block_mask(expiry: torch.Tensor, lane: torch.Tensor, device: torch.device | 
 
 
 def interval_block_mask(queries: np.ndarray, keys: np.ndarray, device: torch.device) -> BlockMask:
-    """Of queries that are stacked region by region, each against keys seen for an interval: a key is visible if the regions
-    are the same, entry <= place < exit, and its lane is admitted. queries int [3, N]: region, place, lane. keys int [4, K]:
-    region, entry, exit, lane.
+    """Return the BlockMask of queries stacked region by region, against keys that are visible for an interval.
+
+    A key is visible if the regions are equal, entry <= place < exit, and lane[k] <= lane[q].
+    queries: int [3, N] (region, place, lane). keys: int [4, K] (region, entry, exit, lane).
     """
     lists = vars(interval_block_lists(queries, keys))
     found = _copied([*queries.astype(np.int32), *keys.astype(np.int32), *lists.values()], device)
@@ -85,12 +92,12 @@ def interval_block_mask(queries: np.ndarray, keys: np.ndarray, device: torch.dev
 
 
 def _copied(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The int32 arrays on the device, moved there together."""
+    """Copy int32 arrays to the device in one transfer."""
     whole = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     if device.type == "cuda":
         whole = whole.pin_memory().to(device, non_blocking=True)
     parts = whole.split([array.size for array in arrays])
-    # Copies, never views: the compiler tells views apart by what they are views of.
+    # Clones, not views: the compiler guards on what a view is a view of, and would compile anew for each.
     return [part.view(array.shape).clone() for part, array in zip(parts, arrays, strict=True)]
 
 
@@ -109,7 +116,7 @@ class DensePlan:
 
 @dataclass(frozen=True)
 class FlexPlan:
-    """FlexAttention on the block mask of the same predicate, of the rows end to end. On CPU a forward only."""
+    """FlexAttention with the block mask of the same predicate, over the rows end to end. On CPU it has no backward."""
 
     mask: BlockMask
 

@@ -1,7 +1,9 @@
 """Packing: several stream logs into rows of tokens that one forward scores.
 
-Invariants: every token keeps its ids, positions, expiry and lane, offset to its place in the
-row; expiry is capped at its stream's end; padding attends only to padding and never enters a loss.
+Invariants:
+* every token keeps its ids, positions, expiry and lane, offset to its place in the row;
+* expiry is capped at its stream's end;
+* padding attends only to padding and never enters a loss.
 """
 
 from __future__ import annotations
@@ -21,12 +23,18 @@ from streams.scoring.contiguous_rows import RegionRows, native_until, pack_regio
 class Rows:
     """R rows of L tokens, with N target tokens in the order of the logs.
 
-    ids int64 [R, L]; positions int64 [3, R, L]; expiry, lane int64 [R, L];
-    predictor int64 [N]: flat row index of the token before each target; target_ids int64 [N];
-    stream int64 [N]: which of the packed logs a target belongs to; target_index int64 [N]: its index in that log.
-    video_index int64 [M]: flat row index of every video token, log by log, in append order.
-    regions: where any log has contiguous positions. Of such logs `positions` are 0 (the model shall rotate nothing), and
-    `expiry` is where a token's native position ends: at its own expiry, or its first move.
+    Attributes:
+        ids: int64 [R, L].
+        positions: int64 [3, R, L]; 0 for logs with contiguous positions, whose keys the plan rotates.
+        expiry: int64 [R, L], in row coordinates; for logs with contiguous positions, the end of a token's native
+            position: its expiry or its first move.
+        lane: int64 [R, L].
+        predictor: int64 [N], flat row index of the token before each target.
+        target_ids: int64 [N].
+        stream: int64 [N], which of the packed logs a target belongs to.
+        target_index: int64 [N], the target's index in that log.
+        video_index: int64 [M], flat row index of every video token, log by log, in append order.
+        regions: the copies of contiguous streams; None if no log has any.
     """
 
     ids: torch.Tensor
@@ -45,7 +53,7 @@ class Rows:
         return len(self.target_ids)
 
     def padded(self, multiple: int, at_least: int) -> Rows:
-        """The same rows, with more padding at their ends: to a multiple of `multiple` tokens, `at_least` so many."""
+        """Return the rows padded at their ends to a multiple of `multiple` tokens and to at least `at_least`."""
         length = self.ids.shape[1]
         wide = -(-max(length, at_least) // multiple) * multiple
         if wide == length and self.regions is None:
@@ -71,7 +79,7 @@ class Rows:
 
 
 def plan_rows(lengths: list[int], capacity: int) -> list[list[int]]:
-    """First-fit-decreasing packing of streams into rows of at most `capacity` tokens; a longer stream gets its own."""
+    """Return rows of stream indices, at most `capacity` tokens each; a longer stream gets its own (first fit decreasing)."""
     rows: list[tuple[int, list[int]]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         for at, (used, members) in enumerate(rows):
@@ -84,7 +92,7 @@ def plan_rows(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def plan_micro_batches(lengths: list[int], capacity: int, max_tokens: int) -> list[list[list[int]]]:
-    """Rows grouped into micro-batches of at most `max_tokens` padded tokens (at least one row each)."""
+    """Group rows into micro-batches of at most `max_tokens` padded tokens (at least one row each)."""
     rows = sorted(plan_rows(lengths, capacity), key=lambda row: -sum(lengths[i] for i in row))
     batches: list[list[list[int]]] = []
     for row in rows:
@@ -113,6 +121,7 @@ def pack(logs: list[StreamLog], rows: list[list[int]], *, which: str = "target")
             ids[r, span] = log.ids
             positions[:, r, span] = log.positions if log.regions is None else 0
             lane[r, span] = log.lane
+            # NEVER becomes the end of the stream: it must not reach into the next one of the row.
             until = native_until(log)
             expiry[r, span] = np.where(until == NEVER, end, np.minimum(until.astype(np.int64) + at, end))
             targets = np.flatnonzero(getattr(log, which))

@@ -1,8 +1,12 @@
-"""The log of one actor, in a file that bears the actor's name: run_root/logs/<actor>.log.
+"""The log of one actor, in a file named after it: run_root/logs/<actor>.log.
 
-`runtime.cluster.session` names the actor and the folder in its environment; each actor's constructor calls
-`open_actor_log`. Invariants: crashes of the interpreter (segmentation fault, abort) leave their stack in the same file;
-the file rotates; a folder that cannot be written costs the log, never the actor.
+`runtime.cluster.session` sets the actor's name and the folder in its environment; each actor's constructor calls
+`open_actor_log`.
+
+Invariants:
+* a crash of the interpreter (segmentation fault, abort) leaves its stack in the same file;
+* the file rotates;
+* an actor whose folder cannot be written runs without a log.
 """
 
 from __future__ import annotations
@@ -33,7 +37,10 @@ def log_path(folder: Path, actor: str) -> Path:
 
 
 def open_actor_log() -> Path | None:
-    """Send this process's log records, warnings and crash stacks to the actor's file; None if it is not in an actor."""
+    """Send this process's log records, warnings and crash stacks to the actor's file.
+
+    Returns the file; None if this process is no actor, or if the file cannot be written.
+    """
     actor, folder = os.environ.get(ACTOR_VARIABLE), os.environ.get(FOLDER_VARIABLE)
     if not actor or not folder:
         return None
@@ -58,10 +65,11 @@ def open_actor_log() -> Path | None:
 
 
 class _CrashAwareHandler(RotatingFileHandler):
-    """Moves the crash handler along when the file rotates: it writes to a file descriptor."""
+    """A rotating log file that also receives crash stacks."""
 
     def _open(self) -> TextIOWrapper:
         stream = super()._open()
+        # It writes to a file descriptor, so it must be enabled anew for every file that a rotation opens.
         faulthandler.enable(stream, all_threads=True)
         return stream
 

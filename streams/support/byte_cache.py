@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class ByteBudgetCache(Generic[T]):
-    """Least recently used values under a byte budget; a value larger than the budget is not kept."""
+    """Least-recently-used cache; a value larger than the whole budget is not kept."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget = budget_bytes
@@ -22,12 +22,14 @@ class ByteBudgetCache(Generic[T]):
         self._values: OrderedDict[str, tuple[T, int]] = OrderedDict()
 
     def get(self, key: str) -> T | None:
+        """Return the value of `key` and mark it as used; None if it is not kept."""
         if key not in self._values:
             return None
         self._values.move_to_end(key)
         return self._values[key][0]
 
     def put(self, key: str, value: T, nbytes: int) -> None:
+        """Keep `value`, which counts `nbytes`, and drop others until it fits."""
         if key in self._values:
             self.used -= self._values.pop(key)[1]
         if nbytes > self.budget:

@@ -1,4 +1,4 @@
-"""Files that are written aside and renamed: a reader finds the old one or the new one."""
+"""Writing files that replace others: aside first, then renamed, so that a reader finds the old or the new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES_VARIABLE = "SIGHTLINE_MODULES"
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Written aside, renamed: a reader sees the old file or the new one."""
+    """Write the text aside and rename it to `path`; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     try:
@@ -29,10 +29,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8. Half a surrogate pair, which JSON rows may hold, stays the escape that JSON reads it from."""
+    """Return the text in UTF-8. A lone surrogate, which JSON rows may contain, becomes the JSON escape that it came from."""
     return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Strict JSON: a number that is not finite is null, there as everywhere "not measured"."""
+    """Write strict JSON. A number that is not finite becomes null, which everywhere means "not measured"."""
     write_atomic(path, dumps(values, indent=2) + "\n")

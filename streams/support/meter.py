@@ -1,7 +1,11 @@
-"""What a process's device holds, and where its time and memory go, phase by phase.
+"""Measures the memory of a process's device, and the time and memory of its phases.
 
-On CUDA: torch's own allocator, exact. Elsewhere: the process's resident memory, which counts Python and
-its libraries, too. Phases of one meter do not nest; they belong to one thread.
+On CUDA the numbers are those of torch's allocator, exact. Elsewhere they are the process's resident memory, which includes
+Python and its libraries.
+
+Invariants:
+* phases of one meter do not nest;
+* a meter is used by one thread.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_info(node: str) -> DeviceInfo:
-    """The first CUDA device that this process may use, or the node's host memory."""
+    """Return the first CUDA device that this process may use, or the node's host memory."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         properties = torch.cuda.get_device_properties(0)
@@ -33,23 +37,23 @@ def device_info(node: str) -> DeviceInfo:
 
 
 def host_memory() -> tuple[int, int]:
-    """(total, free) bytes of the node's memory, or of the container that this process runs in."""
+    """Return (total, free) bytes of the node's memory, or of the container that this process runs in."""
     sizes = {name.rstrip(":"): value * 1024 for name, value in _table(MEMINFO).items()}
     if "MemTotal" not in sizes or "MemAvailable" not in sizes:
-        # Not Linux: how much is free cannot be asked without another package.
+        # Not Linux: free memory cannot be read without another package.
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total, total
     total, free = sizes["MemTotal"], sizes["MemAvailable"]
     limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
     if limit is not None and used is not None and limit < total:
-        # Files that were read lately count as used, but give way: after a download they are most of it.
+        # The page cache counts as used but is reclaimed on demand; after a download it is most of what is used.
         used -= _table(CGROUP / "memory.stat").get("inactive_file", 0)
         return limit, min(free, max(0, limit - used))
     return total, free
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Name and number of every line of a file of the kernel's; empty where there is no such file."""
+    """Return name and number of every line of a kernel file; empty if there is no such file."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -58,7 +62,7 @@ def _table(path: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file of the kernel's; None if there is no such file, or no limit in it."""
+    """Return the number in a kernel file; None if there is no such file, or if it says that there is no limit."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -66,7 +70,7 @@ def _number(path: Path) -> int | None:
 
 
 def _status(key: str) -> int:
-    """Bytes that the kernel counts of this process under `key`; 0 where it does not say."""
+    """Return the bytes that the kernel reports for this process under `key`; 0 if it reports none."""
     try:
         lines = (PROC / "status").read_text().splitlines()
     except OSError:
@@ -75,7 +79,7 @@ def _status(key: str) -> int:
 
 
 class Meter:
-    """Seconds, calls and peak bytes by phase."""
+    """Counts seconds, calls and peak bytes by phase."""
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
@@ -83,9 +87,10 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str, *, peak: bool = True) -> Iterator[None]:
-        """Count what happens inside to `name`. On CUDA it waits for the device at both ends: its time is the device's.
+        """Add the time and memory of the block to phase `name`.
 
-        peak: also take the most bytes held meanwhile (0.1 ms on a CPU).
+        On CUDA it synchronises at both ends, so the time is that of the device.
+        peak: also measure the largest number of bytes allocated meanwhile (costs 0.1 ms on a CPU).
         """
         if peak:
             self._reset()
@@ -110,7 +115,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             return
         try:
-            # The kernel's own high-water mark of this process starts anew.
+            # Resets the kernel's high-water mark of this process (VmHWM).
             (PROC / "clear_refs").write_text("5")
         except OSError:
             return

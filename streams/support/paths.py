@@ -1,7 +1,9 @@
-"""`~` in paths that a user wrote: the home folder, wherever the shell has not put it in already.
+"""Expands `~` in paths that a user wrote, where the shell has not done so already.
 
-Used once for each kind of input: where the configuration is loaded (`conf.paths`), where a row is read, where
-a command line is parsed. Invariant: what comes out is what a file is opened by, so nobody further on has to think of homes.
+Called once for each kind of input: where the configuration is loaded (`conf.paths`), where a row is read, where a command
+line is parsed.
+
+Invariant: no other code expands `~`; the expanded path is the one that is opened.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import re
 from pathlib import Path
 
 _HOME = re.compile(r"~([\w.-]*)(?:/|\Z)")
-"""What follows a `~` that cannot be a user's name (`~+`, `~a b`) makes it a plain name, as in a shell."""
+"""A `~` followed by what cannot be a user's name (`~+`, `~a b`) is part of a plain name, as in a shell."""
 
 
 def expand_home(path: str) -> str:
-    """The path with a leading `~` or `~user` replaced by that home folder; any other path unchanged.
+    """Return the path with a leading `~` or `~user` replaced by that home folder; any other path unchanged.
 
     Raises ValueError if there is no such user, or no home folder: a folder that is really called `~` is never made.
     """
@@ -37,7 +39,7 @@ def expand_home(path: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """argparse type of a path."""
+    """Convert a command-line argument to a path; the `type` of an argparse argument."""
     try:
         return Path(expand_home(text))
     except ValueError as error:

@@ -1,7 +1,9 @@
-"""A user's own class or function by its dotted path, with parameters from the configuration.
+"""Loads a user's class or function by its dotted path and calls it with parameters from the configuration.
 
-Reward terms and memory policies are found this way. Invariant: a wrong path or parameter, and whatever a
-user's constructor raises, is a ValueError that carries the config key.
+Used for reward terms and memory policies.
+
+Invariant: a wrong path or parameter, and any exception of a user's constructor, is raised as a ValueError with the config
+key.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 
 def load(path: str, key: str) -> Callable[..., Any]:
-    """What stands at "package.module:attribute"; `key`.target is its config key."""
+    """Return what is at "package.module:attribute". Raises ValueError; `key`.target is the config key that it names."""
     module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
@@ -32,7 +34,10 @@ def load(path: str, key: str) -> Callable[..., Any]:
 
 
 def check_params(factory: Callable[..., Any], params: Mapping[str, Any], key: str, *, skip: int = 0) -> None:
-    """Refuse parameters that `factory` does not take, or lacks. skip: arguments that are not for the configuration."""
+    """Raise ValueError for a parameter that `factory` does not take, or that it requires and is missing.
+
+    skip: leading arguments of `factory` that do not come from the configuration.
+    """
     accepted = list(inspect.signature(factory).parameters.values())[skip:]
     named = {p.name: p for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for param, value in params.items():
@@ -47,7 +52,7 @@ def check_params(factory: Callable[..., Any], params: Mapping[str, Any], key: st
 
 
 def construct(factory: Callable[..., Any], params: Mapping[str, Any], key: str) -> Any:
-    """`factory(**params)`; its ValueErrors get the config key in front."""
+    """Return `factory(**params)`. Any exception is raised as a ValueError that begins with the config key."""
     try:
         return factory(**params)
     except ValueError as error:
@@ -64,5 +69,5 @@ def construct(factory: Callable[..., Any], params: Mapping[str, Any], key: str) 
 
 
 def origin(factory: Callable[..., Any]) -> str:
-    """Where it was defined, as module:name."""
+    """Return where `factory` is defined, as module:name."""
     return f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__name__)}"

@@ -1,8 +1,9 @@
 """JSON as the standard has it: no NaN and no infinity, which Python writes and other readers refuse.
 
-Invariant: whatever numbers a value holds, what is written can be read by any JSON reader. A number that is
-not finite becomes null, "there is no such number"; where it must come back, in a checkpoint's state, it is written as
-`{"$float": "inf"}` and read by `loads`.
+A number that is not finite becomes null. Where it must come back, in a checkpoint's state, it is written as
+`{"$float": "inf"}` and restored by `loads`.
+
+Invariant: what is written can be read by any JSON reader.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ _TAG = "$float"
 
 
 def dumps(value: Any, *, keep: bool = False, **options: Any) -> str:
-    """`json.dumps` of `value`, where numbers that are not finite become null, or (keep) what `loads` reads back."""
+    """Return `json.dumps` of `value`; numbers that are not finite become null or, with `keep`, what `loads` restores."""
     return json.dumps(_finite(value, keep), allow_nan=False, **options)
 
 
 def loads(text: str) -> Any:
-    """`json.loads`, with the numbers back that `dumps(..., keep=True)` has written."""
+    """Return `json.loads` of `text`, with the numbers restored that `dumps(..., keep=True)` has written."""
     return json.loads(text, object_hook=lambda found: float(found[_TAG]) if set(found) == {_TAG} else found)
 
 

@@ -1,7 +1,8 @@
-"""Text for a terminal, whatever its encoding and whatever the data hold.
+"""Makes text safe for a terminal, whatever its encoding and whatever the data contain.
 
-Invariants: printing never raises for a character that the terminal cannot show, it is escaped; a text
-from a data file stays on its line and sends no control sequence.
+Invariants:
+* printing never raises for a character that the terminal cannot show: it is escaped;
+* a text from a data file stays on its line and sends no control sequence.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import re
 import sys
 
-# Control characters but the line feed, and those that turn the direction of writing round.
+# Control characters except the line feed, and those that change the writing direction.
 _UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -27,5 +28,5 @@ def one_line(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Return the text with characters that would move the terminal's cursor or clear it as escapes. A line's end stays."""
+    """Return the text with control characters, which could move the cursor, as escapes. Line feeds stay."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

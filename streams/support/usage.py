@@ -1,4 +1,4 @@
-"""Where an actor's time and memory went, as it reports them."""
+"""What an actor reports about its device, its time and its memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What an actor computes on. key: equal for actors that share it. free: bytes that nobody holds at the moment; held:
-    those that the actor itself does.
+    """The device that an actor runs on.
+
+    Attributes:
+        key: equal for all actors on the same device.
+        name: the device in words, with its node.
+        cuda: False for host memory.
+        total: its memory in bytes.
+        free: unallocated memory in bytes.
+        held: bytes that this actor has allocated.
     """
 
     key: str
@@ -21,7 +28,13 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class PhaseUsage:
-    """One kind of work of a process: seconds and calls so far; peak: most bytes held on the device at once meanwhile."""
+    """Cost of one kind of work of a process.
+
+    Attributes:
+        seconds: wall-clock time so far.
+        calls: how often it ran.
+        peak: largest number of bytes allocated on the device while it ran.
+    """
 
     seconds: float
     calls: int
@@ -30,7 +43,7 @@ class PhaseUsage:
 
 @dataclass(frozen=True)
 class ProcessUsage:
-    """Where the time and memory of an actor went since its setup. compiles: kernels compiled."""
+    """Time and memory of an actor since its setup, by phase, and the number of kernels that it compiled."""
 
     process: str
     phases: dict[str, PhaseUsage]

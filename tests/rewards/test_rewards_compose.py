@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from rewards import Reward, RewardConfig, StreamOutcome, get, oracle_turns, register, silent_turns
 from streams.task import Plan
+from tests.support.configs import reward_preset
 from tests.support.rewards import make_task, one_answer, outcome, stream
 
 LIB = "tests.support.rewards"
-QUICKSTART = Reward.from_config(RewardConfig.quickstart())
+QUICKSTART = Reward.from_config(reward_preset("quickstart"))
 WEIGHTED_TERMS = {
     "format": {"weight": 0.2},
     "correctness": {"weight": 0.5},

@@ -29,6 +29,7 @@ from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
 from streams.messages import RolloutTask, ScriptedJob
 from streams.task import ExpectedAnswer, Plan, Reason, StreamTask, TimedQuery, TimedThought
 from tests.support.clips import write_grey_ramp
+from tests.support.configs import reward_preset
 from tests.support.service import open_service, worker_setup
 
 LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=6, max_new_tokens=12)
@@ -36,7 +37,7 @@ CONFIG = RunConfig(
     job=JobConfig("rl", ["rl"]),
     layout=LAYOUT,
     data=DataConfig(tail_chunks=2, max_turns=8),
-    reward=RewardConfig.quickstart(),
+    reward=reward_preset("quickstart"),
     sft=SftConfig(late_probability=0.0),
 )
 USES = {use.name: use for use in (SFT, RL, EVAL)}

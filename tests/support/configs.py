@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 
 import launch
 from conf.schema import MemoryConfig, RunConfig, load_config
+from rewards import RewardConfig
 from streams.layout.layout import LayoutConfig
 from streams.video.config import VideoConfig
 from tests.support.project import ROOT
@@ -18,6 +19,11 @@ launch.register_schema()
 def composed(*overrides: str) -> RunConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return load_config(compose("config", overrides=list(overrides)))
+
+
+def reward_preset(name: str) -> RewardConfig:
+    """The reward of `reward=NAME`."""
+    return composed(f"reward={name}").reward
 
 
 VIDEO = VideoConfig(chunk_seconds=0.5, frames_per_chunk=4, min_pixels=784, max_pixels=1568)

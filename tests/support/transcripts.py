@@ -16,7 +16,7 @@ import numpy as np
 from evals.heldout import EvalResult, ScoredStream, collect
 from evals.transcripts.page import write_page
 from evals.transcripts.record import record
-from rewards.compose import Reward, RewardConfig, RewardResult
+from rewards.compose import Reward, RewardResult
 from rewards.outcome import StreamOutcome
 from rewards.scripted import silent_turns
 from streams.backbone.tiny import build_tiny
@@ -28,6 +28,7 @@ from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from streams.video.config import VideoConfig
 from tests.support.clips import solid, write_clip
+from tests.support.configs import reward_preset
 from tests.support.service import open_service, worker_setup
 
 CHUNK = 1.0
@@ -36,7 +37,7 @@ LONG = 500
 VIDEO = VideoConfig(min_pixels=784, max_pixels=56 * 56)
 HOSTILE = """</script><img src=x onerror="window.pwned=1"><svg onload='window.pwned=2'>&lt;b&gt;{{data}}"""
 COLOURS = ((200, 40, 40), (40, 160, 70), (50, 80, 210), (225, 205, 60))
-REWARD = Reward.from_config(RewardConfig.quickstart())
+REWARD = Reward.from_config(reward_preset("quickstart"))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""Passwords and tokens in addresses: what is printed or stored in place of them.
+"""Masks passwords and tokens in addresses before they are printed or stored.
 
-Pure. Invariant: the address that connects stays in `TrackingConfig.uri` alone; whatever is shown, logged, or
-written below run_root or into MLflow has been through one of these functions.
+Pure.
+
+Invariants:
+* the address that connects is kept in `TrackingConfig.uri` alone;
+* whatever is shown, logged, or written below run_root or into MLflow has passed through one of these functions.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ _PARAMETERS = re.compile(r"(://[^\s?'\"<>]*\?)([^\s'\"<>]+)")
 
 
 def redact(text: str) -> str:
-    """Free text (a log line, an error, a command line) without what stands before the @ of an address, without the values of
-    an address's parameters, whatever they are called, and without those of other parameters that are named like secrets.
-    Ports, hosts, paths and other settings stay.
+    """Return free text (a log line, an error, a command line) with secrets masked.
+
+    Masked are what precedes the @ of an address, the values of an address's parameters, whatever they are called, and the
+    values of other parameters that are named like secrets. Ports, hosts, paths and other settings stay.
     """
     if "://" in text:
         for pattern in _USER:
@@ -43,15 +47,16 @@ def redact(text: str) -> str:
 
 
 def public_uri(uri: str) -> str:
-    """An address as it may be shown: without user and password, and without the values of its parameters, whatever they
-    are called. Two addresses of one store that differ in these alone are the same.
+    """Return an address as it may be shown: without user, password, and the values of its parameters.
+
+    Two addresses that differ in these alone are taken for the same store.
     """
     address, mark, query = redact(uri).partition("?")
     return address + mark + _QUERY.sub(MASK, query)
 
 
 def public_words(text: str, uri: str) -> str:
-    """Free text about an address, such as the error of a library that cuts the address up and shows its parts."""
+    """Return free text about an address, such as a library's error that shows parts of it, with secrets masked."""
     text = redact(text)
     for value in _QUERY.findall(uri.partition("?")[2]):
         for shown in {value, unquote(value), unquote_plus(value)}:
@@ -60,7 +65,7 @@ def public_words(text: str, uri: str) -> str:
 
 
 def public_setting(key: str, value: Any) -> str:
-    """A setting's value as it may be stored: masked if its key is named like a secret (a reward term's `api_key`)."""
+    """Return a setting's value as it may be stored: masked if its key is named like a secret (a reward term's `api_key`)."""
     if value and _SECRET_KEY.fullmatch(key):
         return MASK
     return public_uri(value) if key == "tracking.uri" else redact(str(value))

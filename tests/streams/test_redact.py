@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.redact import public_setting, public_uri, public_words, redact
+from streams.support.redact import public_setting, public_uri, public_words, redact
 
 SECRET = "hunter2"
 
