@@ -14,6 +14,8 @@ from runtime.checks import check_memory
 from runtime.starting_point import respect_checkpoint
 from tests.support.configs import VIDEO, trained
 
+pytestmark = pytest.mark.smoke
+
 ARGS = {"window": 2, "text_window": 3, "sink_tokens": 5, "tail_tokens": 6}
 
 

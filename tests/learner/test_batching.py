@@ -11,6 +11,8 @@ from learner.assign import share_out
 from learner.batching import SftWeights, Shape, TargetCounts, common_shapes
 from streams.log.record import Kind
 
+pytestmark = pytest.mark.smoke
+
 TOKENS = st.lists(st.integers(0, 10_000), max_size=24)
 SHAPES = st.lists(st.builds(Shape, st.sampled_from(["", "pre_merger"]), st.integers(1, 9)), max_size=5).map(tuple)
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from learner.losses import decision_weights, grpo_loss, k3_kl, sft_loss
 from rl.advantages import EPSILON, group_advantages
 
+pytestmark = pytest.mark.smoke
+
 
 def grpo(logp, behaviour, advantage, *, normaliser=None, low=0.2, high=0.3):
     """(loss, gradient by logp, sums) of float64 inputs."""

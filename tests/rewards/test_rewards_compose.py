@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from rewards import Reward, RewardConfig, StreamOutcome, get, oracle_turns, register, silent_turns
 from tests.support.rewards import make_task, one_answer, outcome, stream
 
+pytestmark = pytest.mark.smoke
+
 LIB = "tests.support.rewards"
 QUICKSTART = Reward.from_config(RewardConfig.quickstart())
 WEIGHTED_TERMS = {

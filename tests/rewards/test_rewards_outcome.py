@@ -17,6 +17,8 @@ from rewards import (
 )
 from tests.support.rewards import make_task, one_answer, outcome, stream
 
+pytestmark = pytest.mark.smoke
+
 
 def matched(task, said, turns=12):
     return [(m.response_turn, m.response) for m in match_answers(outcome(task, said, turns))]
