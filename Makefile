@@ -12,9 +12,9 @@ SEED ?= 0
 RESUME ?= never
 ARGS ?=
 JOBS ?= 2
-SLOW_JOBS ?= 2
+TEST_JOBS ?= 3
 
-.PHONY: setup setup-test quickstart gpu-smoke gpu-bench test test-oldest test-browser lint clean
+.PHONY: setup setup-test quickstart gpu-smoke gpu-bench check test test-oldest test-browser lint clean
 
 setup: $(VENV)/.installed
 
@@ -47,11 +47,14 @@ lint: setup-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Quick tests first, in JOBS processes of one thread each, then those with real processes and long streams, which wait for
-# processes to start most of the time: SLOW_JOBS of them side by side, each with a Ray of its own (0 = one after the other).
+# Before every commit: what a linter sees, and a claim or two of every package.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "smoke and not cuda" -n $(JOBS) --dist loadfile $(ARGS)
+
+# Everything, in TEST_JOBS processes of one thread each: one more than cores, as real runs mostly wait for processes. The
+# files that may take longest come first (tests/conftest.py), so that none of them is left over at the end.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow" -n $(SLOW_JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The quick tests with the oldest supported releases, in a virtual environment of their own.
 test-oldest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,9 +47,21 @@ def ranks(learner_process, one_rank):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` skip by themselves where there is no device."""
-    if torch.cuda.is_available():
-        return
+    """Skip tests marked `cuda` where there is no device; begin with the files that may take longest."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    longest: dict[Path, float] = {}
     for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        longest[item.path] = max(longest.get(item.path, 0.0), _may_take(item))
+    # Stable: files of one length, and the tests of a file, stay in their order.
+    items.sort(key=lambda item: -longest[item.path])
+
+
+def _may_take(item: pytest.Item) -> float:
+    """Seconds: the timeout of a slow test, or its default; nothing for a quick one."""
+    if item.get_closest_marker("slow") is None or item.get_closest_marker("skip") is not None:
+        return 0.0
+    limit = item.get_closest_marker("timeout")
+    return float(limit.args[0] if limit else item.config.getini("timeout"))

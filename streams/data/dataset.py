@@ -187,7 +187,7 @@ def _lines(path: Path) -> Iterator[str]:
     # Imported here: it takes a second, and many processes use this module for its types only.
     import datasets
 
-    with _offline(datasets.config):
+    with _local_and_light(datasets.config):
         rows = datasets.load_dataset(
             "text",
             # The name is matched as a pattern, brackets in a folder's name must not mean anything.
@@ -202,13 +202,15 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _offline(config: Any) -> Iterator[None]:
-    """Local files only: no look-ups, no download counts. The environment is read before, at import: too
-    early.
+def _local_and_light(config: Any) -> Iterator[None]:
+    """Read local files only, without look-ups or download counts, and load no torch: the driver needs none.
+
+    Both are settings of the `datasets` module that the environment decides at its import, for the whole process.
     """
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = True
+    before = config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE
+    # A streamed dataset keeps its epoch number in a torch tensor where there is a torch.
+    config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE = True, False
     try:
         yield
     finally:
-        config.HF_HUB_OFFLINE = before
+        config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE = before

@@ -58,6 +58,7 @@ def smoked(tmp_path):
     return write, usage, steps
 
 
+@pytest.mark.smoke
 def test_a_smoke_run_is_recorded_with_the_estimate_beside_the_truth(smoked):
     write, usage, _ = smoked
     found = result_of(write())
@@ -70,6 +71,7 @@ def test_a_smoke_run_is_recorded_with_the_estimate_beside_the_truth(smoked):
     assert found["steps"][0]["swap/pause_s"] is None
 
 
+@pytest.mark.smoke
 def test_a_smoke_run_that_did_not_do_everything_does_not_pass(smoked):
     write, usage, steps = smoked
     assert not result_of(write(steps=steps[:-1]))["passed"]

@@ -22,12 +22,14 @@ CONF = ROOT / "conf"
 OWN_DATA = ["data=jsonl", "data.train=a.jsonl", "data.heldout=b.jsonl"]
 
 
+@pytest.mark.smoke
 def test_one_job_alone_can_be_run_from_any_preset():
     assert composed("experiment=gpu_smoke").job.stages == ["data", "rl"]
     for experiment in ("quickstart", "gpu_smoke", "none"):
         assert composed(f"experiment={experiment}", "job=data").job.stages == ["data"]
 
 
+@pytest.mark.smoke
 def test_a_command_line_is_answered_and_a_run_driven_without_torch():
     """Loading torch and transformers takes several seconds: a typo must not cost them, and a driver needs neither."""
     code = (
@@ -51,6 +53,7 @@ def test_every_option_of_every_group_validates(option):
     assert isinstance(composed(option, "run_root=/shared/run", *extra), RunConfig)
 
 
+@pytest.mark.smoke
 def test_the_quickstart_pins_what_its_figures_rest_on():
     config = composed()
     assert (config.memory.name, config.memory.window) == ("rcsm", 4)

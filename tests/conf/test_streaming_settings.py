@@ -14,6 +14,8 @@ from runtime.starting_point import StartingPoint
 from tests.support.configs import VIDEO, trained
 from tests.support.starting import check_memory
 
+pytestmark = pytest.mark.smoke
+
 ARGS = {"window": 2, "text_window": 3, "sink_tokens": 5, "tail_tokens": 6}
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.support.project import ROOT
+
+pytestmark = pytest.mark.smoke
 
 LOGGED = re.compile(r'"((?:reward|age|rollout|buffer|busy|swap|mismatch|step)/[a-z_0-9]+)"')
 

@@ -21,6 +21,8 @@ from evals.summary import (
 from rewards.compose import AnswerResult, RewardResult
 from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 
+pytestmark = pytest.mark.smoke
+
 MODES = ("now", "recall", "alert")
 
 

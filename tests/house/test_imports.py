@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.project import ROOT
 
+pytestmark = pytest.mark.smoke
+
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests",))
 PRODUCTION = [name for name in PACKAGES if name != "benchmarks"]
 

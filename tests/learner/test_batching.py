@@ -13,6 +13,8 @@ from learner.losses.sft import SftWeights
 from learner.parallel.assign import share_out
 from streams.log.record import Kind
 
+pytestmark = pytest.mark.smoke
+
 TOKENS = st.lists(st.integers(0, 10_000), max_size=24)
 WORK = st.lists(st.builds(MicroBatchWork, st.sampled_from(["", "pre_merger"]), st.integers(1, 9)), max_size=5).map(
     tuple

@@ -173,6 +173,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batch_cut(engine, d
         np.testing.assert_allclose(exported.buffer.view(np.float32), weights.buffer.view(np.float32), atol=2.1e-5)
 
 
+@pytest.mark.smoke
 def test_a_group_sampled_at_the_learners_version_has_ratio_1_and_no_log_prob_difference(engine, groups):
     metrics = engine(freeze="tower+merger").train(0, GRPO, groups).metrics
     sampled = sum(int(log.sampled.sum()) for item in groups for log in item.payload.logs)
@@ -327,6 +328,7 @@ def assert_logs_equal(first, second):
         np.testing.assert_allclose(a.behaviour_logp, b.behaviour_logp, atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_a_worker_that_swapped_samples_what_the_learner_scores(engine, service, checkpoint, tasks, groups):
     learner = engine(freeze="tower+merger")
     worker = open_service(service.setup, worker=1)

@@ -15,6 +15,8 @@ from learner.losses.kl import k3_kl
 from learner.losses.policy_gradient import grpo_loss
 from learner.losses.sft import decision_weights, sft_loss
 
+pytestmark = pytest.mark.smoke
+
 
 def grpo(logp, behaviour, advantage, *, normaliser=None, low=0.2, high=0.3):
     """(loss, gradient by logp, sums) of float64 inputs."""

@@ -30,6 +30,7 @@ SETTINGS = (
     "reward=weighted",
     "checkpoint.every=1",
     "rollout.kv_memory_mb=1",
+    "rollout.workers=1",
 )
 
 

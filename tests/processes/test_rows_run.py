@@ -56,6 +56,8 @@ def run(tmp_path_factory):
         "sft.late_probability=0",
         "algorithm.steps=2",
         "eval.conditions=false",
+        "rollout.workers=1",
+        "tracking.enabled=false",
         f"run_root={root / 'out'}",
         f"data.train={path}",
         f"data.heldout={held}",

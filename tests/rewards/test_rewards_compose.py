@@ -12,6 +12,8 @@ from streams.task import Plan
 from tests.support.configs import reward_preset
 from tests.support.rewards import make_task, one_answer, outcome, stream
 
+pytestmark = pytest.mark.smoke
+
 LIB = "tests.support.rewards"
 QUICKSTART = Reward.from_config(reward_preset("quickstart"))
 WEIGHTED_TERMS = {

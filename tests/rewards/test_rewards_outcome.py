@@ -18,6 +18,8 @@ from rewards import (
 from streams.task import Plan
 from tests.support.rewards import make_task, one_answer, outcome, stream
 
+pytestmark = pytest.mark.smoke
+
 
 def matched(task, said, turns=12):
     return [(m.response_turn, m.response) for m in match_answers(outcome(task, said, turns))]

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from conf.age import AgeBound
 from rl.buffer import GroupBuffer
 
+pytestmark = pytest.mark.smoke
+
 
 class Simulation:
     """A learner, workers that lag by at most `lag` versions, and the buffer between them. A group is (ticket, oldest)."""

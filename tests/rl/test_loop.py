@@ -13,6 +13,8 @@ from rl.results import RLResult
 from runtime.store.checkpoint import CheckpointState, commit, partial_path
 from runtime.store.journal import StepJournal
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture
 def standing(tmp_path):

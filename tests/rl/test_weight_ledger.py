@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from rl.versions import WeightLedger
 
+pytestmark = pytest.mark.smoke
+
 
 def alive(ledger: WeightLedger) -> set[int]:
     """Published versions that somebody may still read: the newest, and those under way."""

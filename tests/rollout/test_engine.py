@@ -51,6 +51,7 @@ def test_a_small_pool_runs_streams_one_after_another_and_to_the_same_end(backbon
         assert (log.ids == done[log.header.stream_id].ids).all()
 
 
+@pytest.mark.smoke
 def test_cancelled_streams_give_their_slots_back_and_leave_the_others_alone(backbone):
     wanted = requests(backbone)
     engine = Engine(backbone, kv_slots=20000, max_streams=3)
@@ -74,6 +75,7 @@ def test_greedy_streams_repeat_and_are_marked_untrainable(backbone):
         assert a.header.score_temperature == 1.0
 
 
+@pytest.mark.smoke
 def test_behaviour_log_probs_are_of_the_sampling_temperature(backbone):
     """At a high temperature the choice among the allowed ids is nearly uniform, and so is its log-prob."""
     log = run(backbone, requests(backbone, 1, temperature=1e6))[0]
@@ -81,12 +83,14 @@ def test_behaviour_log_probs_are_of_the_sampling_temperature(backbone):
     np.testing.assert_allclose(log.behaviour_logp[log.sampled], -np.log(allowed), atol=1e-3)
 
 
+@pytest.mark.smoke
 def test_banned_ids_are_never_sampled(backbone):
     banned = set(backbone.layout.banned)
     for log in run(backbone, requests(backbone, 6, temperature=5.0)):
         assert not banned & set(log.ids[log.sampled].tolist())
 
 
+@pytest.mark.smoke
 def test_every_token_carries_the_version_it_was_made_with(backbone):
     engine = Engine(backbone, kv_slots=20000, max_streams=8)
     for r in requests(backbone):

@@ -23,6 +23,8 @@ from runtime.store.checkpoint import (
     verify,
 )
 
+pytestmark = pytest.mark.smoke
+
 
 def state(step=1, consumed=("0/a", "0/b")):
     return CheckpointState("rl", step, step, tuple(consumed))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from runtime.store.journal import StepJournal
 
+pytestmark = pytest.mark.smoke
+
 
 def fill(journal, first, last, evals=()):
     for step in range(first, last + 1):

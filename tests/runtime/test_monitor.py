@@ -183,6 +183,7 @@ SETTINGS = (
     "checkpoint.every=2",
     "eval.every=1",
     "eval.tasks=2",
+    "tracking.enabled=false",
 )
 PLANT = '''
 """A learner that forgets what the engine evicted: only it imports learner.batching."""

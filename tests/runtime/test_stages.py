@@ -22,6 +22,8 @@ from runtime.store.checkpoint import (
 from runtime.store.manifests import clear, settings
 from tests.support.stages import begun, checkpoint, config, store, with_data
 
+pytestmark = pytest.mark.smoke
+
 
 def test_in_an_empty_folder_every_stage_starts(tmp_path):
     plans = store(config(tmp_path)).plan()

@@ -12,6 +12,8 @@ from sft.demonstrations import script_for
 from streams.messages import ScriptedTurn
 from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery, TimedThought
 
+pytestmark = pytest.mark.smoke
+
 CHUNK_S = 0.5
 SPOKEN = "red"
 

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,9 @@ from hypothesis import strategies as st
 
 from streams.data.dataset import SkippedSample, load_tasks, write_tasks
 from streams.task import ANSWER_KINDS, ExpectedAnswer, StreamTask, TimedQuery, TimedThought
+from tests.support.project import ROOT
+
+pytestmark = pytest.mark.smoke
 
 ROW = {
     "id": "a",
@@ -47,6 +52,16 @@ def test_a_row_becomes_a_task(tmp_path):
         ),
     )
     assert isinstance(found.tasks[0].start, float)
+
+
+def test_reading_rows_loads_no_torch(tmp_path):
+    """The driver reads them, and holds neither torch's memory nor waits for its import."""
+    code = (
+        "import sys; from streams.data.dataset import load_tasks; "
+        f"print(len(load_tasks({str(write(tmp_path, ROW))!r}).tasks), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "False"], done.stderr
 
 
 def test_minimal_row_and_absolute_video(tmp_path):

@@ -17,6 +17,8 @@ from streams.layout.layout import MAX_STAMPS, STREAMING_TOKENS, Layout, LayoutCo
 from streams.layout.turn_state import TurnState
 from streams.log.record import ChunkRecord, Kind
 
+pytestmark = pytest.mark.smoke
+
 QUERY = "What colour is the shape now?"
 ONE = ChunkRecord(0, "v", (0.0,), (1, 1, 1))
 """A chunk of one video token, as a template writes it."""

@@ -13,6 +13,8 @@ from streams.memory import MemoryConfig, knobs, make_policy
 from streams.positions.mrope import PositionCursor
 from streams.writing.writer import QueryInput, StreamWriter, TurnInput
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def layout():

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import typing
 
+import pytest
+
 from learner import messages as learner_messages
 from learner import setup as learner_setup
 from rollout import setup as rollout_setup
@@ -14,6 +16,8 @@ from streams.layout.layout import LayoutConfig
 from streams.log.record import ChunkRecord, LogHeader, StreamLog
 from streams.memory import MemoryConfig
 from streams.positions.regions import RegionLog
+
+pytestmark = pytest.mark.smoke
 
 FIELDS = {8: "59d1fbb8e3a6e99c"}
 """Version -> digest of the fields of everything that is sent. On a change: a new version, and its digest alone."""

@@ -25,7 +25,9 @@ def streams(draw, backbone, name):
     return [draw(watched(backbone, memory, str(i))) for i, memory in enumerate((EVERY_MEMORY[name], ANY_MEMORY))]
 
 
-@pytest.mark.parametrize("name", sorted(EVERY_MEMORY))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.smoke if name == "rcsm" else ()) for name in sorted(EVERY_MEMORY)]
+)
 @given(data=st.data())
 @settings(max_examples=8)
 def test_engine_equals_one_masked_forward(fp64, name, data):
