@@ -111,7 +111,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
-    from runtime.checks import check_memory, check_nothing_needed_is_replaced, preflight
+    from runtime.checks import check_inputs, check_memory_policy, check_nothing_needed_is_replaced
     from runtime.starting_point import check_cold_start, respect_checkpoint
     from runtime.store.manifests import StageStore
     from runtime.store.runlock import RunLock
@@ -121,9 +121,9 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
     warn = logging.getLogger("sightline").warning
     with contextlib.ExitStack() as held:
         try:
-            rows = preflight(config)
+            rows = check_inputs(config)
             config = respect_checkpoint(config, overrides, progress.say, warn)
-            check_memory(config)
+            check_memory_policy(config)
             stages = _stages()
             for name in config.job.stages:
                 stages[name].check(config, rows)

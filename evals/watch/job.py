@@ -17,7 +17,7 @@ from rich.console import Console
 from conf.schema import RunConfig
 from conf.streaming import apply_streaming, overridden_keys, read_streaming
 from evals.watch.watched import WatchedFile, WatchedTurn
-from runtime.checks import check_memory
+from runtime.checks import check_memory_policy
 from streams.checkpoint.folder import resolve_checkpoint
 from streams.checkpoint.weights import check_weights
 from streams.support.strict_json import dumps
@@ -68,7 +68,7 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
     for conflict in applied.conflicts:
         print(f"warning: {conflict}; the override is used", file=sys.stderr)
     config = replace(applied.config, model=replace(applied.config.model, path=str(checkpoint)))
-    check_memory(config)
+    check_memory_policy(config)
     return checkpoint, config
 
 

@@ -30,9 +30,15 @@ _CHUNK = 1 << 22
 class CheckpointState:
     """Where a stage stood.
 
-    step: optimiser steps; version: of the learner's weights. consumed: ids of all groups trained so far; dropped: ids
-    that were given up. group_size: streams of a group. counters: the stage's result so far. tracking_run: MLflow's id.
-    settings: what the stage runs under (see runtime.store.manifests), {} if it did not say.
+    Attributes:
+        version: of the learner's weights.
+        step: optimiser steps.
+        consumed: ids of all groups trained so far.
+        dropped: ids of the groups that were given up.
+        group_size: streams of a group. Part of the format of `state.json`; this code does not read it.
+        counters: the stage's result so far.
+        tracking_run: MLflow's id.
+        settings: what the stage runs under (see runtime.store.manifests), {} if it did not say.
     """
 
     stage: str
@@ -44,10 +50,6 @@ class CheckpointState:
     counters: dict[str, Any] = field(default_factory=dict)
     tracking_run: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def done(self) -> frozenset[str]:
-        return frozenset(self.consumed) | frozenset(self.dropped)
 
 
 @dataclass(frozen=True)

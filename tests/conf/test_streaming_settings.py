@@ -10,7 +10,7 @@ import pytest
 from conf.jobs import JobConfig
 from conf.schema import MemoryConfig, RunConfig
 from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
-from runtime.checks import check_memory
+from runtime.checks import check_memory_policy
 from runtime.starting_point import respect_checkpoint
 from streams.layout.layout import LayoutConfig
 from streams.video.config import VideoConfig
@@ -168,7 +168,7 @@ def test_another_policy_by_name_takes_neither_target_nor_arguments_from_the_chec
             "",
             {},
         )
-        check_memory(applied.config)
+        check_memory_policy(applied.config)
 
 
 def test_a_target_that_an_earlier_version_noted_and_did_not_use_is_left_where_it_is(tmp_path):
@@ -192,7 +192,7 @@ def test_arguments_without_a_policy_of_ones_own_are_refused_before_anything_star
     with pytest.raises(
         ValueError, match=rf"memory\.args=\{{.*\}} with memory\.name={memory.name}, .*\({takes}\): set memory"
     ):
-        check_memory(config)
+        check_memory_policy(config)
 
 
 def test_what_a_checkpoint_brings_and_cannot_be_used_is_told_from_what_was_typed(tmp_path):

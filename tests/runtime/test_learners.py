@@ -14,8 +14,9 @@ from learner.config import LearnerConfig
 from learner.setup import LearnerSetup
 from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
+from runtime.cluster.events import wait_for
 from runtime.cluster.placement import plan_bundles
-from runtime.cluster.session import Session, wait_for
+from runtime.cluster.session import Session
 from streams.memory import MemoryConfig
 from streams.messages import TrainBatch, TrainGroup
 from tests.support.ranks import GRPO, LAYOUT, checkpoint, groups, learner_values

@@ -15,7 +15,7 @@ from evals.categories import category_name
 from evals.summary import checkpoint_label
 from rl.metrics import term_metric
 from rl.stage import RL
-from runtime.checks import preflight
+from runtime.checks import check_inputs
 from runtime.tracking.metric_names import MAX_BYTES, apart, metric_name, readable
 from tests.conf.test_config import composed
 
@@ -156,7 +156,7 @@ def write_rows(path, categories):
 
 def start(config):
     """As launch.py does before anything starts."""
-    RL.check(config, preflight(config))
+    RL.check(config, check_inputs(config))
 
 
 def test_it_is_checked_before_anything_starts_against_the_rows_that_are_evaluated(tmp_path):

@@ -13,7 +13,7 @@ import yaml
 
 from conf.streaming import streaming_settings
 from rollout.engine.engine import Engine
-from runtime.checks import check_memory, describe
+from runtime.checks import check_memory_policy, describe
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
 from streams.log.record import Kind
@@ -178,7 +178,7 @@ def test_what_is_read_of_ones_own_policy_must_be_of_its_type(policy, message):
 )
 def test_a_bound_that_is_none_is_refused_before_anything_starts(policy, message):
     with pytest.raises(ValueError, match="memory: " + message):
-        check_memory(replace(composed(), memory=own(policy)))
+        check_memory_policy(replace(composed(), memory=own(policy)))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 from conf.schema import RunConfig
-from runtime.checks import preflight
+from runtime.checks import check_inputs
 from streams.backbone.backbone import Backbone
 from streams.backbone.freezing import parameter_name
 from streams.backbone.tiny import build_config, build_tiny, build_tokenizer
@@ -308,7 +308,7 @@ def test_a_run_that_names_such_a_folder_ends_before_ray_starts_with_the_key(fold
     section, name = key.split(".")
     changed = replace(config, **{section: replace(getattr(config, section), **{name: str(folder)})})
     with pytest.raises(ValueError, match=rf"{key}: {folder}: .*missing: lm_head\.weight"):
-        preflight(changed)
+        check_inputs(changed)
 
 
 def test_the_check_loads_neither_torch_nor_transformers(made):
