@@ -79,6 +79,8 @@ class Simulation:
         assert worker not in self.lost
         assert self.version - self.ledger.running[worker] <= self.limits.lag
         assert assignment.life.number == self.lives[worker]
+        if assignment.features is not None:
+            assert assignment.maker == assignment.features[1], "who was given features is not their maker"
         assert self.alive(assignment), "features are sent along only while their maker lives"
         if self.deterministic:
             assert worker == (self.done + ticket) % len(self.lives)
