@@ -65,11 +65,11 @@ class SftLoop:
         stage, wait = self.stage, self.stage.events.wait
         stage.chart(self.result.steps)
         while self.result.steps < self.total:
-            if stage.context.stop.requested:
-                while self._training:
-                    wait()
+            if not stage.context.stop.requested:
+                self._train()
+            elif not self._training:
                 stage.leave(self.result.steps, self._counters())
-            self._train()
+            # A step under way is finished first: if it is the last one, so is the stage.
             wait()
         stage.finish(self.result.steps, self._counters())
         return self.result
