@@ -119,7 +119,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
-    from runtime.checks import check_memory, preflight
+    from runtime.checks import check_inputs, check_memory_policy
     from runtime.starting_point import StartingPoint
     from runtime.store.manifests import StageStore
     from runtime.store.runlock import RunLock
@@ -130,9 +130,9 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
     with contextlib.ExitStack() as held:
         try:
             start = StartingPoint.of(config)
-            rows = preflight(config, start)
+            rows = check_inputs(config, start)
             config = start.respected(overrides, progress.say, warn)
-            check_memory(config, start)
+            check_memory_policy(config, start)
             stages = _stages()
             for name in config.job.stages:
                 stages[name].check(config, rows)

@@ -8,7 +8,7 @@ order of the tasks, whichever stream ends first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,11 @@ from evals.categories import ALL, category_name
 from rewards.compose import RewardResult
 from rewards.scripted import silent_turns
 from runtime.cluster.session import Session
-from runtime.mismatch_gate import Monitor
+from runtime.mismatch_gate import MismatchGate
 from runtime.rows import play_oracle
 from runtime.tracking.progress import Progress
 from streams.data.dataset import SkippedSample, at_row
+from streams.log.mismatch import LogpDiff
 from streams.memory import MemoryConfig
 from streams.messages import GroupSummary, RewardJob, RolloutTask
 from streams.task import Plan, StreamTask
@@ -36,6 +37,19 @@ class Condition:
     name: str
     memory: MemoryConfig | None = None
     empty_thoughts: bool = False
+
+
+@dataclass(frozen=True)
+class WatchedStream:
+    """One held-out stream that has ended, well or not. payload: its log, by reference; None where nobody asks for it."""
+
+    request: RolloutTask
+    summary: GroupSummary
+    payload: Any = None
+
+    @property
+    def task(self) -> StreamTask:
+        return self.request.task
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,12 @@ class EvalResult:
     by_category: dict[str, int] = field(default_factory=dict)
 
     @property
+    def values(self) -> dict[str, float | None]:
+        """What is charted of an evaluation, below the evaluation's own prefix."""
+        values: dict[str, float | None] = {"reward": self.reward, "timing": self.timing}
+        return values | {f"accuracy_{mode}": value for mode, value in self.accuracy.items()}
+
+    @property
     def payloads(self) -> tuple[Any, ...]:
         """The logs of the streams that could be run, by reference."""
         return tuple(stream.payload for stream in self.streams if stream.failed is None)
@@ -87,29 +107,24 @@ def evaluate(
         return worker.rollout.options(num_returns=2).remote(item[1])
 
     requests = [stream_request(config, task, condition, stage) for task in tasks]
-    monitor = Monitor(config)
-    done: dict[int, tuple[GroupSummary, Any]] = {}
+    gate = MismatchGate(config)
+    done: dict[int, WatchedStream] = {}
     what = f"evaluation {condition.name}"
     for (index, request), (summary_ref, payload) in session.spread(
         enumerate(requests), send, config.rollout.max_streams, what
     ):
         task = request.task
         summary: GroupSummary = session.call(summary_ref, f"the stream of {task.id}")
-        done[index] = (summary, payload)
-        monitor.observe(f"rollout worker {summary.worker}", summary.monitor, summary.off)
+        done[index] = WatchedStream(request, summary, payload)
+        gate.observe(f"rollout worker {summary.worker}", summary.monitor, summary.off)
         if summary.failed is not None:
             progress.say(f"eval: failed {task.id}: {summary.failed}{at_row(task)}")
     watched = [done[index] for index in range(len(tasks))]
-    jobs = tuple(watched_job(request, summary) for request, (summary, _) in zip(requests, watched, strict=True))
+    jobs = reward_jobs(watched)
     scores = session.call(session.scorer.score.remote(jobs), "the scores of the evaluation")
-    streams = tuple(
-        ScoredStream(
-            job.task, job.plan, job.turns[0], score[0], payload if summary.failed is None else None, summary.failed
-        )
-        for job, (summary, payload), score in zip(jobs, watched, scores, strict=True)
-    )
-    evicted = sum(summary.evicted_tokens for summary, _ in watched)
-    return collect(condition.name, streams, evicted, sum(summary.log_tokens for summary, _ in watched))
+    evicted = sum(stream.summary.evicted_tokens for stream in watched)
+    log_tokens = sum(stream.summary.log_tokens for stream in watched)
+    return collect(condition.name, scored_streams(watched, jobs, scores), evicted, log_tokens)
 
 
 def stream_request(config: RunConfig, task: StreamTask, condition: Condition, stage: str) -> RolloutTask:
@@ -125,10 +140,41 @@ def stream_request(config: RunConfig, task: StreamTask, condition: Condition, st
     )
 
 
-def watched_job(request: RolloutTask, summary: GroupSummary) -> RewardJob:
-    """Return what is scored of one held-out stream. One that failed counts as silence: it answered nothing."""
-    turns = summary.turns if summary.failed is None else (silent_turns(request.plan.turns),)
-    return RewardJob(request.task.id, request.task, request.plan, turns)
+def reward_jobs(watched: Sequence[WatchedStream]) -> tuple[RewardJob, ...]:
+    """Return what the scorer is asked about held-out streams, in their order. One that failed counts as silence."""
+    jobs = []
+    for stream in watched:
+        plan = stream.request.plan
+        turns = stream.summary.turns if stream.summary.failed is None else (silent_turns(plan.turns),)
+        jobs.append(RewardJob(stream.task.id, stream.task, plan, turns))
+    return tuple(jobs)
+
+
+def scored_streams(
+    watched: Sequence[WatchedStream], jobs: Sequence[RewardJob], scores: Sequence[tuple[RewardResult, ...]]
+) -> tuple[ScoredStream, ...]:
+    """The streams with what the scorer replied to their `jobs`."""
+    return tuple(
+        ScoredStream(
+            job.task,
+            job.plan,
+            job.turns[0],
+            score[0],
+            stream.payload if stream.summary.failed is None else None,
+            stream.summary.failed,
+        )
+        for stream, job, score in zip(watched, jobs, scores, strict=True)
+    )
+
+
+def learner_mismatch(diff: LogpDiff) -> dict[str, float | None]:
+    """The metrics of held-out logs that the learner scored at their own weights; None where no token was compared."""
+    return {
+        "mismatch/learner_max": diff.max,
+        "mismatch/learner_mean": diff.mean,
+        "mismatch/learner_k3": diff.k3,
+        "mismatch/learner_tokens": float(diff.tokens),
+    }
 
 
 def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_tokens: int = 0) -> EvalResult:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
-from evals.heldout import Condition, EvalResult, chance, evaluate, scripted_rewards
+from evals.heldout import Condition, EvalResult, chance, evaluate, learner_mismatch, scripted_rewards
 from evals.summary import heldout_fields, mismatch_fields
 from evals.transcripts.record import write_transcripts
 from learner.setup import LearnerSetup
@@ -62,15 +62,7 @@ def run_evaluation(
     if config.eval.score_logs:
         session.setup_learner(learner_setup(checkpoint))
         report = session.call(session.learners.score(results[last].payloads), "the learner to score held-out logs")
-        tracker.metrics(
-            {
-                "mismatch/learner_max": report.diff.max,
-                "mismatch/learner_mean": report.diff.mean,
-                "mismatch/learner_k3": report.diff.k3,
-                "mismatch/learner_tokens": float(report.diff.tokens),
-            },
-            step=0,
-        )
+        tracker.metrics(learner_mismatch(report.diff), step=0)
     write_transcripts(config, session, results, tuple(checkpoints), tracker, progress)
     oracle, silent = scripted_rewards(config, session, tasks, fits)
     skipped = [asdict(sample) for result in results.values() for sample in result.skipped]
@@ -88,7 +80,4 @@ def run_evaluation(
 def _report(name: str, result: EvalResult, tracker: Tracker, progress: Progress) -> None:
     shown = ", ".join(f"{mode} {value:.3f}" for mode, value in result.accuracy.items())
     progress.say(f"eval {name}: n {result.n}, reward {result.reward:.3f}, timing {result.timing:.3f}, accuracy {shown}")
-    values = {"reward": result.reward, "timing": result.timing} | {
-        f"accuracy_{mode}": value for mode, value in result.accuracy.items()
-    }
-    tracker.metrics({metric_name(f"eval_{name}/{key}"): value for key, value in values.items()}, step=0)
+    tracker.metrics({metric_name(f"eval_{name}/{key}"): value for key, value in result.values.items()}, step=0)

@@ -23,7 +23,7 @@ def run(run: Run) -> None:
     geometries = [run.geometry(checkpoint) for checkpoint in checkpoints.values()]
     tasks = run.files.tasks("heldout")
     run.judge_rows("eval", next(iter(checkpoints.values())))
-    run.plan_memory(geometries[0])
+    run.plan_devices(geometries[0])
     summary, report = run_evaluation(
         run.config,
         session,
@@ -43,7 +43,7 @@ def run(run: Run) -> None:
         how = run.tracker.uri if served else f".venv/bin/mlflow ui --backend-store-uri {run.tracker.uri}"
         run.progress.say(f"metrics: {how}")
     if report is not None:
-        run.monitor.judge("learner, on held-out logs", report.diff, report.off)
+        run.gate.judge("learner, on held-out logs", report.diff, report.off)
 
 
 def _finish(run: Run, summary: dict[str, Any], stages: tuple[str, ...]) -> None:

@@ -1,10 +1,16 @@
 """The sample buffer: who is admitted, who is ready, how old a sample may be. Pure bookkeeping, no Ray, no tensors.
 
+Invariants:
+* groups are trained in the order of their admission, each at most once;
+* a group's ticket is its place in that order, whoever rolls the group out, and however often.
+
 Proof of the bound. Groups are numbered in admission order and trained in that order, B per step. Let a group
 be admitted when the learner stands at version v. At most C groups are admitted and not yet trained, this one included,
 so at most C - 1 stand before it, and it is trained after at most floor((C - 1) / B) further full steps: the learner
 then stands at most at v + floor((C - 1) / B). The worker that got it was at most `lag` versions behind, so its oldest
-token has version >= v - lag. Hence age <= floor((C - 1) / B) + lag. Dropped groups only shorten the queue.
+token has version >= v - lag. Hence age <= floor((C - 1) / B) + lag. Dropped groups only shorten the queue. A group that
+is rolled out again keeps its place, so it is trained no later; its worker was at most `lag` behind at some v' >= v, so
+its oldest token has version >= v' - lag >= v - lag: the same bound.
 """
 
 from __future__ import annotations
@@ -50,9 +56,18 @@ class GroupBuffer(Generic[G]):
         self._waiting[self._next - 1] = None
         return self._next - 1
 
+    def waits(self, ticket: int) -> bool:
+        """Whether the group of `ticket` is neither dropped nor cut into a batch."""
+        return ticket in self._waiting
+
     def fulfil(self, ticket: int, group: G) -> None:
         assert self._waiting[ticket] is None, f"ticket {ticket} was fulfilled twice"
         self._waiting[ticket] = group
+
+    def reopen(self, ticket: int) -> None:
+        """Forget what fulfilled a waiting ticket, if anything has: its group is to be rolled out again."""
+        assert self.waits(ticket), f"ticket {ticket} waits for nothing"
+        self._waiting[ticket] = None
 
     def drop(self, ticket: int) -> None:
         del self._waiting[ticket]

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.compose import RewardResult
 from streams.data.dataset import SkippedSample
 from streams.log.mismatch import LogpDiff
-from streams.messages import GroupSummary
+from streams.messages import GroupSummary, TrainReport
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,21 @@ class RLResult:
     distinct_clips: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def count_step(
+        self, report: TrainReport, groups: Sequence[ReadyGroup], ages: Sequence[int], mean_reward: float | None
+    ) -> None:
+        """Count an optimiser step that trained `groups`, each at its age in `ages`."""
+        self.steps = report.version
+        self.max_age = max(self.max_age, *ages)
+        for group in groups:
+            self.versions_seen.update(group.summary.versions)
+        self.monitor = LogpDiff.merge([self.monitor, *(g.summary.monitor for g in groups)])
+        self.age0 = LogpDiff.merge([self.age0, report.age0])
+        self.sampled_tokens += sum(g.summary.tokens for g in groups)
+        if self.mean_reward_first is None:
+            self.mean_reward_first = mean_reward
+        self.mean_reward_last = mean_reward
 
     @classmethod
     def restore(cls, counters: dict[str, Any]) -> RLResult:

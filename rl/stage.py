@@ -33,7 +33,7 @@ def run(run: Run) -> dict[str, Any]:
         f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {_shown(result.mean_reward_first)} -> "
         f"{_shown(result.mean_reward_last)}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
     )
-    run.monitor.judge("learner, on the published weights", result.published, loop.published_off)
+    run.gate.judge("learner, on the published weights", result.published, loop.published_off)
     return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["rl"].kept]}
 
 

@@ -1,8 +1,10 @@
-"""Weights on the driver's side: which version every worker runs, and which it fetches next.
+"""Versions of the weights: which one every worker runs, and which it fetches next. Pure bookkeeping.
 
-Pure bookkeeping. Invariants: a worker fetches one version at a time, always the newest; at most two
-published versions are alive (the newest, and one older that is still being fetched), so a step waits with publishing
-while a fetch of an older version is under way; a worker more than `max_lag` versions behind gets no task.
+Invariants:
+* a worker fetches one version at a time, always the newest;
+* at most two published versions are alive, the newest and one older that is still being fetched: a step waits with
+  publishing while a fetch of an older version is under way;
+* a worker more than `max_lag` versions behind gets no task.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class WeightLedger:
+class VersionLedger:
     """Versions by worker. `published` is the newest version."""
 
     workers: int

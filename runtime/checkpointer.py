@@ -37,17 +37,15 @@ class Checkpointer:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in (path for path in self.folder.iterdir() if path.suffix in (".partial", ".replaced")):
             shutil.rmtree(left, ignore_errors=True)
-        self.failed = 0
-        self.last_step = context.resume.step if context.resume else -1
 
-    def due(self, step: int, total: int) -> bool:
+    def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after `step`; the last step's is the final one."""
         every = self._config.checkpoint.every
-        return bool(every) and step % every == 0 and step < total
+        return bool(every) and step % every == 0 and step < self._context.steps
 
     def save(self, state: CheckpointState, *, final: bool = False) -> Any:
         """Start writing; returns a reference that is there when the checkpoint is complete. May raise OSError."""
-        self._context.still_ours()
+        self._context.lock.check()
         name = FINAL if final else step_name(state.step)
         state = replace(
             state,
@@ -58,7 +56,6 @@ class Checkpointer:
         partial = partial_path(path)
         resumable = self._config.checkpoint.optimizer != "none"
         saved = self._context.session.learners.save(str(partial), self._context.streaming, resumable=resumable)
-        self.last_step = state.step
         return _commit.remote(saved, str(partial), str(path), state)
 
     def saved(self, path: str, protect: Collection[str] = ()) -> None:
@@ -68,7 +65,6 @@ class Checkpointer:
 
     def save_failed(self, error: Exception, step: int, *, final: bool) -> None:
         """A checkpoint could not be written. Raises RuntimeError if it was the stage's last."""
-        self.failed += 1
         name = FINAL if final else step_name(step)
         # What was written of it would keep the disk full.
         shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)

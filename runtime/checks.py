@@ -41,10 +41,10 @@ def describe(config: RunConfig, start: StartingPoint) -> list[str]:
     ]
 
 
-def check_memory(config: RunConfig, start: StartingPoint) -> None:
+def check_memory_policy(config: RunConfig, start: StartingPoint) -> None:
     """Raises ValueError, with the config key, for a memory that cannot work with this backbone or these frames.
 
-    What a hub id turns out to be is asked again before its weights are loaded (runtime.planning.plan).
+    What a hub id turns out to be is asked again before its weights are loaded (runtime.planning.device_plan).
     """
     check_args_taken(config.memory)
     check_text_tells_time(make_policy(config.memory), start.writes_time)
@@ -55,7 +55,7 @@ Rows = Mapping[str, tuple[StreamTask, ...] | None]
 """By split, the rows of a file that a job reads; None = they are still to be generated."""
 
 
-def preflight(config: RunConfig, start: StartingPoint) -> Rows:
+def check_inputs(config: RunConfig, start: StartingPoint) -> Rows:
     """Raise ValueError or FileNotFoundError for what would fail later. Returns the rows of the files that the job reads."""
     if config.root.exists() and not config.root.is_dir():
         raise ValueError(f"run_root={config.run_root} is a file: name a folder, new or of an earlier run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +10,20 @@ from conf.schema import RunConfig
 from runtime.cluster.session import Session
 from runtime.stop import StopSignal
 from runtime.store.checkpoint import CheckpointState
+from runtime.store.runlock import RunLock
 from runtime.tracking.progress import Progress
 from runtime.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """steps: optimiser steps of the whole stage. streaming: the exported checkpoints' streaming.json. resume: where the
-    stage stood, None at its start. still_ours: raises if another run has taken the run_root over.
+    """What surrounds one training stage.
+
+    Attributes:
+        steps: optimiser steps of the whole stage.
+        lock: the run's hold on its run_root, asked before anything is written into it.
+        streaming: the exported checkpoints' streaming.json.
+        resume: where the stage stood; None at its start.
     """
 
     stage: str
@@ -28,9 +33,9 @@ class StageContext:
     tracker: Tracker
     progress: Progress
     stop: StopSignal
+    lock: RunLock
     streaming: dict[str, Any]
     resume: CheckpointState | None = None
-    still_ours: Callable[[], None] = lambda: None
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""The mismatch monitor: stops a run whose learner does not compute the log-probs that its tokens were sampled with.
+"""The mismatch gate: stops a run whose learner does not compute the log-probs that its tokens were sampled with.
 
 Pure. It is told of every sample that is compared: streams re-scored by the worker that ran them, training streams
 of age 0, held-out logs scored by the learner. Invariants: what is not finite stops the run whatever the limits; samples of
@@ -13,7 +13,7 @@ from conf.schema import RunConfig
 from streams.log.mismatch import LogpDiff, OffToken, most_telling
 
 
-class Monitor:
+class MismatchGate:
     """`observe` samples while training, `judge` a whole one at a stage's end. Both raise RuntimeError above a limit."""
 
     def __init__(self, config: RunConfig) -> None:

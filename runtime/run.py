@@ -22,10 +22,10 @@ from rollout.setup import SelfCheckSetup, WorkerSetup
 from runtime.checks import Rows, describe
 from runtime.cluster.session import Session
 from runtime.context import StageContext
-from runtime.mismatch_gate import Monitor
+from runtime.mismatch_gate import MismatchGate
 from runtime.planning.clip_cache import check_features
+from runtime.planning.device_plan import DevicePlan, plan_devices
 from runtime.planning.disk import check_disk, checkpoint_size
-from runtime.planning.plan import MemoryPlan, plan_run
 from runtime.planning.usage import usage_lines, usage_report, write_usage
 from runtime.rows import RowUse
 from runtime.starting_point import StartingPoint
@@ -41,8 +41,19 @@ from streams.checkpoint.folder import resolve_checkpoint
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.checkpoint.weights import check_weights
 from streams.log.mismatch import LogpDiff
-from streams.support.usage import DeviceInfo
 from streams.task import StreamTask
+
+
+def _no_rows(config: RunConfig) -> tuple[RowUse, ...]:
+    return ()
+
+
+def _no_learner(config: RunConfig) -> LearnerConfig | None:
+    return None
+
+
+def _nothing_to_check(config: RunConfig, rows: Rows) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -53,15 +64,15 @@ class Stage:
         run: does the stage's work. What it returns is kept in the stage's manifest.
         actors: whether it needs rollout workers, scorers and learners.
         uses: what it does with the rows of the task files.
-        learner: the settings of the learner that it sets up; None where it sets up none. Memory is planned by them.
+        learner: the settings of the learner that it sets up; None where it sets up none. Devices are planned by them.
         check: raises ValueError for settings under which the stage could only fail, before any actor starts.
     """
 
     run: Callable[[Run], dict[str, Any] | None]
     actors: bool = True
-    uses: Callable[[RunConfig], tuple[RowUse, ...]] = lambda config: ()
-    learner: Callable[[RunConfig], LearnerConfig | None] = lambda config: None
-    check: Callable[[RunConfig, Rows], None] = lambda config, rows: None
+    uses: Callable[[RunConfig], tuple[RowUse, ...]] = _no_rows
+    learner: Callable[[RunConfig], LearnerConfig | None] = _no_learner
+    check: Callable[[RunConfig, Rows], None] = _nothing_to_check
 
 
 class Run:
@@ -82,11 +93,10 @@ class Run:
         self.stages = {name: stages[name] for name in config.job.stages}
         self.root = config.root.resolve()
         self.began = time.monotonic()
-        self.monitor = Monitor(config)
+        self.gate = MismatchGate(config)
         self.files = TaskFiles(config, progress.say)
         self._introduced = False
-        self._memory: MemoryPlan | None = None
-        self._devices: list[DeviceInfo] = []
+        self._plan: DevicePlan | None = None
         self._checked: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True)
         for line in [*describe(config, start), *config.notes()]:
@@ -186,7 +196,7 @@ class Run:
         turns = max((self.config.data.plan_of(task).turns for task in tasks), default=1)
         self.progress.say(check_features(self.config, geometry, stage, turns))
         session = self.ready_session()
-        self.plan_memory(geometry)
+        self.plan_devices(geometry)
         version = found.state.version if found else 0
         infos = session.setup_workers(self.worker_setup(checkpoint, learner.boundary, version))
         setup = self.learner_setup(checkpoint, learner, steps)
@@ -210,7 +220,7 @@ class Run:
             stop=self.stop,
             streaming=streaming_settings(self.config),
             resume=found.state if found else None,
-            still_ours=self.lock.check,
+            lock=self.lock,
         )
 
     def geometry(self, checkpoint: Path) -> ModelGeometry:
@@ -225,24 +235,23 @@ class Run:
                 self.progress.say(f"warning: {warning}")
         return geometry
 
-    def plan_memory(self, geometry: ModelGeometry) -> None:
+    def plan_devices(self, geometry: ModelGeometry) -> None:
         """Before anything is loaded, once: sizes the KV pools for all stages to come. Raises ValueError if they cannot fit."""
-        if self._memory is not None:
+        if self._plan is not None:
             return
         ahead = {name: stage for name, stage in self.stages.items() if stage in self.ahead()}
         learners = {name: settings for name, stage in ahead.items() if (settings := stage.learner(self.config))}
         splits = dict.fromkeys(use.split for stage in ahead.values() for use in stage.uses(self.config))
         devices = self.ready_session().devices()
         tasks = tuple(task for split in splits for task in self.files.file(split).tasks)
-        self._memory = plan_run(self.config, learners, geometry, tasks, devices)
-        self._devices = [*devices[0], *devices[1]]
-        for line in self._memory.lines:
+        self._plan = plan_devices(self.config, learners, geometry, tasks, devices)
+        for line in self._plan.lines:
             self.progress.say(line)
 
     def report_usage(self, stage: str, by_kind: dict[str, LogpDiff] | None = None) -> None:
         """Where time and memory went: in words, and in run_root/usage.json."""
-        assert self._memory is not None
-        report = usage_report(self.ready_session().usage(), self._devices, self._memory, by_kind or {})
+        assert self._plan is not None
+        report = usage_report(self.ready_session().usage(), self._plan, by_kind or {})
         for line in usage_lines(report):
             self.progress.say(line)
         self.tracker.artifact(write_usage(self.root, stage, report))
@@ -264,7 +273,7 @@ class Run:
 
     def worker_setup(self, checkpoint: Path, boundary: Boundary, version: int = 0) -> WorkerSetup:
         config = self.config
-        assert self._memory is not None
+        assert self._plan is not None
         return WorkerSetup(
             checkpoint=str(checkpoint),
             dtype=config.model.dtype,
@@ -273,11 +282,11 @@ class Run:
             video=config.data.video,
             rollout=config.rollout,
             boundary=boundary,
-            kv_slots=self._memory.kv_slots,
+            kv_slots=self._plan.kv_slots,
             run_seed=config.seed,
             self_check=SelfCheckSetup(
                 every=config.monitor.every,
-                outlier_above=self.monitor.limits.token,
+                outlier_above=self.gate.limits.token,
                 attention=config.learner.attention,
             ),
             version=version,
@@ -292,6 +301,6 @@ class Run:
             learner=learner,
             total_steps=steps,
             seed=self.config.seed,
-            outlier_above=self.monitor.limits.token,
+            outlier_above=self.gate.limits.token,
             vision_attention=self.config.model.vision_attention,
         )

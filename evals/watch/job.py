@@ -16,7 +16,7 @@ from rich.console import Console
 
 from conf.schema import RunConfig
 from evals.watch.watched import WatchedFile, WatchedTurn
-from runtime.checks import check_memory
+from runtime.checks import check_memory_policy
 from runtime.starting_point import StartingPoint
 from streams.checkpoint.folder import STREAMING_FILE, resolve_checkpoint
 from streams.checkpoint.weights import check_weights
@@ -65,7 +65,7 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
         )
     start = StartingPoint.at(replace(config, model=replace(config.model, path=str(checkpoint))), checkpoint)
     config = start.respected(overrides, lambda line: None, lambda line: print(f"warning: {line}", file=sys.stderr))
-    check_memory(config, start)
+    check_memory_policy(config, start)
     return checkpoint, config
 
 

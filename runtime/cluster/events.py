@@ -1,7 +1,9 @@
-"""What a loop waits for: pending calls, each with a handler and words that say what it is.
+"""Waiting for actors: one call at a time (`wait_for`), or many calls with a handler each (`Events`).
 
-Invariants: every wait has a timeout and names what did not come; a request to stop is noticed within about a
-second, whatever is pending; a dead actor is reported by what it was doing.
+Invariants:
+* every wait has a timeout and names what did not come;
+* in a loop, a request to stop is noticed within about a second, whatever is pending;
+* in a loop, an actor's death is an event: a handler hears of every call that it leaves without a reply.
 """
 
 from __future__ import annotations
@@ -12,12 +14,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from runtime.stop import StopSignal
 
 SLICE_S = 1.0
 """How long one look at the pending calls lasts: Python runs signal handlers only between two of them."""
+CALL_LIMIT = "cluster.call_timeout_s"
+START_LIMIT = "cluster.start_timeout_s"
+
+
+def wait_for(
+    reference: Any,
+    timeout_s: float,
+    what: str,
+    explain: Callable[[RayActorError], str] = str,
+    limit: str = CALL_LIMIT,
+) -> Any:
+    """Return the value of `reference`, waiting for it at most `timeout_s` seconds.
+
+    limit: the config key that `timeout_s` comes from. explain: words for a dead actor. Raises TimeoutError and
+    RuntimeError, which say what was waited for and who died of what.
+    """
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise TimeoutError(f"waited {timeout_s:g} s for {what}; raise {limit} if it is only slow") from error
+    except RayActorError as error:
+        raise RuntimeError(f"an actor died while the run waited for {what}: {explain(error)}") from error
+
+
+@dataclass(frozen=True)
+class ActorDeath:
+    """A call that stays without a reply, because its actor died. what: the call; error: which actor, of what."""
+
+    what: str
+    error: RayActorError
 
 
 @dataclass(frozen=True)
@@ -30,10 +62,9 @@ class _Pending:
 class Events:
     """Pending references and their handlers; `wait` runs the handler of whichever comes first."""
 
-    def __init__(self, timeout_s: float, stop: StopSignal, explain: Callable[[RayActorError], str] = str) -> None:
-        """explain: words for a dead actor."""
-        self._timeout_s, self._explain = timeout_s, explain
-        self._stop = stop
+    def __init__(self, timeout_s: float, stop: StopSignal, on_death: Callable[[ActorDeath], None]) -> None:
+        """on_death: called once for every pending call of an actor that died. If it returns, waiting goes on."""
+        self._timeout_s, self._stop, self._on_death = timeout_s, stop, on_death
         self._pending: dict[Any, _Pending] = {}
 
     def __len__(self) -> int:
@@ -64,19 +95,19 @@ class Events:
                 return None
             if left <= 0:
                 waiting = "; ".join(entry.what for entry in list(self._pending.values())[:5])
-                raise TimeoutError(
-                    f"waited {self._timeout_s:g} s (cluster.call_timeout_s) and nothing finished of: {waiting}"
-                )
+                raise TimeoutError(f"waited {self._timeout_s:g} s ({CALL_LIMIT}) and nothing finished of: {waiting}")
 
     def _handle(self, reference: Any) -> None:
         entry = self._pending.pop(reference)
         try:
             value = ray.get(reference, timeout=self._timeout_s)
         except RayActorError as error:
-            raise RuntimeError(f"an actor died during {entry.what}: {self._explain(error)}") from error
+            self._on_death(ActorDeath(entry.what, error))
+            return
         except (ray.exceptions.RayTaskError, OSError) as error:
             if entry.failed is None:
                 raise
             entry.failed(error)
             return
+        # Outside the try: what a handler raises is its own, never taken for the reply's failure.
         entry.handle(value)

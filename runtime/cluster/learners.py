@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError
-
 from learner.messages import TrainBatch
 from learner.parallel.assign import share_out
 from learner.setup import LearnerSetup, RankPlace
+from runtime.cluster.events import START_LIMIT, wait_for
 
 
 class LearnerGroup:
@@ -37,13 +35,15 @@ class LearnerGroup:
         """Build all ranks' engines and wait for them; returns the number of trainable parameters."""
         what = f"to load {setup.checkpoint}"
         if self.ranks == 1:
-            return self._wait(self.actors[0].setup.remote(setup), timeout_s, f"the learner {what}")
+            return wait_for(self.actors[0].setup.remote(setup), timeout_s, f"the learner {what}", limit=START_LIMIT)
         collective_s = setup.learner.collective_timeout_s
         rendezvous = self.actors[0].open_rendezvous.remote(self.ranks, collective_s)
-        place: RankPlace = self._wait(rendezvous, timeout_s, "learner rank 0 to name its address")
+        what_first = "learner rank 0 to name its address"
+        place: RankPlace = wait_for(rendezvous, timeout_s, what_first, limit=START_LIMIT)
         places = [dataclasses.replace(place, rank=rank) for rank in range(self.ranks)]
         replies = [a.setup.remote(setup, place) for a, place in zip(self.actors, places, strict=True)]
-        return self._wait(self._joined(replies, what), timeout_s, f"{self.ranks} learner ranks {what}")
+        joined = self._joined(replies, what)
+        return wait_for(joined, timeout_s, f"{self.ranks} learner ranks {what}", limit=START_LIMIT)
 
     def train(self, batch: TrainBatch) -> tuple[Any, Any]:
         """One optimiser step: references to the report and to the new weights (None in it if not published)."""
@@ -78,14 +78,3 @@ class LearnerGroup:
 
     def _joined(self, replies: list[Any], what: str) -> Any:
         return replies[0] if self.ranks == 1 else self.actors[0].join.remote(what, replies)
-
-    @staticmethod
-    def _wait(reference: Any, timeout_s: float, what: str) -> Any:
-        try:
-            return ray.get(reference, timeout=timeout_s)
-        except GetTimeoutError as error:
-            raise TimeoutError(
-                f"waited {timeout_s:g} s for {what}; raise cluster.start_timeout_s if it is only slow"
-            ) from error
-        except RayActorError as error:
-            raise RuntimeError(f"an actor died while the run waited for {what}: {error}") from error

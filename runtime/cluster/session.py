@@ -1,8 +1,11 @@
 """The Ray session: one for all stages of a run; it places the actors and names what every wait waits for.
 
-Invariants: no actor starts before the preflight has passed; all actors are placed or the run stops with the
-arithmetic; every wait has a timeout; an actor that died is reported with its name, node, cause and log. Actors are
-separate processes (workers, scorer, learner) that end with the driver, however it ends.
+Invariants:
+* no actor starts before the preflight has passed;
+* all actors are placed or the run stops with the arithmetic;
+* every wait has a timeout;
+* an actor that died is reported with its name, node, cause and log;
+* actors are separate processes (workers, scorer, learner) that end with the driver, however it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,6 +28,7 @@ from rollout.setup import WorkerInfo, WorkerSetup
 from rollout.worker import RolloutWorker
 from runtime.cluster.actors import ActorBook, named_class, run_id, short_name
 from runtime.cluster.connect import connect
+from runtime.cluster.events import CALL_LIMIT, START_LIMIT, wait_for
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.placement import placement_note, plan_bundles
 from runtime.cluster.preflight import Bundle, run_preflight
@@ -36,18 +39,6 @@ QUIET_WAIT_S = 2.0
 """How long to wait for resources before saying so."""
 
 log = logging.getLogger("sightline.cluster")
-
-
-def wait_for(reference: Any, timeout_s: float, what: str, explain: Callable[[RayActorError], str] = str) -> Any:
-    """ray.get with a deadline; TimeoutError and RuntimeError say what was waited for and who died of what."""
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except GetTimeoutError as error:
-        raise TimeoutError(
-            f"waited {timeout_s:g} s for {what}; raise cluster.call_timeout_s if it is only slow"
-        ) from error
-    except RayActorError as error:
-        raise RuntimeError(f"an actor died while the run waited for {what}: {explain(error)}") from error
 
 
 class Session:
@@ -91,17 +82,16 @@ class Session:
 
     def wait_ready(self) -> dict[str, int]:
         """Wait until every actor's process answers; returns their pids by name."""
-        timeout = self.config.cluster.start_timeout_s
-        pids = {name: self._wait(ref, timeout, f"the {name} to start") for name, ref in self._learner_ready.items()}
+        pids = {name: self._started(ref, f"the {name} to start") for name, ref in self._learner_ready.items()}
         for i, reference in enumerate(self._worker_ready):
-            pids[f"rollout worker {i}"] = self._wait(reference, timeout, f"rollout worker {i} to start")
-        pids["scorer"] = self._wait(self._scorer_ready, timeout, "the scorer to start")
+            pids[f"rollout worker {i}"] = self._started(reference, f"rollout worker {i} to start")
+        pids["scorer"] = self._started(self._scorer_ready, "the scorer to start")
         return pids
 
     def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
         """A rollout worker writes the random checkpoint: run_root is visible on every node, and torch is loaded there."""
         built = self.workers[0].build_tiny.remote(str(folder), spec, seed, dtype)
-        return Path(self._wait(built, self.config.cluster.start_timeout_s, f"a rollout worker to write {folder}"))
+        return Path(self._started(built, f"a rollout worker to write {folder}"))
 
     def devices(self) -> tuple[list[DeviceInfo], list[DeviceInfo]]:
         """What the learner ranks and the workers compute on, before they load anything."""
@@ -119,9 +109,8 @@ class Session:
 
     def setup_workers(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
         references = [worker.setup.remote(setup) for worker in self.workers]
-        timeout = self.config.cluster.start_timeout_s
         self.worker_infos = tuple(
-            self._wait(reference, timeout, f"rollout worker {i} to load {setup.checkpoint}")
+            self._started(reference, f"rollout worker {i} to load {setup.checkpoint}")
             for i, reference in enumerate(references)
         )
         return self.worker_infos
@@ -130,10 +119,12 @@ class Session:
         return self.learners.setup(setup, self.config.cluster.start_timeout_s)
 
     def call(self, reference: Any, what: str) -> Any:
-        return self._wait(reference, self.config.cluster.call_timeout_s, what)
+        """Return an actor's reply. Raises TimeoutError and RuntimeError, as `wait_for`."""
+        return wait_for(reference, self.config.cluster.call_timeout_s, what, self.book.explain, CALL_LIMIT)
 
-    def _wait(self, reference: Any, timeout_s: float, what: str) -> Any:
-        return wait_for(reference, timeout_s, what, self.explain_death)
+    def _started(self, reference: Any, what: str) -> Any:
+        """As `call`, for what may take as long as loading a model."""
+        return wait_for(reference, self.config.cluster.start_timeout_s, what, self.book.explain, START_LIMIT)
 
     def spread(
         self, items: Iterable[Any], send: Callable[[Any, Any], Any], per_worker: int, what: str
@@ -164,10 +155,6 @@ class Session:
             item, references, worker = pending.pop(done[0])
             load[worker] -= 1
             yield item, references
-
-    def explain_death(self, error: RayActorError) -> str:
-        """Which actor died, on which node, of what, and the end of its log."""
-        return self.book.explain(error)
 
     def _reserve(self, bundles: list[Bundle]) -> PlacementGroup:
         """One placement for all actors: they start together or not at all."""

@@ -11,21 +11,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from runtime.planning.device_plan import DevicePlan
 from runtime.planning.footprint import Footprint, gib
-from runtime.planning.plan import MemoryPlan
 from streams.log.mismatch import LogpDiff
 from streams.support.files import write_json
-from streams.support.usage import DeviceInfo, ProcessUsage
+from streams.support.usage import ProcessUsage
 
 USAGE_FILE = "usage.json"
 
 
-def usage_report(
-    usage: list[ProcessUsage], devices: list[DeviceInfo], plan: MemoryPlan, by_kind: dict[str, LogpDiff]
-) -> dict[str, Any]:
-    """usage, devices: of the same processes, in order. by_kind: mismatch of learner and engine by kind of token."""
+def usage_report(usage: list[ProcessUsage], plan: DevicePlan, by_kind: dict[str, LogpDiff]) -> dict[str, Any]:
+    """usage: of the processes on the plan's devices, in order. by_kind: mismatch of learner and engine by kind of token."""
     processes = {}
-    for process, device in zip(usage, devices, strict=True):
+    for process, device in zip(usage, plan.devices, strict=True):
         # Beyond what the process held before it loaded anything: comparable with the estimate, phase by phase.
         phases = {name: replace(phase, peak=max(0, phase.peak - device.held)) for name, phase in process.phases.items()}
         peak = max((phase.peak for phase in phases.values()), default=0)

@@ -39,7 +39,7 @@ class CheckpointState:
         step: optimiser steps.
         consumed: ids of all groups trained so far.
         dropped: ids of groups that were given up.
-        group_size: streams of a group.
+        group_size: streams of a group. Part of the format of `state.json`; this code does not read it.
         counters: the stage's result so far.
         tracking_run: id of the MLflow run.
         settings: what the stage runs under (see runtime.store.manifests); {} if that was not recorded.
@@ -54,10 +54,6 @@ class CheckpointState:
     counters: dict[str, Any] = field(default_factory=dict)
     tracking_run: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def done(self) -> frozenset[str]:
-        return frozenset(self.consumed) | frozenset(self.dropped)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from streams.backbone.tiny_spec import QWEN3_SPEC
 from streams.checkpoint.folder import resolve_checkpoint
 from tests.support.configs import composed
 from tests.support.project import ROOT
-from tests.support.starting import preflight
+from tests.support.starting import check_inputs
 
 CONF = ROOT / "conf"
 OWN_DATA = ["data=jsonl", "data.train=a.jsonl", "data.heldout=b.jsonl"]
@@ -178,12 +178,12 @@ def test_no_number_may_be_nan_infinite_or_negative(key, value):
 @pytest.mark.parametrize("data", ["jsonl", "thinkstream"])
 def test_own_data_without_files_do_not_fall_back_to_generated_ones(data):
     with pytest.raises(FileNotFoundError, match=r"data\.train: TRAIN\.jsonl does not exist \(set data\.train"):
-        preflight(composed(f"data={data}"))
+        check_inputs(composed(f"data={data}"))
 
 
 def test_a_model_that_is_nowhere_is_named():
     with pytest.raises(FileNotFoundError, match=r"model\.path=/nonexistent/model: no such folder, and not a hub id"):
-        preflight(composed("model.path=/nonexistent/model"))
+        check_inputs(composed("model.path=/nonexistent/model"))
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "no body/x", "nobody/.."])
@@ -200,13 +200,13 @@ def test_a_checkpoint_is_named_by_its_export_which_knows_how_it_is_run(tmp_path,
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"{re.escape(key)}=\S+ is a whole checkpoint: name its export, \S+/hf$"):
-        preflight(composed(f"{key}={tmp_path}"))
+        check_inputs(composed(f"{key}={tmp_path}"))
 
 
 def test_a_run_root_that_is_a_file_is_named(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match=r"run_root=.*/run is a file"):
-        preflight(composed(f"run_root={tmp_path / 'run'}"))
+        check_inputs(composed(f"run_root={tmp_path / 'run'}"))
 
 
 def test_a_submitted_job_uses_the_cluster_that_runs_it(monkeypatch):
@@ -221,7 +221,7 @@ def test_a_submitted_job_uses_the_cluster_that_runs_it(monkeypatch):
 
 def test_groups_in_flight_below_one_step_are_refused_in_preflight():
     with pytest.raises(ValueError, match=r"algorithm\.groups_in_flight=3"):
-        preflight(composed("algorithm.groups_in_flight=3"))
+        check_inputs(composed("algorithm.groups_in_flight=3"))
 
 
 def test_a_run_may_not_start_from_what_it_replaces(tmp_path):

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 from conf.age import AgeBound
 from rewards import Reward
 from runtime.planning.clip_cache import check_features
+from runtime.planning.device_plan import plan_devices
 from runtime.planning.footprint import slot_bytes
-from runtime.planning.plan import plan_run
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.tiny import build_config, build_tokenizer
 from streams.backbone.tiny_spec import TinySpec
@@ -25,7 +25,7 @@ from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from tests.support.commands import launch
 from tests.support.configs import composed
 from tests.support.geometries import qwen2_5_vl
-from tests.support.starting import check_memory, describe
+from tests.support.starting import check_memory_policy, describe
 
 OWN_DATA = ("data.train=a.jsonl", "data.heldout=b.jsonl")
 PRESETS = ("vst_7b", "streamingvlm_7b")
@@ -96,7 +96,7 @@ def test_both_train_the_language_model_of_a_7b(name):
         30,
         "cosine",
     )
-    check_memory(config)
+    check_memory_policy(config)
     Reward.from_config(config.reward)
 
 
@@ -194,7 +194,7 @@ def planned(config, geometry, *, ranks=8):
         for part, count in (("rank", ranks), ("worker", config.rollout.workers))
     ]
     stages = {"sft": config.sft_learner(1)} | ({"rl": config.rl_learner(1)} if "rl" in config.job.stages else {})
-    return plan_run(config, stages, geometry, (task,), (places[0], places[1]))
+    return plan_devices(config, stages, geometry, (task,), (places[0], places[1]))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -9,7 +9,7 @@ import pytest
 from conf.schema import RunConfig
 from tests.support.commands import launch
 from tests.support.configs import composed
-from tests.support.starting import check_memory
+from tests.support.starting import check_memory_policy
 
 
 def folder(path, **values):
@@ -67,21 +67,21 @@ def test_text_that_leaves_before_the_video_whose_time_it_tells_is_refused_for_ev
     composed_memory = [*memory, f"run_root={tmp_path / 'run'}"]
     for model in ("model=tiny_qwen3_vl", f"model.path={folder(tmp_path / 'qwen3')}"):
         with pytest.raises(ValueError, match=TIMES_LEAVE):
-            check_memory(composed(*composed_memory, model))
+            check_memory_policy(composed(*composed_memory, model))
     # Qwen2.5-VL tells time by positions; a hub id says what it is when its config.json is there
-    # (runtime.planning.plan asks again).
+    # (runtime.planning.device_plan asks again).
     other = folder(tmp_path / "qwen2", model_type="qwen2_5_vl", vision_config={"patch_size": 14})
     for model in ("model=tiny", f"model.path={other}", "model=qwen3_vl_2b"):
-        check_memory(composed(*composed_memory, model))
+        check_memory_policy(composed(*composed_memory, model))
 
 
 def test_the_checkpoint_that_is_evaluated_decides_not_the_model_of_the_configuration(tmp_path):
     checkpoint = folder(tmp_path / "qwen3")
     words = ["job=eval", f"eval.checkpoint={checkpoint}", "memory.text_window=2", f"run_root={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match=TIMES_LEAVE):
-        check_memory(composed(*words))
+        check_memory_policy(composed(*words))
     other = folder(tmp_path / "qwen2", model_type="qwen2_5_vl", vision_config={"patch_size": 14})
-    check_memory(composed(*words[:1], f"eval.checkpoint={other}", *words[2:], "model=tiny_qwen3_vl"))
+    check_memory_policy(composed(*words[:1], f"eval.checkpoint={other}", *words[2:], "model=tiny_qwen3_vl"))
 
 
 @pytest.mark.parametrize(("patch", "tokens"), [(14, 192), (16, 147)])
@@ -94,8 +94,8 @@ def test_a_budget_below_one_chunk_is_refused_by_the_size_of_the_backbones_tokens
         f"run_root={tmp_path / 'run'}",
     ]
     with pytest.raises(ValueError, match=rf"memory\.video_tokens={tokens - 1} cannot hold one chunk of {tokens} video"):
-        check_memory(composed(*words, f"memory.video_tokens={tokens - 1}"))
-    check_memory(composed(*words, f"memory.video_tokens={tokens}"))
+        check_memory_policy(composed(*words, f"memory.video_tokens={tokens - 1}"))
+    check_memory_policy(composed(*words, f"memory.video_tokens={tokens}"))
 
 
 @pytest.mark.parametrize("content", ["{", "[3]", '{"model_type": "qwen3_vl"}'])
@@ -103,7 +103,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, content):
     path = folder(tmp_path / "model")
     (path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=rf"model\.path={path}: config\.json"):
-        check_memory(composed(f"model.path={path}", f"run_root={tmp_path / 'run'}"))
+        check_memory_policy(composed(f"model.path={path}", f"run_root={tmp_path / 'run'}"))
 
 
 def test_what_is_set_and_has_no_effect_is_said():

@@ -12,7 +12,7 @@ from conf.schema import MemoryConfig, RunConfig
 from conf.streaming import STREAMING_FILE, apply_streaming, overridden_keys, read_streaming, streaming_settings
 from runtime.starting_point import StartingPoint
 from tests.support.configs import VIDEO, trained
-from tests.support.starting import check_memory
+from tests.support.starting import check_memory_policy
 
 pytestmark = pytest.mark.smoke
 
@@ -162,7 +162,7 @@ def test_another_policy_by_name_takes_neither_target_nor_arguments_from_the_chec
             "",
             {},
         )
-        check_memory(applied.config)
+        check_memory_policy(applied.config)
 
 
 def test_a_target_that_an_earlier_version_noted_and_did_not_use_is_left_where_it_is(tmp_path):
@@ -186,7 +186,7 @@ def test_arguments_without_a_policy_of_ones_own_are_refused_before_anything_star
     with pytest.raises(
         ValueError, match=rf"memory\.args=\{{.*\}} with memory\.name={memory.name}, .*\({takes}\): set memory"
     ):
-        check_memory(config)
+        check_memory_policy(config)
 
 
 def test_what_a_checkpoint_brings_and_cannot_be_used_is_told_from_what_was_typed(tmp_path):

@@ -2,41 +2,72 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
-from conf.age import AgeBound
 from rewards import RewardResult
-from rl.buffer import GroupBuffer
 from rl.loop import RLLoop
-from rl.results import RLResult
+from streams.messages import GroupSummary
+from tests.support.configs import composed
+from tests.support.stage import stage_context
+from tests.support.tasks import clip_task
 
 FAILED = RewardResult(0.0, {}, (), failed="stream a: reward.terms.mine: KeyError: 'gone'")
 SCORED = RewardResult(0.5, {}, ())
 
 
 @pytest.fixture
-def loop():
-    """As much of the loop as takes scores."""
-    made = RLLoop.__new__(RLLoop)
-    made.config = SimpleNamespace(algorithm=SimpleNamespace(groups_in_flight=4))
-    made.buffer, made.result, made.dropped = GroupBuffer(AgeBound(4, 2, 1)), RLResult(), []
-    made.said = []
-    made.progress = SimpleNamespace(say=made.said.append)
-    made._dropped_in_a_row = 0
+def loop(tmp_path):
+    """A loop whose actors are never called: replies are handed to it."""
+    config = composed(f"run_root={tmp_path}", "algorithm.groups_in_flight=4", "algorithm.groups_per_step=4")
+    context, told = stage_context(config, "rl", steps=50)
+    made = RLLoop(context, (clip_task("a"),))
+    made.said = told.said
     return made
 
 
+def admitted(loop):
+    return loop.dispatch.next(loop.version, left=1000)
+
+
+def summary(assignment, **values):
+    return GroupSummary(assignment.group, assignment.task.id, assignment.worker, **values)
+
+
 def score(loop, *results):
-    loop._scored(results, SimpleNamespace(group="0/a"), None, loop.buffer.admit())
+    assignment = admitted(loop)
+    assert loop.dispatch.returned(assignment, summary(assignment))
+    loop._scored(results, summary(assignment), None, assignment)
+    return assignment
 
 
 def test_a_group_without_any_reward_is_dropped_and_said(loop):
     score(loop, FAILED, FAILED)
-    assert (loop.dropped, loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
+    assert (loop.stage.dropped, loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
     assert loop.said == [f"rl: dropped group 0/a: every reward failed: {FAILED.failed}"]
     assert [sample.source for sample in loop.result.skipped] == ["stream 0/a/0", "stream 0/a/1"]
+
+
+def test_a_group_that_failed_at_its_worker_is_dropped_and_said(loop):
+    assignment = admitted(loop)
+    loop._rolled_out(summary(assignment, failed="no such file", clip_seconds=4.0), None, assignment)
+    assert (loop.stage.dropped, loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
+    assert loop.said == ["rl: dropped group 0/a: no such file"]
+    assert loop.result.dropped_clip_seconds == 4.0
+
+
+def test_what_comes_of_a_group_that_was_assigned_again_is_ignored(loop):
+    first = admitted(loop)
+    loop.dispatch.reissue(0)
+    loop.dispatch.restored(0)
+    second = admitted(loop)
+    assert (second.ticket, second.group) == (first.ticket, first.group)
+    loop._rolled_out(summary(first, failed="the worker is gone"), None, first)
+    assert (loop.stage.dropped, loop.result.skipped, loop.said) == ([], [], [])
+    assert loop.dispatch.returned(second, summary(second))
+    loop._scored((FAILED, FAILED), summary(first), None, first)
+    assert (loop.stage.dropped, loop.result.skipped, loop.said) == ([], [], [])
+    loop._scored((SCORED, SCORED), summary(second), None, second)
+    assert loop.buffer.ready == 1
 
 
 def test_a_reward_that_always_fails_ends_the_run_and_is_named(loop):
@@ -49,6 +80,5 @@ def test_a_reward_that_always_fails_ends_the_run_and_is_named(loop):
 def test_one_that_fails_now_and_then_does_not(loop):
     for _ in range(60):
         score(loop, FAILED, FAILED)
-        score(loop, FAILED, SCORED)
-        loop.buffer.drop(loop.buffer.admitted - 1)
+        loop.dispatch.drop(score(loop, FAILED, SCORED))
     assert loop.result.dropped_groups == 60

@@ -17,6 +17,7 @@ from learner.engine import LearnerEngine
 from learner.long_streams.activation_checkpointing import checkpoint_activations
 from learner.setup import LearnerSetup
 from rollout.engine.engine import Engine
+from runtime.planning.device_plan import MARGIN, PoolNeed, Process, plan_device_memory, plan_devices
 from runtime.planning.footprint import (
     Footprint,
     gib,
@@ -27,7 +28,6 @@ from runtime.planning.footprint import (
     trained_numbers,
     worker_footprint,
 )
-from runtime.planning.plan import MARGIN, PoolNeed, Process, plan_memory, plan_run
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.backbone import Backbone
 from streams.backbone.tiny import build_tiny
@@ -166,7 +166,7 @@ TASKS = (StreamTask("a", "a.mp4", 0.0, 20.0, (QUESTION,), (ExpectedAnswer(1.0, "
 
 
 def planned(config, device=H200):
-    return plan_run(config, {"rl": config.learner}, three_b(), TASKS, ([device], [device]))
+    return plan_devices(config, {"rl": config.learner}, three_b(), TASKS, ([device], [device]))
 
 
 def test_a_3b_loop_fits_one_large_gpu_with_the_pools_at_their_largest():
@@ -228,7 +228,7 @@ def test_a_memory_that_cannot_work_is_refused_before_anything_loads():
     with pytest.raises(
         ValueError, match=r"text stays for 7 turns \(memory\.text_window\) but video for memory\.window=8"
     ):
-        plan_run(short, {"rl": short.learner}, timed, TASKS, ([H200], [H200]))
+        plan_devices(short, {"rl": short.learner}, timed, TASKS, ([H200], [H200]))
 
 
 @pytest.mark.parametrize(
@@ -289,9 +289,9 @@ def test_a_plan_fits_and_every_refusal_says_by_how_much(free, learners, workers,
     wanted = need.given // need.slot if given_mib else largest * streams
     if possible < (wanted if given_mib else largest) or wanted < largest:
         with pytest.raises(ValueError, match=r"[\d.]+ (GiB|MiB)"):
-            plan_memory(processes, need, worker)
+            plan_device_memory(processes, need, worker)
         return
-    plan = plan_memory(processes, need, worker)
+    plan = plan_device_memory(processes, need, worker)
     assert fixed + workers * plan.kv_slots * need.slot <= device.free * (1 - MARGIN)
     assert largest <= plan.kv_slots == (wanted if given_mib else min(wanted, possible))
 
@@ -309,7 +309,7 @@ def test_the_largest_stream_that_a_worker_re_scores_has_room():
     tasks = (replace(TASKS[0], end=300.0),)
 
     def parts(*overrides, device=H200):
-        plan = plan_run(smoke(*long, *overrides), {}, three_b(), tasks, ([device], [device]))
+        plan = plan_devices(smoke(*long, *overrides), {}, three_b(), tasks, ([device], [device]))
         return dict(plan.footprints[0].parts)
 
     tokens = StreamSize.largest(smoke(*long), tasks, three_b()).tokens
@@ -374,7 +374,7 @@ def test_the_published_preset_fits_gpus_of_80_gb_and_not_without_checkpointing()
     def plan(*overrides):
         config = composed("experiment=thinkstream_qwen2_5_vl_3b", *own, *overrides)
         stages = {"sft": config.sft_learner(1), "rl": config.rl_learner(1)}
-        return plan_run(config, stages, three_b(), tasks, (ranks, workers))
+        return plan_devices(config, stages, three_b(), tasks, (ranks, workers))
 
     assert plan().kv_slots == 24576 * 2**20 // (36 * 1024)
     with pytest.raises(ValueError, match=r"Ways out: .*learner\.activation_checkpointing=true"):
@@ -453,15 +453,15 @@ EIGHTEEN_GIB = replace(H200, free=18 * GIB)
 
 def test_an_evaluation_alone_stages_no_weights_and_makes_room_for_the_learner_that_scores_its_logs():
     config = smoke("job=eval", "learner.freeze=none")
-    alone = plan_run(config, {}, three_b(), TASKS, ([EIGHTEEN_GIB], [EIGHTEEN_GIB]))
+    alone = plan_devices(config, {}, three_b(), TASKS, ([EIGHTEEN_GIB], [EIGHTEEN_GIB]))
     assert dict(alone.footprints[0].parts)["staged weights"] == 0
     # The float32 copies that DeepSpeed makes at once: 14 GiB.
     with pytest.raises(
         ValueError, match=r"learner [\d.]+ GiB \(weights [\d.]+ GiB \+ optimiser [\d.]+ GiB \+ scoring "
     ):
-        plan_run(config, {"eval": config.learner}, three_b(), TASKS, ([EIGHTEEN_GIB], [EIGHTEEN_GIB]))
-    scored = plan_run(config, {"eval": config.learner}, three_b(), TASKS, ([H200], [H200]))
-    trained = plan_run(config, {"rl": config.learner}, three_b(), TASKS, ([H200], [H200]))
+        plan_devices(config, {"eval": config.learner}, three_b(), TASKS, ([EIGHTEEN_GIB], [EIGHTEEN_GIB]))
+    scored = plan_devices(config, {"eval": config.learner}, three_b(), TASKS, ([H200], [H200]))
+    trained = plan_devices(config, {"rl": config.learner}, three_b(), TASKS, ([H200], [H200]))
     assert scored.footprints[-1].total < trained.footprints[-1].total / 1.5
 
 

@@ -15,8 +15,9 @@ from learner.messages import Runs, TrainBatch, TrainGroup
 from learner.setup import LearnerSetup
 from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
+from runtime.cluster.events import wait_for
 from runtime.cluster.placement import plan_bundles
-from runtime.cluster.session import Session, wait_for
+from runtime.cluster.session import Session
 from streams.memory import MemoryConfig
 from tests.support.learner import GRPO
 from tests.support.ranks import LAYOUT, checkpoint, groups, learner_values

@@ -17,7 +17,7 @@ from rl.metrics import term_metric
 from rl.stage import RL
 from runtime.tracking.metric_names import MAX_BYTES, apart, metric_name, readable
 from tests.support.configs import composed
-from tests.support.starting import preflight
+from tests.support.starting import check_inputs
 
 AWKWARD = (
     *("a//b", "..", ".", "/", "//", "/a", "a/", "a/../b", "a/./b", "./a", " ", " a ", "a ", "a:b", "a?b", "a_b", "%2F"),
@@ -156,7 +156,7 @@ def write_rows(path, categories):
 
 def start(config):
     """As launch.py does before anything starts."""
-    RL.check(config, preflight(config))
+    RL.check(config, check_inputs(config))
 
 
 def test_it_is_checked_before_anything_starts_against_the_rows_that_are_evaluated(tmp_path):

@@ -1,4 +1,4 @@
-"""The mismatch monitor: what stops a run, what it then says, and that a run stopped so goes on.
+"""The mismatch gate: what stops a run, what it then says, and that a run stopped so goes on.
 
 The runs are real: launch.py with its actors, once with a limit below the noise, once with a learner whose mask is wrong.
 """
@@ -17,7 +17,7 @@ import torch
 from conf.monitor import MonitorConfig
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
-from runtime.mismatch_gate import Monitor
+from runtime.mismatch_gate import MismatchGate
 from runtime.store.journal import journal_path, read_lines
 from streams.backbone.config import ModelConfig
 from streams.log.mismatch import LogpDiff, OffToken, most_telling
@@ -28,14 +28,14 @@ from tests.support.commands import launch
 from tests.support.streams import joined_features, loud_backbone, random_turns, request, run
 
 
-def monitor(dtype: str = "float32", **knobs: float) -> Monitor:
+def monitor(dtype: str = "float32", **knobs: float) -> MismatchGate:
     config = RunConfig(
         memory=MemoryConfig("full"),
         model=ModelConfig(dtype=dtype),
         learner=LearnerConfig(dtype=dtype),
         monitor=MonitorConfig(**knobs),
     )
-    return Monitor(config)
+    return MismatchGate(config)
 
 
 def sample(*differences: float) -> LogpDiff:

@@ -20,7 +20,7 @@ from streams.memory import POLICIES, Lanes, LiveTokens, MemoryConfig, MemoryPoli
 from tests.support.configs import composed
 from tests.support.guides import DOCS, blocks
 from tests.support.service import open_service, worker_setup
-from tests.support.starting import check_memory, describe
+from tests.support.starting import check_memory_policy, describe
 from tests.support.streams import (
     FP64_BAR,
     differences,
@@ -187,7 +187,7 @@ def test_what_is_read_of_ones_own_policy_must_be_of_its_type(policy, message):
 )
 def test_a_bound_that_is_none_is_refused_before_anything_starts(policy, message):
     with pytest.raises(ValueError, match="memory: " + message):
-        check_memory(replace(composed(), memory=own(policy)))
+        check_memory_policy(replace(composed(), memory=own(policy)))
 
 
 @pytest.mark.parametrize(

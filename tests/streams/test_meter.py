@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from runtime.planning.device_plan import DevicePlan
 from runtime.planning.footprint import Footprint
-from runtime.planning.plan import MemoryPlan
 from runtime.planning.usage import usage_lines, usage_report
 from streams.support import meter
 from streams.support.usage import DeviceInfo, PhaseUsage, ProcessUsage
@@ -44,8 +44,8 @@ def test_a_system_without_the_kernels_files_has_its_memory_too(kernel):
 def test_every_peak_is_beyond_what_the_process_held_before():
     device = DeviceInfo("n/host", "the host memory of n", False, 2**34, 2**33, 600 * MIB)
     phases = {"load": PhaseUsage(2.0, 1, 700 * MIB), "step": PhaseUsage(9.0, 3, 0)}
-    plan = MemoryPlan(1, (), (Footprint("rollout worker", (("weights", 200 * MIB),)),))
-    report = usage_report([ProcessUsage("rollout worker 1", phases, 0)], [device], plan, {})
+    plan = DevicePlan(1, (), (Footprint("rollout worker", (("weights", 200 * MIB),)),), (device,))
+    report = usage_report([ProcessUsage("rollout worker 1", phases, 0)], plan, {})
     process = report["processes"]["rollout worker 1"]
     assert process["peak_bytes"] == process["phases"]["load"]["peak"] == 100 * MIB
     assert process["estimated_bytes"] == 200 * MIB

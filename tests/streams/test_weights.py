@@ -33,7 +33,7 @@ from streams.checkpoint.weights import (
 )
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from tests.support.starting import preflight
+from tests.support.starting import check_inputs
 from tests.support.weights import SPECS, WHOLE, configured, rewrite, sharded, without
 
 # ---- what is expected is what transformers' modules have ----
@@ -293,7 +293,7 @@ def test_a_run_that_names_such_a_folder_ends_before_ray_starts_with_the_key(fold
     section, name = key.split(".")
     changed = replace(config, **{section: replace(getattr(config, section), **{name: str(folder)})})
     with pytest.raises(ValueError, match=rf"{key}: {folder}: .*missing: lm_head\.weight"):
-        preflight(changed)
+        check_inputs(changed)
 
 
 def test_the_check_loads_neither_torch_nor_transformers(checkpoints):

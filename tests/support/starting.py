@@ -8,12 +8,12 @@ from runtime.checks import Rows
 from runtime.starting_point import StartingPoint
 
 
-def preflight(config: RunConfig) -> Rows:
-    return checks.preflight(config, StartingPoint.of(config))
+def check_inputs(config: RunConfig) -> Rows:
+    return checks.check_inputs(config, StartingPoint.of(config))
 
 
-def check_memory(config: RunConfig) -> None:
-    checks.check_memory(config, StartingPoint.of(config))
+def check_memory_policy(config: RunConfig) -> None:
+    checks.check_memory_policy(config, StartingPoint.of(config))
 
 
 def describe(config: RunConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""The weight ledger: how many versions are alive, who fetches which, and who may work, over random orders of events."""
+"""The version ledger: how many versions are alive, who fetches which, and who may work, over random orders of events."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.versions import WeightLedger
+from rl.versions import VersionLedger
 
 pytestmark = pytest.mark.smoke
 
 
-def alive(ledger: WeightLedger) -> set[int]:
+def alive(ledger: VersionLedger) -> set[int]:
     """Published versions that somebody may still read: the newest, and those under way."""
     return {ledger.published, *ledger.fetching.values()}
 
@@ -19,7 +19,7 @@ def alive(ledger: WeightLedger) -> set[int]:
 @given(st.integers(1, 5), st.integers(0, 3), st.data())
 @settings(max_examples=150, deadline=None)
 def test_in_any_order_of_events_two_versions_live_and_only_the_newest_is_fetched(workers, max_lag, data):
-    ledger = WeightLedger(workers, max_lag)
+    ledger = VersionLedger(workers, max_lag)
     assert ledger.running == dict.fromkeys(range(workers), 0)
     for _ in range(data.draw(st.integers(1, 60), label="events")):
         action = data.draw(st.sampled_from(["publish", "fetch", "swap", "swap"]))
@@ -49,7 +49,7 @@ def test_in_any_order_of_events_two_versions_live_and_only_the_newest_is_fetched
 
 
 def test_a_worker_beyond_the_lag_gets_no_task_until_it_has_swapped():
-    ledger = WeightLedger(workers=2, max_lag=1)
+    ledger = VersionLedger(workers=2, max_lag=1)
     ledger.publish(1)
     assert ledger.next_fetches() == [0, 1]
     ledger.swapped(0, 1)
@@ -61,7 +61,7 @@ def test_a_worker_beyond_the_lag_gets_no_task_until_it_has_swapped():
 
 
 def test_a_worker_that_fetches_is_not_sent_for_the_next_version_before_it_has_swapped():
-    ledger = WeightLedger(workers=2, max_lag=1)
+    ledger = VersionLedger(workers=2, max_lag=1)
     ledger.publish(1)
     ledger.next_fetches()
     ledger.swapped(0, 1)
@@ -75,7 +75,7 @@ def test_a_worker_that_fetches_is_not_sent_for_the_next_version_before_it_has_sw
 
 
 def test_a_third_living_version_is_refused():
-    ledger = WeightLedger(workers=1, max_lag=3)
+    ledger = VersionLedger(workers=1, max_lag=3)
     ledger.publish(1)
     ledger.next_fetches()
     ledger.publish(2)
@@ -89,7 +89,7 @@ def test_a_third_living_version_is_refused():
 
 
 def test_versions_only_grow():
-    ledger = WeightLedger(workers=1, max_lag=0)
+    ledger = VersionLedger(workers=1, max_lag=0)
     ledger.publish(4)
     for version in (4, 3):
         with pytest.raises(AssertionError, match="versions only grow"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
@@ -62,20 +62,28 @@ class PoolNeed:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """kv_slots of every worker's pool; lines: the arithmetic, for the terminal; footprints: by process name."""
+class DevicePlan:
+    """How the devices are filled.
+
+    Attributes:
+        kv_slots: of every worker's pool.
+        lines: the arithmetic, for the terminal.
+        footprints: the different ones among the processes.
+        devices: of the learner ranks, then of the workers.
+    """
 
     kv_slots: int
     lines: tuple[str, ...]
     footprints: tuple[Footprint, ...]
+    devices: tuple[DeviceInfo, ...] = ()
 
 
-def plan_memory(
+def plan_device_memory(
     processes: list[Process],
     need: PoolNeed,
     describe_pool: Callable[[int], Footprint],
     taken: frozenset[str] = frozenset(),
-) -> MemoryPlan:
+) -> DevicePlan:
     """The sizes of all pools. describe_pool: a worker's footprint with a pool of that many bytes. taken: ways out that the
     configuration has taken already. Raises ValueError.
     """
@@ -106,7 +114,7 @@ def plan_memory(
         )
     found = [describe_pool(slots * need.slot) if p.kv else p.footprint for p in processes]
     distinct = tuple(dict.fromkeys(found))
-    return MemoryPlan(slots, tuple(_lines(processes, found)), distinct)
+    return DevicePlan(slots, tuple(_lines(processes, found)), distinct)
 
 
 def _by_device(processes: list[Process]) -> dict[DeviceInfo, list[Process]]:
@@ -192,13 +200,13 @@ def _scores_by_flex(learner: LearnerConfig, device: DeviceInfo) -> bool:
     return device.cuda and learner.attention != "sdpa"
 
 
-def plan_run(
+def plan_devices(
     config: RunConfig,
     stages: dict[str, LearnerConfig],
     geometry: ModelGeometry,
     tasks: tuple[StreamTask, ...],
     devices: tuple[list[DeviceInfo], list[DeviceInfo]],
-) -> MemoryPlan:
+) -> DevicePlan:
     """For the stages that need a learner (name -> its settings; `eval` only scores), on the devices of ranks and workers.
 
     What is planned holds for all of them: the learner of the hungriest, one size of KV pool. Raises ValueError.
@@ -250,4 +258,5 @@ def plan_run(
         streams=config.rollout.max_streams,
         given=config.rollout.kv_memory_mb * 2**20,
     )
-    return plan_memory(processes, need, worker, _taken(config, stages))
+    plan = plan_device_memory(processes, need, worker, _taken(config, stages))
+    return replace(plan, devices=(*learner_devices, *worker_devices))

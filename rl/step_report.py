@@ -1,0 +1,60 @@
+"""What is made known of an RL step: its metrics, and its line at the terminal.
+
+Invariant: shares of time count from the stage's beginning in this attempt, durations from the step before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rl.idle import IdleWatch, Values
+from rl.metrics import StepClock, step_metrics
+from rl.results import ReadyGroup
+from runtime.context import StageContext
+from streams.messages import SwapReport, TrainReport
+
+
+class StepReport:
+    """Follows the steps of one stage."""
+
+    def __init__(self, context: StageContext, before: Sequence[Values]) -> None:
+        """before: the metrics of the steps of earlier attempts, in order."""
+        self._context = context
+        self._idle = IdleWatch(context.config, before)
+        self._step_began = time.monotonic()
+        self._learner_busy_s = 0.0
+
+    def metrics(
+        self,
+        report: TrainReport,
+        groups: Sequence[ReadyGroup],
+        ages: Sequence[int],
+        swaps: Sequence[SwapReport],
+        ready: int,
+        dropped: int,
+    ) -> dict[str, float | None]:
+        """Return the metrics of a step that has just ended. ready: groups that wait; dropped: groups since the start."""
+        now = time.monotonic()
+        wall, self._step_began = now - self._step_began, now
+        self._learner_busy_s += report.metrics["step_s"]
+        clock = StepClock(wall, self._learner_busy_s / self._context.seconds())
+        return step_metrics(report, groups, ages, swaps, clock, ready, dropped)
+
+    def say(self, step: int, values: dict[str, float | None]) -> None:
+        """Print the step's line, and a notice if steps in a row taught nothing."""
+        if said := self._idle.see(values):
+            self._context.progress.say(said)
+        self._context.progress.step(
+            "rl",
+            step,
+            self._context.steps,
+            {
+                "reward": values["reward/total"],
+                "loss": values["train/loss"],
+                "entropy": values["train/entropy"],
+                "clip": values["train/clip_share"],
+                "age": values["age/max"],
+                "tok/s": values["rollout/tokens_per_s"],
+            },
+        )

@@ -1,0 +1,135 @@
+"""What every training stage keeps, whatever it trains on: the groups that are done, the journal, the checkpoints, the end.
+
+Invariants:
+* a group is in a checkpoint's `consumed` exactly if its weights have seen it, in `dropped` if it was given up by name;
+* a step is in the journal before it is in the charts, and in the charts only once a checkpoint holds it;
+* neither the learner nor the loop waits for a checkpoint, but at the stage's end;
+* a stage that is asked to stop leaves a checkpoint of its last step behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+from runtime.checkpointer import Checkpointer
+from runtime.cluster.events import ActorDeath, Events
+from runtime.context import StageContext
+from runtime.stop import Requeue
+from runtime.store.checkpoint import CheckpointState
+from runtime.store.journal import StepJournal, journal_path
+
+
+class TrainingStage:
+    """The state of one stage, restored from the checkpoint that it goes on from, and the events that it waits for."""
+
+    def __init__(self, context: StageContext, *, patience: int, group_size: int = 1) -> None:
+        """patience: groups dropped in a row before the stage gives up. group_size: streams of a group."""
+        self.context = context
+        self.events = Events(context.config.cluster.call_timeout_s, context.stop, self.actor_died)
+        state = context.resume
+        self.began_at = state.step if state else 0
+        self.consumed = list(state.consumed) if state else []
+        self.dropped = list(state.dropped) if state else []
+        self.checkpoints = Checkpointer(context)
+        self.journal = StepJournal.open(journal_path(context.config.root, context.stage), self.began_at)
+        self.patience = patience
+        self.saving: set[int] = set()
+        self.written: set[int] = {self.began_at} if state else set()
+        self._group_size = group_size
+        self._seconds_before: float = state.counters.get("seconds", 0.0) if state else 0.0
+        self._dropped_in_a_row = 0
+
+    @property
+    def done(self) -> list[str]:
+        """Ids of the groups that the stage is through with."""
+        return [*self.consumed, *self.dropped]
+
+    @property
+    def seconds(self) -> float:
+        """Of all attempts, up to the checkpoints that they went on from; and of this one until now."""
+        return self._seconds_before + self.context.seconds()
+
+    def actor_died(self, death: ActorDeath) -> None:
+        """Answer the death of an actor. No actor can be replaced while a stage runs: it ends here, by a RuntimeError."""
+        words = self.context.session.book.explain(death.error)
+        raise RuntimeError(f"an actor died during {death.what}: {words}") from death.error
+
+    # --- groups and steps -----------------------------------------------------------------------------------------
+
+    def chart(self, step: int) -> None:
+        """Hand the journal's lines up to `step`, which a checkpoint holds, to the tracker."""
+        self.context.tracker.commit(self.journal.take(step))
+
+    def trained(self, step: int, groups: tuple[str, ...], values: dict[str, float | None]) -> None:
+        """Note an optimiser step: the groups it trained, and what is logged of it."""
+        self.consumed += groups
+        self.journal.append(step, values, groups)
+
+    def drop(self, group: str, line: str, hopeless: str) -> None:
+        """Give a group up, saying `line`. Raises RuntimeError(hopeless) once more than `patience` were dropped in a row."""
+        self.dropped.append(group)
+        self.context.progress.say(f"{self.context.stage}: {line}")
+        self._dropped_in_a_row += 1
+        if self._dropped_in_a_row > self.patience:
+            raise RuntimeError(hopeless)
+
+    def found_good(self) -> None:
+        """Note a group that can be trained: the next one that is dropped is the first in a row."""
+        self._dropped_in_a_row = 0
+
+    # --- checkpoints and the end ----------------------------------------------------------------------------------
+
+    def save(self, step: int, counters: dict[str, Any], *, final: bool = False) -> None:
+        """Start writing the checkpoint of `step`, which is also the version of its weights. counters: the result so far."""
+        state = CheckpointState(
+            self.context.stage,
+            version=step,
+            step=step,
+            consumed=tuple(self.consumed),
+            dropped=tuple(self.dropped),
+            group_size=self._group_size,
+            counters=counters,
+        )
+        try:
+            reference = self.checkpoints.save(state, final=final)
+        except OSError as error:
+            self.checkpoints.save_failed(error, step, final=final)
+            return
+        self.saving.add(step)
+        self.events.expect(
+            reference,
+            f"the checkpoint of step {step}",
+            lambda path: self._saved(path, step),
+            lambda error: self._save_failed(error, step, final=final),
+        )
+
+    def finish(self, step: int, counters: dict[str, Any]) -> None:
+        """Write the stage's last checkpoint, and wait for it and all before it."""
+        self.save(step, counters, final=True)
+        self._wait_for_saves()
+
+    def leave(self, step: int, counters: dict[str, Any]) -> NoReturn:
+        """End as asked, between two steps: with a checkpoint of `step`, unless there is one. Raises Requeue."""
+        if step and step not in self.saving | self.written:
+            self.save(step, counters)
+        self._wait_for_saves()
+        raise Requeue(f"{self.context.stage}: stopped at step {step}, checkpoint {self.context.stop.last_checkpoint}")
+
+    def completed(self, step: int) -> Collection[str]:
+        """Act on the checkpoint of `step`, now complete. Returns the names of those that must outlive newer ones."""
+        return ()
+
+    def _wait_for_saves(self) -> None:
+        while self.saving:
+            self.events.wait()
+
+    def _saved(self, path: str, step: int) -> None:
+        self.saving.discard(step)
+        self.written.add(step)
+        self.checkpoints.saved(path, self.completed(step))
+        self.chart(step)
+
+    def _save_failed(self, error: Exception, step: int, *, final: bool) -> None:
+        self.saving.discard(step)
+        self.checkpoints.save_failed(error, step, final=final)

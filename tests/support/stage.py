@@ -1,0 +1,57 @@
+"""A stage's surroundings without actors: what a loop keeps is real, the session holds only what is given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from conf.schema import RunConfig
+from runtime.context import StageContext
+from runtime.stop import StopSignal
+from runtime.store.checkpoint import CheckpointState
+from runtime.store.runlock import RunLock
+
+
+class Told:
+    """Takes the place of terminal and charts: `said` are the lines, `charted` the steps that the tracker was given."""
+
+    run_id = "run"
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.charted: list[int] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def step(self, stage: str, done: int, total: int, values: dict[str, float | None]) -> None:
+        self.said.append(f"{stage} {done}/{total}")
+
+    def commit(self, lines: list[Any]) -> None:
+        self.charted += [line.step for line in lines]
+
+
+def stage_context(
+    config: RunConfig,
+    stage: str,
+    steps: int,
+    *,
+    workers: int = 1,
+    resume: CheckpointState | None = None,
+    **session: Any,
+) -> tuple[StageContext, Told]:
+    """A context under `config.root`, and what the stage tells through it."""
+    told = Told()
+    context = StageContext(
+        stage=stage,
+        steps=steps,
+        config=config,
+        session=SimpleNamespace(workers=[None] * workers, book=SimpleNamespace(explain=str), **session),
+        tracker=told,
+        progress=told,
+        stop=StopSignal(),
+        lock=RunLock(config.root),
+        streaming={},
+        resume=resume,
+    )
+    return context, told
