@@ -21,13 +21,10 @@ FULL_FOLDERS: dict[str, str] = {}
 MANY_METHODS = {
     "Backbone": "one adapter to transformers: half of them are one-line properties of the loaded model",
     "Layout": "every way between words and ids, so that nothing else ever tokenises",
-    "RLLoop": "to be split: dispatch and checkpoints leave it",
-    "Session": "what stages ask of the actors; two of its methods make it a context manager",
     "StageStore": "a decision table: each method answers one question about a stage on disk",
 }
 """Class -> why it has more than METHODS methods."""
 MANY_ATTRIBUTES = {
-    "RLLoop": "to be split: dispatch and checkpoints leave it",
     "RLResult": "a row of counters, each a field of a checkpoint's JSON",
     "Run": "to be split: what the stages share becomes one object",
 }

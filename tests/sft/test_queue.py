@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from runtime.training_stage import TrainingStage
 from sft.queue import DemonstrationQueue
 from streams.messages import GroupSummary, ScriptTask
+from streams.task import Plan
 from tests.support.configs import composed
 from tests.support.stage import stage_context
 from tests.support.tasks import clip_task
@@ -52,7 +53,7 @@ def queue(folder, workers: Workers, ahead: int, patience: int):
     stage = TrainingStage(context, patience=patience)
     stage.events = workers
     context.session.workers = workers.workers
-    scripts = (ScriptTask(f"0/{n}", clip_task(str(n)), ()) for n in range(10_000))
+    scripts = (ScriptTask(f"0/{n}", clip_task(str(n)), Plan(1, 1.0), ()) for n in range(10_000))
     hopeless = "no demonstration could be laid out"
     made = DemonstrationQueue(
         stage, scripts, ahead, lambda script, why: stage.drop(script.group, f"skipped {script.group}: {why}", hopeless)
