@@ -1,1 +1,1 @@
-"""RL: the asynchronous loop and what it keeps: buffer, advantages, weights, checkpoints, tracking, cluster."""
+"""RL: the asynchronous loop, and what it keeps: buffer, dispatch, versions of weights, algorithms."""
