@@ -12,7 +12,7 @@ SEED ?= 0
 RESUME ?= never
 ARGS ?=
 JOBS ?= 2
-TEST_JOBS ?= 3
+SLOW_JOBS ?= 2
 
 .PHONY: setup setup-test quickstart gpu-smoke gpu-bench check test test-oldest test-browser lint clean
 
@@ -51,10 +51,12 @@ lint: setup-test
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "smoke and not cuda" -n $(JOBS) --dist loadfile $(ARGS)
 
-# Everything, in TEST_JOBS processes of one thread each: one more than cores, as real runs mostly wait for processes. The
-# files that may take longest come first (tests/conftest.py), so that none of them is left over at the end.
+# Quick tests first, in JOBS processes of one thread each, then those with real processes and long streams, which wait for
+# processes to start most of the time: SLOW_JOBS of them side by side, each with a Ray of its own (0 = one after the other).
+# The files that may take longest come first (tests/conftest.py), so that none of them is left over at the end.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow" -n $(SLOW_JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The quick tests with the oldest supported releases, in a virtual environment of their own.
 test-oldest:

@@ -26,8 +26,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
-from hydra.conf import HydraConf, JobConf, RunDir, SweepDir
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -235,21 +233,6 @@ def _stopped_while_loading(signum: int, frame: FrameType | None) -> None:
     os._exit(int(given[-1]) if given and given[-1].isdigit() else REQUEUE_STATUS)
 
 
-def register_schema() -> None:
-    """The typed defaults of every key, for Hydra; and Hydra's own settings, for any --config-name."""
-    from conf.schema import RunConfig
-
-    store = ConfigStore.instance()
-    store.store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
-    # Hydra writes nothing and sets up no logging: everything is under run_root.
-    quiet = HydraConf(
-        run=RunDir("."), sweep=SweepDir(dir=".", subdir="."), output_subdir=None, job=JobConf(chdir=False)
-    )
-    chosen = {"job_logging": "none", "hydra_logging": "none", "output": None}
-    quiet.defaults = [{name: chosen.get(name, option) for name, option in entry.items()} for entry in quiet.defaults]
-    store.store(group="hydra", name="config", node=quiet, provider="sightline")
-
-
 class _Interrupt:
     """Ctrl-C. `asked`, because a library in whose code it comes may turn it into an error of its own."""
 
@@ -265,6 +248,8 @@ def interruptible(typed: list[str]) -> None:
     interrupt = _Interrupt()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
         signal.signal(signal.SIGINT, interrupt)
+    from conf.schema import register_schema
+
     try:
         register_schema()
         sys.argv[1:] = plain_words(typed)

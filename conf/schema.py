@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from hydra.conf import HydraConf, RunDir, SweepDir
+from hydra.conf import JobConf as HydraJob
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -157,8 +159,16 @@ class RunConfig:
 
 
 def register_schema() -> None:
-    """Give Hydra the typed default of every key, under the name that conf/config.yaml lists first."""
-    ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    """The typed defaults of every key, for Hydra; and Hydra's own settings, for any --config-name."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    # Hydra writes nothing and sets up no logging: everything is under run_root.
+    quiet = HydraConf(
+        run=RunDir("."), sweep=SweepDir(dir=".", subdir="."), output_subdir=None, job=HydraJob(chdir=False)
+    )
+    chosen = {"job_logging": "none", "hydra_logging": "none", "output": None}
+    quiet.defaults = [{name: chosen.get(name, option) for name, option in entry.items()} for entry in quiet.defaults]
+    store.store(group="hydra", name="config", node=quiet, provider="sightline")
 
 
 def load_config(raw: DictConfig) -> RunConfig:

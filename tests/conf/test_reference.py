@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from conf.reference import composed, meanings, option, sections, settings
 from conf.schema import register_schema
-from tests.support import presets
+from tests.support import configs
 from tests.support.project import ROOT
 
 CONF = ROOT / "conf"
@@ -76,7 +76,7 @@ def test_a_field_without_a_string_is_an_error_that_names_it():
 def refused() -> dict[str, str]:
     """Key -> the values that it accepts, as it says itself when it is given another."""
     found = {}
-    config = presets.composed()
+    config = configs.composed()
     for setting in settings():
         section: Any = config
         for part in setting.key.split(".")[:-1]:

@@ -26,7 +26,7 @@ def test_every_metric_name_in_the_code_is_in_the_documented_list():
 
 def test_every_documented_train_metric_is_made_by_the_learner():
     text = (ROOT / "docs" / "metrics.md").read_text()
-    source = "".join(path.read_text() for path in sorted((ROOT / "learner").glob("*.py")))
+    source = "".join(path.read_text() for path in sorted((ROOT / "learner").rglob("*.py")))
     documented = re.findall(r"`train/([a-z_0-9]+)`", text)
     assert len(documented) > 10
     assert not [name for name in documented if f'"{name}"' not in source]

@@ -16,14 +16,12 @@ FILES = (ROOT / "launch.py", *(path for name in PACKAGES for path in sorted((ROO
 
 MODULES, METHODS, ATTRIBUTES, LINES, FUNCTION = 12, 15, 15, 500, 80
 
-FULL_FOLDERS = {"learner": "the losses are one file; they become a folder with the algorithms' family"}
+FULL_FOLDERS: dict[str, str] = {}
 """Folder -> why it has more than MODULES modules."""
 MANY_METHODS = {
     "Backbone": "one adapter to transformers: half of them are one-line properties of the loaded model",
     "Layout": "every way between words and ids, so that nothing else ever tokenises",
-    "LearnerEngine": "to be split: the step protocol, the losses, scoring",
     "RLLoop": "to be split: dispatch and checkpoints leave it",
-    "RolloutService": "to be split: groups, demonstrations, the self-check",
     "Session": "what stages ask of the actors; two of its methods make it a context manager",
     "StageStore": "a decision table: each method answers one question about a stage on disk",
 }
@@ -31,7 +29,6 @@ MANY_METHODS = {
 MANY_ATTRIBUTES = {
     "RLLoop": "to be split: dispatch and checkpoints leave it",
     "RLResult": "a row of counters, each a field of a checkpoint's JSON",
-    "RolloutService": "to be split: groups, demonstrations, the self-check",
     "Run": "to be split: what the stages share becomes one object",
 }
 """Class -> why it has more than ATTRIBUTES attributes."""

@@ -174,7 +174,7 @@ def test_a_question_that_a_response_to_another_closes_is_named():
     stays = replace(row, queries=(replace(queries[0], stay_open=True), queries[1]))
     assert untimely(stays, Plan(10, 1.0), 240) == []
     # Answered before the other is asked: nothing closes early.
-    assert untimely(replace(row, answers=(replace(answers[0], time=0.5), answers[1])), 1.0, 10, 240) == []
+    assert untimely(replace(row, answers=(replace(answers[0], time=0.5), answers[1])), Plan(10, 1.0), 240) == []
 
 
 def test_held_out_rows_are_named_but_stay(layout):

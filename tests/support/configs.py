@@ -6,14 +6,13 @@ import dataclasses
 
 from hydra import compose, initialize_config_dir
 
-import launch
-from conf.schema import MemoryConfig, RunConfig, load_config
+from conf.schema import MemoryConfig, RunConfig, load_config, register_schema
 from rewards import RewardConfig
 from streams.layout.layout import LayoutConfig
 from streams.video.config import VideoConfig
 from tests.support.project import ROOT
 
-launch.register_schema()
+register_schema()
 
 
 def composed(*overrides: str) -> RunConfig:

@@ -36,9 +36,9 @@ JITTER = 0.08
 NOTHING = "nothing"
 MANIFEST = "manifest.json"
 VERSION = 1
-MADE_BY = "streams.data.synthetic.questions"
-"""Written in every manifest, and never changed: it tells our folders from anybody else's."""
 """Raised whenever the same config would give other data."""
+MADE_BY = "streams.synthetic"
+"""Written in every manifest, and never changed, wherever this module moves: it tells our folders from anybody else's."""
 LATEST_ALERT = 9
 SHORTEST_RECALL = 2
 
