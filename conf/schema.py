@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from hydra.conf import HydraConf, RunDir, SweepDir
@@ -172,10 +173,8 @@ def register_schema() -> None:
 
 def load_config(raw: DictConfig) -> RunConfig:
     """Validate a composed Hydra config. Raises ValueError that names the key, for unknown keys and wrong values alike."""
-    schema = OmegaConf.structured(RunConfig)
-    _unlock(schema)
     try:
-        merged = OmegaConf.merge(schema, raw)
+        merged = OmegaConf.merge(_schema(), raw)
         assert isinstance(merged, DictConfig)
         expand_homes(merged)
         config = OmegaConf.to_object(merged)
@@ -189,6 +188,14 @@ def load_config(raw: DictConfig) -> RunConfig:
             "path that every node sees; a relative one would land in a cache folder of the job and be lost"
         )
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    """The writable schema, made once: a merge copies what it merges into."""
+    schema = OmegaConf.structured(RunConfig)
+    _unlock(schema)
+    return schema
 
 
 def _unlock(node: DictConfig) -> None:

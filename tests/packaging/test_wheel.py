@@ -114,6 +114,7 @@ def test_site_packages_gets_one_name_with_code_configurations_and_assets(wheel):
     assert wanted <= names
 
 
+@pytest.mark.smoke
 def test_every_package_of_the_checkout_is_in_the_list_of_packages():
     beside = {path.parent.name for path in PROJECT.glob("*/__init__.py")}
     assert beside - {"sightline", "tests", "benchmarks", "examples"} == set(PACKAGES)

@@ -43,8 +43,10 @@ def server(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     words = [f"--backend-store-uri=sqlite:///{folder / 'm.db'}", f"--artifacts-destination={folder / 'artifacts'}"]
     command = [str(Path(sys.executable).parent / "mlflow"), "server", *words, f"--port={port}", "--workers=1"]
+    # Without its runners of background jobs, which are as many processes more.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "said").open("w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, env=environment)
     try:
         until = time.monotonic() + START_S
         while True:

@@ -127,28 +127,43 @@ def test_the_peak_of_a_real_learner_is_within_15_percent_of_the_estimate(tmp_pat
     assert held.peak == pytest.approx(said.total, rel=0.15), said.line()
 
 
+@pytest.fixture(scope="module")
+def stream_of(tmp_path_factory):
+    """(memory, log, features) of a stream of so many turns, made once in float32, as above."""
+    backbone = Backbone.load(build_tiny(tmp_path_factory.mktemp("stream"), SPEC), LAYOUT)
+
+    made = {}
+
+    def get(turns, memory):
+        if (turns, memory.name) not in made:
+            wanted = request(backbone, memory, random_turns(backbone, np.random.default_rng(0), turns), "s")
+            (log,) = run(backbone, [wanted])
+            made[turns, memory.name] = memory, log, joined_features(wanted)
+        return made[turns, memory.name]
+
+    return get
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("turns", [9, 40])
-def test_the_peak_of_a_self_check_is_within_15_percent_of_the_estimate(tmp_path, dtype, turns):
+def test_the_peak_of_a_self_check_is_within_15_percent_of_the_estimate(tmp_path, stream_of, dtype, turns):
     """Short streams are bounded by the logits, long ones by a layer."""
-    held, said = checked(tmp_path, dtype, turns, MemoryConfig("rcsm", 2))
+    held, said = checked(tmp_path, dtype, *stream_of(turns, MemoryConfig("rcsm", 2)))
     assert held == pytest.approx(said, rel=0.15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_of_a_self_check_with_contiguous_positions_is_bounded_by_the_estimate(tmp_path, dtype):
+def test_the_peak_of_a_self_check_with_contiguous_positions_is_bounded_by_the_estimate(tmp_path, stream_of, dtype):
     """Which counts two copies for every token of text."""
     memory = MemoryConfig("sink_window", 2, 3, sink_tokens=4, tail_tokens=5, positions="contiguous")
-    held, said = checked(tmp_path, dtype, 40, memory)
+    held, said = checked(tmp_path, dtype, *stream_of(40, memory))
     assert held <= said <= 2 * held
 
 
-def checked(folder, dtype, turns, memory):
+def checked(folder, dtype, memory, log, features):
     """(bytes that re-scoring one stream held at most, the estimate)."""
     backbone = Backbone.load(build_tiny(folder / "model", SPEC, dtype=dtype), LAYOUT, dtype=dtype)
-    made = request(backbone, memory, random_turns(backbone, np.random.default_rng(0), turns), "s")
-    (log,) = run(backbone, [made])
-    features = joined_features(made)
+    features = features.to(dtype)
     gc.collect()
     held = HeldBytes()
     held.ignore(backbone.model.parameters())
