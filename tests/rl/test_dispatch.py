@@ -200,7 +200,8 @@ class Simulation:
             for entry in list(self.scoring):
                 self.score(entry)
                 moved = True
-            moved |= self.train()
+            # A step that ends makes room for the next: that is progress, too.
+            moved |= self.train() or bool(self.in_training)
             self.step_done()
             if not moved or len(self.group_of) > 200:
                 break
