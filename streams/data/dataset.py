@@ -1,6 +1,6 @@
 """Task files: JSONL, one StreamTask per line, read row by row so that a bad row costs that row only.
 
-Two formats (`FORMATS`): our own, written and read here, and ThinkStream's (`streams.data.formats.thinkstream`).
+Two formats (`PARSERS`): our own, written and read here, and ThinkStream's (`streams.data.formats.thinkstream`).
 Invariants: every message names file, line and field; nothing is guessed (unknown keys, wrong types and non-finite
 numbers are errors); ids are unique; a file is always read afresh, never from a cache of an older version. Whether a
 video exists is not asked here, unless its length is needed: a missing one costs its sample when it is read.
@@ -27,7 +27,12 @@ from streams.data.formats.thinkstream import is_record, parse_record
 from streams.task import Reason, StreamTask
 from streams.video.config import VideoConfig
 
-FORMATS = ("auto", "sightline", "thinkstream")
+PARSERS: dict[str, Callable[[Any, Path, int], StreamTask]] = {
+    "sightline": lambda value, folder, number: parse_row(value, folder),
+    "thinkstream": parse_record,
+}
+"""Format -> what makes a task of a row: (value, folder that relative paths count from, line number). Raises ValueError."""
+FORMATS = ("auto", *PARSERS)
 HINT = "(set data.* or run job=data)"
 
 
@@ -152,7 +157,8 @@ def _parsed(
             if format == "auto" and isinstance(value, dict):
                 # One format a file: the first object decides.
                 format = "thinkstream" if is_record(value) else "sightline"
-            task = parse_record(value, folder, number) if format == "thinkstream" else parse_row(value, folder)
+            # A line that is no object tells no format; ours says what is wrong with it.
+            task = PARSERS["sightline" if format == "auto" else format](value, folder, number)
             if task.id in first_line:
                 raise ValueError(f"id={task.id!r} is already used in line {first_line[task.id]}")
         except ValueError as error:

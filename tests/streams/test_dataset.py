@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.data.dataset import SkippedSample, load_tasks, write_tasks
+from streams.data.dataset import PARSERS, SkippedSample, load_tasks, write_tasks
 from streams.task import ANSWER_KINDS, ExpectedAnswer, StreamTask, TimedQuery, TimedThought
 from tests.support.project import ROOT
 
@@ -233,3 +233,16 @@ def test_what_is_written_is_read_back(tmp_path_factory, written):
     write_tasks(path, written)
     found = load_tasks(path, on_bad="raise")
     assert found.tasks == tuple(written)
+
+
+def test_a_format_entered_in_the_table_reads_its_own_file(tmp_path, monkeypatch):
+    def parse(value, folder, number):
+        queries, answers = (TimedQuery(0.0, "What?"),), (ExpectedAnswer(1.0, "red", "text"),)
+        return StreamTask(f"{value['name']}{number}", str(folder / "a.mp4"), 0.0, 9.0, queries, answers)
+
+    monkeypatch.setitem(PARSERS, "mine", parse)
+    monkeypatch.setattr("streams.data.dataset.FORMATS", ("auto", *PARSERS))
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"name": "x"}\n')
+    (task,) = load_tasks(path, format="mine").tasks
+    assert (task.id, task.video) == ("x1", str(tmp_path / "a.mp4"))
