@@ -33,12 +33,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.paths import PATH_KEYS
+from conf.paths import GROUPS, PATH_KEYS, group_options
 from conf.sweep import forget_record, sweep_root
 from runtime.stop import REQUEUE_STATUS, Requeue, StopSignal
 from runtime.tracking.driver_log import DriverLog
 from sightline import __version__
-from streams.support.files import MODULES_VARIABLE, PROJECT
+from streams.support.files import MODULES_VARIABLE
 from streams.support.redact import redact
 
 if TYPE_CHECKING:
@@ -50,10 +50,6 @@ WATCH_WORDS = ("video", "query", "at", "seconds")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Set to 1, Hydra raises what is wrong with a command line; otherwise it prints a page about it."""
 WANTS_FULL_ERROR = FULL_ERROR in os.environ
-
-
-CONFIGS = PROJECT / "conf"
-"""The Hydra groups, in a checkout as in an installed wheel."""
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status after Ctrl-C, as a shell gives it."""
@@ -68,7 +64,7 @@ def plain_words(argv: list[str]) -> list[str]:
     with a `~`.
     """
     watching = "job=watch" in argv
-    options = {path.stem for path in (CONFIGS / "model").glob("*.yaml")}
+    options = set(group_options("model", argv))
     words = []
     for word in argv:
         key, equals, value = word.partition("=")
@@ -190,7 +186,7 @@ def _keep_traceback(path: Path) -> str:
     return f"(traceback in {path})"
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(GROUPS), config_name="config")
 def main(raw: DictConfig) -> None:
     from conf.schema import load_config
 

@@ -13,18 +13,16 @@ from collections.abc import Sequence
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
+from conf.paths import GROUPS, group_options
 from conf.reference import settings
-from streams.support.files import PROJECT
-
-GROUPS = PROJECT / "conf"
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:
-    """Return the explanation of `error`. words: the overrides as they were typed."""
+    """Return the explanation of `error`. words: the command line as it was typed."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if (GROUPS / group).is_dir() and group:
-            known = sorted(path.stem for path in (GROUPS / group).glob("*.yaml"))
+            known = group_options(group, words)
             return f"{group}={option}: there is no such option{_close(option, known)}; {group} is one of {', '.join(known)}"
     if isinstance(error, OverrideParseException):
         return (

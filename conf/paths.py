@@ -1,4 +1,4 @@
-"""The keys of the configuration that are paths, and the one place where `~` in them is expanded.
+"""The keys of the configuration that are paths, the one place where `~` in them is expanded, and where options are found.
 
 Invariant: code that gets a loaded configuration expands nothing.
 """
@@ -6,11 +6,17 @@ Invariant: code that gets a loaded configuration expands nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from streams.support.files import PROJECT
 from streams.support.paths import expand_home
+
+GROUPS = PROJECT / "conf"
+"""The Hydra groups, in a checkout as in an installed wheel."""
 
 PATH_KEYS = (
     "run_root",
@@ -47,6 +53,20 @@ def expand_homes(config: DictConfig) -> None:
         given = OmegaConf.select(config, key)
         if (expanded := with_home(key, given)) != given:
             OmegaConf.update(config, key, expanded)
+
+
+def group_options(group: str, typed: Sequence[str]) -> list[str]:
+    """Return the sorted names of a group's options: Sightline's own, and those of a --config-dir among the typed words."""
+    folders = [GROUPS, *_config_dirs(typed)]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def _config_dirs(typed: Sequence[str]) -> Iterator[Path]:
+    for word, following in zip(typed, [*typed[1:], ""], strict=True):
+        if word in ("--config-dir", "-cd"):
+            yield Path(following)
+        elif word.startswith("--config-dir="):
+            yield Path(word.partition("=")[2])
 
 
 def _local_store(uri: str) -> str:

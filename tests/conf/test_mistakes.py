@@ -63,6 +63,21 @@ def test_a_query_and_a_path_arrive_as_they_were_typed(text):
     assert (config.watch.query, config.watch.video, config.model.path) == (text, text, text)
 
 
+@pytest.mark.parametrize("form", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]])
+def test_options_of_a_folder_of_ones_own_are_options(tmp_path, form):
+    for group, name in (("model", "mine"), ("memory", "answers")):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text("window: 3\n")
+    given = [word.format(tmp_path) for word in form]
+    assert plain_words([*given, "model=mine"]) == [*given, "model=mine"]
+    assert plain_words(["model=mine"]) == ["model.path='mine'"], "without the folder it is a path"
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (whatever Hydra raises)
+        composed("memory=answer")
+    assert "(did you mean answers?); memory is one of answers, full, " in explain(
+        raised.value, [*given, "memory=answer"]
+    )
+
+
 @pytest.mark.slow
 def test_the_command_ends_with_status_2_and_one_line():
     words = [sys.executable, "launch.py", "algorithm.grop_size=2"]
