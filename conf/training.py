@@ -92,6 +92,10 @@ class SftConfig:
         return SupervisedConfig(self.balance_decisions, self.decision_weight_clamp, self.answer_weight)
 
 
+ADVANTAGES = ("grpo", "mean")
+"""What `algorithm.advantage` may be; `rl.algorithms.table` has the algorithm of each."""
+
+
 @dataclass(frozen=True)
 class AlgorithmConfig:
     """The RL stage: `groups_per_step` x `group_size` streams make one optimiser step."""
@@ -146,8 +150,8 @@ class AlgorithmConfig:
         for key in ("groups_per_step", "group_size", "groups_in_flight"):
             if getattr(self, key) < 1:
                 raise ValueError(f"algorithm.{key}={getattr(self, key)} must be at least 1")
-        if self.advantage not in ("grpo", "mean"):
-            raise ValueError(f"algorithm.advantage={self.advantage!r} is not one of grpo, mean")
+        if self.advantage not in ADVANTAGES:
+            raise ValueError(f"algorithm.advantage={self.advantage!r} is not one of {', '.join(ADVANTAGES)}")
         if self.group_size == 1:
             raise ValueError(
                 f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "

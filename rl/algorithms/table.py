@@ -1,4 +1,7 @@
-"""Algorithms by the name that `algorithm.advantage` gives them: the one place that a new one is entered in."""
+"""Algorithms by the name that `algorithm.advantage` gives them.
+
+A new one is entered here, and its name in `conf.training.ADVANTAGES`: the configuration, a floor below, checks it.
+"""
 
 from __future__ import annotations
 

@@ -59,14 +59,12 @@ class LogBuilder:
         regions: the regions of a stream with contiguous positions.
         length: tokens appended so far, those handed out included.
         first: log index of the first token that is still held.
-        segment_start: log index at which the current segment begins.
     """
 
     header: LogHeader
     regions: RegionBook | None = None
     length: int = 0
     first: int = 0
-    segment_start: int = 0
     _columns: Columns = field(default_factory=lambda: Columns(_COLUMNS))
     _chunks: list[ChunkRecord] = field(default_factory=list)
     _segment: int = -1
@@ -92,7 +90,6 @@ class LogBuilder:
     def begin_segment(self) -> int:
         """Start a new segment with the next append. Returns the log index at which it begins."""
         self._segment += 1
-        self.segment_start = self.length
         return self.length
 
     def add_chunk(self, chunk: ChunkRecord) -> None:

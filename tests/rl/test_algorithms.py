@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.training import AlgorithmConfig
+from conf.training import ADVANTAGES, AlgorithmConfig
 from learner.losses.config import PolicyGradientConfig
 from learner.messages import Runs
 from rewards import RewardResult
@@ -80,6 +80,10 @@ def test_group_normalisation_of_a_single_stream_and_an_unknown_kind_are_refused_
     object.__setattr__(unknown, "advantage", "rloo")
     with pytest.raises(ValueError, match=r"algorithm\.advantage='rloo' is not one of grpo, mean"):
         make_algorithm(unknown)
+
+
+def test_every_algorithm_can_be_configured_and_every_name_of_the_configuration_has_one():
+    assert tuple(ALGORITHMS) == ADVANTAGES
 
 
 # --- algorithms -------------------------------------------------------------------------------------------------------

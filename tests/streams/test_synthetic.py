@@ -144,7 +144,9 @@ def test_files_can_be_read_and_show_what_the_tasks_say(data):
         load_tasks(data.train_jsonl, on_bad="raise"),
         load_tasks(data.heldout_jsonl, on_bad="raise"),
     )
-    assert (len(train.tasks), len(heldout.tasks)) == (12, 12) == (data.train_clips, data.heldout_clips)
+    assert (
+        (len(train.tasks), len(heldout.tasks)) == (SMALL.train_clips, SMALL.heldout_per_mode * len(MODES)) == (12, 12)
+    )
     assert data.fresh
     checked = 0
     with ClipReader(VideoConfig()) as reader:

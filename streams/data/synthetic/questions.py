@@ -108,8 +108,6 @@ class GeneratedData:
     root: Path
     train_jsonl: Path
     heldout_jsonl: Path
-    train_clips: int
-    heldout_clips: int
     fresh: bool
 
 
@@ -119,7 +117,7 @@ def generate(root: str | Path, config: SyntheticConfig) -> GeneratedData:
     """
     root = Path(root).absolute()
     if _intact(root, config):
-        return _result(root, config, fresh=False)
+        return _result(root, fresh=False)
     if root.exists() and not _ours(root):
         raise ValueError(f"{root} exists and was not made by this generator: choose another folder for the data")
     try:
@@ -145,7 +143,7 @@ def generate(root: str | Path, config: SyntheticConfig) -> GeneratedData:
             error.errno,
             f"cannot write the synthetic data to {root}: {error.strerror} (free some space or choose another folder)",
         ) from error
-    return _result(root, config, fresh=True)
+    return _result(root, fresh=True)
 
 
 def make_task(config: SyntheticConfig, split: str, index: int, mode: str, colour: str) -> tuple[StreamTask, Scene]:
@@ -340,12 +338,10 @@ def _intact(root: Path, config: SyntheticConfig) -> bool:
     return all((root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items())
 
 
-def _result(root: Path, config: SyntheticConfig, *, fresh: bool) -> GeneratedData:
+def _result(root: Path, *, fresh: bool) -> GeneratedData:
     return GeneratedData(
         root=root,
         train_jsonl=root / "train.jsonl",
         heldout_jsonl=root / "heldout.jsonl",
-        train_clips=config.train_clips,
-        heldout_clips=config.heldout_per_mode * len(MODES),
         fresh=fresh,
     )
