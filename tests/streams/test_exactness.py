@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from streams import memory
 from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences
 from tests.support.exactness.defects import off_by_one, written_again
@@ -40,8 +41,12 @@ def test_windows_of_one_and_beyond_the_stream_are_exact(fp64, name, window):
     assert differences(fp64, run(fp64, requests), requests).max() <= FP64_BAR
 
 
+def test_no_policy_is_left_out_of_the_exactness_report():
+    assert {policy.memory.name for policy in POLICIES} == set(memory.POLICIES)
+
+
 class TestPlantedDefects:
-    """What proves that the defects of benchmarks.exactness are defects: without one, the same machinery finds nothing."""
+    """What proves that the defects of benchmarks.consistency are defects: without one, the same machinery finds nothing."""
 
     CAUGHT = 1000 * FP64_BAR
 
