@@ -13,8 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from rollout.engine.engine import Engine
@@ -77,16 +80,19 @@ class PrepareThread:
     """One thread that does what is submitted, in order. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None ends the thread
         self._lock = threading.Lock()
-        self._working = threading.Lock()  # held by the thread while it works
         self._refusing = False
+        # Not an executor's: its `shutdown(wait=True)` has no limit, and a read that does not end must not keep a stage
+        # from starting, nor (being a daemon) the process from ending.
+        self._thread = threading.Thread(target=self._loop, name="prepare", daemon=True)
+        self._thread.start()
 
     def submit(self, work: Callable[..., None], *given: Any) -> None:
         """Queue work; dropped after `refuse`, as `close` settles what is owed for it."""
         with self._lock:
             if not self._refusing:
-                self._pool.submit(self._run, work, *given)
+                self._waiting.put(partial(work, *given))
 
     def refuse(self) -> None:
         """Drop what is submitted from now on."""
@@ -94,17 +100,26 @@ class PrepareThread:
             self._refusing = True
 
     def end(self, timeout_s: float) -> bool:
-        """Drop what waits, and wait for what is under way; False if that takes longer."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        # Not `wait=True`, which has no limit: a read that does not end must not keep a stage from starting.
-        if not self._working.acquire(timeout=timeout_s):
-            return False
-        self._working.release()
-        return True
+        """Drop what waits, and wait for the thread to end with what is under way; False if that takes longer."""
+        self.refuse()
+        with suppress(Empty):
+            while True:
+                self._waiting.get_nowait()
+        self._waiting.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
-    def _run(self, work: Callable[..., None], *given: Any) -> None:
-        with self._working:
-            work(*given)
+    def _loop(self) -> None:
+        # No local outlives a round: a clip must not be kept by the thread that waits for the next.
+        while self._round():
+            pass
+
+    def _round(self) -> bool:
+        work = self._waiting.get()
+        if work is None:
+            return False
+        work()
+        return True
 
 
 class BusyShare:
