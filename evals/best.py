@@ -1,6 +1,8 @@
 """Which metric `eval.best` names, checked against the held-out rows before anything starts.
 
-Pure. Invariants:
+Pure.
+
+Invariants:
 * a run that keeps its best checkpoint has the metric that decides which one it is.
 """
 

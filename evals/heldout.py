@@ -163,7 +163,7 @@ def reward_jobs(watched: Sequence[WatchedStream]) -> tuple[RewardJob, ...]:
 def scored_streams(
     watched: Sequence[WatchedStream], jobs: Sequence[RewardJob], scores: Sequence[tuple[RewardResult, ...]]
 ) -> tuple[ScoredStream, ...]:
-    """The streams with what the scorer replied to their `jobs`."""
+    """Return the streams with the scorer's replies to their `jobs`."""
     return tuple(
         ScoredStream(
             job.task,

@@ -1,7 +1,7 @@
 """job=watch: stream one file through the engine and print, turn by turn, what the model thinks and says.
 
-There is one greedy stream in this process: no Ray, no learner. Of each turn are printed its time, thought, answer or
-silence, the tokens in memory after it, and the time that the engine took.
+There is one greedy stream in this process: no Ray, no learner. A turn's line has its time, thought, answer or silence,
+the tokens in memory after it, and the time that the engine took.
 
 Invariants:
 * layout, memory, chunk length and pixel budget come from the checkpoint's streaming.json;
