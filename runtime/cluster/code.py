@@ -44,7 +44,7 @@ def local_path() -> str:
 
 
 def cluster_environment(run_root: Path) -> dict[str, Any]:
-    """Return Ray's runtime_env for actors on a cluster. Raises ValueError if run_root cannot be kept from being sent."""
+    """Return Ray's runtime_env for actors on a cluster. Raises ValueError if run_root cannot be kept out of it."""
     environment: dict[str, Any] = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
     excludes = list(UPLOAD_EXCLUDES)
     folder = modules_folder()
