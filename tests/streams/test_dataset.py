@@ -95,7 +95,7 @@ BAD = [
     (changed(queries=[{"time": 2}]), "queries[0].text is missing"),
     (
         changed(queries=[{"time": 2, "text": "q", "until": 4}]),
-        "queries[0]: query until=4.0 has a meaning only",
+        "queries[0]: query until=4.0 has no effect without",
     ),
     (
         changed(queries=[{"time": 2, "text": "q", "stay_open": 1}]),
