@@ -114,7 +114,7 @@ BAD = [
     (changed(answers=[{"time": 4, "txt": "x"}]), "unknown field answers[0].txt"),
     (changed(colour=1), "unknown field colour (known: answers, category"),
     (changed(thoughts=[{"time": 50, "text": ""}]), "thoughts[0].time=50.0 lies outside"),
-    (changed(category="\ud800"), "category holds half of a surrogate pair"),
+    (changed(category="\ud800"), "category contains half of a surrogate pair"),
 ]
 
 
