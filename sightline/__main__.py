@@ -6,8 +6,8 @@
     sightline --version
 
 Invariants:
-* A user's own modules are found in the folder where the command is typed, or in the one that SIGHTLINE_MODULES names.
-* That folder hides none of our packages, on the driver as in every worker.
+* a user's own modules are found in the folder where the command is typed, or in the one that SIGHTLINE_MODULES names;
+* that folder hides none of our packages, neither on the driver nor in any worker.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _own_modules() -> Path:
-    """The folder of the user's modules. Raises ValueError or OSError if it cannot be used."""
+    """Return the folder of the user's modules. Raises ValueError or OSError if it cannot be used."""
     named = os.environ.get(MODULES_VARIABLE)
     folder = Path(expand_home(named) if named else os.getcwd()).absolute()
     if not folder.is_dir():
