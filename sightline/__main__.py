@@ -1,7 +1,7 @@
 """The `sightline` command, also `python -m sightline`: `launch.py` from any folder, and the tools beside it.
 
     sightline [KEY=VALUE ...]              as launch.py
-    sightline check FILE ...               look at a task file before training on it
+    sightline check FILE ...               check a task file before training on it
     sightline page OUT.html A.jsonl ...    make the page of transcripts
     sightline --version
 
