@@ -74,7 +74,7 @@ class IdleWatch:
         first = f"Look at {', '.join(zero)} first{combined if self._config.reward.combine == 'product' else ''}: "
         return (
             f"{first}whether what the model says has the form that the reward reads (transcripts of job=eval), whether the "
-            "answers can be given at all (`python -m streams.data.check` on data.train; due before data.max_turns, shorter "
-            f"than layout.max_new_tokens), and whether a longer cold start or {temperature} raised would let some stream "
-            "succeed"
+            "answers can be given at all (`sightline check` on data.train, in a checkout `python -m streams.data.check`; due "
+            "before data.max_turns, shorter than layout.max_new_tokens), and whether a longer cold start or "
+            f"{temperature} raised would let some stream succeed"
         )

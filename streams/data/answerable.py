@@ -118,7 +118,7 @@ def read_words(row: RowTexts, layout: Layout) -> RowWords:
     return RowWords(fits={i: text for i, text in fits.items() if text is not None})
 
 
-def too_long(task: StreamTask, answer: int, fits: str, max_new_tokens: int) -> Finding:
+def too_long(answer: int, fits: str, max_new_tokens: int) -> Finding:
     return Finding(
         Reason.ANSWER_TOO_LONG,
         f"answers[{answer}].text is longer than a turn: layout.max_new_tokens={max_new_tokens} leaves room for {fits!r}",
