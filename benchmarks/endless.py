@@ -203,12 +203,14 @@ def missed(row: dict[str, Any], *, timed: bool = True) -> list[str]:
     return [f"{row['policy']}: {name}" for name, met in bars.items() if not met]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.endless", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=10_000)
     parser.add_argument("--policies", nargs="+", choices=sorted(MEMORIES), default=sorted(MEMORIES))
     parser.add_argument("--json", type=result_target, default="", help="a path, or - for standard output")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.turns < 1000:
         parser.error(f"--turns {given.turns}: at least 1000, or young and old are the same")
     torch.set_num_threads(1)
@@ -229,4 +231,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ that did none of it cannot pass.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -70,11 +71,13 @@ def run_smoke(path: Path, overrides: tuple[str, ...] = ("cluster.placement=coloc
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print(__doc__)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_root", metavar="RUN_ROOT", type=Path)
+    run_root = parser.parse_args(arguments).run_root
     try:
-        print(json.dumps(result_of(Path(arguments[0])), indent=2))
+        print(json.dumps(result_of(run_root), indent=2))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -78,6 +78,7 @@ class IdleWatch:
         first = f"Look at {', '.join(zero)} first{combined if self._config.reward.combine == 'product' else ''}: "
         return (
             f"{first}does the model answer in the form that the reward expects (transcripts of job=eval)? Can the answers "
-            "be given at all (`python -m streams.data.check` on data.train: due before data.max_turns, shorter than "
-            f"layout.max_new_tokens)? Would a longer cold start, or more than {temperature}, let some stream succeed?"
+            "be given at all (`sightline check` on data.train, in a checkout `python -m streams.data.check`; due before "
+            "data.max_turns, shorter than layout.max_new_tokens)? Would a longer cold start, or more than "
+            f"{temperature}, let some stream succeed?"
         )

@@ -115,7 +115,7 @@ def _findings(config: RunConfig, task: StreamTask, said: RowWords, use: RowUse) 
     for i, text in said.fits.items():
         answer = task.answers[i]
         if not is_correct(text, answer.text, answer.kind):
-            found.append(too_long(task, i, text, config.layout.max_new_tokens))
+            found.append(too_long(i, text, config.layout.max_new_tokens))
     return found
 
 

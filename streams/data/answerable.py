@@ -124,7 +124,7 @@ def read_words(row: RowTexts, layout: Layout) -> RowWords:
     return RowWords(fits={i: text for i, text in fits.items() if text is not None})
 
 
-def too_long(task: StreamTask, answer: int, fits: str, max_new_tokens: int) -> Finding:
+def too_long(answer: int, fits: str, max_new_tokens: int) -> Finding:
     """Return the finding for answer number `answer`, of which a turn can hold only the beginning `fits`."""
     return Finding(
         Reason.ANSWER_TOO_LONG,

@@ -129,7 +129,7 @@ def _judge(found: Checked, task: StreamTask, video: VideoConfig, max_turns: int,
     for i, answer in enumerate(task.answers):
         fits = None if layout is None else layout.fitting(answer.text)
         if layout is not None and fits is not None and not is_correct(fits, answer.text, answer.kind):
-            findings.append(too_long(task, i, fits, layout.config.max_new_tokens))
+            findings.append(too_long(i, fits, layout.config.max_new_tokens))
     samples = [_sample(task, finding.reason, finding.kind) for finding in findings]
     if lost(task, findings):
         found.skipped.append(samples[0])
