@@ -28,4 +28,4 @@ def choose(choosing: list[tuple[Stream, int]], hidden: torch.Tensor, backbone: B
         np.array([stream.writer.log.length for stream, _ in choosing], np.uint64),
     )
     for (stream, _), token, logp in zip(choosing, ids, logps, strict=True):
-        stream.writer.append_generated(int(token), version, logp=float(logp), sampled=True, target=True)
+        stream.writer.extend_generated([token], version, logps=np.array([logp]), target=True)

@@ -59,7 +59,7 @@ class StepPlan:
         assert state is not None
         # Forced tokens need no logits: all of them, and the sampled one before them, are forwarded together.
         while (token := stream.writer.forced()) is not None and not state.over:
-            stream.writer.append_generated(token, self._version)
+            stream.writer.extend_generated([token], self._version)
         # Nobody attends to the last turn's END, so it is never forwarded.
         if stream.finished:
             return

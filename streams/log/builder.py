@@ -104,15 +104,15 @@ class LogBuilder:
         turn: int,
         version: int,
         lane: int = 0,
-        sampled: bool = False,
-        target: bool = False,
-        logp: float = float("nan"),
+        sampled: np.ndarray | bool = False,
+        target: np.ndarray | bool = False,
+        logp: np.ndarray | float = float("nan"),
     ) -> slice:
-        """Append tokens to the current segment; positions int [3, n]. Returns their log indices."""
+        """Append tokens to the current segment; positions int [3, n]; others [n], or one for all. Returns their log indices."""
         assert self._segment >= 0, "append before begin_segment"
         assert turn >= self._turn, "turns never decrease"
         # logp == logp is False for NaN alone.
-        assert sampled == (logp == logp), "a sampled token has a log-prob, any other has none"
+        assert np.all(sampled == (logp == logp)), "a sampled token has a log-prob, any other has none"
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
         self._columns.append(

@@ -51,14 +51,14 @@ class LiveSet:
         ids: np.ndarray | list[int],
         positions: np.ndarray,
         *,
-        kind: int,
+        kind: np.ndarray | int,
         turn: int,
-        ordinal: int = -1,
+        ordinal: np.ndarray | int = -1,
         lane: int = 0,
     ) -> None:
-        """Add the tokens logged at `at`, of one kind. positions: int [3, n].
+        """Add the tokens logged at `at`. positions: int [3, n]; kind: int [n], or one for all.
 
-        ordinal: place among the stream's generated text, for a single token of it; -1 otherwise.
+        ordinal: int [n], place among the stream's generated text; -1 for any other token.
         """
         index = np.arange(at.start, at.stop)
         position = positions.min(axis=0)

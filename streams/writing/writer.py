@@ -18,7 +18,7 @@ from streams.layout.lanes import Lanes, Span
 from streams.layout.layout import Layout, Part
 from streams.layout.turn_state import TurnState
 from streams.log.builder import LogBuilder
-from streams.log.record import GENERATED_TEXT, ChunkRecord, Kind, LogHeader, StreamLog
+from streams.log.record import ChunkRecord, Kind, LogHeader, StreamLog
 from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, lane_one_start, placed
 from streams.memory.live import LiveSet, TurnHistory
 from streams.positions.mrope import PositionCursor
@@ -69,7 +69,7 @@ class StreamWriter:
     # Of the turn that runs: where generation goes on, of which time it is, ids and kinds that it generated.
     _lane: int = 0
     _span: Span | None = None
-    _wrote: list[tuple[int, Kind]] = field(default_factory=list)
+    _wrote: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
@@ -116,40 +116,45 @@ class StreamWriter:
         assert self.state is not None
         return self.state.forced()
 
-    def append_generated(
+    def extend_generated(
         self,
-        token: int,
+        ids: np.ndarray | Sequence[int],
         version: int,
         *,
-        logp: float = float("nan"),
-        sampled: bool = False,
-        target: bool = False,
-    ) -> Kind:
-        """Append one generated token of the running turn; returns its kind."""
+        logps: np.ndarray | None = None,
+        target: np.ndarray | bool = False,
+    ) -> np.ndarray:
+        """Append the next generated tokens of the running turn, ids int [n]; returns their kinds, int8 [n].
+
+        logps: float64 [n], the log-prob of each sampled token, NaN for a forced one; None: none was sampled.
+        target: bool [n], or one for all.
+        """
         assert self.state is not None
-        assert not self.state.over, "the turn has ended"
         if not self._generation_begun:
             self.log.begin_segment()
             self._generation_begun = True
-        kind = self.state.advance(token)
-        positions = self._cursors[self._lane].text(1)
+        ids = np.asarray(ids, np.int32)
+        kinds = np.array([self.state.advance(token) for token in ids.tolist()], np.int8)
+        positions = self._cursors[self._lane].text(len(ids))
         at = self.log.append(
-            [token],
-            kind,
+            ids,
+            kinds,
             positions,
             turn=self.turn,
             version=version,
             lane=self._lane,
-            sampled=sampled,
+            sampled=False if logps is None else ~np.isnan(logps),
             target=target,
-            logp=logp,
+            logp=np.nan if logps is None else logps,
         )
-        self._wrote.append((token, kind))
-        text = kind in GENERATED_TEXT
-        ordinal = self.generated if text else -1
-        self.held.append(at, [token], positions, kind=kind, turn=self.turn, ordinal=ordinal, lane=self._lane)
+        self._wrote.extend(zip(ids.tolist(), kinds.tolist(), strict=True))
+        # The end of a turn is no text of it; it comes last.
+        text = len(ids) - self.state.over
+        ordinals = np.arange(self.generated, self.generated + len(ids))
+        ordinals[text:] = -1
+        self.held.append(at, ids, positions, kind=kinds, turn=self.turn, ordinal=ordinals, lane=self._lane)
         self.generated += text
-        return kind
+        return kinds
 
     def finish(self) -> StreamLog:
         return self.log.finish()

@@ -76,6 +76,6 @@ def generate(writer: StreamWriter, layout: Layout, rng: np.random.Generator) -> 
     while not writer.state.over:
         forced = writer.forced()
         if forced is None:
-            writer.append_generated(int(rng.choice(choices)), 0, sampled=True, target=True, logp=-1.0)
+            writer.extend_generated([rng.choice(choices)], 0, logps=np.array([-1.0]), target=True)
         else:
-            writer.append_generated(forced, 0)
+            writer.extend_generated([forced], 0)

@@ -93,11 +93,10 @@ def written_again(backbone: Backbone, log: StreamLog, request: StreamRequest, me
     for turn in range(log.num_turns):
         writer.begin_turn(request.turns[turn], int(log.version[0]))
         for i in np.flatnonzero(generated & (log.turn == turn)):
-            writer.append_generated(
-                int(log.ids[i]),
+            writer.extend_generated(
+                log.ids[i : i + 1],
                 int(log.version[i]),
-                logp=float(log.behaviour_logp[i]),
-                sampled=bool(log.sampled[i]),
+                logps=log.behaviour_logp[i : i + 1],
                 target=bool(log.target[i]),
             )
     again = writer.finish()
