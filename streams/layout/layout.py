@@ -23,6 +23,7 @@ import numpy as np
 
 from streams.layout.lanes import SAID, Lanes, Span, head
 from streams.layout.lengths import NOT_COPIED
+from streams.layout.runs import Part, Run, joined
 from streams.log.record import GENERATED, ChunkRecord, Kind, StreamLog
 from streams.turns import ParsedTurn
 
@@ -34,6 +35,8 @@ ANSWER_SCAFFOLD = 4
 
 MAX_STAMPS = 4096
 """Times whose ids are kept: the streams of a group, and of an epoch, share them."""
+MAX_RUNS = 256
+"""Grids of chunks whose turns are kept laid out."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags. "
@@ -89,20 +92,6 @@ class LayoutTokens:
     think_end: int
 
 
-@dataclass(frozen=True)
-class Part:
-    """A run of prefilled tokens of one kind. A VIDEO run carries the grid that its positions come from, and its kept cells.
-
-    ids int32 [n]; n may be 0 for a vision block of which every token was dropped: its grid still moves the positions.
-    """
-
-    ids: np.ndarray
-    kind: Kind
-    grid: tuple[int, int, int] | None = None
-    keep: tuple[int, ...] | None = None
-    lane: int = 0
-
-
 @dataclass
 class Layout:
     """Lays out turns for one tokenizer. `vocab_rows` is the height of the checkpoint's LM head.
@@ -122,6 +111,8 @@ class Layout:
     _refused: frozenset[int] = field(init=False)
     # Ids of short texts that come again: times.
     _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
+    # Turns that show nothing but a chunk, by its grid: most of a stream.
+    _runs: dict[tuple[tuple[int, int, int] | None, Lanes], tuple[Run, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         def one(text: str) -> int:
@@ -137,11 +128,12 @@ class Layout:
         self._control = frozenset(int(i) for i in self.tokenizer.added_tokens_decoder)
         self.banned = self._ban_list()
         self._refused = self._control.union(self.banned)
-        self._not_copied = np.array(sorted(self._refused))
         encode = self._encode
         self._said = encode(SAID)
-        self._newline_user = [*encode("\n"), self.tokens.im_start, *encode("user\n")]
-        self._header = [self.tokens.im_end, *encode("\n"), self.tokens.im_start, *encode("assistant\n")]
+        self._opening = _part([*encode("\n"), self.tokens.im_start, *encode("user\n")], Kind.SCAFFOLD)
+        self._closing = _part(
+            [self.tokens.im_end, *encode("\n"), self.tokens.im_start, *encode("assistant\n")], Kind.SCAFFOLD
+        )
         self.system_ids = [
             self.tokens.im_start,
             *encode(f"system\n{self.config.system_prompt.strip()}"),
@@ -173,9 +165,9 @@ class Layout:
     def prefill(self, chunk: ChunkRecord | None, query: list[int] | None, lanes: Lanes = Lanes.ONE) -> tuple[Part, ...]:
         """What a turn is shown, in order; `chunk` None means a text-only turn. Generation goes on in the last part's lane."""
         if lanes is Lanes.MEMORY:
-            asked = (_part([*self._encode("\n"), *query], Kind.QUERY),) if query else ()
+            asked = (_part([*self._short("\n"), *query], Kind.QUERY),) if query else ()
             return (*asked, *(replace(part, lane=1) for part in self.prefill(chunk, None)))
-        parts = [_part(self._newline_user, Kind.SCAFFOLD)]
+        parts = [self._opening]
         if chunk is not None:
             for stamp, grid, keep in self._vision_blocks(chunk):
                 tokens = grid[0] * grid[1] * grid[2] if keep is None else len(keep)
@@ -184,10 +176,26 @@ class Layout:
                 parts.append(_part([self.tokens.vision_end], Kind.SCAFFOLD))
         if query:
             # The newline before the query belongs to it: it comes and goes with the question.
-            newline = self._encode("\n") if chunk is not None else []
+            newline = self._short("\n") if chunk is not None else []
             parts.append(_part([*newline, *query], Kind.QUERY))
-        parts.append(_part(self._header, Kind.SCAFFOLD))
+        parts.append(self._closing)
         return tuple(parts)
+
+    def runs(
+        self, chunk: ChunkRecord | None, query: list[int] | None, lanes: Lanes = Lanes.ONE, *, first: bool = False
+    ) -> tuple[Run, ...]:
+        """Return the same `prefill` as it is logged, lane by lane. first: of the turn that the system prompt precedes."""
+        if first:
+            system = _part(self.system_ids, Kind.SYSTEM)
+            return joined((system, *self.prefill(chunk, query, lanes)))
+        if query or (chunk is not None and (self.timestamps or chunk.keep is not None)):
+            return joined(self.prefill(chunk, query, lanes))
+        key = (None if chunk is None else chunk.grid, lanes)
+        if key not in self._runs:
+            if len(self._runs) >= MAX_RUNS:
+                self._runs.clear()
+            self._runs[key] = joined(self.prefill(chunk, None, lanes))
+        return self._runs[key]
 
     def _vision_blocks(
         self, chunk: ChunkRecord
@@ -214,10 +222,10 @@ class Layout:
 
         Tags and whatever else is a control token stay behind, also where a malformed turn has them inside its text.
         """
-        free = ~np.isin(ids, self._not_copied)
-        thought = ids[free & (kinds == Kind.THINK)].tolist()
-        spoke = (ids[kinds == Kind.DECISION] == self.tokens.response).any()
-        answer = ids[free & (kinds == Kind.RESPONSE)].tolist() if spoke else []
+        said = list(zip(ids.tolist(), kinds.tolist(), strict=True))
+        thought = [i for i, kind in said if kind == Kind.THINK and i not in self._refused]
+        spoke = (self.tokens.response, Kind.DECISION) in said
+        answer = [i for i, kind in said if kind == Kind.RESPONSE and i not in self._refused] if spoke else []
         if not thought and not answer:
             return None
         return _part([*self._short(head(span)), *thought, *(self._said if answer else ()), *answer], Kind.MEMORY)

@@ -112,7 +112,8 @@ class LogBuilder:
         assert self._segment >= 0, "append before begin_segment"
         assert turn >= self._turn, "turns never decrease"
         # logp == logp is False for NaN alone.
-        assert np.all(sampled == (logp == logp)), "a sampled token has a log-prob, any other has none"
+        agree = sampled == (logp == logp)
+        assert agree if isinstance(agree, bool) else agree.all(), "a sampled token has a log-prob, any other has none"
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
         self._columns.append(
@@ -133,15 +134,17 @@ class LogBuilder:
         return at
 
     def expire(self, indices: np.ndarray) -> None:
-        """Lower the expiry of `indices` to the start of the next segment, which has not begun."""
+        """Lower the expiry of `indices`, int [n] ascending, to the start of the next segment, which has not begun."""
         if not len(indices):
             return
-        assert indices.max() < self.length, "only logged tokens expire"
-        # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
-        early = indices < self.first
-        if early.any():
-            self._amended.append((indices[early], self.length))
-        held = indices[~early] - self.first
+        assert indices[-1] < self.length, "only logged tokens expire"
+        held = indices
+        if self.first:
+            # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
+            early = int(indices.searchsorted(self.first))
+            if early:
+                self._amended.append((indices[:early], self.length))
+            held = indices[early:] - self.first
         assert (self._columns.column("expiry")[held] >= self.length).all(), "expiry is never raised"
         self._columns.write("expiry", held, self.length)
 

@@ -16,6 +16,8 @@ from streams.log.record import Kind
 from streams.memory.policy import CONTIGUOUS, NATIVE, LiveTokens, MemoryPolicy, TurnStart
 from streams.positions.regions import Region
 
+_QUERY = int(Kind.QUERY)  # numpy compares with a member of an IntEnum, but takes several times as long
+
 
 def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
     """Return what the policy evicts, bool [n]; open queries stay. Raises ValueError for an answer that is no such array."""
@@ -26,10 +28,14 @@ def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndar
             f"memory: {type(policy).__name__}.leaving returned {given} in turn {start.turn}; it must be an array of bool, "
             f"one for each of the {len(live)} live tokens"
         )
-    query = live.kind == Kind.QUERY
-    pinned = np.zeros(len(live), bool)
-    pinned[query] = start.closed_in[live.turn[query]] >= start.turn
-    return leaving & ~pinned
+    rows = leaving.nonzero()[0]
+    asked = rows[live.kind[rows] == _QUERY]
+    if not len(asked):
+        return leaving
+    pinned = start.closed_in[live.turn[asked]] >= start.turn
+    leaving = leaving.copy()
+    leaving[asked[pinned]] = False
+    return leaving
 
 
 def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ class LiveSet:
         return self._columns.nbytes
 
     def column(self, name: str) -> np.ndarray:
+        """Return a read-only view of one column, as it is until the next `drop`."""
         return self._columns.column(name)
 
     def append(
@@ -60,10 +61,15 @@ class LiveSet:
 
         ordinal: int [n], place among the stream's generated text; -1 for any other token.
         """
-        index = np.arange(at.start, at.stop)
-        position = positions.min(axis=0)
         self._columns.append(
-            len(index), index=index, kind=kind, turn=turn, ids=ids, ordinal=ordinal, lane=lane, position=position
+            at.stop - at.start,
+            index=np.arange(at.start, at.stop),
+            kind=kind,
+            turn=turn,
+            ids=ids,
+            ordinal=ordinal,
+            lane=lane,
+            position=positions.min(axis=0),
         )
 
     def tokens(self) -> LiveTokens:
@@ -72,9 +78,10 @@ class LiveSet:
 
     def drop(self, leaving: np.ndarray) -> np.ndarray:
         """Drop the tokens where `leaving`, bool [n]. Returns their log indices."""
-        left = self.column("index")[leaving]
-        if len(left):
-            self._columns.keep(~leaving)
+        rows = leaving.nonzero()[0]
+        left = self._columns.column("index")[rows]
+        if len(rows):
+            self._columns.remove(rows)
         return left
 
 

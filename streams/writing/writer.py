@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from streams.layout.lanes import Lanes, Span
-from streams.layout.layout import Layout, Part
+from streams.layout.layout import Layout
+from streams.layout.runs import Run, joined
 from streams.layout.turn_state import TurnState
 from streams.log.builder import LogBuilder
-from streams.log.record import ChunkRecord, Kind, LogHeader, StreamLog
+from streams.log.record import ChunkRecord, LogHeader, StreamLog
 from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, lane_one_start, placed
 from streams.memory.live import LiveSet, TurnHistory
 from streams.positions.mrope import PositionCursor
@@ -66,10 +67,10 @@ class StreamWriter:
     generated: int = 0
     state: TurnState | None = None
     _generation_begun: bool = False
-    # Of the turn that runs: where generation goes on, of which time it is, ids and kinds that it generated.
+    # Of the turn that runs: where generation goes on, of which time it is; with two lanes, ids and kinds that it generated.
     _lane: int = 0
     _span: Span | None = None
-    _wrote: list[tuple[int, int]] = field(default_factory=list)
+    _wrote: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
@@ -96,13 +97,11 @@ class StreamWriter:
         left = self._evict(chunk)
         self._remember(version)
         start = self.log.length
-        parts = self.layout.prefill(chunk, None if query is None else list(query.ids), self.policy.lanes)
-        if self.turn == 0:
-            parts = (Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), *parts)
-        self._append(parts, self.turn, version)
+        asked = None if query is None else list(query.ids)
+        self._append(self.layout.runs(chunk, asked, self.policy.lanes, first=self.turn == 0), self.turn, version)
         if self.regions is not None:
             self.regions.settle(self.live, self.held.column("position"))
-        self._span, self._wrote = turn_input.span, []
+        self._span = turn_input.span
         if chunk is not None:
             self.log.add_chunk(chunk)
         if query is not None:
@@ -134,8 +133,10 @@ class StreamWriter:
             self.log.begin_segment()
             self._generation_begun = True
         ids = np.asarray(ids, np.int32)
-        kinds = np.array([self.state.advance(token) for token in ids.tolist()], np.int8)
-        positions = self._cursors[self._lane].text(len(ids))
+        advance = self.state.advance
+        kinds = np.frombuffer(bytes([advance(token) for token in ids.tolist()]), np.int8)
+        count = len(kinds)
+        positions = self._cursors[self._lane].text(count)
         at = self.log.append(
             ids,
             kinds,
@@ -147,40 +148,39 @@ class StreamWriter:
             target=target,
             logp=np.nan if logps is None else logps,
         )
-        self._wrote.extend(zip(ids.tolist(), kinds.tolist(), strict=True))
-        # The end of a turn is no text of it; it comes last.
-        text = len(ids) - self.state.over
-        ordinals = np.arange(self.generated, self.generated + len(ids))
+        # END, which comes last, is no text.
+        text = count - self.state.over
+        ordinals = np.arange(self.generated, self.generated + count)
         ordinals[text:] = -1
         self.held.append(at, ids, positions, kind=kinds, turn=self.turn, ordinal=ordinals, lane=self._lane)
         self.generated += text
+        if self.policy.lanes is Lanes.MEMORY:
+            self._wrote.append((ids.copy(), kinds))
         return kinds
 
     def finish(self) -> StreamLog:
         return self.log.finish()
 
-    def _append(self, parts: Sequence[Part], turn: int, version: int) -> None:
-        """Append parts of one turn: a segment for every run of one lane."""
-        lane = None
-        for part in parts:
-            if part.lane != lane:
-                lane = self._lane = part.lane
-                self.log.begin_segment()
-                if lane == 1:
-                    self._cursors[1].offset = lane_one_start(self.policy, *(c.offset for c in self._cursors))
-            cursor = self._cursors[part.lane]
-            positions = cursor.text(len(part.ids)) if part.grid is None else cursor.video(part.grid, part.keep)
-            at = self.log.append(part.ids, part.kind, positions, turn=turn, version=version, lane=part.lane)
-            self.held.append(at, part.ids, positions, kind=part.kind, turn=turn, lane=part.lane)
+    def _append(self, runs: Sequence[Run], turn: int, version: int) -> None:
+        """Append runs of one turn, each a segment of its own."""
+        for run in runs:
+            self.log.begin_segment()
+            lane = self._lane = run.lane
+            if lane == 1:
+                self._cursors[1].offset = lane_one_start(self.policy, *(c.offset for c in self._cursors))
+            positions = self._cursors[lane].run(run.shapes)
+            at = self.log.append(run.ids, run.kinds, positions, turn=turn, version=version, lane=lane)
+            self.held.append(at, run.ids, positions, kind=run.kinds, turn=turn, lane=lane)
 
     def _remember(self, version: int) -> None:
         """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
-        if self.policy.lanes is not Lanes.MEMORY or not self._wrote:
+        if not self._wrote:
             return
-        ids, kinds = np.asarray(self._wrote, np.int32).T
+        ids, kinds = (np.concatenate(column) for column in zip(*self._wrote, strict=True))
+        self._wrote.clear()
         copy = self.layout.memory(ids, kinds, self._span)
         if copy is not None:
-            self._append([copy], self.turn - 1, version)
+            self._append(joined([copy]), self.turn - 1, version)
 
     def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
         """Let go what the policy names; returns its log indices."""
