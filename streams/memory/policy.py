@@ -18,7 +18,7 @@ from streams.log.record import Kind
 
 TURN_TEXT = (Kind.SCAFFOLD, Kind.QUERY, Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END)
 """All text of a turn. Listing QUERY is safe: while it is open it stays."""
-_VIDEO = int(Kind.VIDEO)  # numpy compares with a member of an IntEnum, but takes several times as long
+_VIDEO = int(Kind.VIDEO)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 NATIVE, CONTIGUOUS = "native", "contiguous"
 POSITIONS = (NATIVE, CONTIGUOUS)
 
@@ -108,7 +108,7 @@ def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
     if start.has_video:
         # Both lists of turns ascend. Of the turns before `turn`, `window` or more video turns have passed since.
         turn = start.video_turns.searchsorted(start.video_turns[start.turn] - window, side="right")
-        before = _tokens_before(live, turn)
+        before = tokens_before(live, turn)
         np.equal(live.kind[:before], _VIDEO, out=old[:before])
     return old
 
@@ -116,7 +116,7 @@ def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
 def old_text(live: LiveTokens, start: TurnStart, window: int, kinds: tuple[Kind, ...] = TURN_TEXT) -> np.ndarray:
     """bool [n]: tokens of these kinds that are not of the last `window` turns."""
     old = np.zeros(len(live), bool)
-    before = _tokens_before(live, start.turn - window + 1)
+    before = tokens_before(live, start.turn - window + 1)
     old[:before] = among(live.kind[:before], kinds)
     return old
 
@@ -133,7 +133,7 @@ def _table(kinds: tuple[Kind, ...]) -> np.ndarray:
     return table
 
 
-def _tokens_before(live: LiveTokens, turn: int) -> int:
-    """How many of the live tokens are of turns before this one; they come first, as turns never decrease."""
+def tokens_before(live: LiveTokens, turn: int) -> int:
+    """Return how many of the live tokens are of turns before this one; they come first, as turns never decrease."""
     # In the column's own dtype: with any other the search first converts the column.
     return int(live.turn.searchsorted(np.int32(max(0, turn))))

@@ -10,7 +10,7 @@ import numpy as np
 from streams.log.record import Kind
 from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
 
-_VIDEO = int(Kind.VIDEO)  # numpy compares with a member of an IntEnum, but takes several times as long
+_VIDEO = int(Kind.VIDEO)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 
 
 class VisualBudget(MemoryPolicy):
