@@ -36,7 +36,7 @@ ANSWER_SCAFFOLD = 4
 MAX_STAMPS = 4096
 """Times whose ids are kept: the streams of a group, and of an epoch, share them."""
 MAX_RUNS = 256
-"""Grids of chunks whose turns are kept laid out."""
+"""Turns that are kept laid out: most turns look alike, and the streams of a group see the same times."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags. "
@@ -111,8 +111,8 @@ class Layout:
     _refused: frozenset[int] = field(init=False)
     # Ids of short texts that come again: times.
     _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
-    # Turns that show nothing but a chunk, by its grid: most of a stream.
-    _runs: dict[tuple[tuple[int, int, int] | None, Lanes], tuple[Run, ...]] = field(init=False, default_factory=dict)
+    # Turns that show nothing but a whole chunk, by its grid and, where they are written, its times.
+    _runs: dict[tuple[Any, Lanes], tuple[Run, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         def one(text: str) -> int:
@@ -188,14 +188,16 @@ class Layout:
         if first:
             system = _part(self.system_ids, Kind.SYSTEM)
             return joined((system, *self.prefill(chunk, query, lanes)))
-        if query or (chunk is not None and (self.timestamps or chunk.keep is not None)):
+        if query or (chunk is not None and chunk.keep is not None):
             return joined(self.prefill(chunk, query, lanes))
-        key = (None if chunk is None else chunk.grid, lanes)
-        if key not in self._runs:
+        key = None if chunk is None else (chunk.grid, chunk.patch_times if self.timestamps else ()), lanes
+        runs = self._runs.get(key)
+        if runs is None:
+            runs = joined(self.prefill(chunk, None, lanes))
             if len(self._runs) >= MAX_RUNS:
                 self._runs.clear()
-            self._runs[key] = joined(self.prefill(chunk, None, lanes))
-        return self._runs[key]
+            self._runs[key] = runs
+        return runs
 
     def _vision_blocks(
         self, chunk: ChunkRecord

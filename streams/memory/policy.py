@@ -25,7 +25,7 @@ POSITIONS = (NATIVE, CONTIGUOUS)
 
 @dataclass(frozen=True)
 class LiveTokens:
-    """The live tokens of a stream, in log order; all [n].
+    """The live tokens of a stream, in log order; all [n], and views that change once those that leave are dropped.
 
     kind int8. turn int32. ids int32. index int64: place in the log. ordinal int64: place among the generated text (thoughts,
     decisions, responses) of the whole stream, -1 for any other token.

@@ -62,7 +62,7 @@ class PositionCursor:
         return ids
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def _relative(shapes: tuple[Shape, ...], tokens_per_second: float, patch_seconds: float) -> tuple[np.ndarray, int]:
     """Return (positions int32 [3, n], where the next position is) of a run that begins at 0.
 
