@@ -87,6 +87,11 @@ class StreamWriter:
         """Log indices of the tokens that are still visible, in order."""
         return self.held.column("index")
 
+    @property
+    def next_position(self) -> int:
+        """The position id of the next generated token."""
+        return self._cursors[self._lane].offset
+
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
         """Evict, then append the prefill. Returns (evicted log indices, where the prefill stands)."""
         assert self.state is None or self.state.over, "the turn before has not ended"

@@ -41,18 +41,15 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
 
 
 class _LateEndPlan(StepPlan):
-    def _end_turn(self, stream: Stream) -> bool:
-        return True
+    def _end_turn(self, stream: Stream) -> None:
+        """Leave END to the next turn's part."""
 
 
 class LateEnd(Engine):
     """The published off-by-one: END rides in the next turn's prefill, after its eviction."""
 
-    def _gather(self) -> StepPlan:
-        step = _LateEndPlan(self.pool, self.version)
-        for stream in self.admission.running:
-            step.gather(stream)
-        return step
+    def _plan(self) -> StepPlan:
+        return _LateEndPlan(self.version)
 
 
 def causal(log: StreamLog) -> StreamLog:
