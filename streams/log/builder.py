@@ -113,7 +113,9 @@ class LogBuilder:
         assert turn >= self._turn, "turns never decrease"
         # logp == logp is False for NaN alone.
         wrong = sampled != (logp == logp)
-        assert not (wrong if isinstance(wrong, bool) else wrong.any()), "a sampled token has a log-prob, any other has none"
+        assert not (wrong if isinstance(wrong, bool) else wrong.any()), (
+            "a sampled token has a log-prob, any other has none"
+        )
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
         self._columns.append(
