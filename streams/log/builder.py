@@ -112,8 +112,10 @@ class LogBuilder:
         assert self._segment >= 0, "append before begin_segment"
         assert turn >= self._turn, "turns never decrease"
         # logp == logp is False for NaN alone.
-        agree = sampled == (logp == logp)
-        assert agree if isinstance(agree, bool) else agree.all(), "a sampled token has a log-prob, any other has none"
+        wrong = sampled != (logp == logp)
+        assert not (wrong if isinstance(wrong, bool) else wrong.any()), (
+            "a sampled token has a log-prob, any other has none"
+        )
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
         self._columns.append(
@@ -145,7 +147,7 @@ class LogBuilder:
             if early:
                 self._amended.append((indices[:early], self.length))
             held = indices[early:] - self.first
-        assert (self._columns.column("expiry")[held] >= self.length).all(), "expiry is never raised"
+        assert not np.count_nonzero(self._columns.column("expiry")[held] < self.length), "expiry is never raised"
         self._columns.write("expiry", held, self.length)
 
     def cut(self, stop: int, *, last: bool = False) -> LogPiece:

@@ -69,12 +69,13 @@ class LiveSet:
             ids=ids,
             ordinal=ordinal,
             lane=lane,
-            position=positions.min(axis=0),
+            position=np.minimum.reduce(positions),
         )
 
     def tokens(self) -> LiveTokens:
         """Return them as a policy sees them."""
-        return LiveTokens(*(self.column(name) for name in ("kind", "turn", "ids", "index", "ordinal")))
+        column = self._columns.column
+        return LiveTokens(column("kind"), column("turn"), column("ids"), column("index"), column("ordinal"))
 
     def drop(self, leaving: np.ndarray) -> np.ndarray:
         """Drop the tokens where `leaving`, bool [n]. Returns their log indices."""

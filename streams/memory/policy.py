@@ -109,7 +109,7 @@ def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
         # Both lists of turns ascend. Of the turns before `turn`, `window` or more video turns have passed since.
         turn = start.video_turns.searchsorted(start.video_turns[start.turn] - window, side="right")
         before = tokens_before(live, turn)
-        np.equal(live.kind[:before], _VIDEO, out=old[:before])
+        old[:before] = live.kind[:before] == _VIDEO
     return old
 
 

@@ -138,8 +138,7 @@ class StreamWriter:
             self.log.begin_segment()
             self._generation_begun = True
         ids = np.asarray(ids, np.int32)
-        advance = self.state.advance
-        kinds = np.frombuffer(bytes([advance(token) for token in ids.tolist()]), np.int8)
+        kinds = np.frombuffer(bytes(self.state.advance(ids.tolist())), np.int8)
         count = len(kinds)
         positions = self._cursors[self._lane].text(count)
         at = self.log.append(

@@ -61,7 +61,7 @@ class Pair:
                 ids.append(int(rng.choice(choices)) if forced is None else forced)
                 logps.append(-rng.random() if forced is None and rng.random() < 0.7 else np.nan)
                 target.append(bool(rng.integers(2)))
-                ahead.advance(ids[-1])
+                ahead.advance(ids[-1:])
                 kinds.append(self.plain.generate(ids[-1], version, logps[-1], target[-1]))
             whole = len(set(target)) == 1
             got = self.writer.extend_generated(
