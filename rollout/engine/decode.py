@@ -2,7 +2,7 @@
 
     first     the first token of turns that were just prefilled, from their hidden states
     step      forward the last token of every lane, draw or force the next, advance
-    collect   what was drawn since the last visit, read once and written into the logs
+    collect   what was drawn since the last visit, read once; turns that are over are written into the logs
 
 Invariants:
 * a step reads and writes buffers of `DecodeState` and the pool only; nothing in `decode_step` waits for the device
@@ -13,6 +13,8 @@ Invariants:
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,6 +31,16 @@ WORTH_A_STEP = 0.5
 """On a CPU a visit comes early once less than this share of the lanes that it began with still run."""
 
 
+@dataclass
+class _Drawn:
+    """What a stream has drawn and its log does not have yet. length: slots that hold its forwarded tokens."""
+
+    version: int
+    length: int
+    ids: list[np.ndarray] = field(default_factory=list)
+    logps: list[np.ndarray] = field(default_factory=list)
+
+
 class Decoder:
     """The lanes of one engine. steps: decode steps per visit."""
 
@@ -37,13 +49,14 @@ class Decoder:
         self.state = DecodeState(lanes, steps + 1, pool.trash, backbone.device)
         self._streams: list[Stream | None] = [None] * lanes
         self._running: dict[Stream, int] = {}
+        self._drawn: dict[Stream, _Drawn] = {}
 
     @property
     def running(self) -> bool:
         """Whether a turn is being generated."""
         return bool(self._running)
 
-    def first(self, choosing: list[tuple[Stream, int]], hidden: torch.Tensor) -> None:
+    def first(self, choosing: list[tuple[Stream, int]], hidden: torch.Tensor, version: int) -> None:
         """Give turns that were prefilled a lane and their first token. choosing: streams, and their rows of hidden [N, H]."""
         free = (i for i, stream in enumerate(self._streams) if stream is None)
         lanes = np.array([lane for lane, _ in zip(free, choosing, strict=False)])
@@ -54,6 +67,7 @@ class Decoder:
             slots.append(row)
             self._streams[lanes[i]] = stream
             self._running[stream] = int(lanes[i])
+            self._drawn[stream] = _Drawn(version, len(stream.slots.held))
         scale = np.array([stream.request.header.score_temperature for stream, _ in choosing], np.float64)
         self.state.widen(max(len(row) for row in slots))
         self.state.write(lanes, ints, scale, slots)
@@ -92,26 +106,41 @@ class Decoder:
         self._choose(now, lanes, hidden)
 
     def collect(self, version: int) -> None:
-        """Write what was drawn since the last visit into the logs, with the version of the weights that drew it."""
+        """Take over what was drawn since the last visit; turns that are over go into the logs.
+
+        version: of the weights that drew it.
+        """
         if not self._running:
             return
-        ints, ids, logps = (x.cpu().numpy() for x in (self.state.ints, self.state.ids, self.state.logps))
-        self.state.ints[Field.EMITTED] = 0
+        fields = self.state.ints[[Field.EMITTED, Field.LENGTH, Field.RUNNING]].cpu().tolist()
+        ids, logps = self.state.ids.cpu().numpy(), self.state.logps.cpu().numpy()
         for stream, lane in list(self._running.items()):
-            emitted, length, running = (
-                int(ints[field, lane]) for field in (Field.EMITTED, Field.LENGTH, Field.RUNNING)
-            )
-            drawn = logps[:emitted, lane]
-            stream.writer.extend_generated(ids[:emitted, lane], version, logps=drawn, target=~np.isnan(drawn))
-            forwarded = length - len(stream.slots.held)
-            stream.slots.add(stream.forwarded, forwarded)
-            stream.forwarded += forwarded
-            if running:
-                continue
-            # The last token that a turn may have is its end, whatever the model would say.
-            while not stream.between_turns and (token := stream.writer.forced()) is not None:
-                stream.writer.extend_generated([token], version)
-            self._leave(stream)
+            emitted, length, running = (field[lane] for field in fields)
+            drawn = self._drawn[stream]
+            if drawn.version != version:
+                self._write(stream, drawn)
+                drawn = self._drawn[stream] = _Drawn(version, drawn.length)
+            # Copies: on a CPU these are the buffers themselves.
+            drawn.ids.append(ids[:emitted, lane].copy())
+            drawn.logps.append(logps[:emitted, lane].copy())
+            drawn.length = length
+            if not running:
+                self._write(stream, drawn)
+                # The last token that a turn may have is its end, whatever the model would say.
+                if (token := stream.writer.forced() if not stream.between_turns else None) is not None:
+                    stream.writer.extend_generated([token], version)
+                self._leave(stream)
+        self.state.ints[Field.EMITTED] = 0
+
+    def _write(self, stream: Stream, drawn: _Drawn) -> None:
+        """Log what a stream has drawn under one version of the weights: once a turn, as each write has its price."""
+        if not drawn.ids:
+            return
+        logps = np.concatenate(drawn.logps)
+        stream.writer.extend_generated(np.concatenate(drawn.ids), drawn.version, logps=logps, target=~np.isnan(logps))
+        forwarded = drawn.length - len(stream.slots.held)
+        stream.slots.add(stream.forwarded, forwarded)
+        stream.forwarded += forwarded
 
     def forget(self, stream: Stream) -> None:
         """Stop a stream that was cancelled, wherever it is in its turn."""
@@ -126,6 +155,7 @@ class Decoder:
 
     def _leave(self, stream: Stream) -> None:
         self._streams[self._running.pop(stream)] = None
+        del self._drawn[stream]
 
     def _any_contiguous(self) -> bool:
         return any(stream.contiguous for stream in self._running)

@@ -149,7 +149,7 @@ class Engine:
         hidden = forward(plan, self.backbone, self._backend, self.pool)
         for stream, slots in plan.freed:
             stream.slots.give_back(slots)
-        self._decoder.first(plan.choosing, hidden[plan.ends.rows :])
+        self._decoder.first(plan.choosing, hidden[plan.ends.rows :], self.version)
 
     def _finish(self) -> list[StreamLog]:
         """Write what goes out in pieces and release the streams that are over; returns the logs that were kept."""
