@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.log.columns import Columns
+from tests.support.one_step.columns import Columns
 
 
 class SlotList:

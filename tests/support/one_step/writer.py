@@ -15,14 +15,14 @@ import numpy as np
 
 from streams.layout.lanes import Lanes, Span
 from streams.layout.layout import Layout, Part
-from streams.layout.turn_state import TurnState
-from streams.log.builder import LogBuilder
 from streams.log.record import GENERATED_TEXT, ChunkRecord, Kind, LogHeader, StreamLog
 from streams.memory import CONTIGUOUS, MemoryPolicy, evicted, lane_one_start, placed
-from streams.memory.live import LiveSet, TurnHistory
 from streams.positions.mrope import PositionCursor
 from streams.positions.regions import RegionBook
 from streams.writing.writer import TurnInput, check_timestamps_kept
+from tests.support.one_step.builder import LogBuilder
+from tests.support.one_step.live import LiveSet, TurnHistory
+from tests.support.one_step.turn_state import TurnState
 
 
 @dataclass
