@@ -95,7 +95,7 @@ class Decoder:
         now = state.ints[:, lanes]
         running = now[Field.RUNNING] != 0
         length = now[Field.LENGTH]
-        slots = torch.where(running, state.table[lanes, length], state.trash)
+        slots = state.table[lanes, length].masked_fill(~running, state.trash)
         attend = self._backend.decode(state.table, lanes, length + 1)
         contiguous = now[Field.CONTIGUOUS] != 0 if self._any_contiguous() else None
         hidden = decode_forward(
@@ -175,10 +175,10 @@ class Decoder:
         running, thinking = now[Field.RUNNING] != 0, now[Field.THINKING] != 0
         # The last token of a thought is its end, as TurnState.forced has it.
         ends_thought = thinking & (now[Field.COUNT] == now[Field.THINK_BUDGET] - 1)
-        chosen = torch.where(ends_thought, tokens.think_end, drawn)
+        chosen = drawn.masked_fill(ends_thought, tokens.think_end)
         emitted = now[Field.EMITTED]
         state.ids[emitted, lanes] = chosen
-        state.logps[emitted, lanes] = torch.where(ends_thought, torch.nan, logps)
+        state.logps[emitted, lanes] = logps.masked_fill(ends_thought, torch.nan)
         count = now[Field.COUNT] + 1
         # Behind the last but one token of a turn its end is forced, and needs neither forward nor draw.
         goes_on = running & (chosen != tokens.im_end) & (count < now[Field.MAX_NEW] - 1)

@@ -111,8 +111,8 @@ def decode_forward(
     tables = None
     by_model = positions
     if contiguous is not None:
-        by_model = torch.where(contiguous, 0, positions)
-        tables = backbone.rotary.tables(torch.where(contiguous, positions, 0).expand(3, -1), pool.kv.dtype)
+        by_model = positions.masked_fill(contiguous, 0)
+        tables = backbone.rotary.tables(positions.masked_fill(~contiguous, 0).expand(3, -1), pool.kv.dtype)
     plan = PoolAttention(pool, [Pass(0, len(ids), slots, attend)], tables)
     return backbone.hidden(ids[None], by_model.expand(3, 1, -1), plan)[0]
 
