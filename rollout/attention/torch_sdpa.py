@@ -50,12 +50,13 @@ class TorchBackend:
         if segment.rows == 1 and len(segment.slots) == stop - first:
             return None
         columns = segment.slots - first
-        mask = np.full((segment.rows, stop - first), -np.inf, np.float32)
-        mask[:, columns[: len(columns) - segment.rows]] = 0
-        mask[:, columns[len(columns) - segment.rows :]] = np.triu(np.full((segment.rows,) * 2, -np.inf, np.float32), 1)
-        # Float and not bool, which SDPA would turn into floats in every layer.
+        hidden = np.ones((segment.rows, stop - first), bool)
+        hidden[:, columns[: len(columns) - segment.rows]] = False
+        hidden[:, columns[len(columns) - segment.rows :]] = ~np.tri(segment.rows, dtype=bool)
+        # Numbers and not bool, which SDPA would turn into numbers in every layer.
         kv = self._pool.kv
-        return torch.from_numpy(mask).to(kv.device, kv.dtype)[None, None]
+        mask = kv.new_zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden).to(kv.device), -torch.inf)
+        return mask[None, None]
 
 
 @dataclass(frozen=True)
