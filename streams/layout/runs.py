@@ -17,9 +17,13 @@ from streams.positions.mrope import Shape
 
 @dataclass(frozen=True)
 class Part:
-    """A run of prefilled tokens of one kind. A VIDEO run carries the grid that its positions come from, and its kept cells.
+    """A run of prefilled tokens of one kind.
 
-    ids int32 [n]; n may be 0 for a vision block of which every token was dropped: its grid still moves the positions.
+    Attributes:
+        ids: int32 [n]. n may be 0 for a vision block of which every token was dropped: its grid still moves the
+            positions.
+        grid: (time, rows, columns) of a VIDEO run, from which its positions follow; None for text.
+        keep: the cells of that grid that were kept, ascending; None for all.
     """
 
     ids: np.ndarray

@@ -1,10 +1,13 @@
 """StreamWriter: writes one stream's log, turn by turn; the one place where layout, memory and positions meet.
 
 The rollout engine drives it with sampled tokens, SFT with demonstrated ones: both write the same log.
-Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment. With two
-lanes the copy of a turn follows its own eviction, when the next turn begins. A lane change starts a new segment.
-Invariants: a turn starts at its first prefilled token; eviction happens only between segments; queries are closed by
-a turn that chose to respond, or by their `until` turn.
+
+Invariants:
+* the order inside a turn is eviction, prefill, generation, END, and END belongs to its own turn's segment;
+* a turn starts at its first prefilled token;
+* eviction happens only between segments, and a lane change starts a new segment;
+* with two lanes, the copy of a turn is written when the next turn begins, after that turn's eviction;
+* a query is closed by a turn that chose to respond, or by its `until` turn.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from streams.positions.regions import RegionBook
 
 @dataclass(frozen=True)
 class QueryInput:
-    """A query as ids; `until_turn` is None for a query that a response closes, NEVER for one that never closes."""
+    """A query as token ids. until_turn: the turn that closes it; None if a response does, NEVER if nothing does."""
 
     ids: tuple[int, ...]
     until_turn: int | None = None
@@ -36,7 +39,7 @@ class QueryInput:
 
 @dataclass(frozen=True)
 class TurnInput:
-    """What one turn shows: a chunk of video, a query, both, or neither. span: told by the copy of a turn, if there is one."""
+    """What one turn shows: a chunk of video, a query, both, or neither. span: the time that the turn's copy tells."""
 
     chunk: ChunkRecord | None
     query: QueryInput | None = None
@@ -44,15 +47,21 @@ class TurnInput:
 
 
 def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
-    """Raises ValueError if text would leave before the video whose time it tells."""
+    """Raise ValueError if text would be evicted before the video whose time it tells."""
     check_text_tells_time(policy, layout.timestamps)
 
 
 @dataclass
 class StreamWriter:
-    """Writes the log of one stream. `held` are the tokens that are still visible; generated: text tokens so far.
+    """Writes the log of one stream.
 
-    positions: the counter of lane 0; lane 1 has one of its own.
+    Attributes:
+        positions: the position counter of lane 0; lane 1 has one of its own.
+        held: the live tokens.
+        history: what earlier turns were, for policies that ask.
+        turn: index of the running turn, -1 before the first.
+        generated: generated text tokens so far.
+        state: state of the running turn, None before the first.
     """
 
     header: LogHeader
@@ -67,7 +76,7 @@ class StreamWriter:
     generated: int = 0
     state: TurnState | None = None
     _generation_begun: bool = False
-    # Of the turn that runs: where generation goes on, of which time it is; with two lanes, ids and kinds that it generated.
+    # The running turn: the lane in which generation continues, its time, and with two lanes the ids and kinds it generated.
     _lane: int = 0
     _span: Span | None = None
     _wrote: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -79,12 +88,12 @@ class StreamWriter:
 
     @property
     def regions(self) -> RegionBook | None:
-        """Where the live tokens stand; None if positions are native."""
+        """The contiguous positions of the live tokens; None if positions are native."""
         return self.log.regions
 
     @property
     def live(self) -> np.ndarray:
-        """Log indices of the tokens that are still visible, in order."""
+        """Log indices int64 [n] of the live tokens, ascending."""
         return self.held.column("index")
 
     @property
@@ -93,7 +102,11 @@ class StreamWriter:
         return self._cursors[self._lane].offset
 
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
-        """Evict, then append the prefill. Returns (evicted log indices, where the prefill stands)."""
+        """Evict, then append the prefill. version: of the weights that will forward it.
+
+        Returns the evicted log indices int64 [n], and the slice of the log that is the prefill, a preceding copy left
+        out. Raises ValueError if the policy answers something that it may not.
+        """
         assert self.state is None or self.state.over, "the turn before has not ended"
         if self.state is not None and self.state.spoke:
             self.history.answered()
@@ -116,7 +129,7 @@ class StreamWriter:
         return left, slice(start, self.log.length)
 
     def forced(self) -> int | None:
-        """The id that must come next in this turn, None if the model chooses."""
+        """Return the id that must come next in this turn, None if the model chooses."""
         assert self.state is not None
         return self.state.forced()
 
@@ -128,10 +141,13 @@ class StreamWriter:
         logps: np.ndarray | None = None,
         target: np.ndarray | bool = False,
     ) -> np.ndarray:
-        """Append the next generated tokens of the running turn, ids int [n]; returns their kinds, int8 [n].
+        """Append the next generated tokens of the running turn, ids int [n], and return their kinds, int8 [n].
 
-        logps: float64 [n], the log-prob of each sampled token, NaN for a forced one; None: none was sampled.
-        target: bool [n], or one for all.
+        Args:
+            version: of the weights that sampled them.
+            logps: float64 [n], the log-prob under which each was sampled, in nats, NaN for a forced one; None: none was
+                sampled.
+            target: bool [n], or one for all: they are trained on.
         """
         assert self.state is not None
         if not self._generation_begun:
@@ -163,6 +179,7 @@ class StreamWriter:
         return kinds
 
     def finish(self) -> StreamLog:
+        """Return the whole log."""
         return self.log.finish()
 
     def _append(self, runs: Sequence[Run], turn: int, version: int) -> None:
@@ -187,7 +204,7 @@ class StreamWriter:
             self._append(joined([copy]), self.turn - 1, version)
 
     def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
-        """Let go what the policy names; returns its log indices."""
+        """Evict the tokens that the policy names and return their log indices."""
         start = self.history.begin(
             has_video=chunk is not None,
             video_tokens=0 if chunk is None else chunk.num_tokens,

@@ -1,1 +1,0 @@
-"""What the rollout engine is compared with: other ways to run the same streams on the same weights."""
