@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,13 +51,22 @@ class TorchBackend:
         if segment.rows == 1 and len(segment.slots) == stop - first:
             return None
         columns = segment.slots - first
-        hidden = np.ones((segment.rows, stop - first), bool)
-        hidden[:, columns[: len(columns) - segment.rows]] = False
-        hidden[:, columns[len(columns) - segment.rows :]] = ~np.tri(segment.rows, dtype=bool)
-        # Numbers and not bool, which SDPA would turn into numbers in every layer.
         kv = self._pool.kv
-        mask = kv.new_zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden).to(kv.device), -torch.inf)
-        return mask[None, None]
+        # Numbers and not bool, which SDPA would turn into numbers in every layer.
+        number = np.float64 if kv.dtype == torch.float64 else np.float32
+        mask = np.zeros((segment.rows, stop - first), number)
+        if len(columns) < stop - first:  # what lies between belongs to nobody, or to another lane
+            unseen = np.ones(stop - first, bool)
+            unseen[columns] = False
+            mask[:, unseen] = -np.inf
+        mask[:, columns[len(columns) - segment.rows :]] = _later(segment.rows)
+        return torch.from_numpy(mask).to(kv.device, kv.dtype)[None, None]
+
+
+@lru_cache(maxsize=64)
+def _later(rows: int) -> np.ndarray:
+    """Return [rows, rows] with -inf where a segment's own token comes after the row's."""
+    return np.triu(np.full((rows, rows), -np.inf), 1)
 
 
 @dataclass(frozen=True)

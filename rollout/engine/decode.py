@@ -113,16 +113,16 @@ class Decoder:
         if not self._running:
             return
         fields = self.state.ints[[Field.EMITTED, Field.LENGTH, Field.RUNNING]].cpu().tolist()
-        ids, logps = self.state.ids.cpu().numpy(), self.state.logps.cpu().numpy()
+        # By lane, and as copies: on a CPU these are the buffers themselves.
+        ids, logps = (np.array(drawn.cpu().numpy().T, order="C") for drawn in (self.state.ids, self.state.logps))
         for stream, lane in list(self._running.items()):
             emitted, length, running = (field[lane] for field in fields)
             drawn = self._drawn[stream]
             if drawn.version != version:
                 self._write(stream, drawn)
                 drawn = self._drawn[stream] = _Drawn(version, drawn.length)
-            # Copies: on a CPU these are the buffers themselves.
-            drawn.ids.append(ids[:emitted, lane].copy())
-            drawn.logps.append(logps[:emitted, lane].copy())
+            drawn.ids.append(ids[lane, :emitted])
+            drawn.logps.append(logps[lane, :emitted])
             drawn.length = length
             if not running:
                 self._write(stream, drawn)

@@ -277,6 +277,6 @@ class _BlockSlots(StreamSlots):
         more = count - len(filled)
         if self._used + more > self._size:
             raise RuntimeError(f"KV pool exhausted: {self._used + more} slots wanted of a block of {self._size}")
-        slots = np.append(filled, self._block[self._used : self._used + more])
+        fresh = self._block[self._used : self._used + more]
         self._used += more
-        return slots
+        return np.append(filled, fresh) if len(filled) else fresh
