@@ -123,3 +123,17 @@ def test_a_pool_without_a_single_slot_is_refused_by_its_config_key():
 def test_bytes_per_slot_is_what_the_pool_allocates_and_one_slot_for_nobody(paged):
     pool = KVPool(5, layers=3, kv_heads=2, head_dim=8, dtype=torch.bfloat16, paged=paged)
     assert pool.kv.nbytes == 6 * KVPool.bytes_per_slot(3, 2, 8, torch.bfloat16)
+
+
+@pytest.mark.parametrize("book_type", [PagedBook, BlockBook])
+def test_slots_stay_parallel_to_the_live_tokens(book_type):
+    slots = book_type(20).open(10)
+    a, b, c = slots.add(0, 3).tolist()
+    before = slots.held
+    slots.drop(np.array([1]), coming=1)
+    (d,) = slots.add(3, 1).tolist()
+    assert slots.held.tolist() == [a, c, d]
+    assert slots.of(np.array([0, 3])).tolist() == [a, d]
+    assert before.tolist() == [a, b, c], "a segment keeps the list that it was planned with"
+    with pytest.raises(AssertionError, match="forwarded live tokens"):
+        slots.drop(np.array([-1]), coming=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.engine.slots import SlotList
 from streams.log.columns import Columns
 from streams.log.record import NEVER, Kind
 from streams.memory.live import LiveSet, TurnHistory
@@ -89,16 +88,3 @@ def test_the_history_of_turns_is_as_policies_are_told():
     assert start.closed_in.tolist() == [1, 5]
     history.answered()
     assert history.begin(has_video=True, video_tokens=2, generated=9).closed_in.tolist() == [1, 5, NEVER]
-
-
-def test_slots_stay_parallel_to_the_live_tokens():
-    slots = SlotList()
-    slots.add(0, np.array([30, 31, 32]))
-    before = slots.held
-    assert slots.drop(np.array([1])).tolist() == [31]
-    slots.add(3, np.array([40]))
-    assert slots.drop(np.array([2, 3])).tolist() == [32, 40]
-    assert slots.held.tolist() == [30]
-    assert before.tolist() == [30, 31, 32], "a segment keeps the list that it was planned with"
-    with pytest.raises(AssertionError, match="forwarded live tokens"):
-        slots.drop(np.array([-1]))
