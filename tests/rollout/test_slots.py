@@ -54,7 +54,7 @@ def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns)
         owners = [slot for stream in streams for slot in stream.held.tolist()]
         assert len(set(owners)) == len(owners)
         for number, stream in enumerate(streams):
-            found = pool.keys(0)[torch.from_numpy(stream.held), 0, 0] - 1000 * number
+            found = pool.keys(0)[torch.from_numpy(stream.held.copy()), 0, 0] - 1000 * number
             assert found.tolist() == tokens[number]
             assert stream.of(np.array(tokens[number], np.int64)).tolist() == stream.held.tolist()
     for stream in streams:
