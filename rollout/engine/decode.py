@@ -77,17 +77,18 @@ class Decoder:
         now = self.state.ints[:, at]
         self._choose(now, at, hidden[rows])
 
-    def run(self) -> None:
-        """Decode for one visit."""
+    def run(self) -> int:
+        """Decode for one visit; returns the number of steps."""
         lanes = torch.tensor(sorted(self._running.values()), device=self.state.ints.device)
         enough = WORTH_A_STEP * len(lanes)
-        for _ in range(self._steps):
+        for step in range(self._steps):
             if lanes.device.type == "cpu":
                 # Rows cost as much as they are many, and looking costs nothing.
                 lanes = lanes[self.state.ints[Field.RUNNING, lanes] != 0]
                 if not len(lanes) or len(lanes) < enough:
-                    return
+                    return step
             self.step(lanes)
+        return self._steps
 
     def step(self, lanes: torch.Tensor) -> None:
         """Forward the last token of lanes int64 [n] and choose their next one."""

@@ -40,7 +40,7 @@ class Engine:
 
     Attributes:
         version: of the weights that the backbone has; every token is logged with it.
-        steps: visits since the engine was made.
+        steps: forwards since the engine was made.
         attention: the attention backend, and why that one.
     """
 
@@ -106,9 +106,8 @@ class Engine:
         self.admission.admit()
         self._begin_turns()
         if self._decoder.running:
-            self._decoder.run()
+            self.steps += self._decoder.run()
             self._decoder.collect(self.version)
-            self.steps += 1
         return self._finish()
 
     def take_failed(self) -> list[StreamFailure]:
@@ -147,6 +146,7 @@ class Engine:
         if not plan.rows:
             return
         hidden = forward(plan, self.backbone, self._backend, self.pool)
+        self.steps += 1
         for stream, slots in plan.freed:
             stream.slots.give_back(slots)
         self._decoder.first(plan.choosing, hidden[plan.ends.rows :], self.version)
