@@ -27,7 +27,10 @@ GRAPH_COLUMNS = 256
 
 
 class Stopwatch:
-    """Seconds by part, of calls that do not overlap. Idle where a call only starts work, as on CUDA."""
+    """Seconds of this thread's CPU time by part, of calls that do not overlap: what else the machine does is not in it.
+
+    Idle where it would not be the truth: on CUDA a call only starts work, and with several threads others do a part.
+    """
 
     def __init__(self, running: bool) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -36,9 +39,9 @@ class Stopwatch:
     def __call__(self, part: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
         if not self._running:
             return function(*given, **named)
-        began = time.perf_counter()
+        began = time.thread_time()
         made = function(*given, **named)
-        self.seconds[part] += time.perf_counter() - began
+        self.seconds[part] += time.thread_time() - began
         return made
 
 
@@ -166,7 +169,11 @@ class DenseDecoder:
             q, k = (torch.addcmul(t * cos, t.roll(half, -1), sin) for t in (q, k))
             watch("cache copies", write, index, k.transpose(1, 2), v.transpose(1, 2))
             # Query heads of one KV head become extra queries: no key is repeated.
-            q = q.view(rows, n, self._kv_heads, groups, -1).permute(0, 2, 3, 1, 4).reshape(rows, self._kv_heads, -1, half * 2)
+            q = (
+                q.view(rows, n, self._kv_heads, groups, -1)
+                .permute(0, 2, 3, 1, 4)
+                .reshape(rows, self._kv_heads, -1, half * 2)
+            )
             mixed = watch("attention", F.scaled_dot_product_attention, q, kv[index, 0], kv[index, 1], attn_mask=mask)
             mixed = mixed.view(rows, self._kv_heads, groups, n, -1).permute(0, 3, 1, 2, 4).reshape(rows, n, -1)
             x = x + linear(attention.o_proj, mixed)
@@ -180,7 +187,13 @@ class DenseDecoder:
 
 
 def _norm(x: torch.Tensor, module: Any) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    """RMSNorm of x [..., H]; on a CPU by the vector norm, in half the passes of torch's own."""
+    if x.is_cuda:
+        return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    size = x.shape[-1]
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = length.square_().div_(size).add_(module.variance_epsilon).rsqrt_()
+    return (x * scale.to(x.dtype)).mul_(module.weight)
 
 
 class _StepGraph:

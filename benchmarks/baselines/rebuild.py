@@ -49,7 +49,9 @@ class Rebuild:
         contexts = [self._context(log, turn) for log in logs]
         shown = [[int(t) for t in np.unique(log.turn[rows][log.kind[rows] == Kind.VIDEO])] for log, rows in contexts]
         if len({len(rows) for _, rows in contexts}) > 1 or any(one != shown[0] for one in shown):
-            raise ValueError(f"turn {turn}: the contexts of this group differ in length or video; rows cannot share a call")
+            raise ValueError(
+                f"turn {turn}: the contexts of this group differ in length or video; rows cannot share a call"
+            )
         began = time.perf_counter()
         ids = torch.from_numpy(np.stack([log.ids[rows] for log, rows in contexts]).astype(np.int64)).to(self._device)
         chunks = [[c.turn for c in logs[0].chunks].index(t) for t in shown[0]]

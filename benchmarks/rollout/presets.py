@@ -177,7 +177,5 @@ def make_world(preset: Preset, folder: Path, device: str, chunks: int, seed: int
     shape = (chunks, FRAMES, height * side, width * side, 3)
     clips = tuple(rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(preset.prompts))
     query = QueryInput(tuple(backbone.layout.query_ids("What colour is the shape now?")))
-    turns = tuple(
-        TurnInput(chunk_record(turn, (1, height, width)), None if turn else query) for turn in range(chunks)
-    )
+    turns = tuple(TurnInput(chunk_record(turn, (1, height, width)), None if turn else query) for turn in range(chunks))
     return World(preset, backbone, clips, (turns,) * preset.prompts, folder)

@@ -128,16 +128,19 @@ def run_engine(
 
 
 def run_copy_evict(
-    world: World, prompts: Sequence[int], *, share_vision: bool = False, temperature: float = 1.0, chunks: int | None = None
+    world: World,
+    prompts: Sequence[int],
+    *,
+    share_vision: bool = False,
+    temperature: float = 1.0,
+    chunks: int | None = None,
 ) -> tuple[list[Generated], float]:
     """Run these prompts' groups one after the other; returns what each wrote, and the seconds of all."""
     baseline = CopyEvict(world.backbone, world.preset.window, PATCH_SECONDS, share_vision=share_vision)
     stop = chunks or world.chunks
     began = time.perf_counter()
     made = [
-        baseline.run(
-            world.turns[p][:stop], world.clips[p][:stop], world.preset.group, temperature=temperature, seed=p
-        )
+        baseline.run(world.turns[p][:stop], world.clips[p][:stop], world.preset.group, temperature=temperature, seed=p)
         for p in prompts
     ]
     return made, time.perf_counter() - began
