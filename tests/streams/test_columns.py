@@ -45,6 +45,21 @@ def test_a_view_can_only_be_read_and_stays_as_it_was():
     assert made.column("a").tolist() == [7, 8]
 
 
+@pytest.mark.parametrize("rows", [[0], [2, 3, 4], [0, 2, 5], [5], range(6)])
+def test_rows_are_removed_in_place_and_what_is_before_them_stays_as_it_was(rows):
+    made = columns()
+    made.append(6, a=np.arange(6), b=np.arange(6)[:, None] * [1, 10, 100])
+    view, allocated = made.column("a"), made.nbytes
+    made.remove(np.array(rows))
+    left = [row for row in range(6) if row not in rows]
+    assert made.column("a").tolist() == left
+    assert made.column("b").tolist() == [[row, 10 * row, 100 * row] for row in left]
+    assert view[: rows[0]].tolist() == list(range(rows[0]))
+    made.append(1, a=9, b=0)
+    assert made.column("a").tolist() == [*left, 9]
+    assert made.nbytes == allocated
+
+
 def test_live_tokens_leave_by_their_place_and_are_named_by_their_index():
     live = LiveSet()
     positions = np.array([[10, 11, 12, 13, 14], [20, 11, 12, 13, 13], [30, 11, 12, 13, 15]])
