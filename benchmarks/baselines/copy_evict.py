@@ -1,4 +1,4 @@
-"""`copy_evict`: streams as the published engine of ThinkStream (arXiv 2603.12938) runs them, written afresh from its description.
+"""`copy_evict`: streams as ThinkStream's published engine (arXiv 2603.12938) runs them, written afresh from its description.
 
 Specification:
 * one prompt at a time: the G streams of its group are the rows of one batch, and nothing else runs beside them;
@@ -189,7 +189,7 @@ class _Group:
                     token = drawn[row]
                     self.made.sampled += 1
                 pending[row].append(token)
-                state.advance(token)
+                state.advance([token])
             self.made.ids[row][-1] += pending[row]
 
     def _evict(self) -> None:

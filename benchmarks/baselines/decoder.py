@@ -8,7 +8,7 @@ Specification:
 * eviction gathers the columns that stay into a second buffer, and the two change places: every live key and value is copied;
 * on CUDA a step of one column runs as a CUDA graph, one for each buffer and each multiple of GRAPH_COLUMNS.
 
-Invariant: the arithmetic is that of transformers' module, token by token (Qwen2.5-VL only); only the batching is the decoder's own.
+Invariant: the arithmetic is that of transformers' module, token by token (Qwen2.5-VL only); the batching is its own.
 """
 
 from __future__ import annotations

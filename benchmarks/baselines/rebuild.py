@@ -2,8 +2,8 @@
 
 Specification:
 * the model is the exported checkpoint as transformers runs it (its attention, cache, positions and tower);
-* a turn's input is the visible context: the live tokens of a finished log at the turn's first generated token, with the frames of
-  the chunks whose video is live. G rows are one batch of one prompt; vision and prefill are computed for every row;
+* a turn's input is the visible context: the live tokens of a finished log at the turn's first generated token, with the frames
+  of the chunks whose video is live. G rows are one batch of one prompt; vision and prefill are computed for every row;
 * one call of `generate` a turn, greedy, with the ban list; forced tokens come from a logits processor.
 
 Positions are those of the context as it stands, and old text is computed anew without the video that it once saw: tokens equal
@@ -96,7 +96,7 @@ class _Forced(LogitsProcessor):
         for row, state in enumerate(self._states):
             for token in input_ids[row, self._seen :].tolist():
                 if not state.over:
-                    state.advance(token)
+                    state.advance([token])
             forced = self._end if state.over else state.forced()
             if forced is not None:
                 scores[row] = float("-inf")

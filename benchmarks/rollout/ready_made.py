@@ -49,16 +49,8 @@ def ready_made(backbone: Backbone, word: int) -> Iterator[None]:
             (backbone, "hidden", hidden),
             (backbone, "logits", logits),
             (one_step_choose, "pick", pick),
-            *_draws(pick, draw),
+            (sampler, "draw", draw),
         ):
             patches.enter_context(mock.patch.object(owner, name, answer))
         yield
 
-
-def _draws(pick: Any, draw: Any) -> list[tuple[Any, str, Any]]:
-    """Where the engine draws: `sampler.draw` on tensors; an engine that draws on the host calls `pick`."""
-    if hasattr(sampler, "draw"):
-        return [(sampler, "draw", draw)]
-    from rollout.engine import choose
-
-    return [(choose, "pick", pick)]

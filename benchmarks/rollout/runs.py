@@ -87,7 +87,7 @@ def step_through(engine: Engine | OneStepEngine, requests: Sequence[StreamReques
     ended = time.perf_counter()
     run = EngineRun([made[request.header.stream_id] for request in requests], ended - began)
     run.turn_seconds = [np.diff([*begun, ended]).tolist() for begun in starts]
-    run.kv_copied = getattr(engine, "kv_bytes_copied", None)
+    run.kv_copied = getattr(engine.pool, "copied_bytes", None)
     return run
 
 
