@@ -59,10 +59,9 @@ class DenseDecoder:
             raise ValueError(f"the dense decoder computes qwen2_5_vl, this checkpoint is {backbone.name}")
         self._backbone, self._watch = backbone, watch
         model = backbone.model.model.language_model
-        self._text, self._layers = model.config, list(model.layers)
-        self._norm, self._head = model.norm, backbone.model.lm_head
+        self._layers, self._norm = list(model.layers), model.norm
         self._kv_heads, self._head_dim = backbone.kv_shape
-        self._heads = int(self._text.num_attention_heads)
+        self._heads = int(model.config.num_attention_heads)
         self._banned = torch.tensor(backbone.layout.banned, dtype=torch.long, device=backbone.device)
         shape = (len(self._layers), 2, rows, self._kv_heads, columns, self._head_dim)
         self._buffers = [torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(2)]
@@ -182,7 +181,8 @@ class DenseDecoder:
         return x
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self._watch("linear", F.linear, _norm(x, self._norm), self._head.weight, self._head.bias)
+        head = self._backbone.model.lm_head
+        logits = self._watch("linear", F.linear, _norm(x, self._norm), head.weight, head.bias)
         return logits.float().index_fill_(-1, self._banned, float("-inf"))
 
 

@@ -116,7 +116,9 @@ def floor_ratio(world: World, prefill: int, prompts: int) -> dict[str, float]:
     group, streams = preset.group, preset.group * prompts
     decodes = preset.max_new_tokens - 3
     cut = max(1, -(-streams * prefill // PREFILL_ROWS))
-    text = {rows: linear_seconds(world, rows) for rows in {group, streams, group * prefill, -(-streams * prefill // cut)}}
+    text = {
+        rows: linear_seconds(world, rows) for rows in {group, streams, group * prefill, -(-streams * prefill // cut)}
+    }
     head = {rows: head_seconds(world, rows) for rows in {group, streams}}
     tower = tower_seconds(world)
     theirs = prompts * (text[group * prefill] + decodes * text[group] + (decodes + 1) * head[group])

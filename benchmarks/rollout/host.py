@@ -80,13 +80,15 @@ def _requests(world: World, streams: int, turns: int) -> list[StreamRequest]:
     ]
 
 
-def us_per_token(world: World, streams: int, turns: int, engine_type: type = Engine) -> float:
-    """Microseconds of wall time per sampled token of so many streams at once."""
+def us_per_token(world: World, streams: int, turns: int, engine_type: type = Engine) -> tuple[float, float]:
+    """Microseconds per sampled token of so many streams at once: of wall time, and of the thread's CPU time."""
     requests = _requests(world, streams, turns)
     engine = make_engine(world, requests, engine_type=engine_type)
     with ready_made(world.backbone, _word(world)):
+        began = time.thread_time()
         run = step_through(engine, requests)
-    return 1e6 * run.seconds / run.sampled
+        cpu = time.thread_time() - began
+    return 1e6 * run.seconds / run.sampled, 1e6 * cpu / run.sampled
 
 
 def _word(world: World) -> int:
@@ -94,20 +96,26 @@ def _word(world: World) -> int:
 
 
 def host(world: World, turns: int, rounds: int) -> dict[str, float]:
-    """Medians of interleaved rounds: before and after at 64 streams, after (and before) at 256."""
-    cases: dict[str, Callable[[], float]] = {
+    """Medians of interleaved rounds: before and now at 64 and at 256 streams; with `_cpu`, of CPU time.
+
+    Where the machine is shared, the second says what the first would be on a quiet one.
+    """
+    cases: dict[str, Callable[[], tuple[float, float]]] = {
         "before": lambda: us_per_token(world, 64, turns, OneStepEngine),
         "now": lambda: us_per_token(world, 64, turns),
         "before_256": lambda: us_per_token(world, 256, max(2, turns // 2), OneStepEngine),
         "now_256": lambda: us_per_token(world, 256, max(2, turns // 2)),
     }
-    found: dict[str, list[float]] = {name: [] for name in cases}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     us_per_token(world, 8, 2)
     us_per_token(world, 8, 2, OneStepEngine)
     for _ in range(rounds):
         for name, case in cases.items():
             found[name].append(case())
-    return {name: float(np.median(values)) for name, values in found.items()}
+    medians = {name: np.median(values, axis=0) for name, values in found.items()}
+    return {
+        f"{name}{unit}": float(median[i]) for i, unit in enumerate(("", "_cpu")) for name, median in medians.items()
+    }
 
 
 def draw_us(world: World, rows: int = 64, repeats: int = 20) -> dict[str, float]:
@@ -152,7 +160,7 @@ class _Aged:
 
 
 def growth(world: World, streams: int = 8, block: int = 60, late: int = LATE) -> dict[str, float]:
-    """Median milliseconds of the host for a turn of young streams (from turn 20) and of old ones (1,000), one after the other."""
+    """Median milliseconds of the host for a turn of young streams (from turn 20) and of old ones (1,000), in turns."""
     with ready_made(world.backbone, _word(world)):
         old, young = (_Aged(world, streams, first + block + 3) for first in (late, EARLY))
         for aged, first in ((old, late), (young, EARLY)):

@@ -53,4 +53,3 @@ def ready_made(backbone: Backbone, word: int) -> Iterator[None]:
         ):
             patches.enter_context(mock.patch.object(owner, name, answer))
         yield
-
