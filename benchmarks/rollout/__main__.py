@@ -37,15 +37,16 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-def measure_threads(world: World, threads: int | None, rounds: int, baseline_prompts: int) -> Row:
+def measure_threads(world: World, threads: int | None, rounds: int, baseline_prompts: int, *, first: bool) -> Row:
     """Everything that runs the model, with so many threads; None: the device has its own."""
     if threads is not None:
         torch.set_num_threads(threads)
-    timed = compare.side_by_side(world, rounds, baseline_prompts)
+    timed = compare.side_by_side(world, rounds, baseline_prompts, one_step=first)
     run: EngineRun = timed.last["engine"]
     say(f"{threads or 'no'} threads: {timed.ratio('copy_evict', 'engine'):.2f} times copy_evict")
     prefill = compare.prefill_tokens(run)
-    turns = sorted({0, world.chunks // 2, world.chunks - 1})
+    # Of a stream's turns: early ones have less to prefill, later ones are alike but for their text.
+    turns = sorted({1, world.chunks - 1})
     baselines = ("copy_evict", "copy_evict_shared_vision")
     rebuilt = compare.rebuild_seconds(world, timed, turns)
     video = run.chunks_encoded * int(np.prod(world.preset.grid))
@@ -58,7 +59,11 @@ def measure_threads(world: World, threads: int | None, rounds: int, baseline_pro
         "ratio_vs_rebuild": rebuilt / timed.per_stream("engine"),
         "ratio_vs_copy_evict_one_group": timed.ratio("copy_evict", "engine_one_group"),
         "ratio_vs_copy_evict_one_group_shared_vision": timed.ratio("copy_evict_shared_vision", "engine_one_group"),
-        "cpu_time_ratios": {name: timed.ratio(name, "engine", cpu=True) for name in baselines},
+        "cpu_time_ratios": {
+            f"{name} / {engine}": timed.ratio(name, engine, cpu=True)
+            for name in baselines
+            for engine in ("engine", "engine_one_group")
+        },
         "seconds_per_stream": {name: timed.per_stream(name) for name in timed.wall},
         "streams_per_s": 1 / timed.per_stream("engine"),
         "rounds": {name: [round(s, 4) for s in seconds] for name, seconds in timed.wall.items()},
@@ -143,16 +148,16 @@ def measure(preset: Preset, device: str, quick: bool, threads: tuple[int, ...] =
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(preset, Path(folder), device, chunks)
         say(f"{preset.name} on {device}: {preset.streams} streams of {chunks} turns; greedy agreement first")
-        agreed = compare.agreement(world, min(2, preset.prompts), min(chunks, preset.window + 2))
+        agreed = compare.agreement(world, 1 if quick else 2, min(chunks, preset.window + 2))
         say(f"agreement: {agreed}")
         by_threads = {
-            str(count or "device"): measure_threads(world, count, rounds, baseline_prompts)
-            for count in (threads if cpu else (None,))
+            str(count or "device"): measure_threads(world, count, rounds, baseline_prompts, first=not i)
+            for i, count in enumerate(threads if cpu else (None,))
         }
         first = next(iter(by_threads.values()))
         if cpu:
             torch.set_num_threads(1)
-        throughput = compare.throughput(world, min(3, chunks))
+        throughput = compare.throughput(world, 2 if quick else min(3, chunks))
         beside = measure_host(device, world, quick)
         alone = measure_alone(world)
         over = decode_over_floor(world, throughput, first["live_kv_bytes"])
