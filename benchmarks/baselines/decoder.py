@@ -153,7 +153,7 @@ class DenseDecoder:
     ) -> torch.Tensor:
         """All layers: x [rows, n, H] -> [rows, n, H] before the last norm, over the columns of kv."""
         rows, n, _ = x.shape
-        groups, watch = self._heads // self._kv_heads, self._watch
+        watch = self._watch
         cos, sin = (table[:, :, None] for table in tables)
         # What rotates the second half into the first is minus sine there: one product less than a concatenation.
         half = self._head_dim // 2
@@ -167,18 +167,19 @@ class DenseDecoder:
             v = linear(attention.v_proj, y).view(rows, n, self._kv_heads, self._head_dim)
             q, k = (torch.addcmul(t * cos, t.roll(half, -1), sin) for t in (q, k))
             watch("cache copies", write, index, k.transpose(1, 2), v.transpose(1, 2))
-            # Query heads of one KV head become extra queries: no key is repeated.
-            q = (
-                q.view(rows, n, self._kv_heads, groups, -1)
-                .permute(0, 2, 3, 1, 4)
-                .reshape(rows, self._kv_heads, -1, half * 2)
-            )
-            mixed = watch("attention", F.scaled_dot_product_attention, q, kv[index, 0], kv[index, 1], attn_mask=mask)
-            mixed = mixed.view(rows, self._kv_heads, groups, n, -1).permute(0, 3, 1, 2, 4).reshape(rows, n, -1)
+            mixed = watch("attention", self._attend, q, kv[index], mask)
             x = x + linear(attention.o_proj, mixed)
             y = _norm(x, layer.post_attention_layernorm)
             x = x + linear(mlp.down_proj, F.silu(linear(mlp.gate_proj, y), inplace=True).mul_(linear(mlp.up_proj, y)))
         return x
+
+    def _attend(self, q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """q [rows, n, heads, D] over kv [2, rows, KV heads, columns, D] -> [rows, n, heads * D]."""
+        rows, n, heads, dim = q.shape
+        # Query heads of one KV head become extra queries: no key is repeated.
+        q = q.view(rows, n, self._kv_heads, -1, dim).permute(0, 2, 3, 1, 4).reshape(rows, self._kv_heads, -1, dim)
+        mixed = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
+        return mixed.view(rows, self._kv_heads, -1, n, dim).permute(0, 3, 1, 2, 4).reshape(rows, n, heads * dim)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         head = self._backbone.model.lm_head

@@ -60,7 +60,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset("tiny", TinySpec(), 3, 3, 4, 8, (2, 2), 5, think_budget=5, max_new_tokens=7),
-    # Six layers of the tower cost 0.78 of a chunk's prefill (one thread); `tower_over_prefill` in the result is the run's share.
+    # Six layers of the tower cost 0.78 of a chunk's prefill (one thread); `tower_over_prefill` is what a run has measured.
     "small": Preset(
         "small",
         TinySpec(
