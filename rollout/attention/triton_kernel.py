@@ -13,8 +13,6 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -36,26 +34,26 @@ _TYPES = {
 
 
 @triton.jit
-def _split_keys(length: Any, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr) -> Any:
+def _split_keys(length, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """Keys of each piece of a row: a multiple of BLOCK_KEYS."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_KEYS) * BLOCK_KEYS, SPLIT_KEYS)
 
 
 @triton.jit
 def _split(
-    q: Any,
-    k: Any,
-    v: Any,
-    table: Any,
-    seats: Any,
-    lengths: Any,
-    sums: Any,
-    logs: Any,
-    q_head: Any,
-    q_row: Any,
-    k_slot: Any,
-    k_head: Any,
-    table_seat: Any,
+    q,
+    k,
+    v,
+    table,
+    seats,
+    lengths,
+    sums,
+    logs,
+    q_head,
+    q_row,
+    k_slot,
+    k_head,
+    table_seat,
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
@@ -65,7 +63,7 @@ def _split(
     SPLIT_KEYS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     FACTOR: tl.constexpr,
-) -> None:
+):
     """Write a piece's weighted values, divided by its sum of weights, and the logarithm of that sum."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
@@ -108,16 +106,16 @@ def _split(
 
 @triton.jit
 def _combine(
-    sums: Any,
-    logs: Any,
-    lengths: Any,
-    out: Any,
+    sums,
+    logs,
+    lengths,
+    out,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0)
     length = tl.load(lengths + row)
     pieces = tl.cdiv(length, _split_keys(length, SPLITS, SPLIT_KEYS, BLOCK_KEYS))
@@ -131,6 +129,15 @@ def _combine(
     parts = tl.load(sums + (at * SPLITS + split)[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
     mixed = tl.sum(parts * shares[:, None], 0)
     tl.store(out + at * DIM + dim, mixed.to(out.dtype.element_ty), mask=dim < DIM)
+
+
+def block_sizes(dim: int, itemsize: int) -> dict[str, int]:
+    """Return the sizes that both kernels are compiled with, for heads of dim values of itemsize bytes."""
+    block_dim = max(triton.next_power_of_2(dim), LEAST_DOT)
+    # Wide blocks of wide numbers do not fit into shared memory.
+    block_keys = BLOCK_KEYS if itemsize * block_dim <= 512 else LEAST_DOT
+    sizes = {"DIM": dim, "BLOCK_DIM": block_dim}
+    return sizes | {"SPLITS": SPLITS, "SPLIT_KEYS": SPLIT_KEYS, "BLOCK_KEYS": block_keys}
 
 
 @torch.library.custom_op(
@@ -164,11 +171,7 @@ def decode_attention(
     sums = torch.empty((rows, heads, SPLITS, dim), dtype=wide, device=q.device)
     logs = torch.empty((rows, heads, SPLITS), dtype=wide, device=q.device)
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
-    block_dim = max(triton.next_power_of_2(dim), LEAST_DOT)
-    # Wide blocks of wide numbers do not fit into shared memory twice.
-    block_keys = BLOCK_KEYS if q.itemsize * block_dim <= 512 else LEAST_DOT
-    pieces = {"DIM": dim, "BLOCK_DIM": block_dim}
-    pieces |= {"SPLITS": SPLITS, "SPLIT_KEYS": SPLIT_KEYS, "BLOCK_KEYS": block_keys}
+    sizes = block_sizes(dim, q.itemsize)
     _split[rows, kv_heads, SPLITS](
         q,
         k,
@@ -188,9 +191,9 @@ def decode_attention(
         # Triton's interpreter multiplies the bits of bfloat16 numbers; their products in fp32 are the same.
         FACTOR=tl.float32 if q.dtype == torch.bfloat16 and not q.is_cuda else _TYPES[q.dtype],
         BLOCK_GROUPS=max(triton.next_power_of_2(heads // kv_heads), LEAST_DOT),
-        **pieces,
+        **sizes,
     )
-    _combine[rows, heads](sums, logs, lengths, out, **pieces)
+    _combine[rows, heads](sums, logs, lengths, out, **sizes)
     return out
 
 
