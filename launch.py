@@ -7,9 +7,12 @@
 
 Installed, the same command is `sightline` (`sightline.__main__`).
 
-Invariant: a bad configuration or missing data stops before any actor starts. Exit status: 0 done,
-1 failed, 2 nothing was started (configuration), 130 stopped by Ctrl-C, checkpoint.requeue_status stopped by SIGTERM and
-ready to go on. What is said is also in `run_root/logs/driver.log`, as soon as there is a run_root.
+Exit status: 0 done, 1 failed, 2 nothing was started (configuration), 130 stopped by Ctrl-C, checkpoint.requeue_status
+stopped by SIGTERM and ready to go on.
+
+Invariants:
+* a bad configuration or missing data stops the run before any actor starts;
+* whatever is printed is also in `run_root/logs/driver.log`, as soon as there is a run_root.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 WATCH_WORDS = ("video", "query", "at", "seconds")
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-"""Set to 1, Hydra raises what is wrong with a command line; otherwise it prints a page about it."""
+"""If this is set to 1, Hydra raises what is wrong with a command line; otherwise it prints a page about it."""
 WANTS_FULL_ERROR = FULL_ERROR in os.environ
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -58,10 +61,10 @@ said = DriverLog()
 
 
 def plain_words(argv: list[str]) -> list[str]:
-    """Command-line words that read better than their keys: `model=FOLDER`, and `video=`, `query=`, `at=` of job=watch.
+    """Translate the short words of a command line: `model=FOLDER`, and `video=`, `query=`, `at=` of job=watch.
 
-    A query is free text: it is quoted here, as Hydra's grammar would trip over its commas and question marks; so is a path
-    with a `~`.
+    A query is free text and is quoted here, since Hydra's grammar would trip over its commas and question marks. A path
+    with a `~` is quoted too.
     """
     watching = "job=watch" in argv
     options = set(group_options("model", argv))
@@ -81,14 +84,17 @@ def plain_words(argv: list[str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """The text as Hydra and OmegaConf read it back unchanged: backslashes count only before `${`, quotes and the end."""
+    """Quote a text so that Hydra and OmegaConf read it back unchanged.
+
+    They unescape backslashes only before `${`, before quotes and at the end.
+    """
     plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", plain)) + "'"
 
 
 def start(config: RunConfig, overrides: list[str]) -> None:
-    """Plan and run. Imports what it needs here: `--help` and a config error must not wait for torch and Ray."""
-    # Before anything that takes long: a wait for the lock, the check of a large checkpoint, may be interrupted, too.
+    """Plan and run the job's stages. Imports are inside: `--help` and a config error must not wait for torch and Ray."""
+    # Before anything that takes long, so that a wait for the lock or the check of a large checkpoint can be interrupted.
     stop = StopSignal(config.checkpoint.grace_s, config.checkpoint.requeue_status)
     stop.install()
     try:
@@ -104,7 +110,7 @@ def start(config: RunConfig, overrides: list[str]) -> None:
     except Exception as error:  # named boundary: a stop
         if not stop.requested:
             raise
-        # Raised inside a library's native code (Ray's, most often), a stop comes out as an error of that library.
+        # A stop that is raised inside a library's native code (most often Ray's) comes out as that library's error.
         print(f"stopped, interrupting {_innermost(error)}; the same command with resume=auto goes on", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
 
@@ -158,7 +164,7 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
 
 
 def _stages() -> dict[str, Stage]:
-    """The table of contents: what each stage of a job is. Imported here: `--help` must not wait for Ray."""
+    """Return the stages of all jobs by name. Imported here: `--help` must not wait for Ray."""
     from evals.stage import EVAL
     from rl.stage import RL
     from runtime.make_data import DATA
@@ -168,7 +174,7 @@ def _stages() -> dict[str, Stage]:
 
 
 def _fail(config: RunConfig, error: Exception, stop: StopSignal) -> NoReturn:
-    """The error says by itself what to do; the traceback is for whoever mends the program. To be called where it is caught."""
+    """Print the error, which says what to do, keep the traceback for developers, and exit. Call it in an except block."""
     if stop.requested:
         raise error
     note = _keep_traceback(config.root / "logs" / "driver-error.txt")
@@ -217,20 +223,20 @@ def main(raw: DictConfig) -> None:
 
 
 def _open_log(run_root: str, stages: list[str]) -> None:
-    """Keep what is said under a run_root that is there. A new one is made by a run that starts, not by a typing error."""
+    """Log to a run_root that exists. A new one is created by a run that starts, not by a typing error."""
     said.outlives_readers = stages != ["watch"]
     if said.outlives_readers and Path(run_root).is_dir():
         said.open(Path(run_root), " ".join(sys.argv))
 
 
 def _stopped_while_loading(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM before the configuration is read: there is nothing to write, and the status must be right all the same."""
+    """Handle SIGTERM before the configuration is read: there is nothing to write, but the exit status must be right."""
     given = [word.partition("=")[2] for word in sys.argv if word.startswith("checkpoint.requeue_status=")]
     os._exit(int(given[-1]) if given and given[-1].isdigit() else REQUEUE_STATUS)
 
 
 class _Interrupt:
-    """Ctrl-C. `asked`, because a library in whose code it comes may turn it into an error of its own."""
+    """Handles Ctrl-C. It sets `asked`, because a library that is interrupted may turn it into an error of its own."""
 
     asked = False
 
@@ -240,7 +246,7 @@ class _Interrupt:
 
 
 def interruptible(typed: list[str]) -> None:
-    """`command_line`, which Ctrl-C ends with one line and status 130, a reader that goes (`| head`) with none and 1."""
+    """Run `command_line`. Ctrl-C ends it with one line and status 130, a reader that leaves (`| head`) with status 1."""
     interrupt = _Interrupt()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
         signal.signal(signal.SIGINT, interrupt)
@@ -263,7 +269,7 @@ def interruptible(typed: list[str]) -> None:
 
 
 def command_line(typed: list[str]) -> None:
-    """`main`; a command line that Hydra cannot compose ends as any other wrong configuration."""
+    """Run `main`; a command line that Hydra cannot compose ends like any other wrong configuration."""
     if WANTS_FULL_ERROR:
         main()
         return
@@ -279,7 +285,7 @@ def command_line(typed: list[str]) -> None:
 
 
 def run(typed: list[str]) -> None:
-    """The whole program on a command line; ends the process on failure."""
+    """Run the whole program on a command line. A failure ends the process."""
     signal.signal(signal.SIGTERM, _stopped_while_loading)
     if "--version" in typed:
         print(f"sightline {__version__}")

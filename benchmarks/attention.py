@@ -57,7 +57,7 @@ class Heads:
 
 
 def written(layout: Layout, chunks: int, name: str, memory: MemoryConfig = MEMORY) -> StreamLog:
-    """The log of a silent stream of `chunks` chunks, as the engine and the cold start write it."""
+    """Return the log of a silent stream of `chunks` chunks, as the engine and the cold start write it."""
     header = LogHeader(
         stream_id=name,
         task_id=name,
@@ -77,14 +77,14 @@ def written(layout: Layout, chunks: int, name: str, memory: MemoryConfig = MEMOR
 
 
 def plain_layout() -> Layout:
-    """Of a tokenizer that needs no checkpoint."""
+    """Return a layout for a tokenizer that needs no checkpoint."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(list(STREAMING_TOKENS))
     return Layout(tokenizer, LayoutConfig(system_prompt="Watch."), 640)
 
 
 def stream_rows(tokens: int, kind: str) -> Rows:
-    """One row of about `tokens` tokens. kind: `packed` streams of 20 chunks, or one `long` stream."""
+    """Return one row of about `tokens` tokens. kind: `packed` streams of 20 chunks, or one `long` stream."""
     layout = plain_layout()
     one = written(layout, CHUNKS, "one")
     if kind == "packed":
@@ -95,7 +95,10 @@ def stream_rows(tokens: int, kind: str) -> Rows:
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
-    """Fastest of `repeats`, after one call that compiles and warms up. In turns, so that all see the same machine."""
+    """Return the fastest of `repeats` runs of each call, in milliseconds, after one that compiles and warms up.
+
+    The calls take turns, so that all see the same machine.
+    """
     took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
@@ -113,12 +116,12 @@ def _wait(device: str) -> None:
 
 
 def visited(expiry: torch.Tensor, lane: torch.Tensor) -> float:
-    """Share of all blocks that a kernel on this mask must visit."""
+    """Return the share of all blocks that a kernel on this mask must visit."""
     return 1.0 - float(block_mask(expiry, lane).sparsity()) / 100.0
 
 
 def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: Heads, repeats: int) -> dict[str, Any]:
-    """One length and kind of stream; see the module docstring."""
+    """Measure one length and kind of stream; see the module docstring."""
     rows = stream_rows(tokens, kind).to(torch.device(device))
     length = rows.ids.shape[1]
     never = torch.full_like(rows.expiry, length)
@@ -166,13 +169,13 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
 
 
 def relative(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """The largest |got - wanted| / |wanted| of the pairs, in float32."""
+    """Return the largest |got - wanted| / |wanted| of the pairs, in float32."""
     pairs = [(a.float(), b.float()) for a, b in zip(got, wanted, strict=True)]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def disagreements(measured: dict[str, Any]) -> list[str]:
-    """Rows whose kernels compute different things: their times mean nothing."""
+    """Return the rows whose kernels compute different things: their times mean nothing."""
     bar = AGREE[measured["dtype"]]
     wrong = []
     for row in [*measured["learner"], *measured.get("engine", [])]:
@@ -185,7 +188,7 @@ def disagreements(measured: dict[str, Any]) -> list[str]:
 
 
 def ratios(found: dict[str, Any], which: str) -> dict[str, float]:
-    """How much faster than SDPA, and which share of the blocks saved against a causal mask became saved time."""
+    """Return the speedup over SDPA, and which share of the blocks saved against a causal mask became saved time."""
     saved_blocks = 1 - found["blocks_visited"] / found["blocks_visited_causal"]
     saved_time = 1 - found[f"flex_{which}_ms"] / found[f"flex_causal_{which}_ms"]
     return {
@@ -195,7 +198,7 @@ def ratios(found: dict[str, Any], which: str) -> dict[str, float]:
 
 
 def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repeats: int) -> dict[str, Any]:
-    """One engine step of one layer: `streams` segments of `rows` tokens over `live` slots each, planning included."""
+    """Measure one engine step of one layer: `streams` segments of `rows` tokens over `live` slots each, with planning."""
     pool = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=torch.bfloat16, device="cuda")
     pool.kv.normal_(generator=torch.Generator("cuda").manual_seed(0))
     order = np.random.default_rng(0).permutation(streams * live).reshape(streams, live)
@@ -221,7 +224,7 @@ def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repe
 
 
 def measure(device: str, quick: bool) -> dict[str, Any]:
-    """All of it. quick: fewer heads, two lengths, few repeats."""
+    """Measure everything. quick: fewer heads, two lengths, few repeats."""
     heads = Heads(2, 1, 128) if quick else Heads()
     repeats = 2 if quick else 10
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

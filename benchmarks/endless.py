@@ -2,11 +2,12 @@
 
     python -m benchmarks.endless [--turns 10000] [--policies rcsm sink_window] [--json PATH|-]
 
-A real engine and a tiny random backbone, turns pushed one by one into a feed, the log written out in pieces. Every turn shows
-one chunk and generates the same number of tokens (the end is forced), now and then a query comes that a response or its
-`until` closes: so whatever is not constant is age. Time: a second, young stream runs in the same engine; in the end the old
-one's last turns and the young one's turns from 100 on are timed in turns, first the one, then the other, so that what else the
-machine does hits both alike. Exit 1 says that a bar is missed.
+A real engine runs a tiny random backbone. Turns are pushed one by one into a turn queue, and the log is written in pieces.
+Every turn shows one chunk and generates the same number of tokens (the end is forced). Now and then a query arrives that
+a response or its `until` closes. So whatever is not constant comes from age.
+
+Time: a second, young stream runs in the same engine. At the end the old one's last turns and the young one's turns from
+100 on are timed alternately, so that whatever else the machine does hits both alike. Exit 1 says that a bar is missed.
 """
 
 from __future__ import annotations
@@ -202,12 +203,14 @@ def missed(row: dict[str, Any], *, timed: bool = True) -> list[str]:
     return [f"{row['policy']}: {name}" for name, met in bars.items() if not met]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.endless", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=10_000)
     parser.add_argument("--policies", nargs="+", choices=sorted(MEMORIES), default=sorted(MEMORIES))
     parser.add_argument("--json", type=result_target, default="", help="a path, or - for standard output")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.turns < 1000:
         parser.error(f"--turns {given.turns}: at least 1000, or young and old are the same")
     torch.set_num_threads(1)
@@ -228,4 +231,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

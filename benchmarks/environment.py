@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
+    """Return the versions of Python and of those `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU cores, and the GPU with its memory and driver if there is one."""
+    """Return the number of CPU cores, and the GPU with its memory and driver if there is one."""
     import torch
 
     found: dict[str, Any] = {"cpu_cores": os.cpu_count(), "machine": platform.machine(), "gpu": None}
@@ -54,7 +54,7 @@ def _driver() -> str | None:
 
 
 def in_words() -> str:
-    """One line for a table's head."""
+    """Return hardware and versions as one line, for the head of a table."""
     where = hardware()
     gpu = f"{where['gpu']}, {where['gpu_memory_gib']} GiB" if where["gpu"] else "no GPU"
     listed = dict(versions())
@@ -64,7 +64,10 @@ def in_words() -> str:
 
 
 def result_target(text: str) -> str:
-    """argparse type of --json: that the file can be written is known before anything is measured. "" and "-" are none."""
+    """Check the value of --json (an argparse type), so that a file that cannot be written fails before any measurement.
+
+    "" and "-" are no file.
+    """
     if text in ("", "-"):
         return text
     path = user_path(text)
@@ -80,7 +83,7 @@ def result_target(text: str) -> str:
 
 
 def write_result(path: Path, measured: dict[str, Any]) -> None:
-    """`measured` with the hardware and versions it was measured on, as JSON."""
+    """Write `measured`, with the hardware and versions it was measured on, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"hardware": hardware(), "versions": versions(), **measured}
     path.write_text(json.dumps(whole, indent=2) + "\n")

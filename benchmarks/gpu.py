@@ -8,6 +8,7 @@ exits 2; it exits 1 if a part failed.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -45,11 +46,15 @@ def run_attention(path: Path) -> bool:
 PARTS: dict[str, Callable[[Path], bool]] = {"tests": run_tests, "attention": run_attention, "smoke": run_smoke}
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PARTS)} (default: all)")
+    names = parser.parse_args(arguments).names
     unknown = [name for name in names if name not in PARTS]
     if unknown:
-        print(f"benchmarks.gpu: {unknown[0]!r} is not one of {', '.join(PARTS)}", file=sys.stderr)
-        return 2
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         print("benchmarks.gpu: this machine has no CUDA device, nothing was measured", file=sys.stderr)
         return 2

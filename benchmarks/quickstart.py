@@ -11,6 +11,7 @@ Prints a table and writes it beside the first file as quickstart_cpu.md. Exit 1 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -57,11 +58,16 @@ def missed_bars(s: dict[str, Any], *, timed: bool) -> list[str]:
     return [name for name, held in bars.items() if not held]
 
 
-def main(paths: list[str]) -> int:
-    summaries = {Path(p).stem.removeprefix("quickstart_cpu_"): json.loads(Path(p).read_text()) for p in sorted(paths)}
-    if not summaries:
-        print(__doc__)
-        return 2
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", metavar="SUMMARY", type=Path)
+    paths: list[Path] = parser.parse_args(arguments).paths
+    for path in paths:
+        if not path.is_file():
+            parser.error(f"{path}: there is no such file")
+    summaries = {path.stem.removeprefix("quickstart_cpu_"): json.loads(path.read_text()) for path in sorted(paths)}
     lines = ["| run | " + " | ".join(label for _, label in COLUMNS) + " | bars missed |"]
     lines.append("|" + "---|" * (len(COLUMNS) + 2))
     failed = False
@@ -71,7 +77,7 @@ def main(paths: list[str]) -> int:
         cells = [f"{summary[key]:.3g}" if summary[key] is not None else "-" for key, _ in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(missed) or 'none'} |")
     text = f"# make quickstart, seeds named in advance (variants: seed 0)\n\n{in_words()}\n\n" + "\n".join(lines) + "\n"
-    (Path(paths[0]).parent / "quickstart_cpu.md").write_text(text)
+    (paths[0].parent / "quickstart_cpu.md").write_text(text)
     print(text)
     return int(failed)
 

@@ -3,13 +3,16 @@
     python -m benchmarks.gpu smoke                                       runs it on a GPU and records it
     python -m benchmarks.smoke outputs/gpu_smoke                         of a run that is already there
 
-Per process the bytes that were estimated before loading beside the peak, time and peak of every phase, kernels compiled;
-mismatch of learner and engine by kind of token; time of every step. Invariant: `passed` says that the
-steps were taken, the weights swapped and the learner compared with the engine; a run that did none of it cannot pass.
+For each process: the bytes estimated before loading beside the peak, time and peak of every phase, kernels compiled. For
+the run: the mismatch of learner and engine by kind of token, and the time of every step.
+
+Invariant: `passed` says that the steps were taken, the weights swapped and the learner compared with the engine; a run
+that did none of it cannot pass.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -28,7 +31,7 @@ STEP_VALUES = ("step/wall_s", "train/step_s", "train/compiles", "rollout/tokens_
 
 
 def result_of(run_root: Path) -> dict[str, Any]:
-    """The RL stage of a finished run, as its files have it. Raises ValueError if it has not finished one."""
+    """Return the figures of a finished run's RL stage, from its files. Raises ValueError if it has not finished one."""
     path = run_root / USAGE_FILE
     if not path.is_file() or "rl" not in (usage := json.loads(path.read_text())):
         raise ValueError(
@@ -51,7 +54,7 @@ def result_of(run_root: Path) -> dict[str, Any]:
 
 def run_smoke(path: Path, overrides: tuple[str, ...] = ("cluster.placement=colocated",)) -> bool:
     """Run the experiment from its beginning and write its result, also that of a run that failed."""
-    # What an earlier run has left must not speak for this one.
+    # Files of an earlier run must not be taken for this one's.
     (RUN_ROOT / USAGE_FILE).unlink(missing_ok=True)
     began = time.monotonic()
     command = [sys.executable, "launch.py", "experiment=gpu_smoke", f"run_root={RUN_ROOT}", "resume=never", *overrides]
@@ -68,11 +71,13 @@ def run_smoke(path: Path, overrides: tuple[str, ...] = ("cluster.placement=coloc
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print(__doc__)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_root", metavar="RUN_ROOT", type=Path)
+    run_root = parser.parse_args(arguments).run_root
     try:
-        print(json.dumps(result_of(Path(arguments[0])), indent=2))
+        print(json.dumps(result_of(run_root), indent=2))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,6 +1,9 @@
-"""Which result of the evaluations while training `eval.best` names: checked before anything starts, by the held-out rows.
+"""Which metric `eval.best` names, checked against the held-out rows before anything starts.
 
-Pure. Invariant: a run that is to keep its best checkpoint has the metric that decides.
+Pure.
+
+Invariants:
+* a run that keeps its best checkpoint has the metric that decides which one it is.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ SHOWN = 30
 
 
 def evaluated(config: RunConfig, tasks: tuple[StreamTask, ...]) -> tuple[StreamTask, ...]:
-    """The held-out tasks that an evaluation while training watches."""
+    """Return the held-out tasks that an evaluation while training watches."""
     return tasks[: config.eval.tasks] if config.eval.tasks else tasks
 
 
 def best_metric(config: RunConfig, categories: Iterable[str]) -> str:
-    """The metric by which `checkpoints/rl/best` is kept: `eval.best` as it is logged, below `eval/`.
+    """Return the metric by which `checkpoints/rl/best` is chosen: `eval.best` as it is logged, below `eval/`.
 
     categories: those of the rows that are evaluated. An accuracy may be given by the category as the rows spell it or by
     its metric's name. Raises ValueError, with the names that there are, if no evaluation would have it.
@@ -55,13 +58,13 @@ def best_metric(config: RunConfig, categories: Iterable[str]) -> str:
 
 
 def check_best(config: RunConfig, tasks: tuple[StreamTask, ...] | None) -> None:
-    """Raises ValueError if RL would never find what `eval.best` names. tasks: the held-out rows, None = the generator's."""
+    """Raise ValueError if no evaluation has what `eval.best` names. tasks: held-out rows, None = generated ones."""
     if config.eval.every and "rl" in config.job.stages:
         best_metric(config, MODES if tasks is None else [task.category for task in evaluated(config, tasks)])
 
 
 def named_best(config: RunConfig, heldout: tuple[StreamTask, ...]) -> RunConfig:
-    """The configuration with `eval.best` as its metric is logged, below `eval/`. Raises ValueError as `best_metric`."""
+    """Return the config with `eval.best` as its metric is logged, below `eval/`. Raises ValueError (`best_metric`)."""
     if not config.eval.every or not heldout:
         return config
     metric = best_metric(config, [task.category for task in evaluated(config, heldout)])

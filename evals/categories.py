@@ -1,6 +1,8 @@
-"""How the categories of rows, which are anybody's words, are called in results.
+"""Names of categories in results. Categories are words from the rows, so anything may be in them. Pure.
 
-Pure, and quick to import. Invariant: one name each, none of them empty or the name of the mean over all.
+Invariants:
+* different categories have different names;
+* no name is empty, or equal to that of the mean over all.
 """
 
 from __future__ import annotations
@@ -14,5 +16,5 @@ UNCATEGORISED = "uncategorised"
 
 
 def category_name(category: str) -> str:
-    """The name of a row's category in tables and in summary.json; `metric_name` makes metrics of it."""
+    """Return a category's name in tables and in summary.json; `metric_name` turns it into a metric's name."""
     return apart(category, (ALL, UNCATEGORISED), " (category)") or UNCATEGORISED

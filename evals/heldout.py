@@ -1,8 +1,11 @@
 """Held-out evaluation: every held-out task watched once, greedily, by the rollout workers.
 
-Strict protocol: nothing after a turn's own chunk is shown; an unanswered or failed question counts wrong
-and its stream's reward 0; accuracy takes the first response at or after the query, whatever its time. Results keep the
-order of the tasks, whichever stream ends first.
+Invariants:
+* nothing after a turn's own chunk is shown;
+* a question that is not answered counts as wrong;
+* a stream that failed is scored as one that never spoke;
+* accuracy takes the first response at or after the query, whatever its time;
+* results are in the order of the tasks, whichever stream ends first.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from streams.turns import ParsedTurn
 
 @dataclass(frozen=True)
 class Condition:
-    """Under what a checkpoint is evaluated; memory None = as it was trained."""
+    """The condition under which a checkpoint is evaluated. memory: None = as it was trained."""
 
     name: str
     memory: MemoryConfig | None = None
@@ -41,7 +44,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class WatchedStream:
-    """One held-out stream that has ended, well or not. payload: its log, by reference; None where nobody asks for it."""
+    """One held-out stream that is over, failed or not. payload: reference to its log; None if nobody needs it."""
 
     request: RolloutTask
     summary: GroupSummary
@@ -54,8 +57,12 @@ class WatchedStream:
 
 @dataclass(frozen=True)
 class ScoredStream:
-    """One held-out stream. plan: as it was run and scored. payload: its log, by reference; None, and `failed` says why, if it
-    could not be run.
+    """One held-out stream with its reward.
+
+    Attributes:
+        plan: Turns and chunk length with which it was run and scored.
+        payload: Reference to its log; None if it failed.
+        failed: Why it could not be run; None if it could.
     """
 
     task: StreamTask
@@ -83,7 +90,7 @@ class EvalResult:
 
     @property
     def values(self) -> dict[str, float | None]:
-        """What is charted of an evaluation, below the evaluation's own prefix."""
+        """What is charted about an evaluation, below its own prefix."""
         values: dict[str, float | None] = {"reward": self.reward, "timing": self.timing}
         return values | {f"accuracy_{mode}": value for mode, value in self.accuracy.items()}
 
@@ -101,7 +108,10 @@ def evaluate(
     progress: Progress,
     stage: str,
 ) -> EvalResult:
-    """Run and score every task once under `condition`, on the weights the workers now hold."""
+    """Run and score every task once under `condition`, on the weights that the workers run now.
+
+    Raises RuntimeError if the mismatch gate refuses a stream, or an actor dies; TimeoutError if one does not reply.
+    """
 
     def send(worker: Any, item: tuple[int, RolloutTask]) -> Any:
         return worker.rollout.options(num_returns=2).remote(item[1])
@@ -128,7 +138,7 @@ def evaluate(
 
 
 def stream_request(config: RunConfig, task: StreamTask, condition: Condition, stage: str) -> RolloutTask:
-    """One greedy stream over `task`; `stage` keeps its name apart from those of other evaluations."""
+    """Return the request for one greedy stream over `task`. stage: distinguishes its name in several evaluations."""
     return RolloutTask(
         group=f"{stage}:{condition.name}/{task.id}",
         task=task,
@@ -153,7 +163,7 @@ def reward_jobs(watched: Sequence[WatchedStream]) -> tuple[RewardJob, ...]:
 def scored_streams(
     watched: Sequence[WatchedStream], jobs: Sequence[RewardJob], scores: Sequence[tuple[RewardResult, ...]]
 ) -> tuple[ScoredStream, ...]:
-    """The streams with what the scorer replied to their `jobs`."""
+    """Return the streams with the scorer's replies to their `jobs`."""
     return tuple(
         ScoredStream(
             job.task,
@@ -168,7 +178,7 @@ def scored_streams(
 
 
 def learner_mismatch(diff: LogpDiff) -> dict[str, float | None]:
-    """The metrics of held-out logs that the learner scored at their own weights; None where no token was compared."""
+    """Return the metrics of held-out logs that the learner scored at their weights; None if no token was compared."""
     return {
         "mismatch/learner_max": diff.max,
         "mismatch/learner_mean": diff.mean,
@@ -178,7 +188,7 @@ def learner_mismatch(diff: LogpDiff) -> dict[str, float | None]:
 
 
 def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_tokens: int = 0) -> EvalResult:
-    """The means over `streams`, by category and over all."""
+    """Return the means over `streams`, by category and over all."""
     by_category: dict[str, list[bool]] = {}
     for stream in streams:
         for answer in stream.result.answers:
@@ -202,7 +212,7 @@ def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_
 def scripted_rewards(
     config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], fits: Mapping[str, Mapping[int, str]]
 ) -> tuple[float, float]:
-    """(mean reward of a scripted oracle, of constant silence) over the tasks, through the run's own scorer."""
+    """Return the mean rewards of a scripted oracle and of constant silence, from the run's own scorer."""
     plans = [config.data.plan_of(task) for task in tasks]
     jobs = tuple(
         RewardJob(task.id, task, plan, (silent_turns(plan.turns),)) for task, plan in zip(tasks, plans, strict=True)
@@ -212,7 +222,7 @@ def scripted_rewards(
 
 
 def chance(tasks: tuple[StreamTask, ...], category: str) -> float | None:
-    """Share of the commonest answer of a category; None if it has no question."""
+    """Return the share of the most common answer in a category; None if it has no question."""
     answers = Counter(a.text for task in tasks if task.category == category for a in task.answers)
     total = sum(answers.values())
     return max(answers.values()) / total if total else None

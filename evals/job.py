@@ -1,7 +1,7 @@
 """The evaluation stage: every checkpoint of the run on the held-out tasks, the conditions, and the mismatch check.
 
-The logs of the last checkpoint's evaluation are scored by the learner at the same weights: that is the
-mismatch of exactness between engine and learner on streams nobody trained on.
+The learner scores the logs of the last checkpoint's evaluation at the same weights. That measures the mismatch between
+engine and learner on streams that nobody trained on.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def run_evaluation(
     progress: Progress,
     fits: Mapping[str, Mapping[int, str]],
 ) -> tuple[dict[str, Any], ScoreReport | None]:
-    """Evaluate `checkpoints` (name -> folder, in order); returns the summary's fields, and the mismatch if it was measured.
+    """Evaluate checkpoints. Returns the summary's fields, and the mismatch if it was measured.
 
-    fits: of answers longer than a turn, by task id and index, what a turn can hold (`runtime.rows`).
+    checkpoints: name -> folder, in order. fits: by task id and answer index, the part of a long answer that a turn can
+    hold (`runtime.rows`). Raises ValueError if there is no task.
     """
     if not tasks:
         raise ValueError("there is no usable held-out task (see the skipped lines above, and data.heldout)")

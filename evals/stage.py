@@ -47,8 +47,10 @@ def run(run: Run) -> None:
 
 
 def _finish(run: Run, summary: dict[str, Any], stages: tuple[str, ...]) -> None:
-    """Write the summary, with what the run's own `stages` behind the evaluated checkpoints measured, and every sample that
-    was left out, or kept though it cannot be answered in full.
+    """Write the summary, and print its table.
+
+    It includes what this run's `stages` that made the evaluated checkpoints measured, every sample that was left out,
+    and every sample that was used although it cannot be answered in full.
     """
     results = [run.store.result(stage) for stage in stages]
     skipped = [*run.files.skipped, *samples(summary.pop("skipped_heldout"))]

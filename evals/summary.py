@@ -1,6 +1,7 @@
 """The summary of a run: one JSON file under run_root, and the table that a person sees.
 
-Invariant: what was not measured is null, never 0.
+Invariants:
+* what was not measured is null, never 0.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ COLUMNS = {"sft": "after SFT", "rl": "after RL"}
 
 
 def checkpoint_label(path: str | Path) -> str:
-    """What the results of `eval.checkpoint` are called: its folder's name (or hub id's last part), fit for a file name.
+    """Return the name of the results of `eval.checkpoint`: its folder's name, or a hub id's last part, as a file name.
 
-    A checkpoint's weights lie in `<stage>/<name>/hf` or `<stage>/hf`. Never a name that a run gives to its own results.
+    A checkpoint's weights are in `<stage>/<name>/hf` or `<stage>/hf`. The name is never one of a run's own results.
     """
     folder = Path(path)
     # A link keeps the name that the user gave it.
@@ -50,7 +51,7 @@ def checkpoint_label(path: str | Path) -> str:
 
 
 def evaluation_fields(results: dict[str, EvalResult]) -> dict[str, Any]:
-    """Every result under its own name, with whatever categories its rows have."""
+    """Return every result under its own name, with whatever categories its rows have."""
     return {
         "evaluations": {
             name: {
@@ -69,7 +70,7 @@ def evaluation_fields(results: dict[str, EvalResult]) -> dict[str, Any]:
 
 
 def heldout_fields(results: dict[str, EvalResult]) -> dict[str, Any]:
-    """Fields of the evaluations `sft`, `rl` and the two conditions of the last checkpoint, where they were run.
+    """Return the fields of the evaluations `sft` and `rl` and of the last checkpoint's conditions, if they were run.
 
     A checkpoint under another name is in `evaluations` alone: it is neither what this run's SFT nor what its RL has made.
     """
@@ -96,7 +97,7 @@ def heldout_fields(results: dict[str, EvalResult]) -> dict[str, Any]:
 
 
 def training_fields(rl: dict[str, Any]) -> dict[str, Any]:
-    """What this run's RL stage measured, from its stages/rl.json; null where `rl` is empty."""
+    """Return what this run's RL stage measured. rl: the result in its stages/rl.json; {} gives nulls."""
     return {
         "learner_steps": rl.get("steps"),
         "max_age": rl.get("max_age"),
@@ -113,15 +114,15 @@ def training_fields(rl: dict[str, Any]) -> dict[str, Any]:
 
 
 def samples(values: Iterable[dict[str, Any]]) -> list[SkippedSample]:
-    """The samples that a stage's manifest or a result lists as JSON."""
+    """Return the samples that a stage's manifest or a result lists as JSON."""
     return [SkippedSample(**value) for value in values]
 
 
 def rows_fields(skipped: Iterable[SkippedSample], kept: Iterable[SkippedSample]) -> dict[str, Any]:
-    """What was left out, and what was used although not all of it can be answered: each once, with counts by reason."""
+    """Return samples left out, and samples used that cannot be answered in full: each once, counted by reason."""
     fields: dict[str, Any] = {}
     for name, found in (("skipped", skipped), ("kept", kept)):
-        # Stages that read the same file say the same of it.
+        # Stages that read the same file report the same samples.
         distinct = sorted(set(found), key=lambda sample: (sample.source, sample.reason))
         fields[f"{name}_samples"] = len(distinct)
         fields[f"{name}_by_reason"] = counted(distinct)
@@ -130,9 +131,9 @@ def rows_fields(skipped: Iterable[SkippedSample], kept: Iterable[SkippedSample])
 
 
 def stages_behind(root: Path, checkpoints: Iterable[Path]) -> tuple[str, ...]:
-    """Which of this run's training stages made what was evaluated: their files may go into its summary, no others.
+    """Return the training stages of this run that made what was evaluated. Only their files may go into its summary.
 
-    A checkpoint of RL also comes from the run's SFT.
+    An RL checkpoint also comes from the run's SFT.
     """
     made = (root / "checkpoints").resolve()
     stages = {path.resolve().relative_to(made).parts[0] for path in checkpoints if made in path.resolve().parents}
@@ -140,7 +141,7 @@ def stages_behind(root: Path, checkpoints: Iterable[Path]) -> tuple[str, ...]:
 
 
 def mismatch_fields(report: ScoreReport | None) -> dict[str, Any]:
-    """Held-out logs scored by the learner at their version."""
+    """Return the fields of held-out logs that the learner scored at their version."""
     return {
         "max_abs_logp_diff": report.diff.max if report else None,
         "mean_abs_logp_diff": report.diff.mean if report else None,
@@ -151,7 +152,7 @@ def mismatch_fields(report: ScoreReport | None) -> dict[str, Any]:
 
 
 def print_table(console: Console, summary: dict[str, Any]) -> None:
-    """One column for each checkpoint that was evaluated, one row for each category; and what they rest on."""
+    """Print one column for each evaluated checkpoint, one row for each category; then mismatch and skipped samples."""
     results = {name: r for name, r in summary.get("evaluations", {}).items() if name not in CONDITIONS}
     table = Table(title="held-out streams, greedy", title_justify="left")
     table.add_column("", justify="left")

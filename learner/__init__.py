@@ -1,1 +1,4 @@
-"""Learner: losses, the DeepSpeed engine around the shared scoring function, and its Ray actor. Imports only `streams`."""
+"""Learner: losses, the DeepSpeed engine around the shared scoring function, and its Ray actors.
+
+It imports only `streams`.
+"""

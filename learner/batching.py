@@ -1,9 +1,9 @@
 """How the logs of an optimiser step become micro-batches, the same number of them on every rank.
 
 Invariants:
-- Groups are shared out by tokens, always in the same way for the same batch.
-- Every rank runs the same forwards in the same order (under ZeRO-3 each of them gathers parameters collectively): a rank
-  with less work runs idle micro-batches, which contribute exactly nothing.
+- Every rank runs the same forwards in the same order, because under ZeRO-3 each of them gathers parameters
+  collectively.
+- A rank with less work runs idle micro-batches, which contribute exactly nothing.
 - A stream is never cut: all its targets are in one micro-batch, in the order of its log.
 """
 
@@ -40,33 +40,36 @@ class TrainItem:
 
 @dataclass(frozen=True)
 class MicroBatchWork:
-    """What all ranks run in one micro-batch: what of the vision side, and how many chunks of the head.
+    """The modules that all ranks run in one micro-batch.
 
-    vision: the kind of media that passes through it, "frames" (tower and mergers) or "pre_merger" (mergers); "" if none
-    does. Ranks with media of different kinds have been refused before.
+    Attributes:
+        vision: Kind of media that passes through vision modules: "frames" (tower and mergers), "pre_merger" (mergers
+            only), or "" for none. Ranks whose media are of different kinds have been refused before (`learner.step`).
+        head_chunks: How many chunks of targets the LM head is called with.
     """
 
     vision: str
     head_chunks: int
 
     def cover(self, other: MicroBatchWork) -> MicroBatchWork:
+        """Return the smallest work that includes both."""
         return MicroBatchWork(self.vision or other.vision, max(self.head_chunks, other.head_chunks))
 
 
 def common_work(ranks: list[tuple[MicroBatchWork, ...]]) -> list[MicroBatchWork]:
-    """The smallest work, micro-batch by micro-batch, that covers every rank's."""
+    """Return, micro-batch by micro-batch, the smallest work that covers every rank's."""
     longest = max(len(works) for works in ranks)
     return [reduce(MicroBatchWork.cover, (works[i] for works in ranks if i < len(works))) for i in range(longest)]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward of this rank scores, and what the logs say of its N targets.
+    """The input of one forward of this rank, and what the logs record about its N targets.
 
     Attributes:
-        rows: The packed logs; `rows.stream` counts in `logs`.
-        media: Distinct clips, by kind and array.
-        order: Which of `media` each packed log shows.
+        rows: The packed logs; `rows.stream` are indices into `logs`.
+        media: (kind, array) of each distinct clip.
+        order: For each packed log, the index in `media` of the clip it shows.
         logs: All logs of this rank's work.
         advantages: One float64 array per log of `logs`, one value per target; empty in the cold start and in scoring.
     """
@@ -78,21 +81,27 @@ class MicroBatch:
     advantages: list[np.ndarray]
 
     def column(self, name: str) -> np.ndarray:
-        """The values [N] that a log column holds at the targets, in the column's dtype."""
+        """Return the values [N] of a log column at the targets, in the column's dtype."""
         dtype = getattr(self.logs[0], name).dtype if self.logs else np.dtype(np.float64)
         return self._at_targets(lambda i: getattr(self.logs[i], name), dtype)
 
     def advantage(self) -> np.ndarray:
-        """float64 [N]: the advantages of the targets."""
+        """Return the advantages of the targets, float64 [N]."""
         return self._at_targets(lambda i: by_token(self.logs[i], self.advantages[i]), np.dtype(np.float64))
 
     def of_version(self, version: int) -> np.ndarray:
-        """bool [N]: which targets are of streams sampled wholly at `version`."""
+        """Return which targets belong to streams sampled wholly at `version`, bool [N]."""
         whole = np.array([log.single_version == version for log in self.logs], dtype=bool)
         return whole[self.rows.stream.numpy()]
 
     def outlier(self, differences: np.ndarray, limit: float, chosen: np.ndarray | None = None) -> OffToken | None:
-        """The target to look at, by re-scored minus behaviour log-prob [N]; of those `chosen`, bool [N], or of all."""
+        """Return the target whose mismatch is most telling; None if there is no target.
+
+        Args:
+            differences: float [N], re-scored minus behaviour log-prob.
+            limit: Absolute difference above which a token is an outlier.
+            chosen: bool [N], the targets to choose from; None = all.
+        """
         stream, index = self.rows.stream.numpy(), self.rows.target_index.numpy()
         chosen = np.ones(len(stream), bool) if chosen is None else chosen
         tokens = []
@@ -102,7 +111,7 @@ class MicroBatch:
         return most_telling(tokens)
 
     def furthest(self, differences: np.ndarray) -> tuple[float, str]:
-        """(distance, stream) of the most extreme of the differences [N]; (-1, "none") of none."""
+        """Return (absolute value, stream id) of the largest of the differences [N]; (-1, "none") if N is 0."""
         if not len(differences):
             return -1.0, "none"
         distance = np.abs(differences)
@@ -110,7 +119,7 @@ class MicroBatch:
         return float(distance[at]), self.logs[int(self.rows.stream[at])].header.stream_id
 
     def _at_targets(self, column_of: Callable[[int], np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """column_of: [tokens] of the i-th log; asked for packed logs only."""
+        """Gather a column at the targets. column_of(i): values [tokens] of log i; called for packed logs only."""
         stream, index = self.rows.stream.numpy(), self.rows.target_index.numpy()
         values = np.zeros(self.rows.num_targets, dtype)
         for s in np.unique(stream):
@@ -120,7 +129,10 @@ class MicroBatch:
 
 
 def by_token(log: StreamLog, advantages: np.ndarray) -> np.ndarray:
-    """float64 [tokens of the log] from one advantage per target; NaN elsewhere, so that a misplaced one cannot pass."""
+    """Spread advantages, one per target, over the log's tokens, float64 [tokens].
+
+    Every other token gets NaN, so that an advantage read at the wrong token makes the loss NaN and is noticed.
+    """
     values = np.full(len(log), np.nan)
     values[log.target] = advantages
     return values
@@ -139,8 +151,14 @@ class RankWork:
         max_tokens: int,
         head_chunk: int,
     ) -> None:
-        """`which` names the bool column that marks targets: 'target' or 'sampled'. blanks: one-token media for idle ranks,
-        by kind.
+        """Plan the micro-batches.
+
+        Args:
+            items: This rank's groups.
+            which: Name of the bool column that marks targets: "target" or "sampled".
+            blanks: One-token media for idle micro-batches, by kind, the kind that needs the most work first.
+            row_tokens, max_tokens: Tokens of a row and of a micro-batch, see LearnerConfig.
+            head_chunk: Targets whose logits exist at once.
         """
         self._items, self._which, self._blanks = items, which, blanks
         self.logs: list[StreamLog] = [log for item in items for log in item.payload.logs]
@@ -158,11 +176,13 @@ class RankWork:
         return {item.payload.media_kind for item in self._items}
 
     def micro_batch(self, i: int, work: MicroBatchWork) -> MicroBatch:
-        """The i-th, or an idle one of that work where this rank has no more of its own."""
+        """Return the i-th micro-batch, or an idle one of that work if this rank has fewer than i + 1."""
         if i >= len(self._batches):
-            # The blank takes the place of the row's first token, so that its gradient goes the way of any clip's.
+            # The blank clip replaces the row's first token, so that backward passes through the vision modules as it
+            # does on the ranks with a real clip: their collectives must meet there, too.
             media = [(work.vision, self._blanks[work.vision])] if work.vision else []
             return MicroBatch(idle_rows(len(media)), media, [0] * len(media), self.logs, self.advantages)
+        # Streams of a group share one clip: each distinct one is encoded once, then shown wherever `order` says.
         rows = pack(self.logs, self._batches[i], which=self._which)
         clips = [self._clip_of[m] for m in self._members(self._batches[i])]
         distinct = sorted(set(clips))
@@ -184,7 +204,7 @@ class RankWork:
 
 
 def idle_rows(video_tokens: int) -> Rows:
-    """One row of arbitrary tokens without targets: it runs every module and has no loss."""
+    """Return one row of arbitrary tokens without targets: it runs every module and has no loss."""
     none = torch.zeros(0, dtype=torch.long)
     zeros = torch.zeros((1, IDLE_TOKENS), dtype=torch.long)
     return Rows(

@@ -12,10 +12,10 @@ from streams.backbone.kernel_choice import LEARNER_ATTENTION
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)
 GATHER_BYTES = 256 * 2**20
-"""Gathered parameters that publication and export hold at once on a rank, beyond its partition."""
+"""Bytes of gathered parameters that publication and export hold at once on a rank, beyond its partition."""
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 ZERO_BUCKET = 500_000_000
-"""Parameters in DeepSpeed's gradient bucket at most (its own default); it is allocated whole, whatever there is to reduce."""
+"""Most parameters in DeepSpeed's gradient bucket (its own default). It is allocated whole, however few there are."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,13 @@ class LearnerConfig:
             raise ValueError(f"learner.warmup_steps={self.warmup_steps} must not be negative")
 
     def with_overrides(self, overrides: dict[str, Any]) -> LearnerConfig:
-        """A copy with single values replaced, as `sft.learner` does; unknown names are refused."""
+        """Return a copy with some values replaced, as `sft.learner` does. Raises ValueError for wrong names or types."""
         unknown = sorted(set(overrides) - set(vars(self)))
         if unknown:
             raise ValueError(f"sft.learner.{unknown[0]} is not a learner setting (known: {', '.join(vars(self))})")
         for key, value in overrides.items():
-            # These are not typed by the schema. A whole number is a number, a word is not.
+            # `sft.learner` is a free dictionary that Hydra's schema does not type: an int may stand for a float, but a
+            # bool is no number (although Python calls it an int).
             kind = type(getattr(self, key))
             fits = isinstance(value, list | tuple if kind is tuple else int | float if kind is float else kind)
             if not fits or (isinstance(value, bool) and kind is not bool):

@@ -1,12 +1,13 @@
 """The learner's engine: DeepSpeed around the shared scoring function, one optimiser step at a time, on one of N ranks.
 
-It imports no ray: payloads arrive resolved. Invariants:
-- It trains only from logs; ids, masks, positions and turns are taken as logged.
-- Gradient and metrics of a step are independent of the micro-batch cut and of the number of ranks.
+Invariants:
+- It imports no ray: payloads arrive resolved.
+- It trains only from logs: ids, masks, positions and turns are taken as logged.
+- Gradient and metrics of a step do not depend on how it is cut into micro-batches, nor on the number of ranks.
 - Every rank makes the same calls in the same order.
 - `version` counts optimiser steps since the weights that the run started from.
-- A step with a loss or gradient that is not finite is refused on all ranks and changes nothing.
-- It knows no loss by name: what differs between them is asked of `learner.losses.base.Loss`.
+- A step whose loss or gradient is not finite is refused on all ranks and changes nothing.
+- It knows no loss by name: what differs between losses is behind `learner.losses.base.Loss`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class LearnerEngine:
     """Trains one backbone."""
 
     def __init__(self, setup: LearnerSetup, ranks: Ranks) -> None:
+        """Load model, reference and optimiser; a collective call. Raises ValueError for a setup that does not fit."""
         self.ranks, self.config = ranks, setup.learner
         torch.set_num_threads(self.config.threads)
         random.seed(setup.seed)
@@ -58,7 +60,7 @@ class LearnerEngine:
         torch.manual_seed(setup.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         attention = choose_learner_attention(self.config.attention, device)
-        # DeepSpeed itself moves a stage-3 model to the device, whole, and cuts it up there.
+        # DeepSpeed moves a stage-3 model to the device itself, and partitions it there.
         first = "cpu" if self.config.zero_stage == 3 else device
         dtype = getattr(torch, self.config.dtype)
         vision = choose_vision_attention(setup.vision_attention, device, self.config.dtype)
@@ -83,7 +85,7 @@ class LearnerEngine:
         return full_numel(self.backbone.trainable())
 
     def close(self) -> None:
-        """Release the model, so that the next stage's fits beside nothing."""
+        """Release the model and its device memory, to make room for the next stage's."""
         self.deepspeed.destroy()
         self.reference = None
         del self.deepspeed, self.backbone
@@ -94,10 +96,11 @@ class LearnerEngine:
     # --- one optimiser step ---------------------------------------------------------------------------------------
 
     def train(self, index: int, config: LossConfig, items: list[TrainItem]) -> TrainReport:
-        """One optimiser step, number `index`, over the logs of all ranks' items. config: names the loss and its settings.
+        """Run optimiser step number `index` over the logs of all ranks' items; return its report.
 
-        Raises ValueError if some rank's items cannot be trained on, RuntimeError if the step was refused as not finite;
-        on every rank, and with the weights as they were.
+        config: the loss and its settings. items: this rank's groups.
+        Raises ValueError if some rank's items cannot be trained on, and RuntimeError if loss or gradient is not finite.
+        Both are raised on every rank, and the weights stay as they were.
         """
         began = time.monotonic()
         work = self._work(items, "target")
@@ -137,29 +140,31 @@ class LearnerEngine:
         return Step(index, loss, agreed.work, agreed.temperature, agreed.counts.targets)
 
     def _gradients(self, step: Step, work: RankWork) -> Outcome:
-        """Forward and backward of every micro-batch of the step; the gradients are left to DeepSpeed."""
+        """Run forward and backward of every micro-batch of the step. The gradients accumulate in DeepSpeed."""
         mine = Outcome()
         on_policy: list[np.ndarray] = []
         self.deepspeed.train()
         for i, common in enumerate(step.work):
             batch = work.micro_batch(i, common)
-            # At the last one DeepSpeed adds the ranks' gradients up.
+            # Only at the last micro-batch does DeepSpeed reduce the gradients over the ranks.
             self.deepspeed.set_gradient_accumulation_boundary(i == len(step.work) - 1)
             with self.meter.phase("forward"):
                 logp, entropy, features = self.deepspeed(batch, common, step.temperature)
                 reference = self._reference_logp(step, batch, logp, features)
                 found: LossValue = step.loss(logp, batch, reference)
             if step.loss.sampled:
-                # Streams sampled wholly at the learner's own version: there the difference must vanish.
+                # Streams sampled wholly at the learner's own version: for them the difference must be 0 but for
+                # rounding.
                 fresh = batch.of_version(self.version)
                 on_policy.append(found.differences[fresh])
                 outlier = batch.outlier(found.differences, self.outlier_above, fresh)
                 mine.outlier = most_telling([mine.outlier, outlier])
             mine.worst = max(mine.worst, batch.furthest(found.differences))
             mine.add(found, float(entropy.sum()), step.targets)
-            # DeepSpeed averages over the ranks, and the normaliser is already that of all of them.
+            # DeepSpeed averages gradients over the ranks, but the loss is already divided by the targets of all ranks.
             value = found.value * self.ranks.world
-            # A gradient that is not finite makes DeepSpeed drop the step on all ranks; a bad loss must have one.
+            # A gradient that is not finite makes DeepSpeed skip the step on all ranks. A loss that is not finite need
+            # not have such a gradient, so NaN is forced into it.
             with self.meter.phase("backward"):
                 self.deepspeed.backward(value if math.isfinite(float(value.detach())) else value * math.nan)
         mine.age0 = LogpDiff.of(np.concatenate(on_policy) if on_policy else np.zeros(0))
@@ -168,7 +173,7 @@ class LearnerEngine:
     def _reference_logp(
         self, step: Step, batch: MicroBatch, logp: torch.Tensor, features: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The frozen reference's log-probs [N], without gradient, if the loss wants them."""
+        """Return the frozen reference's log-probs [N], without gradient; None if the loss does not need them."""
         if not step.loss.needs_reference:
             return None
         assert self.reference is not None, "the loss's `problem` refused this"
@@ -176,7 +181,7 @@ class LearnerEngine:
         return self.reference.logp(batch, features, step.temperature) if batch.rows.num_targets else logp.detach()
 
     def _apply(self, index: int, outcomes: Outcomes) -> float:
-        """Let the optimiser step; returns the gradient norm. Raises RuntimeError if it was refused."""
+        """Apply the gradients and return their norm. Raises RuntimeError if they were refused as not finite."""
         norm, applied = apply_gradients(self.deepspeed, self.backbone, self.config.zero_stage)
         if not applied:
             distance, stream = outcomes.worst
@@ -190,7 +195,11 @@ class LearnerEngine:
     # --- scoring --------------------------------------------------------------------------------------------------
 
     def score(self, payloads: list[GroupPayload]) -> ScoreReport:
-        """Re-score every sampled token of all ranks' payloads under the current weights."""
+        """Re-score every sampled token of all ranks' payloads under the current weights.
+
+        Raises ValueError on every rank if the logs have several score temperatures, or the ranks several kinds of
+        media.
+        """
         work = self._work([TrainItem(payload) for payload in payloads], "sampled")
         agreed = agree(self.ranks, Share.of(work), "scoring", "to begin scoring")
         found: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -219,12 +228,15 @@ class LearnerEngine:
     # --- weights and state ----------------------------------------------------------------------------------------
 
     def export_weights(self) -> WeightsUpdate | None:
-        """Every trainable tensor, flat, for publication; rank 0 only (the others take part in gathering)."""
+        """Return every trainable parameter in one flat buffer, on rank 0; the other ranks take part and return None."""
         with self.meter.phase("publish"):
             return export_weights(self.backbone.trainable(), self.version, self.ranks)
 
     def save(self, path: Path, streaming: dict[str, Any], *, resumable: bool = True) -> None:
-        """Write `path`/hf (an exported checkpoint) and, if resumable, `path`/deepspeed (all that the next step depends on)."""
+        """Write `path`/hf, an exported checkpoint, and return when every rank has written its part.
+
+        If resumable, also write `path`/deepspeed, which is all that the next step depends on.
+        """
         with self.meter.phase("save"):
             whole = host_state_dict(self.backbone.model, self.ranks)
             if whole is not None:
@@ -232,9 +244,13 @@ class LearnerEngine:
             if resumable:
                 save_state(path, self.deepspeed, self.ranks, self.config, self.version)
             else:
+                # Rank 0's reply is the group's: no rank may be behind in the gathering when it comes.
                 self.ranks.gather(None, "to finish the export")
 
     def load(self, path: Path) -> int:
-        """Load what `save` wrote, and go on from there as if nothing had stopped; returns the version."""
+        """Load what `save` wrote and return its version. The next step is then the one that would have followed.
+
+        Raises FileNotFoundError or ValueError, see `load_state`.
+        """
         self.version = load_state(path, self.deepspeed, self.ranks, self.config)
         return self.version

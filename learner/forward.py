@@ -1,6 +1,7 @@
-"""What one micro-batch computes inside DeepSpeed: log-probs under the policy.
+"""The forward of one micro-batch inside DeepSpeed: log-probs under the policy.
 
-Invariant: the policy's forward calls the tower and the head exactly as often as its `MicroBatchWork` says, on every rank.
+Invariants:
+- On every rank it calls the tower, the mergers and the head exactly as often as the `MicroBatchWork` says.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ Media = list[tuple[str, np.ndarray]]
 
 
 def encode_media(backbone: Backbone, media: Media) -> list[torch.Tensor]:
-    """[chunks, tokens, F] per clip, with gradient where parameters train: features as shipped, pre-merger rows through
-    the mergers, frames through tower and mergers; each of these modules is called once.
+    """Return the features [chunks, tokens, F] of every clip, with gradient where vision parameters train.
+
+    Features are used as shipped, pre-merger rows pass through the mergers, frames through tower and mergers. Each of
+    these modules is called at most once.
     """
     frames = [array for kind, array in media if kind == "frames"]
     rows = [to_tensor(array).to(backbone.device) for kind, array in media if kind == "pre_merger"]
@@ -32,13 +35,13 @@ def encode_media(backbone: Backbone, media: Media) -> list[torch.Tensor]:
 
 
 def batch_features(backbone: Backbone, batch: MicroBatch) -> torch.Tensor | None:
-    """Features of the batch's video tokens, log by log; None if it has no log."""
+    """Return the features [video tokens, F] of the batch, log by log; None if it shows no clip."""
     encoded = encode_media(backbone, batch.media)
     return torch.cat([encoded[i].flatten(0, 1) for i in batch.order]) if batch.order else None
 
 
 def blank_media(backbone: Backbone) -> dict[str, np.ndarray]:
-    """The smallest media that vision modules take, one token each: by kind, the most work first."""
+    """Return the smallest media that vision modules accept, one token each, by kind; the kind with most work first."""
     image = backbone.image
     side = image.patch_size * image.merge_size
     return {
@@ -48,20 +51,22 @@ def blank_media(backbone: Backbone) -> dict[str, np.ndarray]:
 
 
 class PolicyForward(nn.Module):
-    """What DeepSpeed wraps: the scoring function as a module whose parameters are the backbone's."""
+    """The scoring function as the module that DeepSpeed wraps; its parameters are the backbone's."""
 
     def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__()
         self.model = backbone.model
+        # In a list, so that torch cannot find modules in it and register them a second time.
         self._backbone = [backbone]
         self._config = config
 
     def forward(
         self, batch: MicroBatch, work: MicroBatchWork, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(logp, entropy, features) of the batch's targets; features are for the reference, without gradient.
+        """Return (log-probs [N], entropies [N]) of the batch's targets and the features of its video tokens.
 
-        Only logp may require a gradient, on every rank: DeepSpeed counts the outputs that do, and ranks must agree.
+        Features are for the reference. Only the log-probs may require a gradient: DeepSpeed counts the outputs that do,
+        and the count must be the same on every rank.
         """
         backbone = self._backbone[0]
         features = batch_features(backbone, batch)

@@ -3,7 +3,7 @@
 Invariants:
 - Importing this module loads no torch.
 - A message is a value: nobody changes it after sending.
-- Logs and media travel by object reference; of a group's tokens the driver sends their advantages alone, in runs.
+- Logs and media travel by object reference. The only per-token data that the driver sends are advantages, in runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Runs:
         return cls(array[starts], np.diff(np.r_[starts, len(array)]))
 
     def expand(self) -> np.ndarray:
-        """Return the array again, float64 [T]."""
+        """Return the array that was encoded, float64 [T]."""
         return np.repeat(self.values, self.lengths)
 
 
@@ -49,7 +49,7 @@ class TrainGroup:
         group: Its id.
         payload: GroupPayload or object reference to one.
         advantages: One entry per stream, with one value per target token in the order of its log; empty in the cold start.
-        tokens: Tokens of all its logs (GroupSummary.log_tokens); groups are shared out over the ranks by it.
+        tokens: Tokens of all its logs (GroupSummary.log_tokens), by which groups are shared out over the ranks.
     """
 
     group: str
@@ -65,8 +65,8 @@ class TrainBatch:
     Attributes:
         step: Its index, from 0.
         loss: Which loss, and its settings.
-        groups: What is trained on.
-        publish: Hand out the new weights.
+        groups: The groups to train on.
+        publish: Whether to export the new weights after the step.
     """
 
     step: int

@@ -1,11 +1,11 @@
-"""Whole parameters out of a partitioned model: for publication and for export.
+"""Gathers whole parameters from a partitioned model, for publication and for export.
 
 Invariants:
-- Under ZeRO-3 gathering is collective: every rank runs these functions between two optimiser steps, in the order of
+- Gathering is collective under ZeRO-3: every rank runs these functions between two optimiser steps, in the order of
   `named_parameters`.
-- At most `GATHER_BYTES` of gathered parameters (or the largest single one, the embedding) exist on a rank beyond its
-  partition.
-- Only rank 0 copies out, into host memory.
+- A rank holds at most `GATHER_BYTES` of gathered parameters beyond its partition, or the largest single one if that is
+  more (the embedding).
+- Only rank 0 copies parameters out, into host memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streams.messages import WeightsUpdate
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed holds only a slice of it here (ZeRO-3)."""
+    """Return whether this rank holds only a slice of the parameter (ZeRO-3)."""
     return hasattr(parameter, "ds_id")
 
 
@@ -31,7 +31,7 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def full_numel(parameters: dict[str, nn.Parameter]) -> int:
-    """Return the number of elements of all of them together, also where DeepSpeed holds only slices."""
+    """Return the number of elements of all parameters together, counting partitioned ones whole."""
     return sum(int(np.prod(full_shape(p), dtype=np.int64)) for p in parameters.values())
 
 
@@ -40,7 +40,7 @@ def full_bytes(parameter: nn.Parameter) -> int:
 
 
 def chunks(parameters: dict[str, nn.Parameter], limit: int) -> Iterator[dict[str, nn.Parameter]]:
-    """Consecutive parameters of at most `limit` bytes together; a larger one comes alone."""
+    """Yield consecutive parameters in chunks of at most `limit` bytes; a larger parameter is a chunk of its own."""
     chunk: dict[str, nn.Parameter] = {}
     used = 0
     for name, parameter in parameters.items():
@@ -59,11 +59,12 @@ def visit_whole(
     visit: Callable[[str, torch.Tensor], None] | None,
     limit: int = GATHER_BYTES,
 ) -> None:
-    """Call `visit` (rank 0; None elsewhere) on every parameter while it is whole."""
+    """Call `visit(name, tensor)` on every parameter while it is whole. Ranks other than 0 pass None, but take part."""
     if any(is_partitioned(parameter) for parameter in parameters.values()):
         from deepspeed.runtime.zero import GatheredParameters
 
         for chunk in chunks(parameters, limit):
+            # modifier_rank=None: nothing is changed inside, so nothing is broadcast back.
             with GatheredParameters(list(chunk.values()), modifier_rank=None):
                 _visit(chunk, visit)
     else:
@@ -77,7 +78,10 @@ def _visit(parameters: dict[str, nn.Parameter], visit: Callable[[str, torch.Tens
 
 
 def export_weights(parameters: dict[str, nn.Parameter], version: int, ranks: Ranks) -> WeightsUpdate | None:
-    """Rank 0: every given tensor in one flat buffer of host memory. Other ranks take part and return None."""
+    """Return every given parameter in one flat buffer of host memory, on rank 0; other ranks take part and return None.
+
+    Raises ValueError if the parameters have several dtypes.
+    """
     dtypes = {parameter.dtype for parameter in parameters.values()}
     if len(dtypes) > 1:
         raise ValueError(
@@ -107,7 +111,7 @@ def export_weights(parameters: dict[str, nn.Parameter], version: int, ranks: Ran
 
 
 def host_state_dict(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor] | None:
-    """Rank 0: the model's state dict in host memory; tied entries share one tensor. None on other ranks."""
+    """Return the model's state dict in host memory, on rank 0; None on other ranks. Tied entries share one tensor."""
     copies: dict[str, torch.Tensor] = {}
 
     def copy(name: str, whole: torch.Tensor) -> None:
@@ -116,7 +120,8 @@ def host_state_dict(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor] |
     visit_whole(dict(model.named_parameters()), copy if ranks.leads else None)
     if not ranks.leads:
         return None
-    # Every name of a tied parameter must be there: which of them is written is for the export to decide.
+    # `named_parameters` lists a tied parameter once, `state_dict` under each of its names: all must be there, and the
+    # export decides which of them it writes.
     by_parameter = {id(p): copies[name] for name, p in model.named_parameters()}
     return {
         name: by_parameter[id(value)] if id(value) in by_parameter else value.detach().cpu()

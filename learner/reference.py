@@ -1,7 +1,7 @@
-"""The frozen policy that the KL term compares with.
+"""The frozen reference policy of the KL term.
 
 Invariants:
-- It is a plain copy that no optimiser and no checkpoint ever touches.
+- It is a plain copy that is neither trained nor saved.
 - It is scored under the policy's mask, ban list and temperature.
 """
 
@@ -22,7 +22,10 @@ from streams.scoring.logprobs import Scores, score_rows
 
 
 def _check_shared_vision(reference: Backbone, policy: Backbone, boundary: Boundary, checkpoint: str) -> None:
-    """The reference is handed what the policy's frozen part makes of a clip: its own must make the same. Raises ValueError."""
+    """Raise ValueError unless both models have the same frozen vision weights.
+
+    The reference is given the output of the policy's frozen vision modules, so its own must compute the same.
+    """
     theirs = dict(reference.model.named_parameters())
     for name, parameter in policy.model.named_parameters():
         if not boundary.below(name):
@@ -30,7 +33,7 @@ def _check_shared_vision(reference: Backbone, policy: Backbone, boundary: Bounda
         if name not in theirs or not torch.equal(theirs[name].to(parameter.device), parameter):
             raise ValueError(
                 f"algorithm.reference={checkpoint}: its {name} is not that of the trained checkpoint {policy.source}, but "
-                f"with learner.freeze={boundary} it is scored on what that one's vision side makes of the frames: set "
+                f"with learner.freeze={boundary} the reference is scored on that checkpoint's vision features: set "
                 "learner.freeze=none, or name a reference with the same vision weights"
             )
 
@@ -38,14 +41,15 @@ def _check_shared_vision(reference: Backbone, policy: Backbone, boundary: Bounda
 class Reference:
     """A frozen copy of the checkpoint that RL started from.
 
-    Memory on every rank: its parameters once, in the learner's dtype, whole at every ZeRO stage (a 3B model in bfloat16:
-    about 7.5 GB); without what the policy freezes of its vision side (the tower, or the mergers, too), as both then see
-    the same there.
+    Its parameters are on every rank once, in the learner's dtype and unpartitioned at every ZeRO stage: about 7.5 GB
+    for a 3B model in bfloat16. Vision modules that the policy freezes are not kept, since both models share their
+    output.
     """
 
     def __init__(
         self, checkpoint: str, layout: LayoutConfig, config: LearnerConfig, device: str, policy: Backbone
     ) -> None:
+        """Load the checkpoint. Raises ValueError if its vocabulary, or its frozen vision side, is not the policy's."""
         self._backbone = Backbone.load(
             Path(checkpoint),
             layout,
@@ -62,6 +66,7 @@ class Reference:
         self._backbone.model.requires_grad_(False)
         self._config = config
         self._own_vision = config.boundary.vision_trains
+        # After the comparison above the frozen modules are duplicates: drop them to free their memory.
         if not self._own_vision:
             self._backbone.model.model.visual = None
         elif not config.boundary.learner_runs_tower:
@@ -70,7 +75,10 @@ class Reference:
 
     @torch.no_grad()
     def logp(self, batch: MicroBatch, features: torch.Tensor | None, temperature: float) -> torch.Tensor:
-        """Log-probs [N] of the batch's targets. features: the policy's, used if both share all of the vision side."""
+        """Return the log-probs [N] of the batch's targets.
+
+        features: the policy's features of the batch's video tokens, used if the whole vision side is frozen.
+        """
         if self._own_vision:
             features = batch_features(self._backbone, batch)
         scores: Scores = score_rows(

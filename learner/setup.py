@@ -1,4 +1,9 @@
-"""What a learner rank is made from, and its place among the ranks."""
+"""What a learner rank is made from, and its place among the ranks.
+
+Invariants:
+- Importing this module loads no torch.
+- A setup is a value: nobody changes it after sending.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +41,12 @@ class LearnerSetup:
         layout: How turns are laid out in tokens.
         learner: The learner's settings in this stage.
         total_steps: Length of the learning-rate schedule.
-        seed: Of all random states.
+        seed: Seed of all random generators.
         version: Optimiser steps that the weights have behind them.
-        reference: The checkpoint that RL started from, for the KL to it; empty = none is loaded. A resume names the same one.
-        outlier_above: The difference of log-probs above which a token is reported.
+        reference: The checkpoint that RL started from, also after a resume, for the KL to it; empty = none is loaded.
+        outlier_above: Absolute difference of log-probs above which a token is reported.
         vision_attention: Kernel of the vision tower, see `model.vision_attention`.
-        messages_version: What the sender's messages look like.
+        messages_version: Version of the sender's messages.
     """
 
     checkpoint: str

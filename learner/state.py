@@ -1,10 +1,12 @@
 """The learner's own half of a checkpoint: everything that the next optimiser step depends on.
 
 Layout below `deepspeed/`: `state/` (DeepSpeed: model, optimiser and scheduler, one file per rank where
-partitioned), `rng_rank00000.pt` ... (random states of every rank), `learner.json` (how it was partitioned, version).
+partitioned), `rng_rank00000.pt` ... (random states of every rank), `learner.json` (version, and how it was
+partitioned).
+
 Invariants:
-- What is loaded continues bit for bit.
-- A checkpoint of another number of ranks, ZeRO stage or dtype is refused.
+- Training continues bit for bit from what is loaded.
+- A state that was partitioned otherwise is refused: see PARTITIONING.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ FOLDER = "deepspeed"
 TAG = "state"
 FACTS_FILE = "learner.json"
 PARTITIONING = ("ranks", "zero_stage", "offload", "dtype", "freeze", "freeze_names")
-"""Learner keys that decide how the state is laid out over files and tensors."""
+"""Keys of `learner` that decide how the state is spread over files and tensors."""
 
 
 def save_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig, version: int) -> None:
-    """Every rank writes its part (all of them into the same folder, on a file system that they share)."""
+    """Write this rank's part. All ranks write into the same folder, on a file system that they share."""
     folder = path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     deepspeed.save_checkpoint(str(folder), tag=TAG)
@@ -41,7 +43,10 @@ def save_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig, 
 
 
 def load_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig) -> int:
-    """Load what `save_state` wrote, on every rank; returns the version. Raises FileNotFoundError or ValueError."""
+    """Load what `save_state` wrote and return the version.
+
+    Raises FileNotFoundError or ValueError on every rank if any rank's part is missing or does not fit.
+    """
     folder = path / FOLDER
     facts: dict[str, Any] = {}
     problem: Exception | None = None
@@ -59,7 +64,10 @@ def load_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig) 
 
 
 def check_fits(folder: Path, ranks: Ranks, config: LearnerConfig) -> dict[str, Any]:
-    """The facts of a complete state that was partitioned as this run is. Raises FileNotFoundError or ValueError."""
+    """Return the contents of `learner.json` of a complete state.
+
+    Raises FileNotFoundError if a file is missing, ValueError if the state was partitioned otherwise than in this run.
+    """
     if not (folder / TAG).is_dir() or not (folder / FACTS_FILE).is_file():
         raise FileNotFoundError(f"{folder.parent}: no DeepSpeed state there")
     facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text())
@@ -76,7 +84,7 @@ def check_fits(folder: Path, ranks: Ranks, config: LearnerConfig) -> dict[str, A
 
 
 def partitioning(config: LearnerConfig) -> dict[str, Any]:
-    """The values of PARTITIONING as JSON holds them."""
+    """Return the values of PARTITIONING, JSON-ready."""
     values = {key: getattr(config, key) for key in PARTITIONING}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -86,7 +94,10 @@ def _random_file(rank: int) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """States of all generators of this process, as plain values and tensors."""
+    """Return the states of all random generators of this process, as plain values and tensors.
+
+    They must pass `torch.load(weights_only=True)`, which accepts no numpy arrays.
+    """
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -97,6 +108,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
+    """Restore what `random_states` returned."""
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

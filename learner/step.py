@@ -1,8 +1,8 @@
-"""What the ranks agree on before and after an optimiser step, or a scoring call: shares, the step, outcomes, metrics.
+"""What the ranks exchange before and after an optimiser step or a scoring call: shares, the step, outcomes, metrics.
 
 Invariants:
-- A rank that cannot do its share says so in it; all ranks then refuse together, none is left waiting.
-- Every rank comes to the same step and the same metrics, whatever the number of ranks.
+- A rank that cannot do its share reports that in it: all ranks then raise together, and none is left waiting.
+- Every rank arrives at the same step and the same metrics, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from streams.log.mismatch import LogpDiff, OffToken, most_telling
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank tells the others before a step: its work, or why it cannot do it."""
+    """What one rank tells the others before a step.
+
+    Attributes:
+        problem: Why it cannot do its share; None if it can.
+        work: One entry per micro-batch.
+        temperatures: Score temperatures of its logs.
+        media_kinds: Kinds of its media.
+        counts: Its targets.
+    """
 
     problem: str | None
     work: tuple[MicroBatchWork, ...]
@@ -35,11 +43,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks together are about to run.
+    """The work that all ranks are about to run together.
 
     Attributes:
         work: One entry per micro-batch of every rank.
-        temperature: Score temperature of all logs; 1 if there is none.
+        temperature: Score temperature of all logs; 1 if there are none.
         counts: Targets of all ranks.
     """
 
@@ -49,9 +57,11 @@ class Agreed:
 
 
 def agree(ranks: Ranks, mine: Share, what: str, waiting: str) -> Agreed:
-    """Exchange shares; on every rank alike, return what they come to or raise ValueError with the first problem.
+    """Exchange shares and return what they add up to, the same on every rank.
 
-    what: names the call in the errors. waiting: what a rank that waits in vain waited for.
+    what: names the call in errors. waiting: what a rank waits for here, for the error if the others do not come.
+    Raises ValueError on every rank: with the first problem that a rank reported, or for shares that do not fit
+    together.
     """
     shares = ranks.gather(mine, waiting)
     for rank, share in enumerate(shares):
@@ -74,7 +84,7 @@ def agree(ranks: Ranks, mine: Share, what: str, waiting: str) -> Agreed:
 
 @dataclass(frozen=True)
 class Step:
-    """The whole step as every rank knows it; its loss holds the totals over all ranks."""
+    """The whole step, the same on every rank; its loss was made from the totals over all ranks."""
 
     index: int
     loss: Loss[Any]
@@ -88,10 +98,10 @@ class Outcome:
     """What one rank found in a step.
 
     Attributes:
-        sums: Metrics, each micro-batch's divided by the step's targets; `loss` as it is.
-        age0: Mismatch on targets that were sampled at the learner's own version.
-        outlier: The token of those to look at.
-        worst: (distance, stream) of the most extreme difference; infinite if one is not finite.
+        sums: Metrics: sums over this rank's targets, divided by the step's targets. `loss` comes normalised.
+        age0: Mismatch on streams sampled wholly at the learner's own version.
+        outlier: Their token with the most telling mismatch.
+        worst: (absolute value, stream id) of the largest difference of all targets; infinite if one is not finite.
     """
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -100,7 +110,7 @@ class Outcome:
     worst: tuple[float, str] = (-1.0, "none")
 
     def add(self, found: LossValue, entropy: float, targets: int) -> None:
-        """Count one micro-batch in. entropy: sum over its targets; targets: of the whole step."""
+        """Add the sums of one micro-batch. entropy: sum over its targets. targets: their number in the whole step."""
         self.sums["loss"] += float(found.value.detach())
         for name, total in found.sums.items():
             self.sums[name] += float(total) / targets
@@ -130,12 +140,13 @@ class Outcomes:
         return most_telling([outcome.outlier for outcome in self.ranks])
 
     def metrics(self) -> dict[str, float]:
-        """Sums over ranks, and the largest where a largest is meant."""
+        """Return the metrics of the step: sums over the ranks, and figures computed from them."""
         age0 = self.age0
         totals = {name: sum(o.sums[name] for o in self.ranks) for name in sorted(self.ranks[0].sums)}
         totals["age0_tokens"] = float(age0.tokens)
         measured = {"age0_logp_diff_mean": age0.mean, "age0_logp_diff_max": age0.max, "age0_logp_diff_k3": age0.k3}
         totals |= {name: value for name, value in measured.items() if value is not None}
+        # ratio and ratio_square are means over the targets, so this is Kish's effective sample size over their number.
         if "ratio_square" in totals:
             square = totals.pop("ratio_square")
             totals["effective_sample_share"] = totals["ratio"] ** 2 / square if square else 0.0

@@ -1,6 +1,7 @@
 """The learner's Ray actors: thin shells that resolve object references and call the engine.
 
-One actor per rank; the driver calls the same method on all of them (see `runtime.cluster.learners`).
+There is one actor per rank; the driver calls the same method on all of them (see `runtime.cluster.learners`).
+
 Invariants:
 - Media are fetched from the object store here, so they never pass through the driver.
 - A rank fetches only its own share.
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from learner.parallel.ranks import Ranks
 
 FAILURE_GRACE_S = 3.0
-"""After one rank failed: how long to wait for the others' replies, to name the one that died first."""
+"""Seconds to wait for the other ranks' replies after one has failed, in case a rank died and caused that failure."""
 
 
 class Learner:
@@ -41,7 +42,7 @@ class Learner:
         self._store: Any = None
 
     def warm_up(self) -> int:
-        """Import what is slow while the driver makes data; returns the pid."""
+        """Import the slow modules while the driver makes data; return the pid."""
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("CUDA_VISIBLE_DEVICES") else "cuda")
         import deepspeed  # noqa: F401
 
@@ -50,12 +51,13 @@ class Learner:
         return os.getpid()
 
     def device(self) -> DeviceInfo:
-        """What this rank would load onto, before it does."""
+        """Return the device that this rank will load its model onto."""
         from streams.support.meter import device_info
 
         return device_info(ray.util.get_node_ip_address())
 
     def usage(self) -> ProcessUsage:
+        """Return the time and memory of the engine's phases. Raises RuntimeError before `setup`."""
         engine = self._ready()
         name = "learner" if engine.ranks.world == 1 else f"learner rank {engine.ranks.place.rank}"
         from streams.scoring.compiled import compile_count
@@ -63,7 +65,10 @@ class Learner:
         return ProcessUsage(name, engine.meter.usage(), compile_count())
 
     def open_rendezvous(self, world: int, timeout_s: float) -> RankPlace:
-        """Rank 0 of several: where the others find it (its node's address and a free port there); once for all stages."""
+        """Open the store where the other ranks meet rank 0, and return its address. Called on rank 0 of several.
+
+        The process group outlives a stage, so in later stages this returns the place that was joined first.
+        """
         if self._ranks is not None:
             return self._ranks.place
         from learner.parallel.ranks import open_store
@@ -73,7 +78,11 @@ class Learner:
         return dataclasses.replace(place, port=self._store.port)
 
     def setup(self, setup: LearnerSetup, place: RankPlace | None = None) -> int:
-        """(Re)build the engine for a stage; returns the number of trainable parameters. place None: a lone rank."""
+        """Build the engine of a stage in place of the one before; return the number of trainable parameters.
+
+        place: this rank's place; None if there is only one rank.
+        Raises ValueError if the driver's messages are of another version.
+        """
         if setup.messages_version != MESSAGES_VERSION:
             raise ValueError(f"learner speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
         from learner.engine import LearnerEngine
@@ -88,7 +97,10 @@ class Learner:
         return self._engine.trainable_parameters
 
     def train(self, batch: TrainBatch) -> tuple[TrainReport, WeightsUpdate | None]:
-        """One optimiser step; returns the report and the new weights (two objects: the driver reads only the first)."""
+        """Run one optimiser step. Return its report and, if published, the new weights.
+
+        They are two objects: the driver reads only the first, and passes on a reference to the second.
+        """
         from learner.batching import TrainItem
 
         engine = self._ready()
@@ -100,15 +112,19 @@ class Learner:
         return report, engine.export_weights() if batch.publish else None
 
     def weights(self) -> WeightsUpdate | None:
+        """Return the current weights on rank 0, None on the other ranks."""
         return self._ready().export_weights()
 
     def score(self, payloads: tuple[Any, ...]) -> ScoreReport:
+        """Re-score the sampled tokens of all ranks' groups. payloads: this rank's GroupPayloads, or references."""
         return self._ready().score([self._resolve(payload) for payload in payloads])
 
     def save(self, path: str, streaming: dict[str, Any], resumable: bool) -> None:
+        """Write this rank's part of a checkpoint, see `LearnerEngine.save`."""
         self._ready().save(Path(path), streaming, resumable=resumable)
 
     def load(self, path: str) -> int:
+        """Load a checkpoint and return its version."""
         return self._ready().load(Path(path))
 
     def _ready(self) -> LearnerEngine:
@@ -125,15 +141,17 @@ class Learner:
 
 
 class LeadLearner(Learner):
-    """Rank 0 of several. `join` runs in a thread beside the training calls and answers for the whole group."""
+    """Rank 0 of several ranks. `join` runs in a thread beside the training calls and replies for the whole group."""
 
+    # `join` waits for as long as a step runs: with threads of its own it does not keep this rank's other calls waiting.
     concurrency_groups = {"join": 8}  # noqa: RUF012
 
     @ray.method(concurrency_group="join")
     def join(self, what: str, replies: list[Any]) -> Any:
-        """Rank 0's reply once all ranks have replied. Raises RuntimeError as soon as one fails, naming it.
+        """Return rank 0's reply once all ranks have replied.
 
-        A rank that died is named rather than those that lost their connection to it.
+        Raises RuntimeError as soon as a rank fails, and names it: a rank that died, rather than those that lost their
+        connection to it. Raises TimeoutError that names the ranks which did not reply in time.
         """
         failures = self._failures(replies, self._timeout)
         if failures is None:
@@ -148,7 +166,7 @@ class LeadLearner(Learner):
         return ray.get(replies[0], timeout=self._timeout)
 
     def _failures(self, replies: list[Any], timeout_s: float) -> dict[int, Exception] | None:
-        """Errors by rank; empty if all replied well, None if some did not reply in time."""
+        """Return errors by rank; empty if every rank succeeded, None if some rank did not reply in time."""
         failures: dict[int, Exception] = {}
         pending, limit = list(replies), timeout_s
         while pending:

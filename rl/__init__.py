@@ -1,1 +1,1 @@
-"""RL: the asynchronous loop, and what it keeps: buffer, dispatch, versions of weights, algorithms."""
+"""RL: the asynchronous loop and its parts: buffer, dispatch, versions of weights, evaluations, algorithms."""

@@ -1,16 +1,18 @@
-"""The sample buffer: who is admitted, who is ready, how old a sample may be. Pure bookkeeping, no Ray, no tensors.
+"""The sample buffer: which groups are admitted, which are ready, how old a sample may be. Pure: no Ray, no tensors.
 
 Invariants:
 * groups are trained in the order of their admission, each at most once;
-* a group's ticket is its place in that order, whoever rolls the group out, and however often.
+* a group's ticket is its place in that order, whichever worker rolls the group out, and however often.
 
-Proof of the bound. Groups are numbered in admission order and trained in that order, B per step. Let a group
-be admitted when the learner stands at version v. At most C groups are admitted and not yet trained, this one included,
-so at most C - 1 stand before it, and it is trained after at most floor((C - 1) / B) further full steps: the learner
-then stands at most at v + floor((C - 1) / B). The worker that got it was at most `lag` versions behind, so its oldest
-token has version >= v - lag. Hence age <= floor((C - 1) / B) + lag. Dropped groups only shorten the queue. A group that
-is rolled out again keeps its place, so it is trained no later; its worker was at most `lag` behind at some v' >= v, so
-its oldest token has version >= v' - lag >= v - lag: the same bound.
+Proof of the age bound. Groups are numbered in admission order and trained in that order, B per step. Let a group be
+admitted when the learner is at version v. At most C groups are admitted and not yet trained, this one included, so at
+most C - 1 come before it, and it is trained after at most floor((C - 1) / B) further full steps. The learner is then at
+v + floor((C - 1) / B) at most. The worker that got the group was at most `lag` versions behind, so the group's oldest
+token has version >= v - lag. Hence age <= floor((C - 1) / B) + lag.
+
+Dropped groups only shorten the queue. A group that is rolled out again keeps its place, so it is trained no later. Its
+new worker was at most `lag` behind at some v' >= v, so its oldest token has version >= v' - lag >= v - lag: the bound
+is the same.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ G = TypeVar("G")
 
 @dataclass
 class GroupBuffer(Generic[G]):
-    """Groups between admission and training. `admit` -> `fulfil` or `drop` -> `next_batch` -> `trained`."""
+    """Groups between admission and training. `admit` -> `fulfil` or `drop` -> `next_batch` -> `trained`.
+
+    Attributes:
+        limits: The capacity C, the batch size B, the lag, and the bound on age that follows from them.
+    """
 
     limits: AgeBound
     _next: int = 0
@@ -34,22 +40,25 @@ class GroupBuffer(Generic[G]):
 
     @property
     def admitted(self) -> int:
-        """Tickets given out so far; the next one's number."""
+        """Number of tickets given out so far, which is also the next ticket."""
         return self._next
 
     @property
     def untrained(self) -> int:
+        """Number of groups that are admitted and not yet trained."""
         return len(self._waiting) + self._in_training
 
     @property
     def ready(self) -> int:
+        """Number of groups that wait for a batch, scored."""
         return sum(value is not None for value in self._waiting.values())
 
     def may_admit(self) -> bool:
+        """Return whether there is room for one more group."""
         return self.untrained < self.limits.capacity
 
     def admit(self) -> int:
-        """A place in the queue; raises RuntimeError beyond the capacity (the bound would not hold)."""
+        """Return the ticket of a new group. Raises RuntimeError beyond the capacity, where the bound would not hold."""
         if not self.may_admit():
             raise RuntimeError(f"{self.untrained} groups are admitted and untrained; the capacity is the age bound")
         self._next += 1
@@ -57,23 +66,25 @@ class GroupBuffer(Generic[G]):
         return self._next - 1
 
     def waits(self, ticket: int) -> bool:
-        """Whether the group of `ticket` is neither dropped nor cut into a batch."""
+        """Return whether the group of `ticket` has been neither dropped nor cut into a batch."""
         return ticket in self._waiting
 
     def fulfil(self, ticket: int, group: G) -> None:
+        """Make the scored group of a ticket ready for a batch."""
         assert self._waiting[ticket] is None, f"ticket {ticket} was fulfilled twice"
         self._waiting[ticket] = group
 
     def reopen(self, ticket: int) -> None:
-        """Forget what fulfilled a waiting ticket, if anything has: its group is to be rolled out again."""
-        assert self.waits(ticket), f"ticket {ticket} waits for nothing"
+        """Forget the group of a waiting ticket, if it is there already: it is going to be rolled out again."""
+        assert self.waits(ticket), f"ticket {ticket} is not waiting: it was dropped or trained"
         self._waiting[ticket] = None
 
     def drop(self, ticket: int) -> None:
+        """Give up the place of a ticket."""
         del self._waiting[ticket]
 
     def next_batch(self) -> list[G] | None:
-        """The B oldest groups if all are ready, else None: a later group never overtakes an earlier one."""
+        """Return the B oldest groups if all are ready, else None: a later group never overtakes an earlier one."""
         assert not self._in_training, "one batch is trained at a time"
         oldest = sorted(self._waiting)[: self.limits.batch]
         groups = [group for group in (self._waiting[t] for t in oldest) if group is not None]
@@ -85,10 +96,11 @@ class GroupBuffer(Generic[G]):
         return groups
 
     def trained(self) -> None:
+        """Note that the step over the last batch is over."""
         self._in_training = 0
 
     def check_age(self, learner_version: int, oldest_version: int, group: str) -> int:
-        """Age of a group at use; raises RuntimeError if the proof above were wrong."""
+        """Return the age of a group when it is trained. Raises RuntimeError if it is above the bound proved above."""
         age = learner_version - oldest_version
         if age > self.limits.bound:
             raise RuntimeError(f"group {group} has age {age}, above the bound {self.limits.bound}")

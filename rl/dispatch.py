@@ -1,14 +1,15 @@
-"""Which worker rolls out which group, and what becomes of the groups of a worker that is lost. Pure: it calls no actor.
+"""Which worker rolls out which group, and what happens to the groups of a lost worker. Pure: it calls no actor.
 
-A group gets a ticket of the buffer when it is admitted, and an assignment to a worker whenever it is sent. A lost
-worker takes with it whatever it held in memory: groups under way, and the media of groups that it has finished. All
-of these that are not trained yet are assigned again, under their old tickets.
+A group gets a ticket of the buffer when it is admitted, and an assignment to a worker each time it is sent. When a
+worker
+is lost, so is all that it had in memory: groups under way, and the media of groups that it has finished. Those that are
+not trained yet are assigned again, under their old tickets.
 
 Invariants:
-* every ticket is fulfilled or dropped exactly once, by its latest assignment: replies to earlier ones are void;
-* groups that were lost are assigned before any new one is admitted, in the order of their tickets;
-* no worker has more than `limit` groups under way, and none gets a group while it is lost or lags too far behind;
-* `deterministic`: group number n belongs to worker n mod W, which has one group at a time, also when it is sent again.
+* every ticket is fulfilled or dropped exactly once, by its latest assignment; replies to earlier ones are ignored;
+* lost groups are assigned before any new one is admitted, in the order of their tickets;
+* no worker has more than its limit of groups under way, and none gets a group while it is lost or lags too far behind;
+* with `deterministic` group number n belongs to worker n mod W, which has one group at a time, also after a loss.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from streams.task import Plan, StreamTask
 
 @dataclass(frozen=True)
 class Life:
-    """One process of a worker: what it put into the object store is gone with it. number: how many were lost before."""
+    """One process of a worker. Its objects in the object store are lost with it. number: how many were lost before."""
 
     worker: int
     number: int
@@ -37,12 +38,15 @@ class Life:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One sending of a group to a worker.
+    """A group as it is sent to a worker, once.
 
     Attributes:
-        life: the worker's; it ends when the worker is lost.
-        features: a reference to the encoded clip that is sent along; None if the worker is to encode it.
-        maker: the life in which `features` were made; None without features.
+        ticket: the group's place in the buffer.
+        epoch, task: the group's identity.
+        plan: how many turns, and how long a chunk.
+        life: the process of the worker it is sent to.
+        features: a reference to the encoded clip, sent along; None if the worker is to encode it.
+        maker: the process that made `features`; None without features.
     """
 
     ticket: int
@@ -63,7 +67,7 @@ class Assignment:
 
 
 class Dispatcher:
-    """Hands out the tickets of `buffer`. The loop sends what `next` returns, and tells what came of it."""
+    """Assigns groups to workers, with tickets of `buffer`. The loop sends what `next` returns and reports the outcome."""
 
     def __init__(
         self,
@@ -73,7 +77,7 @@ class Dispatcher:
         source: Iterator[tuple[int, StreamTask]],
         done: int = 0,
     ) -> None:
-        """source: (epoch, task) of the groups still to come. done: groups that the stage was through with at the start."""
+        """source: (epoch, task) of the groups still to come. done: number of groups trained or dropped before."""
         self._config, self._buffer, self._ledger, self._source = config, buffer, ledger, source
         self._done_before = done
         self._limit = 1 if config.deterministic else max(1, config.rollout.max_streams // config.algorithm.group_size)
@@ -82,16 +86,19 @@ class Dispatcher:
         self._lost: set[int] = set()
         self._latest: dict[int, Assignment] = {}
         self._returned: dict[int, Assignment] = {}
-        # References keep features alive in the object store: the budget bounds what a long dataset may pin there.
+        # A reference keeps its features alive in the object store: the budget limits how much a long dataset pins
+        # there.
         self._features: ByteBudgetCache[tuple[Any, Life]] = ByteBudgetCache(config.data.cache_mb * 2**20)
         self.clips: set[str] = set()
 
     # --- out ------------------------------------------------------------------------------------------------------
 
     def next(self, version: int, left: int) -> Assignment | None:
-        """Assign the next group; None while no worker may have it, or while the buffer is full.
+        """Return the next assignment; None while no worker may take it, the buffer is full, or no more groups are
+        needed.
 
-        version: where the learner is. left: groups that the stage still has to train, those under way included.
+        version: the learner's version. left: number of groups that the stage has still to train, those under way
+        included.
         """
         if self._returned:
             ticket = min(self._returned)
@@ -109,39 +116,40 @@ class Dispatcher:
         return self._assign(self._buffer.admit(), epoch, task, self._config.data.plan_of(task), worker)
 
     def request(self, assignment: Assignment) -> RolloutTask:
-        """What the worker is asked for."""
+        """Return the message that asks a worker for the assignment's group."""
         return self._request(assignment.group, assignment.task, assignment.plan, assignment.features)
 
     def extra(self, name: str) -> RolloutTask:
-        """One more group of the source, called `name`, that is rolled out beside the buffer: it is not trained on."""
+        """Return a request for one more group of the source, under a name of its own, which is not trained on."""
         _, task = next(self._source)
         return self._request(f"{name}/{task.id}", task, self._config.data.plan_of(task), self._kept(task)[0])
 
     # --- back -----------------------------------------------------------------------------------------------------
 
     def returned(self, assignment: Assignment, summary: GroupSummary) -> bool:
-        """Note a worker's reply. False if the group was assigned again meanwhile: the reply is then to be ignored."""
+        """Note a worker's reply. Returns False if it must be ignored, since the group was assigned again meanwhile."""
+        # A worker that was lost since then has had its load set to 0.
         if self._lives[assignment.worker] == assignment.life:
             self._load[assignment.worker] -= 1
         if not self.is_latest(assignment):
             return False
         if summary.features is not None:
-            # A worker passes on the very reference that it was given.
+            # A worker that was given features returns the same reference, so they still live and die with their maker.
             kept = (summary.features, assignment.maker or assignment.life)
             self._features.put(assignment.task.id, kept, summary.feature_bytes)
         return True
 
     def is_latest(self, assignment: Assignment) -> bool:
-        """Whether what comes of this assignment counts: its group has not been taken back, nor is it done with."""
+        """Return whether the outcome of this assignment counts: its group was not taken back, and is not over."""
         return self._latest.get(assignment.ticket) is assignment
 
     def fulfil(self, assignment: Assignment, group: ReadyGroup) -> None:
-        """Make the group of a latest assignment ready for training."""
+        """Make the group ready for training. The assignment must be its latest."""
         assert self.is_latest(assignment), f"group {assignment.group} was assigned again"
         self._buffer.fulfil(assignment.ticket, group)
 
     def drop(self, assignment: Assignment) -> None:
-        """Give up the place of a latest assignment's group."""
+        """Give up the group's place in the buffer. The assignment must be its latest."""
         assert self.is_latest(assignment), f"group {assignment.group} was assigned again"
         self._buffer.drop(assignment.ticket)
         del self._latest[assignment.ticket]
@@ -149,9 +157,10 @@ class Dispatcher:
     # --- lost workers ---------------------------------------------------------------------------------------------
 
     def reissue(self, worker: int) -> tuple[int, ...]:
-        """Take back all untrained groups that need `worker`, which is lost, and give it none until it is `restored`.
+        """Take back all untrained groups that need the lost `worker`, and give it none until it is `restored`.
 
-        Returns their tickets; `next` assigns them again. Groups in training are not among them: their step decides.
+        Returns their tickets; `next` assigns them again. A group in training stays: if the learner could not fetch its
+        payload, that step fails.
         """
         self._lives[worker] = Life(worker, self._lives[worker].number + 1)
         self._load[worker] = 0
@@ -168,13 +177,16 @@ class Dispatcher:
         return tuple(sorted(taken))
 
     def restored(self, worker: int) -> None:
-        """Give groups to a worker again that was lost, and that runs once more."""
+        """Give groups again to a worker that was lost and now runs again."""
         self._lost.remove(worker)
 
     # --- which worker ---------------------------------------------------------------------------------------------
 
     def _worker_for(self, ticket: int, version: int) -> int | None:
-        """Group number n's own worker if runs are deterministic, else the one with the fewest groups; if it has room."""
+        """Return the worker for a ticket; None if none may take a group now.
+
+        It is the worker that owns the group's number if runs are deterministic, else the one with the fewest groups.
+        """
         workers = range(len(self._load))
         if self._config.deterministic:
             own = (self._done_before + ticket) % len(workers)
@@ -188,7 +200,7 @@ class Dispatcher:
 
     def _assign(self, ticket: int, epoch: int, task: StreamTask, plan: Plan, worker: int) -> Assignment:
         assignment = Assignment(ticket, epoch, task, plan, self._lives[worker], *self._kept(task))
-        # What is trained or dropped waits no longer: it is forgotten here, where the new ones come in.
+        # Nobody reports that a group was trained: forget the assignments whose tickets no longer wait.
         self._latest = {t: a for t, a in self._latest.items() if self._buffer.waits(t)} | {ticket: assignment}
         self._load[worker] += 1
         self.clips.add(task.id)
@@ -205,11 +217,11 @@ class Dispatcher:
         )
 
     def _kept(self, task: StreamTask) -> tuple[Any, Life | None]:
-        """(features, their maker) of the task's clip, (None, None) if nobody alive has made them."""
+        """Return (features, their maker) of the task's clip; (None, None) if no living process has made them."""
         features, maker = self._features.get(task.id) or (None, None)
         return (features, maker) if maker is not None and self._lives[maker.worker] == maker else (None, None)
 
     def _intact(self, assignment: Assignment) -> bool:
-        """Whether all that the group needs is, or will be, in the memory of workers that live."""
+        """Return whether all that the group needs is, or will be, in the memory of living workers."""
         needed = (assignment.life, assignment.maker)
         return all(self._lives[life.worker] == life for life in needed if life is not None)

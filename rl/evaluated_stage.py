@@ -1,9 +1,9 @@
-"""The RL stage with its evaluations: when one is due, what becomes of its result, and the best checkpoint.
+"""The RL stage with its evaluations: when one is due, where its result goes, and which checkpoint is the best.
 
 Invariants:
-* a result is in the journal under its version's step, and decides about `checkpoints/rl/best` once both it and the
-  checkpoint of that step are there;
-* a checkpoint that may still become the best outlives newer ones.
+* a result is in the journal under its version's step;
+* `checkpoints/rl/best` is decided on for a step once both its result and its checkpoint are there;
+* a checkpoint that may still become the best is not pruned for newer ones.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ from streams.task import StreamTask
 
 
 class EvaluatedStage(TrainingStage):
-    """A training stage that is evaluated while it trains. `best`: the note of the best checkpoint, {} without one."""
+    """A training stage that is evaluated while it trains. `best`: step, metric, value of the best checkpoint, or {}."""
 
     def __init__(
         self, context: StageContext, heldout: tuple[StreamTask, ...], *, patience: int, group_size: int
     ) -> None:
-        """heldout: the rows that evaluations watch, or the first `eval.tasks` of them. Raises ValueError for eval.best."""
+        """heldout: the held-out rows, of which evaluations watch all, or the first `eval.tasks`.
+
+        patience, group_size: see TrainingStage. Raises ValueError if no evaluation has the metric that `eval.best`
+        names.
+        """
         super().__init__(context, patience=patience, group_size=group_size)
         self.heldout = evaluated(context.config, heldout)
-        # The start could check eval.best against rows that were there; now the generated ones are, too.
+        # Checked at the start for rows that existed then; by now generated rows exist, too.
         self._decides = named_best(context.config, heldout).eval.best
         self.best = read_best(self.checkpoints.folder / "best", self.began_at)
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether `eval.every` asks for an evaluation after `step` (the last step's always, if any is asked for)."""
+        """Return whether an evaluation is due after `step`: every `eval.every` steps, and after the last one."""
         every = self.context.config.eval.every
         return bool(every) and bool(self.heldout) and (step % every == 0 or step == self.context.steps)
 
     def name_cut_off(self) -> None:
-        """Name evaluations that ended with the attempt before: by now the workers hold newer weights."""
+        """Report evaluations that an earlier attempt did not finish: by now the workers run newer weights."""
         for line in self.journal.of_kind("step"):
             if line.step < self.began_at and self._awaited(line.step):
                 self.context.progress.say(
@@ -45,11 +49,11 @@ class EvaluatedStage(TrainingStage):
                 )
 
     def evaluation_missing(self) -> bool:
-        """Whether the stage goes on from a step whose evaluation is still to come."""
+        """Return whether the stage continues from a step whose evaluation is due and missing."""
         return bool(self.began_at) and self._awaited(self.began_at)
 
     def evaluated(self, step: int, values: dict[str, float | None]) -> None:
-        """Note the result of the evaluation of `step`."""
+        """Print the result of the evaluation of `step`, write it to the journal, and update the best checkpoint."""
         shown = ", ".join(
             f"{key.removeprefix('eval/')} {value:.3f}"
             for key, value in values.items()
@@ -61,7 +65,7 @@ class EvaluatedStage(TrainingStage):
         self.chart(max(self.written, default=0))
 
     def completed(self, step: int) -> set[str]:
-        """Keep the checkpoint of `step` if it is the best. Returns the names of those that may still become it."""
+        """Keep the checkpoint of `step` if it is the best. Returns the names of those that may still become the best."""
         self._promote(step)
         return {step_name(written) for written in self.written if self._awaited(written)}
 
@@ -69,7 +73,7 @@ class EvaluatedStage(TrainingStage):
         return self.evaluation_due(step) and not self.journal.has("eval", step)
 
     def _promote(self, step: int) -> None:
-        """Keep the export of `step` as `best`, if both it and its evaluation are there and it beats the best so far."""
+        """Keep the export of `step` as `best` if it and its result are there, and the result beats the best so far."""
         metric = f"eval/{self._decides}"
         value = next((line.values.get(metric) for line in self.journal.of_kind("eval") if line.step == step), None)
         if step not in self.written or value is None:
@@ -77,12 +81,12 @@ class EvaluatedStage(TrainingStage):
         if self.best and self.best["value"] >= value:
             return
         source = self.checkpoints.folder / (FINAL if step == self.context.steps else step_name(step))
-        if not source.is_dir():  # the stage was resumed from a checkpoint of another run
+        if not source.is_dir():  # the stage was resumed from a checkpoint in another run_root
             return
         best: dict[str, Any] = {"step": step, "metric": self._decides, "value": value}
         try:
             promote(source, self.checkpoints.folder / "best", best)
-        except OSError as error:  # a full disk costs this copy, not the run
+        except OSError as error:  # a full disk fails this copy, not the run
             self.context.progress.say(
                 f"rl: step {step} is the best so far but could not be kept as checkpoints/rl/best: {error}"
             )

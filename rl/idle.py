@@ -1,7 +1,10 @@
-"""Steps that taught nothing, because every stream of each group earned the same: counted, and said with what to look at.
+"""Counts steps that taught nothing, because within each group all rewards were equal, and says what to look at.
 
-Pure. It reads what the journal holds of every step, so a resumed stage goes on counting. Invariant: a notice, never
-a stop; the first after `monitor.idle_steps` steps in a row, the next after twice as many, and so on.
+Pure. It reads the metrics that the journal has of every step, so a resumed stage goes on counting.
+
+Invariants:
+* it gives notices, and never ends a run;
+* the first notice comes after `monitor.idle_steps` such steps in a row, and each further one after twice as many.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ Values = Mapping[str, float | None]
 
 
 class IdleWatch:
-    """Counts steps in a row in which every group's spread was 0."""
+    """Counts consecutive steps in which every group's rewards had spread 0."""
 
     def __init__(self, config: RunConfig, before: Iterable[Values] = ()) -> None:
-        """before: the values of the stage's earlier steps, in order."""
+        """before: the metrics of the stage's earlier steps, in order."""
         self._config, self._after = config, config.monitor.idle_steps
         self.steps = 0
         self._all_zero = 0
@@ -27,15 +30,16 @@ class IdleWatch:
             self._count(values)
 
     def see(self, values: Values) -> str | None:
-        """Count a step; what to say after it, if anything."""
+        """Count a step. Returns the notice to print after it; None if there is none."""
         self._count(values)
         if not self._after or self.steps < self._after:
             return None
         times, rest = divmod(self.steps, self._after)
+        # times & (times - 1) is 0 for powers of 2: after 1, 2, 4, 8, ... times the number of steps.
         return self._words() if not rest and times & (times - 1) == 0 else None
 
     def _count(self, values: Values) -> None:
-        # A step of a journal from before the share was kept is no reason to speak.
+        # Journals of earlier versions lack the share of such groups: their steps do not count.
         if values.get(ZERO_STD) != 1.0:
             self.steps, self._all_zero, self._sums = 0, 0, {}
             return
@@ -60,21 +64,21 @@ class IdleWatch:
         )
 
     def _look(self, means: Mapping[str, float]) -> str:
-        """What to look at, by what the terms say."""
+        """Return what to look at, judging by the mean of each term."""
         zero = [name for name, mean in means.items() if mean == 0]
         if means and all(mean == 1 for mean in means.values()):
-            return "Every stream is worth the maximum: the tasks are solved, harder ones would go on teaching"
+            return "Every stream earns the maximum: the tasks are solved, and only harder ones would teach more"
         temperature = f"rollout.temperature={self._config.rollout.temperature:g}"
         if not zero:
             return (
-                f"Look at whether the streams of a group differ at all ({temperature}), and whether the tasks are so easy, or "
-                "so hard, that all do alike"
+                f"Check whether the streams of a group differ at all ({temperature}), and whether the tasks are so easy, "
+                "or so hard, that all streams earn the same"
             )
         combined = " (with reward.combine=product one term of 0 makes every reward 0)"
         first = f"Look at {', '.join(zero)} first{combined if self._config.reward.combine == 'product' else ''}: "
         return (
-            f"{first}whether what the model says has the form that the reward reads (transcripts of job=eval), whether the "
-            "answers can be given at all (`python -m streams.data.check` on data.train; due before data.max_turns, shorter "
-            f"than layout.max_new_tokens), and whether a longer cold start or {temperature} raised would let some stream "
-            "succeed"
+            f"{first}does the model answer in the form that the reward expects (transcripts of job=eval)? Can the answers "
+            "be given at all (`sightline check` on data.train, in a checkout `python -m streams.data.check`; due before "
+            "data.max_turns, shorter than layout.max_new_tokens)? Would a longer cold start, or more than "
+            f"{temperature}, let some stream succeed?"
         )

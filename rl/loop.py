@@ -1,14 +1,15 @@
 """The asynchronous RL loop: events in, calls out; no pause, bounded age.
 
-The driver only moves references and small summaries. It waits for whichever comes first of: a group rolled
-out, a group scored, an optimiser step, a worker's swap, a checkpoint, an evaluation's stream.
-`algorithm.mode=sync` is the same loop with the capacity of one step and no lag. `deterministic=true` also fixes which
-worker gets which group and lets each worker run one group at a time, so that no batch depends on timing.
+The driver moves only references and small summaries. It waits for whichever of these comes first: a group rolled out, a
+group scored, an optimiser step, a worker's swap, a checkpoint, a stream of an evaluation. `algorithm.mode=sync` is the
+same loop with a capacity of one step and no lag. `deterministic=true` also fixes which worker gets which group, and
+lets each worker run one group at a time, so that no batch depends on timing.
 
 Invariants:
-* the age bound of `rl.buffer`, and the two live versions of `rl.versions`;
-* every group admitted is trained, dropped by name, or left over at the end;
-* what the mismatch gate refuses reaches no worker and no checkpoint.
+* no sample is older than the bound of `rl.buffer`;
+* at most two published versions are alive (`rl.versions`);
+* every admitted group is trained, dropped by name, or left over at the end;
+* weights that the mismatch gate refuses reach no worker and no checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from streams.task import StreamTask
 
 
 class RLLoop:
-    """One RL stage over a running session whose actors hold the starting checkpoint (or the resumed one)."""
+    """One RL stage over a running session whose actors have loaded the starting checkpoint, or the resumed one."""
 
     def __init__(
         self, context: StageContext, tasks: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...] = ()
@@ -67,7 +68,11 @@ class RLLoop:
         self._training = False
 
     def run(self) -> RLResult:
-        """Train all optimiser steps of the stage, write the final checkpoint, report."""
+        """Train all optimiser steps of the stage and write the final checkpoint.
+
+        Raises Requeue if the run is asked to stop; RuntimeError or TimeoutError if an actor dies or does not reply, if
+        too many groups in a row are dropped, or if learner and engine disagree.
+        """
         stage, wait = self.stage, self.stage.events.wait
         stage.chart(self.version)
         stage.name_cut_off()
@@ -75,6 +80,7 @@ class RLLoop:
             self.evaluation.begin(self.version)
         while self.version < self.total or stage.saving or self.evaluation.active:
             if stage.context.stop.requested:
+                # The step under way is finished first: the checkpoint must hold what the learner has.
                 while self._training:
                     wait()
                 stage.leave(self.version, self._counters())
@@ -83,6 +89,7 @@ class RLLoop:
             self._train()
             wait()
         stage.finish(self.version, self._counters())
+        # `_check_published` is about the last version: every worker must have swapped to it.
         while self.workers.ledger.fetching:
             wait()
         self._check_published()
@@ -93,9 +100,10 @@ class RLLoop:
         return self._account()
 
     def _check_published(self) -> None:
-        """Score one group per worker, made on the weights it swapped in, by the learner that published them.
+        """Have each worker roll out one group on the weights it swapped in, and the learner that published them score
+        it.
 
-        This is what shows that publishing works: a swap that copied nothing, or named the wrong version, fails here.
+        This shows that publishing works: a swap that copied nothing, or named the wrong version, fails here.
         """
         payloads = []
         for i, worker in enumerate(self.session.workers):
@@ -111,7 +119,7 @@ class RLLoop:
 
     def _admit(self) -> None:
         if self.config.deterministic and self.evaluation.active:
-            return  # a worker runs one thing at a time
+            return  # a worker runs either a group or an evaluation's streams
         left = self.total * self.config.algorithm.groups_per_step - len(self.stage.consumed)
         while assignment := self.dispatch.next(self.version, left):
             self._send(assignment)
@@ -148,21 +156,24 @@ class RLLoop:
                 name = f"stream {summary.group}/{i}"
                 self.result.skipped.append(SkippedSample(name, f"reward: {result.failed}", Reason.REWARD))
         if all(result.failed is not None for result in results):
-            # The reward code of a user: it may fail for one task, or for every one.
+            # Rewards may be a user's code, which may fail for one task or for all of them.
             self._drop(assignment, f"every reward failed: {results[0].failed}", mend="the reward")
             return
         self.stage.found_good()
         self.dispatch.fulfil(assignment, ReadyGroup(summary, payload, results))
 
     def _drop(self, assignment: Assignment, reason: str, mend: str) -> None:
-        """Drop a group that cannot be trained, by name. When no other comes any more, the run must not go on."""
+        """Drop a group that cannot be trained, by name. Raises RuntimeError after too many of them in a row.
+
+        mend: what has to be fixed, for that error.
+        """
         self.dispatch.drop(assignment)
         self.result.dropped_groups += 1
         self.stage.drop(
             assignment.group,
             f"dropped group {assignment.group}: {reason}",
             f"{self.stage.patience + 1} groups in a row were dropped; the last: {reason}. "
-            f"Nothing is being learned: mend {mend}",
+            f"Nothing is being learned: fix {mend}",
         )
 
     # --- optimiser steps ------------------------------------------------------------------------------------------
@@ -171,7 +182,7 @@ class RLLoop:
         if self._training or self.version >= self.total or not self.workers.ledger.may_publish():
             return
         if self.config.algorithm.mode == "sync" and self.evaluation.active:
-            return  # until the learner has scored its logs, at the version that they were sampled with
+            return  # the learner must first score the evaluation's logs, at the version that sampled them
         groups = self.buffer.next_batch()
         if groups is None:
             return
@@ -188,7 +199,7 @@ class RLLoop:
 
     def _trained(self, report: TrainReport, weights: Any, groups: list[ReadyGroup], ages: list[int]) -> None:
         self._training = False
-        # Before the new weights reach anyone, or a checkpoint.
+        # Judged before the new weights reach a worker or a checkpoint.
         self.gate.observe("learner, on training streams of its own version", report.age0, report.off)
         self.version = report.version
         self.buffer.trained()
@@ -205,7 +216,10 @@ class RLLoop:
             self.evaluation.begin(self.version)
 
     def score_log(self, summary: GroupSummary, payload: Any, handle: Callable[[ScoreReport], None]) -> bool:
-        """Have the learner score a held-out stream; False, and nothing is done, if it is at other weights, or about to be."""
+        """Have the learner score a held-out stream for `handle`.
+
+        Returns False, and does nothing, if the learner is at another version than the stream's, or about to be.
+        """
         if self._training or summary.versions != (self.version,):
             return False
 
@@ -221,10 +235,10 @@ class RLLoop:
         return True
 
     def _account(self) -> RLResult:
-        """The result so far."""
+        """Return the result so far, with its time and best checkpoint."""
         self.result.seconds, self.result.best = self.stage.seconds, self.stage.best
         return self.result
 
     def _counters(self) -> dict[str, Any]:
-        """The result so far, as checkpoints keep it."""
+        """Return the result so far, as checkpoints store it."""
         return plain(asdict(self._account()))

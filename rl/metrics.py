@@ -1,6 +1,8 @@
-"""The metrics of one RL step, by their documented names (docs/metrics.md).
+"""The metrics of one RL step, by their documented names (docs/metrics.md). Pure.
 
-Pure. A quantity that had no sample is None, never 0.
+Invariants:
+* a quantity without a sample is None, never 0;
+* the name of a user's reward term never equals one of our own names.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from streams.messages import SwapReport, TrainReport
 
 TOTAL, ZERO_STD = "reward/total", "reward/zero_std_groups"
 OWN = ("total", "group_std", "zero_std_groups", "failed_streams")
-"""What `reward/` holds beside the terms."""
+"""Names under `reward/` that are not terms."""
 
 
 @dataclass(frozen=True)
 class StepClock:
-    """wall_s: since the step before. learner_busy: share of the stage's time in which the learner trained."""
+    """wall_s: seconds since the previous step. learner_busy: share of the stage's time in which the learner trained."""
 
     wall_s: float
     learner_busy: float
@@ -37,7 +39,17 @@ def step_metrics(
     ready: int,
     dropped: int,
 ) -> dict[str, float | None]:
-    """Everything that is charted about the step behind `report`."""
+    """Return everything that is charted about a step.
+
+    Args:
+        report: The learner's report.
+        groups: What it trained.
+        ages: Age of each group, in versions.
+        swaps: Workers' swaps since the previous step.
+        clock: Times of the step.
+        ready: Groups that wait for a batch.
+        dropped: Groups dropped since the stage began.
+    """
     results = [r for g in groups for r in g.results]
     monitor = LogpDiff.merge([g.summary.monitor for g in groups])
     return {
@@ -68,15 +80,19 @@ def step_metrics(
 
 
 def term_metric(name: str) -> str:
-    """The metric of a reward term, whose name is the user's: never one of our own."""
+    """Return the metric of a reward term. The term's name is the user's, so it is kept apart from our own names."""
     return metric_name(f"reward/{apart(name, OWN, '-term')}")
 
 
 def _spread(group: ReadyGroup) -> float:
-    """Of the rewards that count for the advantages. No standard deviation: rounding makes 1e-17 of equal rewards of 0.1."""
+    """Return the range of the rewards that enter the advantages.
+
+    Not their standard deviation: rounding makes that 1e-17 for equal rewards of 0.1.
+    """
     totals = [result.total for result in group.results if result.failed is None]
     return max(totals) - min(totals) if totals else 0.0
 
 
 def mean_reward(groups: Sequence[ReadyGroup]) -> float:
+    """Return the mean reward of all streams of the groups."""
     return float(np.mean([r.total for g in groups for r in g.results]))

@@ -1,14 +1,16 @@
 """Evaluation while training: held-out streams on the rollout workers, between the training groups.
 
-Nothing stops for it: the streams share the engines with the rollouts, a few at a time, and start on a worker
-once it runs the version under evaluation. A worker may swap while such a stream runs; each stream's versions are known,
-and the span of all of them is logged beside the result (with `algorithm.mode=sync` it is one version).
-While the learner is at a stream's one version, and does not train, it scores that stream's log: the mismatch of
-engine and learner on streams that nobody trained on. Where it has moved on there is no sample (`sync` waits for it).
+Training does not stop for it. The streams share the engines with the rollouts, a few at a time, and start on a worker
+once it runs the version under evaluation. A worker may swap while such a stream runs: the oldest and newest version of
+all streams are logged beside the result (with `algorithm.mode=sync` they are the same).
+
+The learner scores the log of such a stream if it is still at the one version that sampled it and is not training. That
+measures the mismatch of engine and learner on streams that nobody trained on. If the learner has moved on there is no
+sample; with `sync` it waits.
 
 Invariants:
-* one evaluation at a time;
-* every one that was due is run or named as left out;
+* one evaluation runs at a time;
+* every evaluation that is due is run or named as left out;
 * its result goes into the journal under its version's step.
 """
 
@@ -37,18 +39,20 @@ from streams.messages import GroupSummary, RewardJob, RolloutTask, ScoreReport
 from streams.task import StreamTask
 
 SHARE = 4
-"""An evaluation takes at most one in SHARE of an engine's streams."""
+"""An evaluation takes at most 1 / SHARE of the streams that an engine may run, but at least one."""
 
 
 class LogScorer(Protocol):
     """The learner, as an evaluation sees it."""
 
     def score_log(self, summary: GroupSummary, payload: Any, handle: Callable[[ScoreReport], None]) -> bool:
-        """Score a held-out stream for `handle`; False, and nothing is done, where the learner is at other weights."""
+        """Score a held-out stream for `handle`. Returns False, and does nothing, if the learner is at other weights."""
 
 
 @dataclass
 class _Running:
+    """The evaluation of one version. left: tasks to start. under_way: streams not yet over, or not yet scored."""
+
     version: int
     left: deque[StreamTask]
     under_way: int = 0
@@ -58,7 +62,7 @@ class _Running:
 
 
 class PeriodicEvaluation:
-    """Runs an evaluation for every version it is given, and notes the result in the stage."""
+    """Runs an evaluation of every version it is given, and reports the result to the stage."""
 
     def __init__(self, stage: EvaluatedStage, workers: Workers, learner: LogScorer) -> None:
         self._stage, self._workers, self._learner = stage, workers, learner
@@ -73,7 +77,7 @@ class PeriodicEvaluation:
         return self._running is not None
 
     def begin(self, version: int) -> None:
-        """Evaluate `version` now, or as soon as the evaluation before it has ended."""
+        """Evaluate `version` now, or as soon as the running evaluation is over. If several wait, only the last is run."""
         if self._running is not None:
             if self._next is not None:
                 self._stage.context.progress.say(
@@ -85,7 +89,7 @@ class PeriodicEvaluation:
         self.pump()
 
     def pump(self) -> None:
-        """Start streams on the workers that run the version (or a newer one) and have room."""
+        """Start streams on the workers that run the version, or a newer one, and have room."""
         running = self._running
         if running is None:
             return
@@ -117,7 +121,7 @@ class PeriodicEvaluation:
         self, running: _Running, summary: GroupSummary, payload: Any, request: RolloutTask, worker: int
     ) -> None:
         self._load[worker] -= 1
-        # Its log is scored at once or never: without the reference the object store may let it go.
+        # The log is scored now or never. The payload's reference is not kept, so the object store can free it.
         running.watched.append(WatchedStream(request, summary))
         if summary.failed is not None or not self._learner.score_log(
             summary, payload, lambda report: self._compared(running, report, summary)

@@ -1,6 +1,7 @@
-"""What the RL stage keeps and reports.
+"""What the RL stage counts and reports.
 
-`RLResult` travels in every checkpoint: a resumed stage goes on counting where it stood.
+Invariants:
+* every checkpoint contains the `RLResult`, so a resumed stage goes on counting where the checkpoint was written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from streams.messages import GroupSummary, TrainReport
 
 @dataclass(frozen=True)
 class ReadyGroup:
-    """A scored group: what the next batch is cut from."""
+    """A scored group, ready for a batch.
+
+    Attributes:
+        summary: The group's light half.
+        payload: Object reference to its GroupPayload.
+        results: One reward per stream.
+    """
 
     summary: GroupSummary
     payload: Any
@@ -26,9 +33,24 @@ class ReadyGroup:
 
 @dataclass
 class RLResult:
-    """What the RL stage reports. dropped_clip_seconds: video length of dropped groups, so that none vanish unseen.
+    """What the RL stage reports. clips_encoded and distinct_clips count this attempt, all else counts the whole stage.
 
-    clips_encoded and distinct_clips count this attempt; everything else counts the stage.
+    Attributes:
+        steps: Optimiser steps.
+        max_age: Largest age of a trained group, in versions.
+        mean_reward_first, mean_reward_last: Mean reward of the first and of the last step; None before the first.
+        versions_seen: Weight versions that sampled any trained token.
+        skipped: Samples that were left out.
+        dropped_groups: Groups that could not be trained.
+        dropped_clip_seconds: Their video's length, so that a loss of long videos shows.
+        monitor: Mismatch that the workers measured by re-scoring their own streams.
+        age0: Mismatch that the learner measured on training streams of its own version.
+        published, published_by_kind: Mismatch on the weights that the workers swapped in last; also by kind of token.
+        sampled_tokens: Sampled tokens of all trained groups.
+        clips_encoded: Clips that the workers encoded.
+        distinct_clips: Different clips that were rolled out.
+        best: Step, metric and value of the best checkpoint; {} without one.
+        seconds: Time of all attempts, up to the checkpoints that they were continued from.
     """
 
     steps: int = 0
@@ -66,7 +88,7 @@ class RLResult:
 
     @classmethod
     def restore(cls, counters: dict[str, Any]) -> RLResult:
-        """From the counters of a checkpoint's state (JSON)."""
+        """Return the result that a checkpoint's state has as JSON."""
         values = dict(counters)
         values["versions_seen"] = set(values.get("versions_seen", ()))
         values["skipped"] = [SkippedSample(**sample) for sample in values.get("skipped", ())]

@@ -16,7 +16,7 @@ ROWS = RowUse("rl", "train", trains=True, own_checkpoint=lambda config: config.a
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Train on rollouts of the rows that can be answered."""
+    """Train on rollouts of the rows that can be answered. Returns the stage's result for its manifest."""
     config = run.config
     checkpoint, tasks = run.start_from(ROWS, lambda: run.start.of_rl(run.initial_model))
     steps = config.rl_steps(len(tasks))

@@ -1,6 +1,7 @@
-"""What is made known of an RL step: its metrics, and its line at the terminal.
+"""Reports an RL step: its metrics, and its line on the terminal.
 
-Invariant: shares of time count from the stage's beginning in this attempt, durations from the step before.
+Invariants:
+* shares of time count from the stage's start in this attempt, durations from the previous step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from streams.messages import SwapReport, TrainReport
 
 
 class StepReport:
-    """Follows the steps of one stage."""
+    """Reports the steps of one stage, in order."""
 
     def __init__(self, context: StageContext, before: Sequence[Values]) -> None:
         """before: the metrics of the steps of earlier attempts, in order."""
@@ -34,7 +35,7 @@ class StepReport:
         ready: int,
         dropped: int,
     ) -> dict[str, float | None]:
-        """Return the metrics of a step that has just ended. ready: groups that wait; dropped: groups since the start."""
+        """Return the metrics of a step that has just ended. Arguments: see `rl.metrics.step_metrics`."""
         now = time.monotonic()
         wall, self._step_began = now - self._step_began, now
         self._learner_busy_s += report.metrics["step_s"]

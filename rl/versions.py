@@ -1,9 +1,9 @@
-"""Versions of the weights: which one every worker runs, and which it fetches next. Pure bookkeeping.
+"""Versions of the weights: which one every worker runs, and which it fetches next. Pure: it counts versions only.
 
 Invariants:
 * a worker fetches one version at a time, always the newest;
-* at most two published versions are alive, the newest and one older that is still being fetched: a step waits with
-  publishing while a fetch of an older version is under way;
+* at most two published versions are alive: the newest, and an older one that is still being fetched;
+* no optimiser step starts while an older version is being fetched, as it would publish a third;
 * a worker more than `max_lag` versions behind gets no task.
 """
 
@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class VersionLedger:
-    """Versions by worker. `published` is the newest version."""
+    """Versions by worker.
+
+    Attributes:
+        workers: Number of workers.
+        max_lag: How many versions a worker may be behind and still get tasks.
+        published: The newest version.
+        running: The version that each worker runs.
+        fetching: The version that a worker fetches; no entry if it fetches none.
+    """
 
     workers: int
     max_lag: int
@@ -26,24 +34,27 @@ class VersionLedger:
         self.running = dict.fromkeys(range(self.workers), self.published)
 
     def publish(self, version: int) -> None:
+        """Note a new version, which workers can fetch from now on."""
         assert version > self.published, "versions only grow"
         assert self.may_publish(), "a third version would be alive"
         self.published = version
 
     def may_publish(self) -> bool:
-        """False while some worker still fetches a version that is older than the newest."""
+        """Return whether a version may be published: no worker is fetching one older than the newest."""
         return all(version == self.published for version in self.fetching.values())
 
     def next_fetches(self) -> list[int]:
-        """Workers that should now fetch the newest version."""
+        """Return the workers that have to fetch the newest version now, and note that they do."""
         due = [w for w in self.running if w not in self.fetching and self.running[w] < self.published]
         for worker in due:
             self.fetching[worker] = self.published
         return due
 
     def swapped(self, worker: int, version: int) -> None:
+        """Note that a worker runs the version that it fetched."""
         del self.fetching[worker]
         self.running[worker] = version
 
     def may_work(self, worker: int, learner_version: int) -> bool:
+        """Return whether a worker is at most `max_lag` versions behind the learner."""
         return learner_version - self.running[worker] <= self.max_lag

@@ -1,8 +1,9 @@
-"""The rollout workers and the scorer, as training and the evaluation beside it share them: streams out, weights in.
+"""The rollout workers and the scorer, shared by training and the evaluation beside it: streams out, weights in.
 
 Invariants:
-* every reply of a worker passes the mismatch gate before anything is made of it;
-* a worker fetches a published version at once if it fetches no other, and the newest one next (`rl.versions`).
+* every reply of a worker passes the mismatch gate before it is used;
+* a worker fetches a published version at once, or, if it is fetching another, the newest one after that
+  (`rl.versions`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from streams.messages import GroupSummary, RewardJob, RolloutTask, SwapReport
 
 
 class Workers:
-    """Calls of one stage on its workers and scorer; the replies are events."""
+    """Calls the workers and the scorer for one stage; their replies are events."""
 
     def __init__(self, session: Session, events: Events, ledger: VersionLedger, gate: MismatchGate) -> None:
         self._session, self._events, self._gate = session, events, gate
@@ -30,7 +31,7 @@ class Workers:
     def roll_out(
         self, worker: int, request: RolloutTask, what: str, handle: Callable[[GroupSummary, Any], None]
     ) -> None:
-        """Send a group to a worker. handle: gets its summary and a reference to its payload."""
+        """Send a group to a worker. Calls `handle` with its summary and a reference to its payload."""
         summary, payload = self._session.workers[worker].rollout.options(num_returns=2).remote(request)
 
         def arrived(value: GroupSummary) -> None:
@@ -42,24 +43,25 @@ class Workers:
     def score(
         self, jobs: tuple[RewardJob, ...], what: str, handle: Callable[[list[tuple[RewardResult, ...]]], None]
     ) -> None:
-        """Have the rewards of `jobs` computed. handle: gets, for each job, one result a stream."""
+        """Have the rewards of `jobs` computed. Calls `handle` with, for each job, one result per stream."""
         self._events.expect(self._session.scorer.score.remote(jobs), f"the scores of {what}", handle)
 
     def publish(self, version: int, weights: Any) -> None:
-        """Have the workers fetch new weights, given by reference."""
+        """Have the workers fetch new weights. weights: object reference to a WeightsUpdate."""
         self.ledger.publish(version)
         self._weights = weights
         self._start_fetches()
 
     def take_swaps(self) -> list[SwapReport]:
-        """The swaps since they were last taken."""
+        """Return the swaps since the last call."""
         swaps, self._swaps = self._swaps, []
         return swaps
 
     def _start_fetches(self) -> None:
         for worker in self.ledger.next_fetches():
             self._events.expect(
-                # In a list, so that Ray passes the reference on: the worker fetches the weights beside its work.
+                # In a list, so that Ray passes the reference itself, and the worker fetches the weights in the
+                # background.
                 self._session.workers[worker].update_weights.remote([self._weights]),
                 f"rollout worker {worker} to swap to version {self.ledger.published}",
                 self._swapped,

@@ -1,7 +1,9 @@
 """Writes one stage's checkpoints in the background: the learner saves, a Ray task checks, flushes and renames.
 
-Invariants: neither learner nor driver waits for the disk's flush; a checkpoint that could not be written is
-named and costs itself, the last one of a stage costs the stage; old ones are deleted only after a new one is complete.
+Invariants:
+* neither learner nor driver waits until the disk is flushed;
+* a checkpoint that could not be written is reported and training continues, unless it was the stage's last one;
+* old checkpoints are deleted only after a new one is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ FINAL = "final"
 
 @ray.remote(num_cpus=0)
 def _commit(saved: Any, partial: str, final: str, state: CheckpointState) -> str:
-    """`saved` is the learner's reply: Ray runs this once it is there, and hands on its error if it failed."""
+    """Complete a checkpoint. saved: the learner's reply, for which Ray waits, and whose error it passes on."""
     commit(Path(partial), Path(final), state)
     return final
 
@@ -39,12 +41,12 @@ class Checkpointer:
             shutil.rmtree(left, ignore_errors=True)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after `step`; the last step's is the final one."""
+        """Return whether a checkpoint is due after `step`. The last step's is the final one, saved apart."""
         every = self._config.checkpoint.every
         return bool(every) and step % every == 0 and step < self._context.steps
 
     def save(self, state: CheckpointState, *, final: bool = False) -> Any:
-        """Start writing; returns a reference that is there when the checkpoint is complete. May raise OSError."""
+        """Start writing. Returns a reference that is ready when the checkpoint is complete. Raises OSError."""
         self._context.lock.check()
         name = FINAL if final else step_name(state.step)
         state = replace(
@@ -59,14 +61,14 @@ class Checkpointer:
         return _commit.remote(saved, str(partial), str(path), state)
 
     def saved(self, path: str, protect: Collection[str] = ()) -> None:
-        """A checkpoint is complete: prune the older ones."""
+        """Note that the checkpoint at `path` is complete, and prune older ones, except the names in `protect`."""
         self._context.stop.last_checkpoint = path
         prune(self.folder, self._config.checkpoint.keep, self._config.checkpoint.optimizer, protect)
 
     def save_failed(self, error: Exception, step: int, *, final: bool) -> None:
-        """A checkpoint could not be written. Raises RuntimeError if it was the stage's last."""
+        """Report that a checkpoint could not be written. Raises RuntimeError if it was the stage's last one."""
         name = FINAL if final else step_name(step)
-        # What was written of it would keep the disk full.
+        # Its partial files would keep a full disk full.
         shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
         cause = str(error).strip().splitlines()[-1]
         self._context.progress.say(
@@ -74,6 +76,6 @@ class Checkpointer:
         )
         if final:
             raise RuntimeError(
-                f"the final checkpoint of {self._context.stage} could not be written ({cause}); mend it (free disk under "
-                f"{self.folder}?) and run again with resume=auto: it goes on from {self._context.stop.last_checkpoint}"
+                f"the final checkpoint of {self._context.stage} could not be written ({cause}); fix that (free disk "
+                f"under {self.folder}?) and run again with resume=auto: it goes on from {self._context.stop.last_checkpoint}"
             ) from error

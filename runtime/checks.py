@@ -1,6 +1,7 @@
-"""What can be known before any actor starts: derived quantities, missing inputs, a memory that cannot work.
+"""Checks before any actor starts: derived quantities, missing inputs, a memory policy that cannot work.
 
-Invariant: whatever fails here has cost nothing yet and deleted nothing.
+Invariants:
+* a check that fails has deleted nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from streams.task import StreamTask
 
 
 def largest_stream(config: RunConfig, start: StartingPoint) -> StreamSize:
-    """The largest stream that the settings allow, before the rows and the model are read."""
+    """Return the largest stream that the settings allow, before the rows and the model are read."""
     return StreamSize.possible(config, token_side=start.token_side, timestamps=start.writes_time)
 
 
 def describe(config: RunConfig, start: StartingPoint) -> list[str]:
-    """The derived quantities of a run, printed before it starts."""
+    """Return the lines about a run's derived quantities that are printed before it starts."""
     algorithm = config.algorithm
     age = age_bound(config)
     log_kib = BYTES_PER_TOKEN * largest_stream(config, start).tokens / 1024
@@ -42,9 +43,9 @@ def describe(config: RunConfig, start: StartingPoint) -> list[str]:
 
 
 def check_memory_policy(config: RunConfig, start: StartingPoint) -> None:
-    """Raises ValueError, with the config key, for a memory that cannot work with this backbone or these frames.
+    """Raise ValueError, with the config key, for a memory policy that cannot work with this backbone or these frames.
 
-    What a hub id turns out to be is asked again before its weights are loaded (runtime.planning.device_plan).
+    A hub id's model is not known yet: `runtime.planning.device_plan` checks again before its weights are loaded.
     """
     check_args_taken(config.memory)
     check_text_tells_time(make_policy(config.memory), start.writes_time)
@@ -52,7 +53,7 @@ def check_memory_policy(config: RunConfig, start: StartingPoint) -> None:
 
 
 Rows = Mapping[str, tuple[StreamTask, ...] | None]
-"""By split, the rows of a file that a job reads; None = they are still to be generated."""
+"""By split, the rows of the file that a job reads; None = they are yet to be generated."""
 
 
 def check_inputs(config: RunConfig, start: StartingPoint) -> Rows:
@@ -66,7 +67,7 @@ def check_inputs(config: RunConfig, start: StartingPoint) -> Rows:
 
 
 def _check_data(config: RunConfig) -> Rows:
-    """The rows by split. Raises FileNotFoundError or ValueError for a file that holds none."""
+    """Return the rows by split. Raises FileNotFoundError for a missing file, ValueError for one without rows."""
     stages = set(config.job.stages)
     needed = [split for split, by in (("train", {"sft", "rl"}), ("heldout", {"eval"})) if stages & by]
     if config.eval.every and "rl" in stages and "heldout" not in needed:

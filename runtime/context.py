@@ -1,4 +1,4 @@
-"""What every training stage gets: the session, where to report, and the state to go on from."""
+"""What every training stage gets: the session, where to report, and the state to continue from."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class StageContext:
 
     Attributes:
         steps: optimiser steps of the whole stage.
-        lock: the run's hold on its run_root, asked before anything is written into it.
-        streaming: the exported checkpoints' streaming.json.
-        resume: where the stage stood; None at its start.
+        lock: the lock on run_root, checked before a checkpoint is written.
+        streaming: the contents of streaming.json in exported checkpoints.
+        resume: the state that the stage continues from; None if it starts.
     """
 
     stage: str
@@ -39,5 +39,5 @@ class StageContext:
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
-        """Since the stage began, in this attempt."""
+        """Return the seconds since the stage began, in this attempt."""
         return time.monotonic() - self.began

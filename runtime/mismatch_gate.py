@@ -1,8 +1,12 @@
 """The mismatch gate: stops a run whose learner does not compute the log-probs that its tokens were sampled with.
 
-Pure. It is told of every sample that is compared: streams re-scored by the worker that ran them, training streams
-of age 0, held-out logs scored by the learner. Invariants: what is not finite stops the run whatever the limits; samples of
-one place are never averaged with another's; an empty sample says nothing.
+Pure. It sees every sample that is compared: streams re-scored by the worker that ran them, training streams of age 0,
+held-out logs scored by the learner.
+
+Invariants:
+* a difference that is not finite stops the run, whatever the limits;
+* samples from one place are never averaged with those from another;
+* an empty sample passes `observe`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ class MismatchGate:
         self._pools: dict[str, tuple[LogpDiff, OffToken | None]] = {}
 
     def observe(self, where: str, diff: LogpDiff, off: OffToken | None) -> None:
-        """A sample from `where`; its means count once there are `monitor.tokens` tokens of that place."""
+        """Judge a sample from `where`. Its means are judged once `monitor.tokens` tokens from there are pooled.
+
+        off: the sample's most telling token. Raises RuntimeError above a limit.
+        """
         before, named = self._pools.pop(where, (LogpDiff(), None))
         pooled, named = LogpDiff.merge([before, diff]), most_telling([named, off])
         enough = pooled.tokens >= self._tokens
@@ -31,7 +38,7 @@ class MismatchGate:
             self._pools[where] = (pooled, named)
 
     def judge(self, where: str, diff: LogpDiff, off: OffToken | None) -> None:
-        """A whole sample, which must not be empty."""
+        """Judge a whole sample. Raises RuntimeError above a limit, or if the sample is empty."""
         if not diff.tokens:
             raise RuntimeError(
                 f"learner and engine could not be compared ({where}): no sampled token of a stream of one weight version "
@@ -42,7 +49,7 @@ class MismatchGate:
     def _check(self, where: str, diff: LogpDiff, off: OffToken | None, *, means: bool) -> None:
         for key in ("max", "mean", "k3") if means else ("max",):
             value, limit = getattr(diff, key), getattr(self.limits, key)
-            # Written so that NaN fails, too; an infinite difference is above no limit at all.
+            # Written so that NaN fails, too, and infinity even where the limit is infinite.
             if value is not None and not (math.isfinite(value) and value <= limit):
                 raise RuntimeError(_explain(where, diff, off, key, limit))
 

@@ -1,9 +1,13 @@
 """Which rows of a file a stage can use: judged before the stage starts, named with counts by reason.
 
-The clock is judged here, the texts by the tokenizer of the checkpoint (in a rollout worker), what a perfect
-stream earns by the run's own reward (in the scorer). Invariants: a training row of which nothing can be learned is left
-out; one that can be answered in part is kept and named; a held-out row is always kept, whatever it cannot be answered for
-counts as wrong. What only a video can tell is found when it is read, and is counted with the rest.
+Times are judged here, texts by the checkpoint's tokenizer (in a rollout worker), and what a perfect stream earns by the
+run's own reward (in the scorer). Problems that only the video shows are found when it is read, and counted with the
+rest.
+
+Invariants:
+* a training row from which nothing can be learned is left out;
+* a training row that can be answered in part is kept and named;
+* a held-out row is always kept: what cannot be answered counts as wrong.
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ NAMED = 5
 """Rows of one kind that are printed; summary.json has all of them."""
 GOOD_ORACLE = 0.99
 ORACLE_SECONDS = 20.0
-"""How long the oracle may play: 20,000 rows under the built-in rewards take less, a reward of the user's may be slow."""
+"""Seconds that the oracle may play. The built-in rewards take less for 20,000 rows; a user's reward may be slow."""
 EXACT_TERMS = ("correctness", "thinkstream_correctness")
-"""Terms that ask for the expected words themselves: under others, a shorter answer of the model's own may be as good."""
+"""Terms that compare with the expected words. Under others a shorter answer in the model's own words may do as well."""
 
 
 Script = Callable[[RunConfig, StreamTask], tuple[tuple[int, ScriptedTurn], ...]]
@@ -80,12 +84,12 @@ def judge_rows(
 
 
 def row_texts(config: RunConfig, tasks: tuple[StreamTask, ...], use: RowUse) -> tuple[RowTexts, ...]:
-    """What the tokenizer is asked about: the rows' own texts and, if there are any, the demonstrations."""
+    """Return what the tokenizer is asked about: the texts of the rows and, if the stage has any, of demonstrations."""
     return tuple(RowTexts(task, use.script(config, task) if use.script else ()) for task in tasks)
 
 
 def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWords, ...], use: RowUse) -> JudgedRows:
-    """The verdict on every row, from its times and from what the tokenizer said about it."""
+    """Return the verdict on every row, from its times and from what the tokenizer found."""
     used: list[StreamTask] = []
     skipped: list[SkippedSample] = []
     kept: list[SkippedSample] = []
@@ -103,7 +107,7 @@ def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWor
 
 
 def _findings(config: RunConfig, task: StreamTask, said: RowWords, use: RowUse) -> list[Finding]:
-    """Everything that cannot be answered, a refusal of the whole row first."""
+    """Return all that cannot be answered in a row; a refusal of the whole row comes first."""
     found = [Finding(*said.refused)] if said.refused is not None else []
     found += untimely(task, config.data.plan_of(task), config.data.max_turns)
     if use.script or not asks_for_the_words(config):
@@ -111,12 +115,12 @@ def _findings(config: RunConfig, task: StreamTask, said: RowWords, use: RowUse) 
     for i, text in said.fits.items():
         answer = task.answers[i]
         if not is_correct(text, answer.text, answer.kind):
-            found.append(too_long(task, i, text, config.layout.max_new_tokens))
+            found.append(too_long(i, text, config.layout.max_new_tokens))
     return found
 
 
 def asks_for_the_words(config: RunConfig) -> bool:
-    """Whether the reward compares responses with the expected text."""
+    """Return whether the reward compares responses with the expected text."""
     terms = config.reward.terms
     return any(params.get("target", name) in EXACT_TERMS for name, params in terms.items())
 
@@ -170,7 +174,11 @@ def play_oracle(
     fits: Mapping[str, Mapping[int, str]],
     seconds: float = math.inf,
 ) -> OracleReport:
-    """Every expected answer in time, as far as a turn can hold it, under the run's reward; as many rows as take `seconds`."""
+    """Score a scripted oracle, which gives every expected answer in time, with the run's reward.
+
+    fits: by task id and answer index, the part of an answer that a turn can hold. seconds: when to stop; the rows are
+    then a sample of the file.
+    """
     # Spread over the file, in case there is no time for all.
     order = np.random.default_rng(0).permutation(len(tasks)) if math.isfinite(seconds) else range(len(tasks))
     chosen = [tasks[int(i)] for i in order]

@@ -1,9 +1,10 @@
 """One invocation: the stages of a job in one Ray session, each skipped, continued or started as the plan says.
 
-What a stage does is its own: `launch.py` lists them. Invariants:
+Invariants:
+* a run knows no stage by what it does: `launch.py` lists the stages;
 * a stage is marked finished only when everything it made is on disk;
-* nothing is deleted before the actors run;
-* whatever ends the run, the tracker hears of it and the session is closed.
+* nothing is deleted before the actors have been placed;
+* whatever ends the run, the tracker is told and the session is closed.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Run:
             # Actors import while the driver makes the data.
             needs_actors = any(stage.actors for stage in self.stages.values())
             self.session = Session(config, connecting=self.stop.lent()) if needs_actors else None
-            # Only now: a run that cannot start must not cost the results of the one before.
+            # Only now: a run that cannot start must not delete the results of an earlier one.
             clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
         except BaseException:
             self.tracker.close("FAILED")
@@ -133,7 +134,7 @@ class Run:
                     raise Requeue(f"stopped before stage {stage} began")
                 if plan is not None and plan.skip:
                     self.store.adopt(stage)
-                    # Its last steps may have died in the tracker's queue: the journal has them all.
+                    # Its last steps may have been lost in the tracker's queue; the journal has them all.
                     self.tracker.commit(read_lines(journal_path(self.root, stage)))
                     self.progress.say(f"{stage}: finished before, skipped (resume={self.config.resume})")
                     continue
@@ -154,17 +155,17 @@ class Run:
     # --- what the stages share --------------------------------------------------------------------------------
 
     def ahead(self) -> list[Stage]:
-        """The stages of this job that are not over."""
+        """Return the stages of this job that are not finished."""
         plans = self.store.plans
         return [stage for name, stage in self.stages.items() if name not in plans or not plans[name].skip]
 
     def judge_rows(self, stage: str, checkpoint: Path) -> None:
-        """Name the rows that cannot be answered, of this stage and of those to come."""
+        """Name the rows that cannot be answered, for this stage and for those to come."""
         uses = {use.name: use for ahead in self.ahead() for use in ahead.uses(self.config)}
         self.files.judge(stage, tuple(uses.values()), self.ready_session(), checkpoint)
 
     def start_from(self, use: RowUse, start: Callable[[], Path]) -> tuple[Path, tuple[StreamTask, ...]]:
-        """The checkpoint that a training stage goes on from, or else starts from; and the rows that it can use."""
+        """Return the checkpoint that a training stage continues or starts from, and the rows that it can use."""
         found = self.store.plans[use.name].resume
         self.files.tasks(use.split)
         checkpoint = found.path / "hf" if found else start()
@@ -181,9 +182,10 @@ class Run:
         *,
         reference: Path | None = None,
     ) -> StageContext:
-        """Actors loaded with where the stage stands: its starting checkpoint, or the one it goes on from.
+        """Load the actors with the checkpoint that a training stage continues or starts from; return its context.
 
-        reference: the frozen policy that the learner measures its KL against.
+        steps: optimiser steps of the whole stage. reference: the frozen policy of the KL term.
+        Raises ValueError if disk, caches or devices are too small, before anything is loaded.
         """
         found = self.store.plans[stage].resume
         geometry = self.geometry(checkpoint)
@@ -224,9 +226,9 @@ class Run:
         )
 
     def geometry(self, checkpoint: Path) -> ModelGeometry:
-        """The shape of a model that actors are about to load, from here on known to have all its weights.
+        """Return the shape of a model that actors are about to load, after checking that all its weights are there.
 
-        Raises ValueError; what the folder holds besides is said once.
+        Raises ValueError if they are not. Warnings about the folder are printed once.
         """
         geometry = ModelGeometry.read(checkpoint)
         if checkpoint not in self._checked:
@@ -249,7 +251,7 @@ class Run:
             self.progress.say(line)
 
     def report_usage(self, stage: str, by_kind: dict[str, LogpDiff] | None = None) -> None:
-        """Where time and memory went: in words, and in run_root/usage.json."""
+        """Print where time and memory went, and write it to run_root/usage.json."""
         assert self._plan is not None
         report = usage_report(self.ready_session().usage(), self._plan, by_kind or {})
         for line in usage_lines(report):

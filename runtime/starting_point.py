@@ -1,8 +1,8 @@
-"""What a job starts from: resolved once, when it is launched, and handed to whoever needs to know.
+"""What a job starts from: resolved once, when it is launched, and passed to whoever needs it.
 
 Invariants:
-* the paths are those of the launch; what the stages of this run make while the job runs is asked for when it is needed;
-* making it reads no file of a checkpoint, so whatever is wrong with one is found, and named, by `check`.
+* its paths are those at launch; checkpoints that this job makes are looked up when they are needed;
+* making a StartingPoint reads no file of a checkpoint: `check` finds and names what is wrong with one.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def reference_of_branch(origin: Path) -> Path | None:
 
 
 def _check_folder(key: str, folder: Path) -> None:
-    """A hub id is checked when it has been resolved, before an actor loads it (runtime.run)."""
+    """Raise ValueError if weights are missing. Hub ids are checked once they are resolved (runtime.run)."""
     try:
         check_weights(folder)
     except (ValueError, FileNotFoundError) as error:
@@ -234,7 +234,7 @@ def _check_folder(key: str, folder: Path) -> None:
 
 
 def _base(config: RunConfig) -> tuple[str, Path] | None:
-    """(config key, folder) of the checkpoint whose streaming.json the job must respect; None if there is none."""
+    """Return (config key, folder) of the checkpoint whose streaming.json the job must respect, or None."""
     if config.resume not in ("auto", "never"):
         return "resume", Path(config.resume) / "hf"
     stages = config.job.stages

@@ -1,8 +1,9 @@
 """A polite end: SIGTERM asks for a checkpoint and an exit status that means "run me again".
 
-Invariants: while a training loop runs, the first SIGTERM only sets a flag on which it acts between two steps;
-anywhere else there is nothing to save and it ends the run at once; after the grace time the process ends whatever it is
-doing, with the same status.
+Invariants:
+* while a training loop runs, the first SIGTERM only sets a flag, and the loop acts on it between two steps;
+* anywhere else there is nothing to save, and SIGTERM ends the run at once;
+* after the grace time the process ends whatever it is doing, with the same status.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ REQUEUE_STATUS = 75
 
 
 class Requeue(BaseException):
-    """The run stopped because it was asked to; the same command goes on from the checkpoint it names.
+    """The run stopped because it was asked to; the same command continues from the checkpoint it names.
 
-    No Exception: like KeyboardInterrupt it may come anywhere, and must pass whoever catches the failures of a part.
+    It is no Exception: like KeyboardInterrupt it may be raised anywhere, and must pass handlers of other failures.
     """
 
 
 class StopSignal:
-    """Listens for SIGTERM once installed. `last_checkpoint` is what the words of a forced end name."""
+    """Listens for SIGTERM once installed. `last_checkpoint`: the newest complete one, for messages."""
 
     def __init__(self, grace_s: float = 60.0, status: int = REQUEUE_STATUS) -> None:
         self.grace_s, self.status = grace_s, status
@@ -40,15 +41,15 @@ class StopSignal:
         return self._asked.is_set()
 
     def install(self) -> None:
-        """Take SIGTERM over."""
+        """Install the handler of SIGTERM."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Around `ray.init`, which installs handlers of its own that exit: that exit becomes ours, and so does SIGTERM again.
+        """Wrap `ray.init`, which replaces our handler: turn its SystemExit into Requeue, and install our handler again.
 
-        For the last moments of it (under a second) Ray's native handler aborts the process: nothing is lost then, but the
-        status is not ours.
+        In the last moments of `ray.init` (under a second) Ray's native handler aborts the process: nothing is lost
+        then, but the exit status is not ours.
         """
         try:
             yield
@@ -60,7 +61,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a stop only sets `requested`, and the loop acts on it between two steps. Outside, it raises Requeue."""
+        """Inside, SIGTERM only sets `requested`, which the loop acts on between two steps. Outside, it raises Requeue."""
         if self.requested:
             raise Requeue("stopped before the stage began")
         self._deferred = True

@@ -1,4 +1,4 @@
-"""The task files of a run: read once, judged once for every use, and what was left out of them.
+"""The task files of a run: read once, judged once for every use, with a list of what was left out.
 
 Invariants:
 * a file is read, and its videos of unknown length are opened, once a run;
@@ -52,7 +52,7 @@ class TaskFiles:
     _files: dict[str, TaskFile] = field(default_factory=dict)
 
     def file(self, split: str) -> TaskFile:
-        """The rows of `train` or `heldout` that can be read. Raises ValueError or OSError if none can."""
+        """Return the rows of `train` or `heldout` that can be read. Raises ValueError or OSError if none can."""
         if split not in self._files:
             data = self.config.data
             path = getattr(data, split) or self.config.root.resolve() / "data" / f"{split}.jsonl"
@@ -62,7 +62,7 @@ class TaskFiles:
         return self._files[split]
 
     def tasks(self, split: str) -> tuple[StreamTask, ...]:
-        """The rows of a file, after naming those that cannot be read."""
+        """Return the rows of a file, after naming those that cannot be read."""
         loaded = self.file(split)
         for sample in loaded.skipped:
             self.say(one_line(f"data: skipped {sample.source}: {sample.reason}"))
@@ -88,7 +88,7 @@ class TaskFiles:
                 tell_overlap(self.say, self.file("train").tasks, tasks)
 
     def usable(self, use: RowUse) -> tuple[StreamTask, ...]:
-        """The rows that a training stage trains on, once they are judged. Raises ValueError if there are none."""
+        """Return the rows that a training stage trains on, once they are judged. Raises ValueError without any."""
         rows = self.judged[use.name]
         if not rows.tasks:
             first = rows.skipped[0]

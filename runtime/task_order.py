@@ -1,8 +1,9 @@
 """Which task comes next: seeded epochs over the dataset, with identities.
 
-Invariant: the order depends only on seed and epoch; every group has the id `epoch/task`, every stream
-`epoch/task/stream`, and its random seed derives from that id. A resumed stage walks the same order and leaves out what
-its checkpoint names as done.
+Invariants:
+* the order depends only on seed and epoch;
+* a group has the id `epoch/task`, a stream `epoch/task/stream`, and a stream's random seed derives from its id;
+* a resumed stage walks the same order, without the groups that its checkpoint names as done.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from streams.task import StreamTask
 
 
 def epochs(tasks: tuple[StreamTask, ...], seed: int, done: Collection[str] = ()) -> Iterator[tuple[int, StreamTask]]:
-    """(epoch, task) for ever, each epoch a fresh permutation, without the groups named in `done`."""
+    """Yield (epoch, task) for ever, each epoch in a new random order, without the groups named in `done`.
+
+    Raises ValueError if there is no task.
+    """
     if not tasks:
         raise ValueError("there is no usable training task (see the skipped lines above, and data.train)")
     left = set(done)

@@ -1,9 +1,9 @@
-"""What every training stage keeps, whatever it trains on: the groups that are done, the journal, the checkpoints, the end.
+"""What every training stage has in common: the groups that are done, the journal, the checkpoints, the end.
 
 Invariants:
 * a group is in a checkpoint's `consumed` exactly if its weights have seen it, in `dropped` if it was given up by name;
-* a step is in the journal before it is in the charts, and in the charts only once a checkpoint holds it;
-* neither the learner nor the loop waits for a checkpoint, but at the stage's end;
+* a step is in the journal before it is in the charts, and in the charts only once a checkpoint includes it;
+* neither the learner nor the loop waits for a checkpoint, except at the stage's end;
 * a stage that is asked to stop leaves a checkpoint of its last step behind.
 """
 
@@ -47,11 +47,11 @@ class TrainingStage:
 
     @property
     def seconds(self) -> float:
-        """Of all attempts, up to the checkpoints that they went on from; and of this one until now."""
+        """Time of earlier attempts, up to the checkpoints that they were continued from, and of this one until now."""
         return self._seconds_before + self.context.seconds()
 
     def actor_died(self, death: ActorDeath) -> None:
-        """Answer the death of an actor. No actor can be replaced while a stage runs: it ends here, by a RuntimeError."""
+        """Handle the death of an actor. Raises RuntimeError, since no actor can be replaced while a stage runs."""
         words = self.context.session.book.explain(death.error)
         raise RuntimeError(f"an actor died during {death.what}: {words}") from death.error
 
@@ -75,7 +75,7 @@ class TrainingStage:
             raise RuntimeError(hopeless)
 
     def found_good(self) -> None:
-        """Note a group that can be trained: the next one that is dropped is the first in a row."""
+        """Note a group that can be trained: the count of groups dropped in a row starts again."""
         self._dropped_in_a_row = 0
 
     # --- checkpoints and the end ----------------------------------------------------------------------------------

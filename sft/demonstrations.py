@@ -1,7 +1,10 @@
-"""Demonstrations: what a task's stream should think and say, turn by turn, in words.
+"""Demonstrations: what a task's stream should think and say, turn by turn, in words. Pure.
 
-Pure. A demonstration thinks and answers rightly; with `late_probability` it speaks `late_min`..`late_max`
-chunks after the answer became due (uniformly). Invariant: the script of (seed, epoch, task) is always the same.
+A demonstration thinks and answers correctly. With `late_probability` it speaks `late_min`..`late_max` chunks
+(uniformly) after the answer became due.
+
+Invariants:
+* the script depends on seed, epoch and task alone.
 """
 
 from __future__ import annotations
@@ -19,22 +22,22 @@ from streams.task import Plan, StreamTask
 
 
 def script_for(task: StreamTask, plan: Plan, config: SftConfig, *, seed: int, epoch: int) -> tuple[ScriptedTurn, ...]:
-    """One ScriptedTurn per turn, items in the chunk that holds their time.
+    """Return one ScriptedTurn per turn, with thoughts and answers in the chunk that contains their time.
 
-    An answer that would come late beyond the last turn is said in it.
+    An answer delayed beyond the last turn is said in the last turn.
     """
     digest = hashlib.blake2b(f"{seed}:{epoch}:{task.id}".encode(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     thoughts: dict[int, str] = {}
     for item in task.thoughts:
-        # Several thoughts of one chunk are one thought there: a longer chunk gathers what shorter ones would hold.
+        # Several thoughts in one chunk become one: a longer chunk collects what shorter ones would have apart.
         chunk = task.chunk_of(item.time, plan.chunk_seconds)
         thoughts[chunk] = " ".join(part for part in (thoughts.get(chunk, ""), item.text) if part)
     said: dict[int, list[str]] = {}
     for answer in task.answers:
         due = task.chunk_of(answer.time, plan.chunk_seconds)
         if due >= plan.turns:
-            # The stream is cut before: it must not learn to answer what has not happened.
+            # The stream ends before the answer is due: it must not learn to answer what it has not seen.
             continue
         turn = due
         if rng.random() < config.late_probability:
@@ -52,7 +55,7 @@ def script_for(task: StreamTask, plan: Plan, config: SftConfig, *, seed: int, ep
 
 
 def scripted_words(config: RunConfig, task: StreamTask) -> tuple[tuple[int, ScriptedTurn], ...]:
-    """The turns with words of the demonstration that is in time: every epoch's holds at least these words."""
+    """Return (turn, words) of the demonstration without delays: those of every epoch contain at least these words."""
     prompt = replace(config.sft, late_probability=0.0)
     plan = config.data.plan_of(task)
     script = script_for(task, plan, prompt, seed=config.seed, epoch=0)

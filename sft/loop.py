@@ -1,12 +1,12 @@
-"""The cold start: demonstrations are laid out on the rollout workers and trained on by the learner.
+"""The cold start: rollout workers lay demonstrations out as logs, and the learner trains on them.
 
-Workers read clips and write logs ahead of the learner; frames travel with the log by object reference and
-the learner encodes them, so the vision tower can train.
+Workers read clips and write logs ahead of the learner. Frames travel with the log by object reference, and the learner
+encodes them, so the vision tower can train.
 
 Invariants:
-* a demonstration that cannot be laid out costs that sample, is named, and the batch is filled with the next one;
-* the order of samples depends on the seed alone, and a resumed stage goes on with the first sample that its checkpoint
-  does not name.
+* a demonstration that cannot be laid out is skipped and named, and the next one takes its place in the batch;
+* the order of samples depends on the seed alone;
+* a resumed stage continues with the first sample that its checkpoint does not name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AHEAD = 2
 
 @dataclass
 class SftResult:
-    """What the cold start reports. seconds: of all attempts, up to the checkpoints that they went on from."""
+    """What the cold start reports. seconds: time of all attempts, up to the checkpoints that they continued from."""
 
     steps: int = 0
     first_loss: float = float("nan")
@@ -42,12 +42,12 @@ class SftResult:
 
     @classmethod
     def restore(cls, counters: dict[str, Any]) -> SftResult:
-        """From the counters of a checkpoint's state (JSON)."""
+        """Return the result that a checkpoint's state has as JSON."""
         return cls(**(counters | {"skipped": [SkippedSample(**s) for s in counters.get("skipped", ())]}))
 
 
 class SftLoop:
-    """One cold start over a running session whose learner holds the starting weights (or the resumed state)."""
+    """One cold start over a running session whose learner has loaded the starting weights, or the resumed state."""
 
     def __init__(self, context: StageContext, tasks: tuple[StreamTask, ...]) -> None:
         self.config, self.session, self.total = context.config, context.session, context.steps
@@ -62,7 +62,7 @@ class SftLoop:
         self._training = False
 
     def run(self) -> SftResult:
-        """All optimiser steps of the stage, then the checkpoint `checkpoints/sft/final`."""
+        """Run all optimiser steps of the stage, then write `checkpoints/sft/final`. Raises Requeue if asked to stop."""
         stage, wait = self.stage, self.stage.events.wait
         stage.chart(self.result.steps)
         while self.result.steps < self.total:
@@ -70,7 +70,7 @@ class SftLoop:
                 self._train()
             elif not self._training:
                 stage.leave(self.result.steps, self._counters())
-            # A step under way is finished first: if it is the last one, so is the stage.
+            # A stop lets the step under way finish: if that was the last one, the stage is complete.
             wait()
         stage.finish(self.result.steps, self._counters())
         return self.result
@@ -113,13 +113,13 @@ class SftLoop:
         )
 
     def _counters(self) -> dict[str, Any]:
-        """The result so far, as checkpoints keep it."""
+        """Return the result so far, as checkpoints store it."""
         self.result.seconds = self.stage.seconds
         return asdict(self.result)
 
 
 def _train_batch(config: RunConfig, step: int, samples: list[LaidOut]) -> TrainBatch:
-    """Return what the learner trains on in one optimiser step, after `step` others."""
+    """Return the batch of optimiser step `step`, counted from 0."""
     members = tuple(TrainGroup(s.group, s.payload, tokens=s.log_tokens) for s in samples)
     return TrainBatch(step, config.sft.loss, members, publish=False)
 

@@ -1,8 +1,8 @@
 """Demonstrations on their way to the learner: laid out by the rollout workers, taken in the order of the epochs.
 
 Invariants:
-* the order depends on the seed alone: whichever worker is done first, samples are taken as they were sent;
-* a sample that cannot be laid out costs itself: it is reported, and the next one takes its place.
+* samples are taken in the order in which they were sent, whichever worker finishes first;
+* a sample that cannot be laid out is reported, and the next one takes its place.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DemonstrationQueue:
         ahead: int,
         refused: Callable[[ScriptTask, str], None],
     ) -> None:
-        """refused: told of a sample that could not be laid out, and why, when its turn comes."""
+        """refused: called with a sample that could not be laid out, and the reason, when its turn comes."""
         self._stage, self._scripts, self._ahead, self._refused = stage, scripts, ahead, refused
         self._waiting: deque[_Sent] = deque()
         self._taken: list[LaidOut] = []

@@ -14,7 +14,7 @@ ROWS = RowUse("sft", "train", trains=True, script=scripted_words)
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Train on demonstrations of the rows that can be demonstrated."""
+    """Train on demonstrations of the rows that can be demonstrated. Returns the stage's result for its manifest."""
     checkpoint, tasks = run.start_from(ROWS, run.initial_model)
     steps = run.config.sft_steps(len(tasks))
     loop = SftLoop(run.prepare("sft", checkpoint, run.config.sft_learner(steps), steps, tasks), tasks)

@@ -1,10 +1,12 @@
 """The installed project: its version, and the folder from which its packages are imported.
 
-In a checkout the packages (`streams`, `rollout`, ...) are beside this one; an installed wheel holds them inside it, so that
-site-packages gets one name only. Invariants:
-* They have the same names in both forms: `from streams.memory import MemoryPolicy`.
-* Importing this package makes them importable.
-* Imports nothing but the standard library: every process of a run may import it first.
+In a checkout the packages (`streams`, `rollout`, ...) are beside this one; an installed wheel has them inside it, so that
+site-packages gets one name only.
+
+Invariants:
+* they have the same names in both forms: `from streams.memory import MemoryPolicy`;
+* importing this package makes them importable;
+* it imports nothing but the standard library: every process of a run may import it first.
 """
 
 from __future__ import annotations

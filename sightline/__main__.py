@@ -1,13 +1,13 @@
 """The `sightline` command, also `python -m sightline`: `launch.py` from any folder, and the tools beside it.
 
     sightline [KEY=VALUE ...]              as launch.py
-    sightline check FILE ...               look at a task file before training on it
+    sightline check FILE ...               check a task file before training on it
     sightline page OUT.html A.jsonl ...    make the page of transcripts
     sightline --version
 
 Invariants:
-* A user's own modules are found in the folder where the command is typed, or in the one that SIGHTLINE_MODULES names.
-* That folder hides none of our packages, on the driver as in every worker.
+* a user's own modules are found in the folder where the command is typed, or in the one that SIGHTLINE_MODULES names;
+* that folder hides none of our packages, neither on the driver nor in any worker.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _own_modules() -> Path:
-    """The folder of the user's modules. Raises ValueError or OSError if it cannot be used."""
+    """Return the folder of the user's modules. Raises ValueError or OSError if it cannot be used."""
     named = os.environ.get(MODULES_VARIABLE)
     folder = Path(expand_home(named) if named else os.getcwd()).absolute()
     if not folder.is_dir():

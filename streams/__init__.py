@@ -1,4 +1,4 @@
 """The shared vocabulary: tasks, video, layout, logs, memory, positions, backbone, scoring, messages.
 
-Everything else imports this package; it imports nothing of ours and never imports ray.
+Invariant: every other package imports this one; it imports none of them, and never Ray.
 """

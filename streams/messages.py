@@ -1,8 +1,13 @@
-"""Every dataclass that crosses between actors: frozen, in one place. (What one actor alone is sent lives with it.)
+"""The messages that driver, workers, learner and scorer exchange: frozen dataclasses, in one place.
 
-Invariants: a message is a value (nobody changes it after sending); large arrays sit in payloads that
-travel by object reference from the process that made them to the one that needs them, never through the driver.
-`MESSAGES_VERSION` changes with any field; actors refuse a setup of another version.
+An actor's setup, and what only the learner's ranks are sent, is defined beside that actor (`rollout/setup.py`,
+`learner/setup.py`, `learner/messages.py`).
+
+Invariants:
+* a message is a value: nobody changes it after sending it;
+* large arrays are in payloads that travel by object reference from the process that made them to the one that needs
+  them, never through the driver;
+* `MESSAGES_VERSION` changes with any field, and actors refuse a setup of another version.
 """
 
 from __future__ import annotations
@@ -23,11 +28,14 @@ MESSAGES_VERSION = 8
 
 @dataclass(frozen=True)
 class RolloutTask:
-    """One group to run: `streams` sampled copies watching one task as `plan` says.
+    """One group to run: `streams` streams over one task, as `plan` says.
 
-    temperature 0 is greedy. features: object reference of the clip at the freeze boundary (see GroupPayload) if some
-    worker has encoded it, else None.
-    memory and empty_thoughts change the conditions of an evaluation; memory None means the worker's own.
+    Attributes:
+        temperature: of sampling; 0 is greedy.
+        features: object reference of the clip at the freeze boundary (see GroupPayload) if some worker has encoded it,
+            else None.
+        memory: the memory policy of an evaluation's condition; None is the worker's own.
+        empty_thoughts: force an empty thought in every turn, another condition of an evaluation.
     """
 
     group: str
@@ -60,9 +68,9 @@ class ScriptTask:
 
 @dataclass(frozen=True)
 class RowTexts:
-    """A row whose texts are to be judged by the tokenizer before anything is loaded.
+    """A row whose texts the tokenizer judges before anything is loaded.
 
-    script: (turn, words) of its demonstration's turns that hold words; empty in RL and evaluation.
+    script: (turn, words) of the turns in which its demonstration thinks or says something; empty in RL and evaluation.
     """
 
     task: StreamTask
@@ -73,8 +81,9 @@ class RowTexts:
 class RowWords:
     """What the tokenizer says about a row.
 
-    refused: why the row cannot be laid out; None if it can. fits: index of every answer that is longer than a turn, and the
-    beginning of it that a turn can hold.
+    Attributes:
+        refused: why the row cannot be laid out; None if it can.
+        fits: for every answer that is longer than a turn, its index and the beginning that a turn can hold.
     """
 
     refused: tuple[Reason, str] | None = None
@@ -83,9 +92,9 @@ class RowWords:
 
 @dataclass(frozen=True)
 class ScriptedJob:
-    """A row to be played by the scripted oracle and scored.
+    """A row for the scripted oracle to play and have scored.
 
-    fits: as in RowWords: of these answers the oracle says that much.
+    fits: as in RowWords; the oracle says only these beginnings.
     """
 
     task: StreamTask
@@ -97,10 +106,13 @@ class ScriptedJob:
 class GroupPayload:
     """The heavy half of a group, kept in the object store for the learner.
 
-    media: uint8 frames [chunks, frames, h, w, 3] (`media_kind` "frames"), or float features [chunks, tokens, F]
-    ("features"; F = Backbone.feature_width: the embedding of a video token and, behind it, every DeepStack level), or what
-    the mergers make these of, [chunks, tokens, P] ("pre_merger"; P = Backbone.pre_merger_width), or an object reference
-    to one of them. Shared by all logs of the group.
+    All logs of the group share one `media`: the clip at the freeze boundary, or an object reference to it. By
+    `media_kind` it is
+
+    * "frames": uint8 [chunks, frames, h, w, 3];
+    * "pre_merger": the mergers' input, float [chunks, tokens, P] with P = Backbone.pre_merger_width;
+    * "features": the mergers' output, float [chunks, tokens, F] with F = Backbone.feature_width: the embedding of a
+      video token, followed by every DeepStack level.
     """
 
     logs: tuple[StreamLog, ...]
@@ -110,12 +122,23 @@ class GroupPayload:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """The light half of a group, for driver and scorer. `failed` says why there is no payload; None if all went well.
+    """The light half of a group, for driver and scorer.
 
-    targets: tokens that the learner trains on, by stream and turn. oldest_version: of any token in the group. versions:
-    weight versions seen by its tokens. tokens: sampled tokens.
-    monitor: worker-side mismatch of the re-scored streams of this group; off: the token to look at. features: object
-    reference to the clip at the freeze boundary or None, and its size.
+    Attributes:
+        turns: parsed turns, by stream.
+        targets: number of tokens that the learner trains on, by stream and turn.
+        oldest_version: the oldest weight version behind any token of the group.
+        versions: all weight versions behind its tokens, ascending.
+        tokens: sampled tokens.
+        log_tokens: all tokens of its logs.
+        evicted_tokens: how many of those were evicted.
+        seconds: wall time from the start of the group to its end.
+        clip_seconds: length of the video that was shown.
+        monitor: mismatch of those of its streams that the worker re-scored.
+        off: the outlier: the token that shows a mismatch best.
+        features: object reference to the clip at the freeze boundary, or None.
+        feature_bytes: size of that clip.
+        failed: why there is no payload; None if all went well.
     """
 
     group: str
@@ -139,7 +162,10 @@ class GroupSummary:
 
 @dataclass(frozen=True)
 class WeightsUpdate:
-    """One published version: every trainable tensor in one flat uint8 buffer (a single transfer, not one per tensor)."""
+    """One published version: every trainable tensor in one flat uint8 buffer, which a worker fetches in one transfer.
+
+    names, shapes: of the tensors, in the order of the buffer. dtype: of all of them, by torch's name.
+    """
 
     version: int
     names: tuple[str, ...]
@@ -150,9 +176,12 @@ class WeightsUpdate:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """A worker has swapped to `version`: seconds to fetch in the background, seconds the engine stood still.
+    """A worker has swapped to `version`.
 
-    busy_share: share of the time since the swap before in which the engine had work.
+    Attributes:
+        fetch_s: seconds that fetching took, in the background.
+        pause_s: seconds for which the engine paused.
+        busy_share: share of the time since the previous swap in which the engine had work.
     """
 
     worker: int
@@ -172,9 +201,12 @@ class WorkerStats:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one optimiser step did; `version` is the learner's version after it.
+    """What one optimiser step did.
 
-    age0: mismatch on the streams sampled wholly at the version before it; off: the token of them to look at.
+    Attributes:
+        version: the learner's version after the step.
+        age0: mismatch on the streams that were sampled entirely at the version before the step.
+        off: the outlier among their tokens.
     """
 
     step: int
@@ -186,8 +218,12 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """Scores of groups under the learner's current weights: mismatch of behaviour log-probs, over all and by kind; off: the
-    token to look at.
+    """What re-scoring groups under the learner's weights of `version` found.
+
+    Attributes:
+        diff: mismatch with the behaviour log-probs, over all sampled tokens.
+        by_kind: the same by kind of token.
+        off: the outlier among them.
     """
 
     version: int
@@ -198,7 +234,7 @@ class ScoreReport:
 
 @dataclass(frozen=True)
 class RewardJob:
-    """Streams of one group to be scored: what each thought and said, and the plan that they ran by."""
+    """Streams of one group to score: what each thought and said, and the plan that they ran by."""
 
     group: str
     task: StreamTask

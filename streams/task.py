@@ -1,10 +1,12 @@
 """What one dataset row says: a video, timed queries, timed expected answers; how its stream runs, and why it may not.
 
-Times are seconds on the video's own clock; chunk indices are counted from `StreamTask.start`.
-Invariants (checked by the constructors, so every StreamTask in the program holds them):
-start < end, and end is infinite where the row does not know how long its video is (the stream then ends with
-the video at the latest); queries are sorted by time and lie in [start, end); every answer names an existing query, is due no
-earlier than that query and before end.
+Times are seconds on the video's own clock. Chunk indices count from `StreamTask.start`.
+
+Invariants (checked by the constructors, so they are true of every StreamTask):
+* start < end; end is infinite where the row does not say how long its video is, and the stream then ends with the video
+  at the latest;
+* queries are sorted by time and lie in [start, end);
+* every answer names an existing query, is due no earlier than that query, and is due before end.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ ANSWER_KINDS: tuple[str, ...] = get_args(AnswerKind)
 class TimedQuery:
     """A question that reaches the model at `time`.
 
-    `stay_open` queries are not closed by a response; they close at `until` (seconds), or never if it is None.
+    A response closes it, unless `stay_open` is set: then it closes at `until` (seconds), or never if that is None.
+    Raises ValueError for an empty text, an `until` that is not later than `time`, or one without `stay_open`.
     """
 
     time: float
@@ -36,12 +39,15 @@ class TimedQuery:
         if self.until is not None and self.until <= self.time:
             raise ValueError(f"query until={self.until} must be later than its time {self.time}")
         if self.until is not None and not self.stay_open:
-            raise ValueError(f"query until={self.until} has a meaning only with stay_open=true")
+            raise ValueError(f"query until={self.until} has no effect without stay_open=true")
 
 
 @dataclass(frozen=True)
 class ExpectedAnswer:
-    """The answer that becomes due at `time` to query number `query` (index into StreamTask.queries)."""
+    """The answer that becomes due at `time` to query number `query` (index into StreamTask.queries).
+
+    Raises ValueError for an empty text or an unknown kind.
+    """
 
     time: float
     text: str
@@ -56,7 +62,7 @@ class ExpectedAnswer:
 
 
 class Reason(StrEnum):
-    """Why a row is left out, or kept although a part of it cannot be answered. The values are the keys of summary.json."""
+    """Why a row is left out, or kept although part of it cannot be answered. The values are keys of summary.json."""
 
     UNREADABLE = "row_unreadable"
     CONTRADICTORY = "row_contradictory"
@@ -75,8 +81,8 @@ class Reason(StrEnum):
 class Plan:
     """How a stream over one task runs: `turns` chunks of `chunk_seconds` seconds each.
 
-    Made once, when the task is drawn (`DataConfig.plan_of`), and carried from there: whoever runs, scores or writes down the
-    stream goes by this one.
+    It is made once, when the task is drawn (`DataConfig.plan_of`), and carried along: whoever runs, scores or records
+    the stream uses this one.
     """
 
     turns: int
@@ -95,8 +101,12 @@ class TimedThought:
 class StreamTask:
     """One stream to watch: the segment [start, end) of a video file, with its questions and expected answers.
 
-    end: `math.inf` = as far as the video goes. origin: `FILE:LINE` of the row, '' for a task made in code; it takes no
-    part in equality and is not written to files.
+    Attributes:
+        end: `math.inf` means as far as the video goes.
+        origin: `FILE:LINE` of the row, '' for a task made in code. It takes no part in equality and is not written to
+            files.
+
+    Raises ValueError if the fields contradict each other (see the invariants above).
     """
 
     id: str
@@ -134,18 +144,19 @@ class StreamTask:
                 raise ValueError(f"thoughts[{i}].time={thought.time} lies outside [{self.start}, {self.end})")
 
     def chunk_of(self, time: float, chunk_seconds: float) -> int:
-        """Index of the chunk that holds `time` (an item at a boundary belongs to the later chunk)."""
-        # A whole number of chunks can come out of the division as 2.9999999...
+        """Return the index of the chunk that contains `time`; a time on a boundary belongs to the later chunk."""
+        # In floating point a whole number of chunks can come out as 2.9999999...
         return math.floor((time - self.start) / chunk_seconds + 1e-6)
 
     def due_turns(self, chunk_seconds: float) -> int:
-        """How many chunks it takes to reach the last expected answer, its own included."""
+        """Return how many chunks it takes to reach the last expected answer, including the chunk it is due in."""
         return 1 + max(self.chunk_of(answer.time, chunk_seconds) for answer in self.answers)
 
     def num_turns(self, chunk_seconds: float, tail_chunks: int, max_turns: int) -> int:
-        """Length of the stream in chunks: last expected answer + `tail_chunks`, cut by the clip and `max_turns`.
+        """Return the stream's length in chunks: up to the last expected answer plus `tail_chunks`.
 
-        Without a known end, the reader cuts the tail where the video ends.
+        The end of the clip and `max_turns` cut it. Where the end is unknown, the reader drops tail chunks beyond the
+        end of the video.
         """
         wanted = min(self.due_turns(chunk_seconds) + tail_chunks, max_turns)
         if math.isfinite(self.end):

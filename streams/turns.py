@@ -1,6 +1,6 @@
-"""A generated turn after parsing: what the model thought and whether, and what, it said.
+"""A generated turn after parsing: what the model thought, and what it said if it said anything.
 
-Made by `layout.parse_turn` from token ids; read by rewards, evaluation and transcripts.
+`Layout.parse_turn` makes it from token ids; rewards, evaluation and transcripts read it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from dataclasses import dataclass
 class ParsedTurn:
     """One turn of one stream.
 
-    turn: chunk index, 0-based. thought: text inside the think tags, '' if empty or missing.
-    response: the text said in this turn, None if the turn chose silence or could not be parsed.
-    well_formed: think pair, then one decision, then text only after <response>, then the end token, nothing forced
-    except the think budget. think_tokens: tokens of the think span with its tags. new_tokens: all generated tokens.
+    Attributes:
+        turn: 0-based index of the turn in its stream.
+        thought: the text inside the think tags, '' if it is empty or missing.
+        response: the text said in this turn; None if the turn chose silence or could not be parsed.
+        well_formed: the turn is a pair of think tags, one decision, text exactly if the decision is <response>, and the
+            end token; nothing in it was forced except by the think budget.
+        think_tokens: tokens of the think span, tags included.
+        new_tokens: all generated tokens.
     """
 
     turn: int

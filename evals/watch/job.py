@@ -1,9 +1,12 @@
-"""job=watch: stream one file through the engine and print, second by second, what the model thinks and says.
+"""job=watch: stream one file through the engine and print, turn by turn, what the model thinks and says.
 
-One stream, greedy, in this process: no Ray, no learner. Layout, memory, chunk length and pixel budget come
-from the checkpoint's streaming.json; an override that contradicts it is used and named. What is printed of a turn:
-its time, thought, answer or silence, tokens in memory after it, and the seconds that the engine took for it. What can
-be refused is refused here, before `evals.watch.stream` loads torch and the model.
+There is one greedy stream in this process: no Ray, no learner. A turn's line has its time, thought, answer or silence,
+the tokens in memory after it, and the time that the engine took.
+
+Invariants:
+* layout, memory, chunk length and pixel budget come from the checkpoint's streaming.json;
+* an override that contradicts it is used and named;
+* what can be refused is refused here, before `evals.watch.stream` loads torch and the model.
 """
 
 from __future__ import annotations
@@ -42,14 +45,14 @@ def watch(config: RunConfig, overrides: list[str]) -> None:
             else:
                 _print_turn(turn, console)
     except BrokenPipeError:
-        raise  # whoever read along has gone: no error of the configuration
+        raise  # the reader of our output has gone, which is no configuration error
     except (ValueError, OSError) as error:
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
-    """The checkpoint folder, and the configuration with what its streaming.json says. Raises ValueError."""
+    """Return the checkpoint's folder, and the configuration with its streaming.json applied. Raises ValueError."""
     if not config.watch.video:
         raise ValueError("watch.video is empty: give the file to watch, as in job=watch video=FILE")
     if not config.model.path:
@@ -70,7 +73,7 @@ def _resolve(config: RunConfig, overrides: list[str]) -> tuple[Path, RunConfig]:
 
 
 def _shown(config: RunConfig) -> WatchedFile:
-    """The file, as far as it is to be watched. Raises ValueError if it cannot be read, or not as long as asked for."""
+    """Return the part of the file to watch. Raises ValueError if it cannot be read, or the query is after its end."""
     watching = config.watch
     video = str(Path(watching.video).absolute())
     with ClipReader(config.data.video) as reader:

@@ -1,6 +1,7 @@
 """One greedy stream of job=watch: a file's chunks through the engine, each turn reported as soon as it is over.
 
-Invariant: the same engine, layout and inputs as a rollout; only the features come chunk by chunk.
+Invariants:
+* engine, layout and inputs are those of a rollout; only the features are encoded chunk by chunk.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from streams.writing.writer import StreamWriter
 
 
 class EncodedOnDemand(Sequence[torch.Tensor]):
-    """A clip's features, one chunk at a time, when the engine asks for it: as a live stream would be."""
+    """A clip's features, encoded one chunk at a time when the engine asks for it, as in a live stream."""
 
     def __init__(self, backbone: Backbone, clip: Clip) -> None:
         self._backbone, self._clip = backbone, clip
@@ -51,7 +52,7 @@ class EncodedOnDemand(Sequence[torch.Tensor]):
 
 
 def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Iterator[WatchedTurn]:
-    """The turns of one greedy stream over the file, as the engine finishes them. Raises ValueError."""
+    """Yield the turns of one greedy stream over the file as the engine finishes them. Raises ValueError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = Backbone.load(checkpoint, config.layout, dtype=_dtype(checkpoint, device), device=device)
     # Chunks are as long as in the whole file, however little of it is watched.
@@ -94,7 +95,7 @@ def _turns(engine: Engine, writer: StreamWriter, shown: WatchedFile, seconds: fl
 
 
 def _parse(engine: Engine, writer: StreamWriter) -> ParsedTurn:
-    """The turn that is over, from the end of the log: what came before is not read again."""
+    """Parse the turn that is over, from the end of the log: earlier turns are not read again."""
     log = writer.log
     start = int(np.searchsorted(log.column("turn"), writer.turn))
     kinds = log.column("kind", start)
@@ -127,7 +128,7 @@ def _request(config: RunConfig, backbone: Backbone, shown: WatchedFile, clip: Cl
 
 
 def _dtype(checkpoint: Path, device: str) -> torch.dtype:
-    """As the checkpoint was saved; on CPU always float32, where half precision is slow."""
+    """Return the dtype that the checkpoint was saved in; on a CPU float32, since half precision is slow there."""
     if device == "cpu":
         return torch.float32
     name = json.loads((checkpoint / "config.json").read_text()).get("dtype", "bfloat16")

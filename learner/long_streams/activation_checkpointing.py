@@ -1,8 +1,10 @@
-"""Activation checkpointing: a layer's activations are computed again in the backward pass instead of being kept.
+"""Activation checkpointing: a layer's activations are recomputed in the backward pass instead of being kept.
 
-Invariants: results are the same to the last bit (no module draws random numbers: `Backbone.load` refuses
-dropout); text layers always, vision blocks where the tower trains. transformers' layers checkpoint themselves while they
-are in training mode, which changes nothing else in them.
+The layers of transformers checkpoint themselves while they are in training mode, which changes nothing else in them.
+
+Invariants:
+- Results are equal to the last bit: no module draws random numbers, since `Backbone.load` refuses dropout.
+- Text layers are always checkpointed, vision blocks only if the tower trains.
 """
 
 from __future__ import annotations
@@ -19,17 +21,18 @@ from streams.backbone.boundary import Boundary
 
 
 def checkpoint_activations(backbone: Backbone) -> int:
-    """Turn it on, after `freeze` has said what trains; returns how many layers checkpoint.
+    """Turn activation checkpointing on and return the number of layers that checkpoint. Call it after `freeze`.
 
-    The flags are set layer by layer: the model's own switch has another name from release to release and takes in frozen
-    towers. Not re-entrant: the tokens of a frozen embedding need no gradient, and our plan is no tensor.
+    The flags are set layer by layer: the model's own switch changes its name from release to release, and includes
+    frozen towers.
     """
     layers = _layers(backbone.model.model.language_model)
-    # Mergers that train on a frozen tower leave its blocks nothing to compute again.
+    # If only mergers train, backward does not reach the tower's blocks, and there is nothing to recompute in them.
     if any(Boundary.TOWER.below(name) for name in backbone.trainable()):
         layers += _layers(backbone.model.model.visual)
     for layer in layers:
         layer.gradient_checkpointing = True
+        # Not re-entrant: that variant needs a tensor input with gradient, which a frozen embedding does not give.
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     return len(layers)
 

@@ -1,10 +1,10 @@
 """What the engine asks of a loss, and what a loss returns.
 
 Invariants:
-- A loss is a sum over this micro-batch divided by the whole step's normaliser: the gradient of a step does not depend on
-  how it was cut into micro-batches, nor on the number of ranks.
+- A loss is a sum over the micro-batch divided by the whole step's normaliser, so the gradient of a step depends neither
+  on how it was cut into micro-batches nor on the number of ranks.
 - Metrics are sums over the micro-batch's targets; the engine divides them by the step's targets.
-- A loss knows the totals of all ranks when it is made, and does not change after that.
+- A loss is made from the totals of all ranks, and does not change after that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ C = TypeVar("C", bound=LossConfig)
 
 @dataclass(frozen=True)
 class TargetCounts:
-    """Target tokens of a step, and those that the cold start weighs apart: both decisions, words of answers."""
+    """Numbers of target tokens, and of those that the cold start weights differently.
+
+    Attributes:
+        targets: All targets.
+        silent, spoken: Decision tokens, by their decision.
+        answer: Words of answers.
+    """
 
     targets: int = 0
     silent: int = 0
@@ -39,6 +45,7 @@ class TargetCounts:
 
     @classmethod
     def of(cls, logs: list[StreamLog], tokens: LayoutTokens) -> TargetCounts:
+        """Count the targets of logs."""
         counts = [0, 0, 0, 0]
         for log in logs:
             ids, kind = log.ids[log.target], log.kind[log.target]
@@ -58,13 +65,13 @@ class TargetCounts:
 
 @dataclass(frozen=True)
 class LossValue:
-    """What a loss makes of one micro-batch of N targets.
+    """The loss of one micro-batch of N targets.
 
     Attributes:
         value: Scalar with gradient, already divided by the step's normaliser.
         sums: Metrics, see Sums.
-        differences: float64 [N], by which an outlier is found: log-prob minus behaviour log-prob where the targets were
-            sampled, the log-prob itself where not; infinite at a target that makes the loss not finite.
+        differences: float64 [N], by which outliers are found: log-prob minus behaviour log-prob if targets are sampled,
+            else the log-prob itself. Infinite at a target that makes the loss not finite.
     """
 
     value: torch.Tensor
@@ -76,27 +83,30 @@ class Loss(ABC, Generic[C]):
     """The loss of one optimiser step."""
 
     sampled: ClassVar[bool]
-    """Whether the targets were sampled by the policy: then `differences` at its own version must vanish."""
+    """Whether targets were sampled by the policy. If so, `differences` at its own version are 0 but for rounding."""
 
     def __init__(self, config: C, totals: TargetCounts, tokens: LayoutTokens) -> None:
-        """totals: of all ranks. tokens: ids of the layout's special tokens."""
+        """Make the loss of one step. totals: targets of all ranks. tokens: ids of the layout's special tokens."""
         self.config, self.normaliser = config, float(totals.targets)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `__call__` is to be given the frozen reference's log-probs."""
+        """Whether `__call__` needs the frozen reference's log-probs."""
         return False
 
     @staticmethod
     def problem(config: C, work: RankWork, *, has_reference: bool, boundary: Boundary) -> str | None:
-        """Why this rank's work cannot be trained on with that config, or None."""
+        """Return why this rank's work cannot be trained on with that config; None if it can."""
         return None
 
     @abstractmethod
     def __call__(self, logp: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None) -> LossValue:
-        """Loss of the batch's targets. logp [N], with gradient; reference [N], without, if `needs_reference`."""
+        """Return the loss of the batch's targets.
+
+        logp: log-probs [N] with gradient. reference: log-probs [N] without gradient; None unless `needs_reference`.
+        """
 
 
 def or_infinite(values: np.ndarray) -> np.ndarray:
-    """The values, infinite where they are not finite: NaN would compare as smaller than any."""
+    """Return the values, infinite where they are not finite: NaN would never compare as the largest."""
     return np.where(np.isfinite(values), values, np.inf)

@@ -1,9 +1,9 @@
-"""Settings of the losses: what a TrainBatch carries, and what the driver knows of a loss.
+"""Settings of the losses: what a TrainBatch carries, and all that the driver knows about a loss.
 
 Invariants:
 - Importing this module loads no torch.
-- A config is a frozen value; one that cannot work is refused when it is made, by the key that it comes from.
-- `learner.losses.table` knows the loss of every config.
+- A config is a frozen value. One that cannot work raises ValueError when it is made, with the config key it comes from.
+- `learner.losses.table` has the loss of every config.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Base of all settings of losses. The type names the loss, the fields are its settings."""
+    """Base class of the settings of a loss. The type determines the loss, the fields are its settings."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class PolicyGradientConfig(LossConfig):
     """Settings of the clipped policy gradient (GRPO and its kin).
 
     Attributes:
-        clip_low: How far below 1 the ratio still counts; in (0, 1).
-        clip_high: How far above 1 it does; above 0.
-        kl_coef: Weight of the KL to the frozen reference; 0 = none is computed.
+        clip_low: The ratio is clipped below 1 - clip_low; in (0, 1).
+        clip_high: The ratio is clipped above 1 + clip_high; above 0.
+        kl_coef: Weight of the KL to the frozen reference; 0 = no KL is computed.
     """
 
     clip_low: float
@@ -45,7 +45,7 @@ class SupervisedConfig(LossConfig):
     """Settings of the cold start's weighted cross-entropy.
 
     Attributes:
-        balance_decisions: Weigh silence and speech so that both decisions have the same mass in a step.
+        balance_decisions: Weight silence and speech so that both decisions have the same total weight in a step.
         decision_weight_clamp: Largest weight of a decision token.
         answer_weight: Weight of the words of an answer.
     """

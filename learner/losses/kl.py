@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 MAX_LOG_RATIO = 20.0
-"""Upper bound of a difference of log-probs before `exp`: float32 overflows from 88 on, and infinity times an advantage of 0
-is NaN. Nothing changes up to the bound; above it the value stays exp(20), about 5e8, and the gradient is 0. verl bounds
-its log-ratios by the same number."""
+"""Upper bound of a difference of log-probs before `exp`. In float32 `exp` overflows from 88 on, and infinity times an
+advantage of 0 is NaN. Up to the bound nothing changes; above it the value stays exp(20), about 5e8, and the gradient is
+0. verl bounds its log-ratios by the same number."""
 
 
 def k3_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Estimate [N] of KL(current || reference) at sampled tokens: exp(d) - d - 1 >= 0 with d = reference - logp.
+    """Estimate KL(current || reference) at sampled tokens, [N]: exp(d) - d - 1 >= 0 with d = reference - logp.
 
-    d is bounded by MAX_LOG_RATIO.
+    logp, reference: log-probs [N]. d is bounded by MAX_LOG_RATIO.
     Source: estimator k3 of http://joschu.net/blog/kl-approx.html, as the KL term of GRPO (arXiv 2402.03300, eq. 4).
     """
     difference = (reference - logp).clamp(max=MAX_LOG_RATIO)

@@ -2,8 +2,8 @@
 
 Invariants:
 - The ratio is taken against the recorded behaviour log-probs, so it is right for streams of any age.
-- Every target has an advantage of its own; an algorithm of whole streams gives all targets of a stream the same.
-- No exponential overflows: a single token that is far off costs neither the step's loss nor its gradient.
+- Every target has its own advantage; an algorithm that judges whole streams gives all targets of a stream the same one.
+- No exponential overflows, so one extreme token makes neither the step's loss nor its gradient infinite.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def grpo_loss(
     reference: torch.Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[torch.Tensor, Sums]:
-    """Clipped policy gradient plus `kl_coef` times the KL to the frozen reference, token mean; all inputs [N].
+    """Return the clipped policy-gradient loss plus `kl_coef` times the KL to the frozen reference, and metrics.
 
+    logp, behaviour, advantage, reference: [N]. normaliser: what the sum over the targets is divided by.
     Log-ratios are bounded by MAX_LOG_RATIO, also in the metrics.
     Source: PPO (arXiv 1707.06347, eq. 7) with group-relative advantages (GRPO, arXiv 2402.03300, eq. 3) and separate
     clip bounds (DAPO, arXiv 2503.14476, eq. 10).
@@ -40,7 +41,7 @@ def grpo_loss(
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
     with torch.no_grad():
-        # The clip is active where it changes the objective, not wherever the ratio leaves the interval.
+        # Count the clip where it changes the objective, not wherever the ratio leaves the interval.
         active = (clipped * advantage < ratio * advantage).to(logp.dtype)
         sums = {
             "clip_share": active.sum(),
@@ -71,9 +72,7 @@ class PolicyGradient(Loss[PolicyGradientConfig]):
         if config.kl_coef and not has_reference:
             return f"algorithm.kl_coef={config.kl_coef} but the learner was set up without a reference checkpoint"
         if config.kl_coef and boundary is Boundary.TOWER and "frames" in work.media_kinds:
-            return (
-                "learner.freeze=tower: the reference holds no tower, it cannot be shown frames (ship pre-merger rows)"
-            )
+            return "learner.freeze=tower: the reference has no tower, so it cannot score frames (ship pre-merger rows)"
         for log in work.logs:
             if not log.header.trainable:
                 return f"stream {log.header.stream_id} was decoded greedily: it can be scored but not trained on"
@@ -97,5 +96,5 @@ class PolicyGradient(Loss[PolicyGradientConfig]):
             reference=reference,
             kl_coef=self.config.kl_coef,
         )
-        # An advantage that is not finite spoils the step as much as a log-prob: its stream is to be named, too.
+        # An advantage that is not finite spoils the step as a log-prob would, so its stream must be named, too.
         return LossValue(value, sums, or_infinite(np.where(np.isfinite(advantage), scored - behaviour, np.inf)))

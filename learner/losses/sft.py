@@ -1,4 +1,8 @@
-"""The cold start's loss: cross-entropy over demonstrated tokens, with the two decisions balanced."""
+"""The cold start's loss: cross-entropy over demonstrated tokens, with the two decisions balanced.
+
+Invariants:
+- The weights depend on the totals of the whole step, so they are the same in every micro-batch and on every rank.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,16 @@ from streams.log.record import Kind
 
 
 def sft_loss(logp: torch.Tensor, weight: torch.Tensor, *, normaliser: float) -> tuple[torch.Tensor, Sums]:
-    """Weighted cross-entropy: -sum(weight * logp) / normaliser; inputs [N]."""
+    """Return the weighted cross-entropy -sum(weight * logp) / normaliser, and metrics. logp, weight: [N]."""
     with torch.no_grad():
         sums = {"nll": -logp.sum()}
     return -(weight * logp).sum() / normaliser, sums
 
 
 def decision_weights(silent: int, spoken: int, clamp: float) -> tuple[float, float]:
-    """(weight of <silent>, weight of <response>) that balance the two decisions of a step: N / (2 n), clamped.
+    """Return the weights of <silent> and <response> that balance both decisions of a step: N / (2 n), clamped above.
 
+    silent, spoken: how often each is decided in the step (n); N is their sum. A decision that does not occur weighs 1.
     Source: ThinkStream (arXiv 2603.12938), cold-start loss.
     """
     total = silent + spoken
@@ -45,14 +50,14 @@ class SftWeights:
 
     @classmethod
     def balanced(cls, counts: TargetCounts, tokens: LayoutTokens, config: SupervisedConfig) -> SftWeights:
-        """Weights of a whole step, from the decisions that all its logs demonstrate."""
+        """Return the weights of a step. counts: targets of all its logs, on all ranks."""
         silent, spoken = 1.0, 1.0
         if config.balance_decisions:
             silent, spoken = decision_weights(counts.silent, counts.spoken, config.decision_weight_clamp)
         return cls(tokens.silent, tokens.response, silent, spoken, config.answer_weight)
 
     def of(self, ids: np.ndarray, kind: np.ndarray) -> np.ndarray:
-        """float64 [N] for target ids and kinds [N]."""
+        """Return the weights of targets, float64 [N], from their ids and kinds [N]."""
         weight = np.where(kind == Kind.RESPONSE, self.answer, 1.0)
         decision = kind == Kind.DECISION
         weight[decision & (ids == self.silent_id)] = self.silent
@@ -60,7 +65,7 @@ class SftWeights:
         return weight
 
     def total(self, counts: TargetCounts) -> float:
-        """The weights of all targets of a step together: its normaliser."""
+        """Return the sum of the weights of all targets of a step: the normaliser of its mean."""
         plain = counts.targets - counts.silent - counts.spoken - counts.answer
         return plain + self.silent * counts.silent + self.spoken * counts.spoken + self.answer * counts.answer
 

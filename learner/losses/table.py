@@ -1,4 +1,4 @@
-"""Which loss belongs to which config: the one place that a new loss is entered in."""
+"""Which loss belongs to which config: the one place to enter a new loss."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Several learner ranks as one: rendezvous, who trains what, and DeepSpeed as it is set up here."""
+"""Several learner ranks as one: rendezvous, which rank trains which group, and the setup of DeepSpeed."""

@@ -1,8 +1,8 @@
-"""How DeepSpeed is set up around a backbone, and how one of its steps is applied.
+"""Sets DeepSpeed up around a backbone, and applies its optimiser steps.
 
 Invariants:
 - Micro-batches are cut by tokens, so DeepSpeed's own batch sizes mean nothing.
-- `import deepspeed` happens inside: it is slow, and only learners need it.
+- deepspeed is imported inside functions: the import is slow, and only learners need it.
 - A step whose gradient is not finite is never applied, at any ZeRO stage.
 """
 
@@ -32,7 +32,7 @@ def deepspeed_config(config: LearnerConfig, trained: int) -> dict[str, Any]:
         "gradient_clipping": config.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # DeepSpeed's own CPU Adam is compiled at first use; torch's runs everywhere.
+        # DeepSpeed's own CPU Adam needs a compiler at first use; torch's runs everywhere.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
         "steps_per_print": 10**9,
@@ -40,9 +40,9 @@ def deepspeed_config(config: LearnerConfig, trained: int) -> dict[str, Any]:
 
 
 def wrap(backbone: Backbone, config: LearnerConfig, *, version: int, total_steps: int) -> Any:
-    """Return a DeepSpeed engine around the backbone's forward, its optimiser and its schedule.
+    """Return a DeepSpeed engine with the backbone's forward, an optimiser and a learning-rate schedule.
 
-    version: optimiser steps that the weights have behind them; the schedule of `total_steps` goes on from there.
+    version: optimiser steps that the weights have behind them, from which the schedule of `total_steps` continues.
     """
     import deepspeed
     from transformers import get_scheduler
@@ -53,7 +53,7 @@ def wrap(backbone: Backbone, config: LearnerConfig, *, version: int, total_steps
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        # One kernel over all parameters; the default makes temporary copies as large as they are.
+        # One kernel over all parameters; the default makes temporary copies as large as the parameters.
         fused=torch.cuda.is_available() or None,
     )
     scheduler = get_scheduler(
@@ -63,7 +63,7 @@ def wrap(backbone: Backbone, config: LearnerConfig, *, version: int, total_steps
         num_training_steps=max(total_steps, 1),
     )
     if version:
-        # Weights without their optimiser's state stay where they were in the schedule. (A state brings its own.)
+        # Weights that come without optimiser state keep their place in the schedule. (A loaded state brings its own.)
         scheduler.last_epoch = version - 1
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
@@ -81,11 +81,11 @@ def wrap(backbone: Backbone, config: LearnerConfig, *, version: int, total_steps
 
 
 def apply_gradients(deepspeed: Any, backbone: Backbone, zero_stage: int) -> tuple[float, bool]:
-    """Let the optimiser step; returns (gradient norm, whether the weights changed)."""
+    """Run the optimiser's step; return (gradient norm, whether the weights changed)."""
     if zero_stage:
         deepspeed.step()
         return float(deepspeed.get_global_grad_norm()), not deepspeed.optimizer.overflow
-    # Stage 0 is torch's plain optimiser, which would apply anything.
+    # Stage 0 is torch's plain optimiser, which would apply NaN, too.
     gradients = [p.grad for p in backbone.trainable().values() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if math.isfinite(norm):

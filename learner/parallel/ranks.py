@@ -1,9 +1,10 @@
-"""The learner's ranks: rendezvous, process group, and what ranks tell one another between collectives of DeepSpeed.
+"""The learner's ranks: rendezvous, process group, and exchange of small objects between DeepSpeed's collectives.
 
-It imports no ray. Invariants:
+Invariants:
+- It imports no ray.
 - No port is fixed: rank 0's store takes a free one on its own node and reports it.
-- Every collective has the place's timeout; a rank that waits in vain says who waited for what.
-- All ranks make the same calls in the same order: a rank that finds a fault reports it in `agree`, it never leaves the
+- Every collective has the place's timeout, and the error of a rank that waited in vain names the rank and its wait.
+- All ranks make the same calls in the same order: a rank that finds a fault reports it in `agree`, and never leaves the
   others waiting.
 """
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 def open_store(place: RankPlace) -> dist.TCPStore:
-    """Rank 0's store, listening on a free port of its node; it does not wait for anybody."""
+    """Open rank 0's store on `place.port`, or on a free port if that is 0. Returns without waiting for other ranks."""
     return dist.TCPStore(
         place.host,
         place.port,
@@ -34,7 +35,7 @@ def open_store(place: RankPlace) -> dist.TCPStore:
 
 
 def prepare_environment(place: RankPlace) -> None:
-    """What DeepSpeed reads from the environment, set inside the process before DeepSpeed is imported."""
+    """Set what DeepSpeed reads from the environment. Call it before DeepSpeed is imported."""
     os.environ.update(
         RANK=str(place.rank),
         # A rank sees only the GPU that was reserved for it.
@@ -47,8 +48,8 @@ def prepare_environment(place: RankPlace) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.ops
 
-        # Otherwise every start compiles a shared-memory all-reduce in C++ (half a minute, or a failure without a
-        # compiler); gloo does the same job.
+        # Otherwise every start compiles a shared-memory all-reduce in C++, which takes half a minute and fails without
+        # a compiler; gloo does the same job.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -56,7 +57,10 @@ class Ranks:
     """This process's membership in the learner's process group, joined once and used by every engine after it."""
 
     def __init__(self, place: RankPlace, store: dist.TCPStore | None = None) -> None:
-        """Join. Rank 0 of several brings the store that it opened; the others connect to it."""
+        """Join the process group. Rank 0 of several passes the store that it opened, to which the others connect.
+
+        Raises RuntimeError if the ranks do not meet within `place.timeout_s`.
+        """
         if place.rank == 0 and store is None:
             store = open_store(place)
         port = store.port if store is not None else place.port
@@ -92,7 +96,10 @@ class Ranks:
         return self.place.rank == 0
 
     def gather(self, value: T, what: str) -> list[T]:
-        """Everybody's value, in the order of the ranks, on every rank."""
+        """Return every rank's value, in the order of the ranks, on every rank.
+
+        what: what the ranks wait for here. Raises RuntimeError if a rank is lost or the timeout passes.
+        """
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -106,7 +113,7 @@ class Ranks:
         return values
 
     def agree(self, problem: Exception | None, what: str) -> None:
-        """Raises the first problem that any rank found, on every rank; names the rank where there are several."""
+        """Raise the first problem that any rank found, on every rank. The message names it if there are several."""
         for rank, found in enumerate(self.gather(problem, what)):
             if found is not None:
                 raise found if self.world == 1 else type(found)(f"learner rank {rank}: {found}")

@@ -1,1 +1,1 @@
-"""RL algorithms: from the rewards of a group to advantages per token, and a loss; one file each, by name in `table`."""
+"""RL algorithms, one file each: from the rewards of a group to advantages per token, and a loss. `table` lists them."""

@@ -1,6 +1,7 @@
-"""Advantages of whole streams from the rewards of their group.
+"""Advantages of whole streams from the rewards of their group. Pure functions.
 
-Pure functions; a group whose rewards are all equal has advantage 0 everywhere.
+Invariants:
+* a group whose rewards are all equal has advantages that are 0, but for rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def centred(rewards: np.ndarray) -> np.ndarray:
 def normalised(rewards: np.ndarray) -> np.ndarray:
     """Return (r - mean) / (std + 1e-5), float64 [G], from rewards [G]; std is the population's.
 
-    Raises ValueError for a group of one: its advantage is 0 whatever it does.
+    Raises ValueError for a group of one stream, whose advantage would always be 0.
     Source: GRPO (arXiv 2402.03300, section 4.1.2).
     """
     if len(rewards) < 2:

@@ -1,8 +1,8 @@
-"""What an algorithm is: advantages of a scored group, token by token, and the loss that they enter.
+"""What an algorithm is: advantages of a scored group, token by token, and the loss that uses them.
 
 Invariants:
-- An algorithm works on the light half of a group alone (GroupSummary and rewards): the driver never loads a log.
-- A stream whose reward failed has advantage 0 and does not count in its group's baseline.
+* an algorithm sees only the light half of a group (GroupSummary and rewards): the driver never loads a log;
+* a stream whose reward failed has advantage 0 and does not count in its group's baseline.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from rl.results import ReadyGroup
 
 
 class Algorithm(Protocol):
-    """One algorithm with its settings; it keeps no state between steps."""
+    """One algorithm with its settings, without state between steps."""
 
     def advantages(self, group: ReadyGroup) -> tuple[np.ndarray, ...]:
         """Return one float64 array per stream of the group, with one value per target token in the log's order.
 
-        `group.summary.targets[stream][turn]` is how many targets a turn has; a stream's targets are those of turn 0, then
-        those of turn 1, and so on: `np.repeat(by_turn, targets[stream])` gives all targets of a turn that turn's value.
+        `group.summary.targets[stream][turn]` is the number of targets of a turn. A stream's targets are those of turn
+        0, then those of turn 1, and so on, so `np.repeat(by_turn, targets[stream])` gives all targets of a turn that
+        turn's value.
         """
 
     @property
     def loss(self) -> LossConfig:
-        """The loss, with its settings."""
+        """The settings of the loss, whose type also says which loss it is."""
 
 
 def even_advantages(group: ReadyGroup, of_rewards: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Advantages of an algorithm that judges streams as a whole: all targets of a stream have the stream's.
+    """Return the advantages of an algorithm that judges whole streams: all targets of a stream get the stream's.
 
-    of_rewards: float64 [S] from the rewards [S] of the streams that were scored. Not asked if that is one alone: there is
-    nothing to compare it with.
+    of_rewards: advantages float64 [S] from the rewards [S] of the streams whose reward did not fail. It is not called
+    for fewer than two of them, which there is nothing to compare with.
     """
     scored = [i for i, result in enumerate(group.results) if result.failed is None]
     advantages = np.zeros(len(group.results))
@@ -48,7 +49,7 @@ def even_advantages(group: ReadyGroup, of_rewards: Callable[[np.ndarray], np.nda
 
 
 def train_batch(step: int, algorithm: Algorithm, groups: Sequence[ReadyGroup]) -> TrainBatch:
-    """Return the optimiser step `step` over scored groups."""
+    """Return the batch of optimiser step `step` over scored groups."""
     return TrainBatch(
         step=step,
         loss=algorithm.loss,

@@ -1,7 +1,7 @@
-"""GRPO and Dr. GRPO: a stream's reward against its group's mean, the clipped policy gradient.
+"""GRPO and Dr. GRPO: a stream's reward against its group's mean, with the clipped policy gradient.
 
-They differ in one thing: GRPO divides by the group's standard deviation (arXiv 2402.03300), Dr. GRPO does not (arXiv
-2503.20783), which would give groups that are nearly always right, or nearly always wrong, more weight than others.
+They differ in one thing: GRPO divides by the group's standard deviation (arXiv 2402.03300), and Dr. GRPO does not
+(arXiv 2503.20783). The division gives more weight to groups that are nearly always right, or nearly always wrong.
 """
 
 from __future__ import annotations

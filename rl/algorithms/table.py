@@ -1,6 +1,7 @@
 """Algorithms by the name that `algorithm.advantage` gives them.
 
-A new one is entered here, and its name in `conf.training.ADVANTAGES`: the configuration, a floor below, checks it.
+To add one, enter it here and its name in `conf.training.ADVANTAGES`, since the configuration, a floor below, checks
+names.
 """
 
 from __future__ import annotations

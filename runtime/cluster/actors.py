@@ -1,7 +1,8 @@
 """Names of the actors of a run, where their logs are, and what to say when one dies.
 
-Invariants: an actor has one short name everywhere (Ray's name, process title, log file, messages); two runs on
-one cluster never share a name.
+Invariants:
+* an actor has one short name everywhere: in Ray, as process title, log file and in messages;
+* two runs on one cluster never share a name.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ CRASH = "Fatal Python error"
 
 
 def run_id(root: Path) -> str:
-    """Readable and unique: the folder's name, the time, the driver's pid."""
+    """Return a readable and unique name of this run: the folder's name, the time, the driver's pid."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', root.name) or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def short_name(bundle: str) -> str:
-    """`rollout worker 0` -> `rollout-0`, `learner rank 1` -> `learner-1`, `scorer` -> `scorer`."""
+    """Return an actor's short name: `rollout-0` for `rollout worker 0`, `learner-1` for `learner rank 1`."""
     return re.sub(r" (?:worker|rank) ", "-", bundle)
 
 
@@ -52,14 +53,14 @@ class ActorBook:
         return f"sightline/{self.run}/{name}"
 
     def environment(self, name: str) -> dict[str, str]:
-        """What `streams.support.actor_log` reads in the actor's process."""
+        """Return the environment variables that `streams.support.actor_log` reads in the actor's process."""
         return {ACTOR_VARIABLE: name, FOLDER_VARIABLE: str(self.log_folder)}
 
     def add(self, name: str, handle: Any) -> None:
         self._names[handle._actor_id.hex()] = name
 
     def explain(self, error: RayActorError) -> str:
-        """Which actor died, where, of what, and the end of its log."""
+        """Return which actor died, where, of what, and the end of its log."""
         text = str(error)
         name = self._names.get(error.actor_id or "") or _field(text, "class_name") or "an actor"
         place = [f"node {ip}"] if (ip := _field(text, "ip")) else []
@@ -69,13 +70,16 @@ class ActorBook:
 
 
 def named_class(actor: type, name: str) -> type:
-    """The actor's class under the actor's own name, which Ray shows where it leaves out the name (process titles of
-    asynchronous actors, prefixes of output)."""
+    """Return the actor's class, named like the actor.
+
+    Ray shows the class's name instead of the actor's in process titles of asynchronous actors and in prefixes of
+    output.
+    """
     return type(name, (actor,), {"__module__": actor.__module__, "__doc__": actor.__doc__})
 
 
 def tail(path: Path) -> str:
-    """Words for an error message: where the log is and how it ends (a crash: how that begins); empty if there is none."""
+    """Return where a log is and its last lines, or a crash's first lines, for an error message; '' without a log."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
@@ -96,7 +100,7 @@ def _field(text: str, key: str) -> str:
 
 
 def _cause(text: str) -> str:
-    """Ray's message without the fields that are already said."""
+    """Return Ray's message without the fields that `explain` has already used."""
     known = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:", "The actor died unexpectedly")
     lines = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(known)]
     return "\n".join(lines).strip() or text

@@ -28,23 +28,23 @@ UPLOAD_EXCLUDES = (
     *(".git/", ".venv/", ".venv-*/", "venv/", "site-packages/", "__pycache__/"),
     *("/outputs/", "/.*_cache/", "/.hypothesis/"),
 )
-"""Never sent, in the words of .gitignore; what a folder's own .gitignore names stays behind, too."""
+"""Never sent, as patterns of .gitignore; what a folder's own .gitignore names is not sent either."""
 
 
 def modules_folder() -> Path:
-    """The folder of the user's own modules: beside `launch.py`, or where the `sightline` command was typed."""
+    """Return the folder of the user's own modules: that of `launch.py`, or where the `sightline` command was typed."""
     named = os.environ.get(MODULES_VARIABLE)
     return Path(named).absolute() if named else PROJECT
 
 
 def local_path() -> str:
-    """PYTHONPATH of the actors on this machine."""
+    """Return the PYTHONPATH of actors on this machine."""
     folders = [str(PROJECT), str(modules_folder()), os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(dict.fromkeys(filter(None, folders)))
 
 
 def cluster_environment(run_root: Path) -> dict[str, Any]:
-    """Ray's runtime_env of the actors on a cluster. Raises ValueError if run_root cannot be kept out of what is sent."""
+    """Return Ray's runtime_env for actors on a cluster. Raises ValueError if run_root cannot be kept out of it."""
     environment: dict[str, Any] = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
     excludes = list(UPLOAD_EXCLUDES)
     folder = modules_folder()
@@ -52,7 +52,7 @@ def cluster_environment(run_root: Path) -> dict[str, Any]:
     if not together:
         environment |= {"py_modules": [str(PROJECT / package) for package in PACKAGES], "excludes": excludes}
     if RAY_JOB_VARIABLE in os.environ:
-        # The job's own working directory holds; Ray puts it on every process's path.
+        # The job's own working directory stays in force; Ray puts it on every process's path.
         return environment
     if inherited := os.environ.get("PYTHONPATH"):
         environment["env_vars"]["PYTHONPATH"] = inherited
@@ -64,7 +64,7 @@ def cluster_environment(run_root: Path) -> dict[str, Any]:
 
 
 def uses_modules_of(folder: Path) -> bool:
-    """Whether a module or package that lies directly in `folder` has been imported: by now every term and policy has been."""
+    """Return whether a module directly in `folder` has been imported. By now every reward term and policy has been."""
     for name, module in list(sys.modules.items()):
         if "." in name or name == "__main__":
             continue
@@ -75,7 +75,10 @@ def uses_modules_of(folder: Path) -> bool:
 
 
 def _left_out(run_root: Path, together: bool) -> str:
-    """The pattern that keeps run_root out. Ray applies it to each of our packages, too: it must name nothing there."""
+    """Return the pattern that keeps run_root from being sent.
+
+    Ray applies it to each of our packages, too. Raises ValueError if it would leave a part of one out.
+    """
     inside = [package for package in PACKAGES if run_root.parts and (PROJECT / package / run_root).exists()]
     if inside and not together:
         raise ValueError(

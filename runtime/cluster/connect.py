@@ -27,7 +27,11 @@ log = logging.getLogger("sightline.cluster")
 
 
 def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
-    """ray.init. Raises ConnectionError, or ValueError for code that cannot be sent, with what to do."""
+    """Join the configured cluster, or start a local Ray.
+
+    Raises RuntimeError if Ray does not start here, ConnectionError if the cluster cannot be joined, ValueError if the
+    actors' code cannot be sent. Each message says what to do.
+    """
     # Ray warns about accelerators that a CPU-only actor hides from itself.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -74,20 +78,23 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
 
 
 def bootstrap_address(address: str) -> str:
-    """HOST:PORT where the configuration or RAY_ADDRESS says so, else `auto` (Ray looks for a head on this machine)."""
+    """Return the cluster's address: HOST:PORT of the config or RAY_ADDRESS, else `auto` (Ray looks on this machine).
+
+    Raises ConnectionError for a RAY_ADDRESS that is a URL.
+    """
     if address != "auto":
         return address
     named = os.environ.get("RAY_ADDRESS", "")
     if "://" in named:
         raise ConnectionError(
-            f"RAY_ADDRESS={named}: the driver has to run on a node of the cluster, so this is not an URL; set it to HOST:PORT "
-            "of the head there, or use `ray job submit` from elsewhere"
+            f"RAY_ADDRESS={named}: the driver has to run on a node of the cluster, so this must not be a URL; set it to "
+            "HOST:PORT of the head there, or use `ray job submit` from elsewhere"
         )
     return named or "auto"
 
 
 def check_answers(address: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-    """Raises ConnectionError if nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    """Raise ConnectionError if nobody listens at HOST:PORT. Ray itself would try for minutes."""
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")

@@ -1,8 +1,10 @@
 """The learner's ranks as the driver sees them: one call, one reference to wait on.
 
-Invariants: a call goes to every rank, in the same order (their collectives must meet); a step's groups are
-shared out by tokens, always in the same way; the reference that a call returns is ready when all ranks have replied and
-carries rank 0's reply, or fails as soon as any rank failed, with an error that names the rank.
+Invariants:
+* every call goes to every rank, in the same order, so that their collectives meet;
+* a step's groups are shared out by tokens, always in the same way;
+* the reference that a call returns is ready with rank 0's reply when all ranks have replied;
+* it fails as soon as any rank fails, with an error that names the rank.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from runtime.cluster.events import START_LIMIT, wait_for
 
 
 class LearnerGroup:
-    """The actors of all ranks. With one rank every call is that actor's own; there is no extra hop."""
+    """The actors of all ranks. With a single rank its own reply is returned, without the extra call to `join`."""
 
     def __init__(self, actors: list[Any]) -> None:
         """`actors[0]` is rank 0: a LeadLearner if there are several."""
@@ -28,7 +30,7 @@ class LearnerGroup:
         return len(self.actors)
 
     def warm_up(self) -> list[Any]:
-        """References to the ranks' pids."""
+        """Have the ranks import slow modules. Returns references to their pids."""
         return [actor.warm_up.remote() for actor in self.actors]
 
     def setup(self, setup: LearnerSetup, timeout_s: float) -> int:
@@ -46,7 +48,7 @@ class LearnerGroup:
         return wait_for(joined, timeout_s, f"{self.ranks} learner ranks {what}", limit=START_LIMIT)
 
     def train(self, batch: TrainBatch) -> tuple[Any, Any]:
-        """One optimiser step: references to the report and to the new weights (None in it if not published)."""
+        """Run one optimiser step. Returns references to the report and to the new weights (None if unpublished)."""
         shares = share_out([group.tokens for group in batch.groups], self.ranks)
         replies = []
         for actor, share in zip(self.actors, shares, strict=True):
@@ -55,11 +57,11 @@ class LearnerGroup:
         return self._joined([report for report, _ in replies], f"optimiser step {batch.step + 1}"), replies[0][1]
 
     def weights(self) -> Any:
-        """The weights as they are now."""
+        """Return a reference to the current weights."""
         return self._joined([actor.weights.remote() for actor in self.actors], "publishing the weights")
 
     def score(self, payloads: tuple[Any, ...], tokens: tuple[int, ...] = ()) -> Any:
-        """Scores of groups under the current weights. tokens: of each group, to share them out evenly."""
+        """Score groups under the current weights. tokens: of each group, by which they are shared out evenly."""
         shares = share_out(list(tokens) if tokens else [1] * len(payloads), self.ranks)
         replies = [
             actor.score.remote(tuple(payloads[i] for i in share))
@@ -68,7 +70,7 @@ class LearnerGroup:
         return self._joined(replies, f"scoring {len(payloads)} groups")
 
     def save(self, path: str, streaming: dict[str, Any], *, resumable: bool = True) -> Any:
-        """Ready when every rank has written its part below `path`."""
+        """Write a checkpoint. The reference is ready when every rank has written its part below `path`."""
         replies = [actor.save.remote(path, streaming, resumable) for actor in self.actors]
         return self._joined(replies, f"saving {path}")
 

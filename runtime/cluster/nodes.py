@@ -1,7 +1,9 @@
-"""What one node of the cluster sees: runs there in a small task, before any actor with weights starts.
+"""What one node of the cluster sees: a small task that runs there before any actor with weights starts.
 
-Invariants: imports the standard library only, so that it answers within a moment and even where torch is
-missing; it never raises, whatever it finds is in the report; everything it writes lies in the preflight's own folder.
+Invariants:
+* it imports only the standard library and `streams.support`, so it replies at once, even where torch is missing;
+* it never raises: whatever it finds is in the report;
+* everything it writes is in the preflight's own folder.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from pathlib import Path
 from streams.support.files import PACKAGES as OUR_PACKAGES
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "numpy")
-"""Beside Python and this project's own code: what must be the same on every node."""
+"""Packages that must have the same version on every node, as must Python and this project's own code."""
 SHARED_WAIT_S = 5.0
-"""A network file system may show a new file late."""
+"""Seconds to wait for a file of another node: a network file system may show a new file late."""
 SHARED_POLL_S = 0.1
 
 
@@ -62,7 +64,7 @@ DRIVER_FILE = "driver"
 
 
 def probe(node: str, request: ProbeRequest) -> NodeReport:
-    """The report of the machine that this runs on."""
+    """Return the report of the machine that this runs on."""
     code, code_path = own_code()
     return NodeReport(
         node=node,
@@ -75,7 +77,7 @@ def probe(node: str, request: ProbeRequest) -> NodeReport:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions by package, from their metadata: nothing is imported."""
+    """Return versions by package, from their metadata: nothing is imported."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -86,7 +88,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def own_code() -> tuple[str, str]:
-    """The digest of this project's packages as they would be imported here, and the folders that hold them.
+    """Return the digest of this project's packages as they would be imported here, and the folders they are in.
 
     On a cluster each package may lie in a folder of its own: Ray unpacks what it was sent one by one.
     """
@@ -99,7 +101,7 @@ def own_code() -> tuple[str, str]:
 
 
 def code_digest(folders: Mapping[str, Path]) -> str:
-    """One digest of all Python files of packages, by the packages' folders."""
+    """Return one digest of all Python files. folders: package name -> its folder."""
     digest = hashlib.sha256()
     for package, folder in sorted(folders.items()):
         for path in sorted(folder.rglob("*.py")):
@@ -109,7 +111,7 @@ def code_digest(folders: Mapping[str, Path]) -> str:
 
 
 def stamp(path: str) -> str:
-    """What tells one version of a file, or of a checkpoint folder's files, from another: names and sizes."""
+    """Return what distinguishes versions of a file, or of a folder's files: names and sizes. Raises OSError."""
     if os.path.isdir(path):
         files = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file())
         return f"folder of {len(files)} files, {hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
@@ -117,12 +119,12 @@ def stamp(path: str) -> str:
 
 
 def reply_file(node: str) -> str:
-    """Name of the file that a node leaves in the preflight's folder."""
+    """Return the name of the file that a node leaves in the preflight's folder."""
     return hashlib.sha256(node.encode()).hexdigest()[:16]
 
 
 def await_content(path: Path, wanted: str, wait_s: float = SHARED_WAIT_S) -> str:
-    """Empty once `path` holds `wanted`, else what was found instead when the time was over."""
+    """Wait until `path` contains `wanted`. Returns '' then, or after `wait_s` seconds what was found instead."""
     deadline = time.monotonic() + wait_s
     while True:
         try:

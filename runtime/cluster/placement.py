@@ -1,7 +1,8 @@
-"""Which actor gets how much of a GPU.
+"""Which actor gets how much of a GPU. Pure.
 
-Pure. Invariants: Ray never puts two learner ranks on one GPU (NCCL refuses that); a placement that was asked for
-by name is what the run gets, or the run stops with the arithmetic.
+Invariants:
+* Ray never puts two learner ranks on one GPU, which NCCL refuses;
+* a placement that was asked for by name is what the run gets, or the run stops with the arithmetic.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from conf.schema import RunConfig
 from runtime.cluster.preflight import Bundle
 
 RANK_SHARE = 0.6
-"""Of a GPU that a learner rank shares: more than half, so that Ray never puts two ranks on one."""
+"""A learner rank's part of a GPU that it shares: more than half, so that Ray never puts two ranks on one."""
 
 
 def resolve_placement(config: RunConfig, cluster_gpus: float) -> str:
-    """`separated`, `colocated` or `cpu`. Raises ValueError if the one that is configured needs more GPUs."""
+    """Return `separated`, `colocated` or `cpu`. Raises ValueError if the configured one needs more GPUs."""
     wanted, gpus = config.cluster.placement, int(cluster_gpus)
     ranks, workers = config.learner.ranks, config.rollout.workers
     if wanted == "cpu":
@@ -35,20 +36,20 @@ def resolve_placement(config: RunConfig, cluster_gpus: float) -> str:
 
 
 def gpu_shares(config: RunConfig, cluster_gpus: float) -> tuple[float, float]:
-    """GPUs of a learner rank and of a rollout worker."""
+    """Return the GPUs of a learner rank and of a rollout worker, as fractions of one."""
     placement = resolve_placement(config, cluster_gpus)
     if placement == "cpu":
         return 0.0, 0.0
     if placement == "separated":
         return 1.0, 1.0
-    # Asked for by name, workers live on the ranks' GPUs; otherwise on all that there are.
+    # If `colocated` was asked for by name, workers are on the ranks' GPUs; otherwise on all GPUs.
     hosts = config.learner.ranks if config.cluster.placement == "colocated" else int(cluster_gpus)
     # Ray counts in ten thousandths.
     return RANK_SHARE, math.floor((1 - RANK_SHARE) / -(-config.rollout.workers // hosts) * 1e4) / 1e4
 
 
 def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
-    """One bundle per actor: learner ranks, workers, scorer."""
+    """Return one bundle per actor: learner ranks, workers, scorer."""
     cpus, ranks = config.cluster.actor_cpus, config.learner.ranks
     rank_gpus, worker_gpus = gpu_shares(config, cluster_gpus)
     learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, rank_gpus) for r in range(ranks)]
@@ -57,7 +58,7 @@ def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
 
 
 def placement_note(config: RunConfig, cluster_gpus: float) -> str:
-    """What is worth saying about who gets a GPU; empty if nothing is."""
+    """Return a note about shared or unused GPUs; '' if there is nothing to note."""
     rank, worker = gpu_shares(config, cluster_gpus)
     if 0 < rank < 1:
         return (

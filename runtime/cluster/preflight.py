@@ -1,7 +1,10 @@
 """What must hold on every node of a cluster, asked before any actor with weights starts.
 
-Invariants: all problems are found and reported at once, each with its node and what to do; every wait has a
-timeout and names the node; a pure core judges what `runtime.cluster.nodes` reports. Nothing is left behind in run_root.
+Invariants:
+* all problems are reported at once, each with its node and what to do;
+* every wait has a timeout and names the node;
+* the functions that judge are pure; `runtime.cluster.nodes` collects what they judge;
+* nothing is left behind in run_root.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ class Node:
 
 
 def check_resources(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[str]:
-    """Do all actors fit at once: in sum, each on some node, and together on the nodes as they are?"""
+    """Return why the actors do not fit: in sum, each on some node, or all together; [] if they do."""
     problems = []
     for kind in ("CPU", "GPU"):
         need = sum(_amount(b, kind) for b in bundles)
@@ -107,7 +110,7 @@ def check_resources(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[st
 
 
 def unplaced(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[Bundle]:
-    """What is left after placing the largest first, each where it leaves the least room."""
+    """Return the bundles left over after placing the largest first, each where it leaves the least room."""
     free = [[node.gpus, node.cpus] for node in nodes]
     left = []
     for bundle in sorted(bundles, key=lambda b: (-b.gpus, -b.cpus)):
@@ -122,7 +125,7 @@ def unplaced(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[Bundle]:
 
 
 def check_nodes(reports: Sequence[NodeReport], driver: NodeReport) -> list[str]:
-    """Compare what every node sees with what the driver sees. Equal problems of several nodes become one line."""
+    """Return how nodes differ from the driver. The same problem of several nodes is one line."""
     found: dict[str, list[str]] = {}
 
     def add(report: NodeReport, problem: str) -> None:
@@ -154,7 +157,7 @@ def check_nodes(reports: Sequence[NodeReport], driver: NodeReport) -> list[str]:
 
 
 def _first_of_each_key(missing: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """At most SHOWN_PATHS of a key; the rest as a count."""
+    """Return (key, problems) with at most SHOWN_PATHS problems per key, and the rest as a count."""
     by_key: dict[str, list[str]] = {}
     for key, problem in missing:
         by_key.setdefault(key, []).append(problem)
@@ -188,9 +191,9 @@ def _nodes(names: Sequence[str]) -> str:
 
 
 def needed_paths(config: RunConfig) -> tuple[NeededPath, ...]:
-    """Folders and files outside run_root that actors open: checkpoints, and a sample of the videos.
+    """Return the files and folders outside run_root that actors open: checkpoints, and a sample of the videos.
 
-    Only what the driver itself sees: a video that exists nowhere costs its sample, not the run.
+    Only those that the driver sees: a video that exists nowhere is skipped as a sample, and does not stop the run.
     """
     paths = [(key, path) for key, value in named_checkpoints(config) if (path := Path(value)).is_dir()]
     for split in ("train", "heldout"):
@@ -202,13 +205,16 @@ def needed_paths(config: RunConfig) -> tuple[NeededPath, ...]:
 
 
 def sample_videos(data: DataConfig, file: Path, count: int = SAMPLED_VIDEOS) -> list[Path]:
-    """Up to `count` different existing videos, from rows spread over the whole file."""
+    """Return up to `count` different existing videos, from rows spread over the whole file."""
     tasks = sample_tasks(file, count, format=data.format, ignore_fields=data.ignore_fields)
     return list(dict.fromkeys(video for task in tasks if (video := Path(task.video)).is_file()))
 
 
 def check_checkpoint_names(config: RunConfig, nodes: int) -> list[str]:
-    """Actors resolve them in a folder of their own, so a path must be absolute; a hub id lands in one node's cache."""
+    """Return what is wrong with the names of checkpoints on a cluster.
+
+    Actors run in other folders, so a path must be absolute. A hub id would be downloaded into one node's cache only.
+    """
     problems = []
     for key, value in named_checkpoints(config):
         path = Path(value)
@@ -226,7 +232,7 @@ def check_checkpoint_names(config: RunConfig, nodes: int) -> list[str]:
 
 
 def live_nodes() -> list[Node]:
-    """The cluster's live nodes, by address."""
+    """Return the cluster's live nodes, sorted by address."""
     found = []
     for entry in ray.nodes():
         if not entry["Alive"]:
@@ -238,7 +244,7 @@ def live_nodes() -> list[Node]:
 
 
 def run_preflight(config: RunConfig, bundles: Sequence[Bundle]) -> None:
-    """Raises PreflightError with every problem. A local Ray has one node, the driver's: nothing is asked remotely."""
+    """Raise PreflightError with every problem found. On a local Ray only resources are checked: no node is asked."""
     nodes = live_nodes()
     problems = check_resources(bundles, nodes)
     root = config.root.resolve()
@@ -253,7 +259,7 @@ def run_preflight(config: RunConfig, bundles: Sequence[Bundle]) -> None:
 
 
 def ask_nodes(root: Path, nodes: Sequence[Node], needed: tuple[NeededPath, ...], timeout_s: float) -> list[str]:
-    """Probe every node at once; the problems of all of them."""
+    """Probe all nodes at the same time and return their problems."""
     nonce = secrets.token_hex(16)
     folder = root / f".preflight-{nonce[:8]}"
     try:

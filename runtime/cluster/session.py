@@ -1,9 +1,9 @@
-"""The Ray session: one for all stages of a run; it places the actors and names what every wait waits for.
+"""The Ray session, one for all stages of a run: it places the actors, starts them, and waits for their replies.
 
 Invariants:
 * no actor starts before the preflight has passed;
-* all actors are placed or the run stops with the arithmetic;
-* every wait has a timeout;
+* all actors are placed, or the run stops with the arithmetic;
+* every wait has a timeout, and its error names what was waited for;
 * an actor that died is reported with its name, node, cause and log;
 * actors are separate processes (workers, scorer, learner) that end with the driver, however it ends.
 """
@@ -89,21 +89,22 @@ class Session:
         return pids
 
     def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
-        """A rollout worker writes the random checkpoint: run_root is visible on every node, and torch is loaded there."""
+        """Have a rollout worker, which can load torch, write a random checkpoint to `folder`; return that."""
         built = self.workers[0].build_tiny.remote(str(folder), spec, seed, dtype)
         return Path(self._started(built, f"a rollout worker to write {folder}"))
 
     def devices(self) -> tuple[list[DeviceInfo], list[DeviceInfo]]:
-        """What the learner ranks and the workers compute on, before they load anything."""
+        """Return the devices of the learner ranks and of the workers, before they load anything."""
         actors = [*self.learners.actors, *self.workers]
-        # Asked twice: the first answer opens CUDA in each process, the second has all their contexts in it.
+        # Asked twice: the first call opens a CUDA context in each process, so only the second sees what they all leave
+        # free.
         for _ in range(2):
             replies = [actor.device.remote() for actor in actors]
             found = [self.call(reply, "an actor to describe its device") for reply in replies]
         return found[: len(self.learners.actors)], found[len(self.learners.actors) :]
 
     def usage(self) -> list[ProcessUsage]:
-        """Where the time and memory of all actors went."""
+        """Return where the time and memory of the learner ranks and workers went."""
         replies = [actor.usage.remote() for actor in [*self.learners.actors, *self.workers]]
         return [self.call(reply, "an actor's account of its phases") for reply in replies]
 
@@ -123,7 +124,7 @@ class Session:
         return wait_for(reference, self.config.cluster.call_timeout_s, what, self.book.explain, CALL_LIMIT)
 
     def _started(self, reference: Any, what: str) -> Any:
-        """As `call`, for what may take as long as loading a model."""
+        """Like `call`, for what may take as long as loading a model."""
         return wait_for(reference, self.config.cluster.start_timeout_s, what, self.book.explain, START_LIMIT)
 
     def spread(
@@ -157,13 +158,13 @@ class Session:
             yield item, references
 
     def _reserve(self, bundles: list[Bundle]) -> PlacementGroup:
-        """One placement for all actors: they start together or not at all."""
+        """Reserve one placement group for all actors: they start together or not at all. Raises TimeoutError."""
         shapes = [{"CPU": b.cpus} | ({"GPU": b.gpus} if b.gpus else {}) for b in bundles]
         group = self._group = placement_group(shapes, strategy="PACK", name=self.book.ray_name("actors"))
         timeout = self.config.cluster.start_timeout_s
         if group.wait(timeout_seconds=min(QUIET_WAIT_S, timeout)):
             return group
-        # A killed run's actors go away by themselves, within seconds; another run's when it ends.
+        # The actors of a killed run end by themselves within seconds, those of another run when it ends.
         log.warning("waiting up to %g s for room for %d actors; free now: %s", timeout, len(bundles), _free())
         if not group.wait(timeout_seconds=timeout):
             raise TimeoutError(
@@ -222,11 +223,11 @@ class Session:
 
 
 def _hidden_gpus(bundle: Bundle) -> dict[str, str]:
-    """An actor without a GPU of its own must not find one: it would fight for memory with those that have."""
+    """Return the variables that hide GPUs from an actor that has none reserved: it must not take another's memory."""
     return {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _free() -> str:
-    """What is free on the cluster, of what the actors reserve."""
+    """Return the free CPUs and GPUs of the cluster, in words."""
     free = ray.available_resources()
     return f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs"

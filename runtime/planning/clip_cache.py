@@ -1,8 +1,8 @@
-"""What a clip weighs at the freeze boundary, compared with the byte budget of the caches before any model is loaded.
+"""Bytes of a clip at the freeze boundary, compared with the budget of the caches before any model is loaded.
 
-Pure arithmetic on a checkpoint's geometry. The driver keeps references to what rollouts ship, every
-worker the clips that it encoded, each up to `data.cache_mb`. A chunk's tokens are bounded by `data.video.max_pixels`;
-only a frame of extreme aspect ratio, one token high, can be rounded to more.
+Pure arithmetic on a checkpoint's geometry. The driver keeps references to what rollouts ship, and every worker the
+clips that it encoded, each up to `data.cache_mb`. A chunk's tokens are bounded by `data.video.max_pixels`; only a frame
+of extreme aspect ratio, one token high, can be rounded up to more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from streams.video.config import VideoConfig
 
 @dataclass(frozen=True)
 class ChunkSize:
-    """One chunk at the boundary: so many rows of so many numbers (frames: pixels of three) of so many bytes each."""
+    """One chunk at the boundary: `rows` tokens (frames: pixels) of `width` values, of `item` bytes each."""
 
     kind: str
     rows: int
@@ -34,7 +34,7 @@ class ChunkSize:
 
 
 def chunk_size(geometry: ModelGeometry, kind: str, dtype: str, video: VideoConfig) -> ChunkSize:
-    """The largest chunk of media of `kind` (see GroupPayload) under that model."""
+    """Return the size of the largest chunk of media of `kind` (see GroupPayload) with that model."""
     tokens = max(1, video.max_pixels // geometry.token_side**2)
     if kind == "frames":
         return ChunkSize(kind, video.frames_per_chunk * tokens * geometry.token_side**2, 3, 1)
@@ -43,12 +43,13 @@ def chunk_size(geometry: ModelGeometry, kind: str, dtype: str, video: VideoConfi
 
 
 def check_features(config: RunConfig, geometry: ModelGeometry, stage: str, turns: int) -> str:
-    """A line with the arithmetic, `turns` being the longest task's; ValueError with it if the budget holds no such clip.
+    """Return a line with the arithmetic. turns: of the longest task.
 
-    Frames that are not kept are read again; features that are not kept cost the tower again, for every group.
+    Raises ValueError if features of the longest clip exceed the budget: the tower would encode it anew for every group.
+    Frames may exceed it, since they are only read again.
     """
     if stage == "sft" and "rl" in config.job.stages:
-        # What RL cannot keep must not be found out only after the cold start.
+        # Find out before the cold start, not after it, what RL cannot keep.
         check_features(config, geometry, "rl", turns)
     # Demonstrations travel as frames, whatever trains.
     kind = (Boundary.NONE if stage == "sft" else config.learner.boundary).ships

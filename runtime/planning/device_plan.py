@@ -1,8 +1,12 @@
-"""Whether what a run will hold fits its devices, and how large the KV pools may be.
+"""Whether a run fits into its devices' memory, and how large the KV pools may be.
 
-Pure: judges footprints against what the actors report of their devices, before any of them loads a weight.
-Invariants: what cannot fit is refused with the arithmetic and ways out; a pool holds at least the largest stream; all
-workers get pools of one size; a pool is never larger than its streams can fill.
+Pure: it compares footprints with the devices that the actors report, before any of them loads a weight.
+
+Invariants:
+* what cannot fit is refused with the arithmetic and ways out;
+* a pool has room for the largest stream, at least;
+* all workers get pools of the same size;
+* without `rollout.kv_memory_mb` a pool is never larger than its streams can fill.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from streams.support.usage import DeviceInfo
 from streams.task import StreamTask
 
 MARGIN = 0.06
-"""Of a device's free memory, left alone: the allocator's fragments, libraries' workspaces."""
+"""Share of a device's free memory that is left free, for the allocator's fragments and libraries' workspaces."""
 
 MICRO_BATCHES = (16384, 8192, 4096, 2048)
 """What learner.micro_batch_tokens=0 is chosen from."""
@@ -44,7 +48,7 @@ MICRO_BATCHES = (16384, 8192, 4096, 2048)
 
 @dataclass(frozen=True)
 class Process:
-    """A process and its device. kv: whether it has a KV pool, whose size is still to be found."""
+    """A process and its device. kv: whether it has a KV pool, whose size is yet to be determined."""
 
     footprint: Footprint
     device: DeviceInfo
@@ -53,9 +57,13 @@ class Process:
 
 @dataclass(frozen=True)
 class PoolNeed:
-    """slot: bytes of one token. largest: tokens of the largest stream at once; streams: at most, at once.
+    """What a KV pool is needed for.
 
-    given: bytes of the pool as configured, 0 = what is left.
+    Attributes:
+        slot: Bytes of one token.
+        largest: Most tokens of one stream that are live at once.
+        streams: Most streams at once.
+        given: Bytes of the pool as configured; 0 = what the device has left.
     """
 
     slot: int
@@ -102,8 +110,11 @@ def plan_device_memory(
     describe_pool: Callable[[int], Footprint],
     taken: frozenset[str] = frozenset(),
 ) -> DevicePlan:
-    """The sizes of all pools. describe_pool: a worker's footprint with a pool of that many bytes. taken: ways out that the
-    configuration has taken already. Raises ValueError.
+    """Return the size of all pools.
+
+    describe_pool: a worker's footprint with a pool of that many bytes. taken: ways out that the configuration has
+    taken.
+    Raises ValueError, with the arithmetic and ways out, if something does not fit.
     """
     wanted = need.given // need.slot if need.given else need.largest * need.streams
     slots = wanted
@@ -136,7 +147,7 @@ def plan_device_memory(
 
 
 def _by_device(processes: list[Process]) -> dict[DeviceInfo, list[Process]]:
-    """Processes by the device that they share; of what each saw free of it, the least counts."""
+    """Return processes by the device that they share. If they report different free memory, the least counts."""
     by_key: dict[str, list[Process]] = {}
     for process in processes:
         by_key.setdefault(process.device.key, []).append(process)
@@ -160,7 +171,7 @@ def _listed(here: list[Process]) -> str:
 
 
 def _ways_out(here: list[Process], taken: frozenset[str]) -> str:
-    """What helps on a device with these processes, and is not done yet."""
+    """Return, in words, what would help on a device with these processes and has not been done yet."""
     cuda = here[0].device.cuda
     pools, ranks = any(process.kv for process in here), any(not process.kv for process in here)
     ways = [] if cuda else ["a smaller model", "fewer workers"]
@@ -179,7 +190,7 @@ def _ways_out(here: list[Process], taken: frozenset[str]) -> str:
 
 
 def _taken(config: RunConfig, stages: dict[str, LearnerConfig]) -> frozenset[str]:
-    """Ways out that are taken, or that would change nothing: only RL stages weights, only training keeps activations."""
+    """Return ways out that are taken or change nothing: only RL stages weights, only training keeps activations."""
     learners = stages.values()
     trains = [learner for stage, learner in stages.items() if stage != "eval"]
     done = {
@@ -197,9 +208,9 @@ def _check_kernels(
     devices: tuple[list[DeviceInfo], list[DeviceInfo]],
     head_dim: int,
 ) -> None:
-    """A kernel that is forced and that the device or the dtype rules out, before a model is loaded to find it out.
+    """Raise ValueError for a forced kernel that the device or the dtype rules out, before a model is loaded.
 
-    Whether a kernel's package is installed is only known where it runs: the actors check again.
+    Whether a kernel's package is installed is known only where it runs: the actors check again.
     """
     ranks, workers = ({"cuda" if device.cuda else "cpu" for device in part} for part in devices)
     for device in ranks:
@@ -214,7 +225,7 @@ def _check_kernels(
 
 
 def _scores_by_flex(learner: LearnerConfig, device: DeviceInfo) -> bool:
-    """Whether logs are scored with FlexAttention there: by the learner, or by a worker that checks itself."""
+    """Return whether logs are scored with FlexAttention on that device, by the learner or in a worker's self-check."""
     return device.cuda and learner.attention != "sdpa"
 
 
@@ -225,12 +236,12 @@ def plan_devices(
     tasks: tuple[StreamTask, ...],
     devices: tuple[list[DeviceInfo], list[DeviceInfo]],
 ) -> DevicePlan:
-    """For the stages that need a learner (name -> its settings; `eval` only scores), on the devices of ranks and workers.
+    """Return one plan for all stages: the learner that needs the most memory, and one size of KV pools.
 
-    What is planned holds for all of them: the learner of the hungriest, one size of KV pool. Where the configuration leaves
-    it open (weights.staging=auto, learner.micro_batch_tokens=0) the first choice counts under which the pool holds all its
-    streams, or else the one with the largest pool: streams that wait cost more than a longer pause at the swap, or than a
-    forward more. Raises ValueError.
+    stages: name -> settings of its learner; `eval` only scores. devices: of the learner ranks, and of the workers. What the
+    configuration leaves open (weights.staging=auto, learner.micro_batch_tokens=0) is chosen here: the first choice under
+    which the pool holds all its streams, or else the one with the largest pool. Streams that wait cost more than a longer
+    pause at the swap or one more forward. Raises ValueError if something does not fit.
     """
     _check_kernels(config, stages, devices, geometry.head_dim)
     check_text_tells_time(make_policy(config.memory), geometry.family.timestamps)

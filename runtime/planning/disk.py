@@ -1,6 +1,6 @@
-"""What checkpoints will weigh, compared with the free disk before anything is loaded.
+"""The size of a stage's checkpoints, compared with the free disk before anything is loaded.
 
-Parameters are those of the checkpoint's geometry; nothing is read but headers.
+Parameters are counted from the checkpoint's geometry, for which only headers are read.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class CheckpointSize:
 
 
 def checkpoint_size(geometry: ModelGeometry, learner: LearnerConfig) -> CheckpointSize:
-    """Size of a checkpoint of that model. Raises ValueError for name patterns that do not fit it."""
+    """Return the size of a checkpoint of that model. Raises ValueError for `freeze_names` that match no parameter."""
     total = geometry.total * BYTES[learner.dtype]
     return CheckpointSize(total, total + trained_numbers(geometry, learner) * OPTIMIZER_BYTES)
 
 
 def needed_bytes(size: CheckpointSize, config: CheckpointConfig, *, best: bool) -> int:
-    """Most that one stage's checkpoints take at any time: those kept, and one more while it is written."""
+    """Return the most bytes that a stage's checkpoints take at any time: those kept, and one that is being written."""
     with_optimizer = {"all": config.keep + 1, "latest": 2, "none": 0}[config.optimizer]
     return (config.keep + 1 + best) * size.export + with_optimizer * size.resume
 
 
 def check_disk(root: Path, size: CheckpointSize, config: CheckpointConfig, *, best: bool, stage: str) -> str:
-    """A line with the arithmetic; ValueError with it if the disk under `root` is too small."""
+    """Return a line with the arithmetic. Raises ValueError if the disk under `root` is too small."""
     need = needed_bytes(size, config, best=best)
     free = shutil.disk_usage(root).free + _held(root / "checkpoints" / stage)
     copies = config.keep + 1
@@ -60,7 +60,7 @@ def check_disk(root: Path, size: CheckpointSize, config: CheckpointConfig, *, be
 
 
 def _held(folder: Path) -> int:
-    """Bytes that this stage's checkpoints hold already: they are replaced, not added to."""
+    """Return the bytes of this stage's present checkpoints, which will be replaced."""
     if not folder.is_dir():
         return 0
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,8 +1,9 @@
-"""Bytes that the processes of a run will hold on their devices, known before any weight is loaded.
+"""Peak device memory of a run's processes, in bytes, known before any weight is loaded. Pure.
 
-Pure. Weights, KV pool, optimiser and feature sizes are exact; what a forward and a backward hold is a count of
-the tensors that autograd keeps (checked against it in the tests) and of the largest temporaries behind them. CUDA's own
-context is no part of it: devices are asked what is free once every process has opened its own.
+Weights, KV pool, optimiser and feature sizes are exact. The memory of a forward and a backward is a count of the
+tensors that autograd keeps (the tests check it against autograd) and of the largest temporaries besides. CUDA's own
+context is not
+included: devices are asked for their free memory once every process has opened its context.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SELF_CHECK = "self-check"
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one process holds on its device at its peak, by part; host: what it also holds in host memory."""
+    """Peak device memory of one process by part, in bytes. host: what it also needs of host memory."""
 
     process: str
     parts: tuple[tuple[str, int], ...]
@@ -47,9 +48,10 @@ class Footprint:
 
 
 def layer_bytes(geometry: ModelGeometry, width: int, *, dense: bool) -> tuple[int, int]:
-    """(what autograd keeps of one text layer, largest temporaries of its backward) per token; width: bytes of a number.
+    """Return bytes per token that autograd keeps of one text layer, and those of its backward's largest temporaries.
 
-    Norms keep their input in float32. dense: keys and values are repeated for every query head (SDPA with a mask).
+    width: bytes of one value. dense: SDPA with a mask, for which keys and values are repeated for every query head.
+    Norms keep their input in float32.
     """
     query, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     norms = 2 * (4 + 2 * width) * geometry.hidden
@@ -61,8 +63,10 @@ def layer_bytes(geometry: ModelGeometry, width: int, *, dense: bool) -> tuple[in
 
 
 def region_bytes(geometry: ModelGeometry, width: int, row: int, text: float, *, dense: bool) -> tuple[int, int]:
-    """What contiguous positions add to `layer_bytes`: queries once per region, a text token's copies (two at most) and, dense,
-    the weights of every query head over a row's keys, which SDPA would not keep. row: its tokens; text: its share of them.
+    """Return what contiguous positions add to `layer_bytes`.
+
+    These are queries once per region, at most two copies of a text token's key and, if dense, the attention weights of
+    every query head over a row's keys. row: tokens of a row. text: share of text tokens in it.
     """
     query, keys = geometry.heads * geometry.head_dim, 1 + 2 * text
     kept = 2 * width * geometry.kv_heads * geometry.head_dim * keys
@@ -75,7 +79,7 @@ def region_bytes(geometry: ModelGeometry, width: int, row: int, text: float, *, 
 
 
 def micro_batch_tokens(learner: LearnerConfig, stream: StreamSize, streams: int) -> int:
-    """Padded tokens of the learner's largest forward, for `streams` streams a step."""
+    """Return the padded tokens of the learner's largest forward, for `streams` streams per step."""
     share = math.ceil(streams / learner.ranks) * stream.tokens
     return max(stream.tokens, min(learner.micro_batch_tokens, share))
 
@@ -94,8 +98,10 @@ def learner_footprint(
     per_clip: int = 1,
     positions: str = NATIVE,
 ) -> Footprint:
-    """Of one rank. trained: numbers that train; streams: of one step, `per_clip` of which show the same clip; flex:
-    FlexAttention, else SDPA with a dense mask; fused: AdamW without temporaries; positions: of the memory.
+    """Return the peak memory of one learner rank that trains.
+
+    trained: trainable parameters. streams: streams per step, `per_clip` of which share a clip. flex: FlexAttention,
+    else SDPA with a dense mask. fused: AdamW without temporaries. positions: `memory.positions`.
     """
     width, ranks = BYTES[learner.dtype], learner.ranks
     total, stage = geometry.total, learner.zero_stage
@@ -167,8 +173,11 @@ def worker_footprint(
     paged: bool = False,
     flex: bool = False,
 ) -> Footprint:
-    """Of one rollout worker. trained: numbers that an update replaces; paged: FlashInfer, which gathers no keys; flex:
-    streams are re-scored with FlexAttention.
+    """Return the peak memory of one rollout worker.
+
+    trained: parameters that an update replaces. kv_bytes: size of its KV pool. paged: FlashInfer, which gathers no
+    keys.
+    flex: streams are re-scored with FlexAttention.
     """
     width = BYTES[dtype]
     features = geometry.pre_merger_width if config.learner.boundary.worker_merges else geometry.feature_width
@@ -183,7 +192,7 @@ def worker_footprint(
     forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else 2 * keys)
     choosing = streams * geometry.vocab * 24
     step = max(forward, choosing, _tower_bytes(geometry, stream, width, "one"))
-    # Between two steps: the one's temporaries are gone when the other's come.
+    # The self-check runs between two engine steps, so only the larger of both peaks counts.
     check = self_check_bytes(geometry, width, stream, flex=flex, positions=config.memory.positions)
     return Footprint(
         "rollout worker",
@@ -203,8 +212,10 @@ def _kept_blocks(learner: LearnerConfig) -> str:
 
 
 def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, kept: str) -> int:
-    """What encoding the longest clip takes: pixels as float32 and what the blocks hold. kept: what of the blocks lasts:
-    `all` for a backward, their `inputs` if it computes them again, `one` at a time without a backward.
+    """Return the memory of encoding the longest clip: pixels as float32, and activations of the tower's blocks.
+
+    kept: `all` activations, for a backward; the blocks' `inputs`, if it recomputes them; `one` block's, without a
+    backward.
     """
     patches = stream.turns * stream.video * geometry.merge_size**2
     pixels = 3 * geometry.temporal_patch_size * geometry.patch_size**2
@@ -228,7 +239,7 @@ def scorer_footprint(
     flex: bool,
     positions: str = NATIVE,
 ) -> Footprint:
-    """Of a rank that only scores an evaluation's logs: no backward, no moments (the first step would make them)."""
+    """Return the peak memory of a rank that only scores logs: no backward, no moments (a first step makes them)."""
     width, ranks = BYTES[learner.dtype], learner.ranks
     tokens = micro_batch_tokens(learner, stream, streams)
     row, head = _row(learner, stream, tokens), learner.head_chunk
@@ -248,7 +259,7 @@ def scorer_footprint(
 
 
 def self_check_bytes(geometry: ModelGeometry, width: int, stream: StreamSize, *, flex: bool, positions: str) -> int:
-    """What a rollout worker takes to re-score the largest stream."""
+    """Return the memory that a rollout worker needs to re-score the largest stream."""
     tokens, share = stream.tokens, stream.text_share
     return _scoring_bytes(geometry, width, tokens, tokens, SELF_CHECK_HEAD, share, flex=flex, positions=positions)
 
@@ -256,7 +267,7 @@ def self_check_bytes(geometry: ModelGeometry, width: int, stream: StreamSize, *,
 def _scoring_bytes(
     geometry: ModelGeometry, width: int, tokens: int, row: int, head: int, text: float, *, flex: bool, positions: str
 ) -> int:
-    """Of a forward of `tokens` tokens in rows of `row` without a backward, and of the logits of `head` tokens at a time."""
+    """Return the memory of a forward without a backward: `tokens` in rows of `row`, logits of `head` at a time."""
     query, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     keys = 1 + 2 * text if positions == CONTIGUOUS else 1
     # Queries, as they come and rotated, and the output; keys and values, repeated for every query head under a mask.
@@ -278,7 +289,7 @@ def _scoring_bytes(
 
 
 def _row(learner: LearnerConfig, stream: StreamSize, tokens: int) -> int:
-    """Tokens of one row of a forward of `tokens` tokens."""
+    """Return the tokens of one row in a forward of `tokens` tokens."""
     return max(stream.tokens, min(learner.row_tokens, tokens))
 
 
@@ -287,19 +298,19 @@ def _rank_name(learner: LearnerConfig) -> str:
 
 
 def trained_numbers(geometry: ModelGeometry, learner: LearnerConfig) -> int:
-    """How many numbers train."""
+    """Return the number of trainable parameters."""
     names = trained(geometry.parameters, learner.freeze, learner.freeze_names)
     return sum(geometry.parameters[name] for name in names)
 
 
 def slot_bytes(geometry: ModelGeometry, dtype: str, positions: str = NATIVE) -> int:
-    """Bytes of one token in the KV pool. positions: of the memory; contiguous ones need its un-rotated keys, too."""
+    """Return the bytes of one token in the KV pool. Contiguous positions need its un-rotated keys, too."""
     sizes = geometry.layers, geometry.kv_heads, geometry.head_dim
     return kv_values(*sizes, unrotated=positions == CONTIGUOUS) * BYTES[dtype]
 
 
 def gib(count: int) -> str:
-    """Bytes for people."""
+    """Return a number of bytes in readable units."""
     if count >= 2**27:
         return f"{count / 2**30:.2f} GiB"
     return f"{count / 2**20:.1f} MiB" if count >= 2**17 else f"{count / 2**10:.1f} KiB"

@@ -1,6 +1,6 @@
-"""How many tokens a stream can have, by its settings and the sizes of its model: the one answer of all plans and checks.
+"""How many tokens a stream can have, by its settings and the sizes of its model: used by all plans and checks.
 
-The engine knows better once a stream is there (`rollout.engine.feed`), from the same layout.
+Once a stream exists the engine knows its exact sizes (`rollout.engine.feed`), from the same layout.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class StreamSize:
     """The largest stream of a run, in tokens.
 
     Attributes:
-        turns: of the stream.
+        turns: turns of the stream.
         video: video tokens of one turn.
         text: other tokens of one turn.
         fixed: tokens outside of turns: the system message, queries, copies of turns.
-        tasks: of the run.
+        tasks: number of tasks of the run.
     """
 
     turns: int
@@ -79,7 +79,7 @@ class StreamSize:
 
     @property
     def tokens(self) -> int:
-        """Of the whole log."""
+        """Tokens of the whole log."""
         return self.fixed + self.turns * (self.video + self.text)
 
     @property

@@ -1,7 +1,7 @@
-"""Where the time and memory of a run's actors went, beside what was estimated before they loaded anything.
+"""Where the time and memory of a run's actors went, beside the estimates made before they loaded anything.
 
-Pure but for one file, `run_root/usage.json`. On a GPU memory is torch's own count, exact; on a CPU it is what
-the process has grown by, libraries that were loaded on the way included.
+It writes one file, `run_root/usage.json`. On a GPU, memory is torch's own exact count. On a CPU it is how much the
+process has grown, libraries loaded meanwhile included.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ USAGE_FILE = "usage.json"
 
 
 def usage_report(usage: list[ProcessUsage], plan: DevicePlan, by_kind: dict[str, LogpDiff]) -> dict[str, Any]:
-    """usage: of the processes on the plan's devices, in order. by_kind: mismatch of learner and engine by kind of token."""
+    """Return the report. usage: processes in the order of the plan's devices. by_kind: mismatch by kind of token."""
     processes = {}
     for process, device in zip(usage, plan.devices, strict=True):
-        # Beyond what the process held before it loaded anything: comparable with the estimate, phase by phase.
+        # Subtract what the process held before it loaded anything, so that peaks compare with the estimate.
         phases = {name: replace(phase, peak=max(0, phase.peak - device.held)) for name, phase in process.phases.items()}
         peak = max((phase.peak for phase in phases.values()), default=0)
         estimate = _estimate(process.process, plan.footprints)
@@ -40,7 +40,7 @@ def usage_report(usage: list[ProcessUsage], plan: DevicePlan, by_kind: dict[str,
 
 
 def usage_lines(report: dict[str, Any]) -> list[str]:
-    """The report in words, one line for each process and one for the mismatch."""
+    """Return the report in words, one line for each process and one for the mismatch."""
     lines = []
     for name, process in report["processes"].items():
         phases = ", ".join(
@@ -78,5 +78,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _estimate(process: str, footprints: tuple[Footprint, ...]) -> int | None:
-    """Of the footprint that stands for this process (`rollout worker` for `rollout worker 1`)."""
+    """Return the estimate for a process (`rollout worker` is that of `rollout worker 1`); None if there is none."""
     return next((f.total for f in footprints if process.startswith(f.process)), None)

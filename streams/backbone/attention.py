@@ -1,4 +1,7 @@
-"""The two attention functions that the backbone's modules call."""
+"""The two attention functions that the backbone's modules call.
+
+Invariant: a call without a plan, or without the spans of its frames, raises; it never means full attention.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def _vision_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Full attention inside each span of a packed row; q, k, v [1, H, L, D] -> [1, L, H, D].
+    """Attend fully inside each span of a packed row; q, k, v [1, H, L, D] -> [1, L, H, D].
 
     Spans of one length share one SDPA call: a clip of small frames would otherwise cost one call per frame and layer.
     """

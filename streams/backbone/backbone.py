@@ -1,11 +1,14 @@
 """The backbone: a Qwen2.5-VL or Qwen3-VL checkpoint through transformers, as engine, learner and scorers run it.
 
-One class for rollout and learner, so weight names are the same on both sides and any Hugging Face
-checkpoint loads. Invariants: attention of the text model always goes through a plan that says who sees whom (a missing
-plan raises, never means full attention); position ids are ours; no KV cache of transformers is used; the embedding is
-never shrunk and no trained row is re-initialised; what the tower makes of one video token is one row of numbers, from the
-cache through the wire to the forward: its embedding and, behind it, every DeepStack level (Qwen3-VL adds level i to the
-hidden states of the video tokens after text layer i).
+Rollout and learner use one class, so weight names are the same on both sides and any Hugging Face checkpoint loads.
+
+Invariants:
+* attention of the text model always goes through a plan that says who sees whom: a missing plan raises, it never means
+  full attention;
+* position ids are ours, and no KV cache of transformers is used;
+* the embedding is never shrunk, and no trained row is re-initialised;
+* the features of a video token are one row, from the cache through the wire to the forward: its embedding, followed by
+  every DeepStack level (Qwen3-VL adds level i to the hidden states of the video tokens after text layer i).
 """
 
 from __future__ import annotations
@@ -57,13 +60,13 @@ class VideoTokens:
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as a numpy array to ship, bit for bit; bfloat16, which numpy lacks, travels as int16."""
+    """Return a tensor as a numpy array to ship, bit for bit; bfloat16, which numpy lacks, travels as int16."""
     plain = tensor.detach().cpu().contiguous()
     return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """The tensor that `to_array` shipped (a copy: arrays from the object store are read-only)."""
+    """Return the tensor that `to_array` shipped (a copy: arrays from the object store are read-only)."""
     tensor = torch.from_numpy(array.copy())
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
@@ -73,9 +76,9 @@ AttentionInterface.register(VISION_ATTENTION_NAME, _vision_attention)
 
 
 def _check_loaded(source: Path, model: Any, report: dict[str, Any]) -> None:
-    """The last word on what was loaded is transformers' own: `check_weights` knows the modules of some releases.
+    """Raise ValueError for a parameter that transformers filled with random numbers, or a tied head that it did not tie.
 
-    Raises ValueError for a parameter that transformers filled with random numbers, or a tied head that it did not tie.
+    `check_weights` knows the modules of some releases only, so transformers' own report is checked as well.
     """
     if random := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
         raise ValueError(
@@ -92,7 +95,7 @@ def _check_loaded(source: Path, model: Any, report: dict[str, Any]) -> None:
 
 
 def _check_vocabulary(source: Path, tokens: int, rows: int) -> None:
-    """Only the layout's own tokens may be new. Raises ValueError for a tokenizer of another, larger model."""
+    """Raise ValueError for the tokenizer of another, larger model: only the layout's own tokens may be new."""
     if tokens > rows:
         raise ValueError(
             f"{source}: its tokenizer has {tokens:,} tokens, but the weights have rows for {rows:,}: the others would start "
@@ -103,9 +106,11 @@ def _check_vocabulary(source: Path, tokens: int, rows: int) -> None:
 class Backbone:
     """A loaded checkpoint with its tokenizer, layout and image settings.
 
-    source: where it was loaded from, for messages. A run outlives the checkpoint it goes on from (checkpoint.keep), so
-    nothing is read there again: `processors` holds the processor files it came with, by name, for the exports.
-    vision_attention: kernel of the vision tower, `sdpa` or `flash_attn`.
+    Attributes:
+        source: the folder it was loaded from, for messages. That folder may be deleted while the run goes on
+            (checkpoint.keep), so nothing is read from it again.
+        processors: content of the processor files that it came with, by name, for the exports.
+        vision_attention: kernel of the vision tower, `sdpa` or `flash_attn`.
     """
 
     def __init__(
@@ -201,11 +206,11 @@ class Backbone:
 
     @property
     def feature_width(self) -> int:
-        """F: numbers per video token, its embedding and all DeepStack levels."""
+        """F: values per video token, its embedding and all DeepStack levels."""
         return int(self.model.config.text_config.hidden_size) * (1 + self.deepstack_levels)
 
     def cursor(self, patch_seconds: float) -> PositionCursor:
-        """A fresh position cursor for one stream; `patch_seconds` is the time between temporal patches."""
+        """Return a fresh position cursor for one stream. patch_seconds: time between temporal patches."""
         if self.layout.timestamps:
             return TimestampCursor()
         return PositionCursor(float(self.model.config.vision_config.tokens_per_second), patch_seconds)
@@ -217,15 +222,15 @@ class Backbone:
         return Rotary(text.rotary_emb.inv_freq, text.config.rope_parameters, interleaved=self.family.interleaved)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings: int [...] -> [..., H]."""
+        """Return token embeddings: int [...] -> [..., H]."""
         return self.model.get_input_embeddings()(ids)
 
     def hidden(
         self, ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, video: VideoTokens | None = None
     ) -> torch.Tensor:
-        """Final hidden states [B, L, H] of ids int [B, L] at M-RoPE positions int [3, B, L] under `plan`.
+        """Return the final hidden states [B, L, H] of ids int [B, L] at M-RoPE positions int [3, B, L] under `plan`.
 
-        Engine and learner both come here: there is one place where features meet their tokens.
+        Engine and learner share it, so features are put in their tokens' places in one way only.
         """
         embeds = self.embed(ids)
         levels: dict[str, Any] = {}
@@ -238,7 +243,10 @@ class Backbone:
         ).last_hidden_state
 
     def _place(self, embeds: torch.Tensor, video: VideoTokens) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Embeddings [B, L, H] with the video tokens in place, and the arguments that inject their DeepStack levels."""
+        """Return embeddings [B, L, H] with the features in place, and the arguments that inject the DeepStack levels.
+
+        Raises ValueError if features and video tokens differ in number, or the features have another width.
+        """
         if len(video.index) != len(video.features):
             raise ValueError(
                 f"{len(video.index)} video tokens but {len(video.features)} features: media and log do not match"
@@ -255,12 +263,12 @@ class Backbone:
             return placed, {}
         mask = torch.zeros(embeds.shape[0] * embeds.shape[1], dtype=torch.bool, device=embeds.device)
         mask[video.index] = True
-        # Through a mask rows arrive in ascending order; the learner's packing hands them over log by log.
+        # transformers takes the levels through a mask, so in ascending order; the learner's packing gives them log by log.
         levels = features[video.index.argsort(), width:].split(width, dim=-1)
         return placed, {"visual_pos_masks": mask.view(embeds.shape[:2]), "deepstack_visual_embeds": list(levels)}
 
     def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64)."""
+        """Return logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64)."""
         logits = self.model.lm_head(hidden)
         if logits.dtype != torch.float64:
             logits = logits.float()
@@ -268,7 +276,7 @@ class Backbone:
 
     @property
     def pre_merger_width(self) -> int:
-        """P: numbers per video token at the boundary of `freeze=tower`."""
+        """P: values per video token at the boundary of `freeze=tower`."""
         return tower.pre_merger_width(self.model.config.vision_config)
 
     def encode_video(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
@@ -276,11 +284,14 @@ class Backbone:
         return tower.encode(self.model.model.visual, self.image, frames, self.dtype)
 
     def encode_pre_merger(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
-        """The same clips up to the mergers, [chunks, tokens, P], without gradient; `merge` makes features of them."""
+        """Encode clips up to the mergers, [chunks, tokens, P] each, without gradient; `merge` makes features of them."""
         return tower.encode_pre_merger(self.model.model.visual, self.image, frames, self.dtype)
 
     def merge(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Features of pre-merger rows through the mergers as they now are, all clips in one call of each."""
+        """Return the features of pre-merger rows through the current mergers, each called once for all clips.
+
+        Raises ValueError for rows of another width.
+        """
         for clip in rows:
             if clip.shape[-1] != self.pre_merger_width:
                 raise ValueError(
@@ -302,7 +313,7 @@ class Backbone:
     def save(self, path: Path, streaming: dict[str, Any], state: dict[str, torch.Tensor] | None = None) -> None:
         """Write a standard Hugging Face checkpoint with tokenizer, chat template, processors and `streaming.json`.
 
-        state: the model's whole state dict, where the model itself holds only slices of it.
+        state: the whole state dict, if the model itself has only slices of it (ZeRO-3).
         """
         path.mkdir(parents=True, exist_ok=True)
         # The registered names mean nothing to other programs: the export must load with their default attention.

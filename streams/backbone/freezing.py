@@ -1,7 +1,10 @@
 """Which parameters train: the freeze modes, and shell-style patterns over parameter names.
 
-Light: the driver counts with it what a learner will train, from the names in a checkpoint's files. Names
-are those of `model.named_parameters()`. Invariant: one function decides, for the learner and for every estimate.
+Names are those of `model.named_parameters()`.
+
+Invariants:
+* one function decides, for the learner and for every estimate;
+* importing it loads no torch: the driver counts what a learner will train from the names in a checkpoint's files.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from streams.backbone.boundary import Boundary
 
 
 def trained(names: Iterable[str], mode: str, patterns: Sequence[str] = ()) -> list[str]:
-    """The names that train under `learner.freeze` and `learner.freeze_names`. Raises ValueError."""
+    """Return the names that train under `learner.freeze` (mode) and `learner.freeze_names` (patterns).
+
+    Raises ValueError for an unknown mode, a pattern that matches nothing, or if nothing is left to train.
+    """
     boundary = Boundary.of(mode)
     every = list(names)
     for pattern in patterns:

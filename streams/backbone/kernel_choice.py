@@ -1,7 +1,9 @@
-"""Which attention kernel runs where: the learner's, the engine's, the vision tower's. Chosen alike, named, forced alike.
+"""Which attention kernel runs where: the learner's, the engine's, the vision tower's.
 
-Invariants: `auto` never fails; a kernel that is asked for by name and cannot run is a ValueError that says
-why; importing this module loads neither torch nor a kernel package (the driver checks configurations with it).
+Invariants:
+* `auto` never fails;
+* a kernel that is asked for by name and cannot run raises ValueError that says why;
+* importing this module loads neither torch nor a kernel package (the driver checks configurations with it).
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ class Choice:
 
 
 def has_module(name: str) -> bool:
-    """Whether the package is installed; it is not imported."""
+    """Return whether the package is installed, without importing it."""
     return find_spec(name) is not None
 
 
 def choose_learner_attention(asked: str, device: str) -> Choice:
-    """`flex` or `sdpa`. device: "cuda" or "cpu"."""
+    """Choose `flex` or `sdpa`. device: "cuda" or "cpu". Raises ValueError for a kernel that cannot run there."""
     if asked not in LEARNER_ATTENTION:
         raise ValueError(f"learner.attention={asked!r} is not one of {', '.join(LEARNER_ATTENTION)}")
     missing = "" if device == "cuda" else "FlexAttention has no backward on CPU"
@@ -56,20 +58,21 @@ def choose_learner_attention(asked: str, device: str) -> Choice:
 
 
 def choose_rollout_attention(asked: str, device: str, dtype: str, head_dim: int) -> Choice:
-    """`flashinfer` or `torch`, for a KV pool of that dtype and head dimension."""
+    """Choose `flashinfer` or `torch` for a KV pool. Raises ValueError for a kernel that cannot run there."""
     if asked not in ROLLOUT_ATTENTION:
         raise ValueError(f"rollout.attention={asked!r} is not one of {', '.join(ROLLOUT_ATTENTION)}")
     missing = _missing(device, dtype, "flashinfer", "flashinfer-python")
     if not missing and head_dim not in FLASHINFER_HEAD_DIMS:
         missing = f"heads of {head_dim} are not among {', '.join(map(str, FLASHINFER_HEAD_DIMS))}"
     if not missing and asked == "auto":
-        # Asked for by name, the worker says what it lacks: the driver, which counts with this, needs no compiler.
+        # Only for `auto`: the driver plans with this, too, and its machine need not have the compiler. A worker that
+        # is told to use FlashInfer says itself what is missing (`rollout.attention.flashinfer_paged`).
         missing = missing_for_flashinfer()
     return _chosen("rollout.attention", asked, fast="flashinfer", plain="torch", missing=missing)
 
 
 def choose_vision_attention(asked: str, device: str, dtype: str) -> Choice:
-    """`flash_attn` or `sdpa`, for the vision tower."""
+    """Choose `flash_attn` or `sdpa` for the vision tower. Raises ValueError for a kernel that cannot run there."""
     if asked not in VISION_ATTENTION:
         raise ValueError(f"model.vision_attention={asked!r} is not one of {', '.join(VISION_ATTENTION)}")
     missing = _missing(device, dtype, "flash_attn", "flash-attn")
@@ -77,7 +80,7 @@ def choose_vision_attention(asked: str, device: str, dtype: str) -> Choice:
 
 
 def _missing(device: str, dtype: str, module: str, package: str) -> str:
-    """What a half-precision CUDA kernel package lacks here; empty = nothing."""
+    """Return what a half-precision CUDA kernel package lacks here; empty: nothing."""
     if device != "cuda":
         return f"no CUDA, the device is {device}"
     if dtype not in HALF:
@@ -136,7 +139,7 @@ def _library_folders() -> list[str]:
 
 
 def _chosen(key: str, asked: str, *, fast: str, plain: str, missing: str) -> Choice:
-    """missing: what keeps `fast` from running here; empty = nothing."""
+    """Choose between two kernels. missing: what keeps `fast` from running here; empty: nothing."""
     if asked == fast and missing:
         raise ValueError(f"{key}={asked} cannot run here: {missing}; use {key}=auto or {key}={plain}")
     if asked != "auto":

@@ -1,8 +1,12 @@
 """Tiny backbones: a random Qwen2.5-VL or Qwen3-VL with its own small tokenizer, in the standard Hugging Face format.
 
-Everything that loads a real checkpoint loads these, through the same code. The tokenizer follows
-Qwen's pre-tokenizer rules and has merges over newlines and leading spaces, so that tokenisation at the seams of a
-turn is exercised. Weights are Xavier-initialised: with the default 0.02 a model this small does not learn colours.
+The tokenizer follows Qwen's pre-tokenizer rules and has merges over newlines and leading spaces, so that tokenisation at
+the seams of a turn is exercised. Weights are Xavier-initialised: with the default standard deviation of 0.02 a model
+this small does not learn colours.
+
+Invariants:
+* whatever loads a real checkpoint loads these, through the same code;
+* the same spec and seed give the same files.
 """
 
 from __future__ import annotations
@@ -168,7 +172,7 @@ def build_config(spec: TinySpec, tokenizer: Any) -> PretrainedConfig:
 
 
 def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embedding_std: float = 0.5) -> None:
-    """Xavier on every matrix, normal embeddings, small random biases; norms are 1, their biases 0. Sets every parameter.
+    """Set every parameter: Xavier on matrices, normal embeddings, small random biases; norms to 1, their biases to 0.
 
     A model of LARGE numbers or more is drawn by all cores, each slice of DRAWN_AT_ONCE numbers from a generator of its own:
     the numbers depend on the seed and not on the number of cores. A smaller one is drawn by one generator, parameter by
@@ -219,7 +223,7 @@ def build_tiny(
 ) -> Path:
     """Write a random checkpoint (model, tokenizer, chat template, image processor settings) to `path`.
 
-    std: of the embeddings, None = the spec's.
+    std: standard deviation of the embeddings; None: the spec's.
     """
     spec = spec or TinySpec()
     transformers_logging.disable_progress_bar()

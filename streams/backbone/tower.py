@@ -1,10 +1,13 @@
 """The vision tower: clips to features, and the boundary before its mergers.
 
-Per video token the mergers turn `merge_size ** 2` hidden vectors of the tower into one row of the text
-model: `visual.merger` into its embedding, Qwen3-VL's `visual.deepstack_merger_list[i]` into DeepStack level i. Pre-merger
-rows are those hidden vectors side by side, first the merger's, then every level's. Invariants: rows of both sorts are in
-raster order of the video tokens, whatever order the tower works in; merging pre-merger rows gives the tower's own
-features; the mergers are called once per call, however many clips there are.
+For each video token the mergers turn `merge_size ** 2` hidden vectors of the tower into one row for the text model:
+`visual.merger` makes its embedding, Qwen3-VL's `visual.deepstack_merger_list[i]` DeepStack level i. A pre-merger row is
+those hidden vectors side by side, first the merger's, then every level's.
+
+Invariants:
+* rows of both sorts are in raster order of the video tokens, whatever order the tower works in;
+* merging pre-merger rows gives the tower's own features;
+* a call runs each merger once, however many clips it is given.
 """
 
 from __future__ import annotations
@@ -21,18 +24,18 @@ from streams.video.patches import normalize_patches, patchify
 
 
 def mergers(visual: Any) -> list[Any]:
-    """The modules between tower and text model, in the order of the parts of a row."""
+    """Return the modules between tower and text model, in the order of the parts of a row."""
     return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
 
 
 def pre_merger_width(vision_config: Any) -> int:
-    """P: numbers per video token before the mergers, of the last layer and of every DeepStack level."""
+    """Return P: values per video token before the mergers, for the last layer and every DeepStack level."""
     levels = len(getattr(vision_config, "deepstack_visual_indexes", ()))
     return int(vision_config.spatial_merge_size) ** 2 * int(vision_config.hidden_size) * (1 + levels)
 
 
 def encode(visual: Any, image: ImageSpec, clips: list[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Features of clips, each uint8 [chunks, frames, h, w, 3] -> [chunks, tokens, F], in one call of the tower."""
+    """Encode clips, each uint8 [chunks, frames, h, w, 3] -> features [chunks, tokens, F], in one call of the tower."""
     patches, grids = [], []
     for clip in clips:
         chunks, count, height, width, _ = clip.shape
@@ -53,13 +56,13 @@ def encode(visual: Any, image: ImageSpec, clips: list[np.ndarray], dtype: torch.
 
 @torch.no_grad()
 def encode_pre_merger(visual: Any, image: ImageSpec, clips: list[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Pre-merger rows of clips, [chunks, tokens, P] each, without gradient."""
+    """Return the pre-merger rows of clips, [chunks, tokens, P] each, without gradient."""
     with _passing_through(mergers(visual)):
         return encode(visual, image, clips, dtype)
 
 
 def merge(visual: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Features [chunks, tokens, F] of pre-merger rows [chunks, tokens, P], through the mergers as they now are."""
+    """Return features [chunks, tokens, F] of pre-merger rows [chunks, tokens, P], through the current mergers."""
     modules = mergers(visual)
     hidden = int(visual.config.hidden_size)
     parts = torch.cat([clip.flatten(0, 1) for clip in rows]).chunk(len(modules), dim=-1)
@@ -71,9 +74,9 @@ def merge(visual: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextmanager
 def _passing_through(modules: list[Any]) -> Iterator[None]:
-    """Mergers hand on what they were given, token by token: the tower itself then puts it into raster order.
+    """Make mergers return their input, token by token, so that the tower itself puts it into raster order.
 
-    What they compute is thrown away, about 1.5 % of a tower's work, and nothing of transformers' inside is repeated here.
+    Their own output is thrown away, about 1.5 % of a tower's work; in return no code of transformers is repeated here.
     """
 
     def given(module: Any, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:

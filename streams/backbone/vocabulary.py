@@ -1,4 +1,7 @@
-"""The streaming tokens in a checkpoint's vocabulary."""
+"""The streaming tokens in a checkpoint's vocabulary.
+
+Invariant: a token that the checkpoint already has keeps its id and its rows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ SPARE_ROW_MULTIPLE = 128
 
 
 def add_missing_tokens(tokenizer: Any) -> list[str]:
-    """Add the layout's tokens that the tokenizer lacks; returns them."""
+    """Add the layout's tokens that the tokenizer lacks, and return them."""
     known = tokenizer.get_vocab()
     missing = [token for token in STREAMING_TOKENS if token not in known]
     if missing:
@@ -33,7 +36,7 @@ def text_layout(checkpoint: str | Path, config: LayoutConfig) -> Layout:
 
 
 def add_streaming_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Add the layout's tokens that the tokenizer lacks; returns the new ids.
+    """Add the layout's tokens that the tokenizer lacks, and return the new ids.
 
     New ids take spare rows of the embedding; rows are added (in multiples of 128) only when none is left. Only new ids
     are initialised, to the mean of the rows the tokenizer already used: a token that came with the checkpoint is trained.

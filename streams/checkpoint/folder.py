@@ -1,7 +1,8 @@
 """A checkpoint before it is loaded: its processor files, and what its folder says.
 
-The driver reads this much of a checkpoint. Invariants: importing it loads neither torch nor transformers;
-a folder that would be read in another way than it was written is refused by name.
+Invariants:
+* importing it loads neither torch nor transformers: the driver reads this much of a checkpoint;
+* a folder that would be read in another way than it was written is refused by name.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ImageSpec:
 
     @classmethod
     def load(cls, processors: dict[str, bytes], vision_config: Any, family: Family) -> ImageSpec:
-        """From a checkpoint's processor files; mean and std default to those of the family's processor."""
+        """Make it from a checkpoint's processor files; mean and std default to those of the family's processor."""
         found: dict[str, Any] = {}
         for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
             found = _parsed(processors, name) | found
@@ -61,12 +62,12 @@ def _parsed(processors: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def read_processors(checkpoint: Path) -> dict[str, bytes]:
-    """The processor files of a checkpoint, by name."""
+    """Return the content of a checkpoint's processor files, by name."""
     return {name: (checkpoint / name).read_bytes() for name in PROCESSOR_FILES if (checkpoint / name).is_file()}
 
 
 def check_image_statistics(checkpoint: Path, image: ImageSpec) -> None:
-    """Refuses an export whose processor files were lost or changed: its pixels would be normalised in another way."""
+    """Raise ValueError for an export whose processor files were lost or changed: its pixels would be normalised wrongly."""
     file = checkpoint / STREAMING_FILE
     try:
         saved = dict(json.loads(file.read_bytes())) if file.is_file() else {}
@@ -81,12 +82,12 @@ def check_image_statistics(checkpoint: Path, image: ImageSpec) -> None:
 
 
 def model_type(checkpoint: Path) -> str:
-    """What a folder's config.json names; empty if it names none. Raises ValueError if it is damaged."""
+    """Return the model type in a folder's config.json, '' if there is none. Raises ValueError if it is damaged."""
     return str(_config(checkpoint).get("model_type", ""))
 
 
 def token_side(checkpoint: Path) -> int:
-    """Pixels along one side of a video token: patch size times merge size, from a folder's config.json."""
+    """Return the pixels along one side of a video token: patch size times merge size, from a folder's config.json."""
     vision = _config(checkpoint).get("vision_config")
     if not isinstance(vision, dict) or "patch_size" not in vision:
         raise ValueError(
@@ -103,7 +104,7 @@ def _config(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_rope_theta(checkpoint: Path) -> None:
-    """Refuses a checkpoint that leaves its rotary base to the reader where releases of transformers differ on it."""
+    """Raise ValueError for a checkpoint without a rotary base if releases of transformers differ on the default."""
     config = json.loads((checkpoint / "config.json").read_text())
     if not FAMILIES[config["model_type"]].names_rope_theta:
         return
@@ -117,7 +118,7 @@ def check_rope_theta(checkpoint: Path) -> None:
 
 
 def check_no_dropout(checkpoint: Path) -> None:
-    """Refuses a checkpoint with dropout: the learner could never compute the log-probs that were sampled with."""
+    """Raise ValueError for a checkpoint with dropout: the learner could not reproduce the sampled log-probs."""
     config = json.loads((checkpoint / "config.json").read_text())
     parts = {
         "": config,
@@ -134,12 +135,12 @@ def check_no_dropout(checkpoint: Path) -> None:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path that is no folder has the form of a hub id, owner/name."""
+    """Return whether a path that is no folder has the form of a hub id, owner/name."""
     return not path.startswith((".", "/", "~")) and path.count("/") == 1
 
 
 def resolve_checkpoint(path: str, key: str = "model.path") -> Path:
-    """A local folder as it is, a hub id through the hub's cache (downloads on first use).
+    """Return a local folder as it is, or a hub id's folder in the hub's cache (downloads on first use).
 
     key: what named it, for messages. Raises FileNotFoundError for what is neither, or a hub id that cannot be had.
     """

@@ -1,7 +1,10 @@
 """The shape of a checkpoint's model, as its config.json and the headers of its weights say it.
 
-The driver plans memory from it before anything is loaded. Invariants: importing and reading it loads
-neither torch nor transformers; sizes are those that the loaded modules have.
+The driver plans memory from it before anything is loaded.
+
+Invariants:
+* importing and reading it loads neither torch nor transformers;
+* sizes are those that the loaded modules have.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ def kv_values(layers: int, kv_heads: int, head_dim: int, *, unrotated: bool = Fa
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """Layers and widths. parameters: numbers in the weights, by the names of `model.named_parameters()` (a tied head is
-    stored, and counted, once).
+    """Layers and widths.
+
+    parameters: size of each, by the names of `model.named_parameters()` (a tied head is stored, and counted, once).
     """
 
     model_type: str

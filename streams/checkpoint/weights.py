@@ -55,7 +55,10 @@ class ModelConfigFile:
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfigFile:
-        """Raises FileNotFoundError without a config.json, ValueError for one that is damaged or of another model type."""
+        """Read a folder's config.json.
+
+        Raises FileNotFoundError without one, ValueError if it is damaged, quantised or of an unsupported model type.
+        """
         file = folder / "config.json"
         if not file.is_file():
             words = f"{folder}: no config.json there; give a checkpoint folder or a hub id"
@@ -159,8 +162,9 @@ def _text_layer(config: ModelConfigFile) -> Shapes:
 
 
 def _check_small_files(folder: Path) -> None:
-    """Every text file is what its name says, and the tokenizer is there: transformers would make an empty one without a
-    word, and a pointer in place of a chat template would be exported as one.
+    """Raise ValueError for a text file that is not what its name says, or a missing tokenizer.
+
+    transformers would silently make an empty tokenizer, and a pointer in place of a chat template would be exported.
     """
     present = {name for name in _TEXTS if (folder / name).is_file()}
     for name in sorted(present):
@@ -188,7 +192,7 @@ def _by_parameter(folder: Path, stored: StoredWeights, family: Family, expected:
 
 
 def _compare(folder: Path, config: ModelConfigFile, expected: Shapes, found: dict[str, Tensor]) -> None:
-    """Raises ValueError for what is missing, has another shape, or another kind of number than a weight."""
+    """Raise ValueError for weights that are missing, have another shape, or are not floating point."""
     missing = expected.keys() - found.keys()
     if config.tied and missing & {EMBEDDING, HEAD} != {EMBEDDING, HEAD}:
         missing -= {EMBEDDING, HEAD}  # transformers ties in both directions

@@ -1,1 +1,1 @@
-"""Rows in files: reading, checking and writing StreamTasks."""
+"""Task files: reading, checking and writing rows as StreamTasks."""

@@ -1,9 +1,12 @@
 """Which rows a stream can answer under a run's settings: shared by the run's start and `python -m streams.data.check`.
 
-Pure, but for the tokenizer behind a Layout. A finding concerns one answer of a row or all of them; a row
-is left out if nothing can be learned from it, otherwise it is kept and named (`Finding.answer` says which part is lost).
-Invariants: the clock is `StreamTask.chunk_of`, as rewards and layout use it; texts are judged by `Layout.query_ids` and
-`Layout.text_ids`, as a run judges them when it lays out a stream.
+A finding concerns one answer of a row, or the whole row. A row is left out if nothing can be learned from it; otherwise
+it is kept and reported (`Finding.answer` says which part is lost).
+
+Invariants:
+* pure, except for the tokenizer behind a Layout;
+* the clock is `StreamTask.chunk_of`, as in rewards and layout;
+* texts are judged by `Layout.query_ids` and `Layout.text_ids`, as when a run lays out a stream.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ CERTAIN_TOKENS = (
     *STREAMING_TOKENS,
     *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"),
 )
-"""Control tokens of every checkpoint that can be run: the layout is made of them."""
+"""Control tokens that every usable checkpoint has, since the layout is made of them."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What cannot be answered as the row says. answer: index of the answer that is lost; None if it is not lost, or if the
-    reason concerns the whole row.
+    """What cannot be answered as the row says.
+
+    answer: index of the answer that is lost; None if none is, or if the reason concerns the whole row.
     """
 
     kind: Reason
@@ -35,8 +39,10 @@ class Finding:
 
 
 def untimely(task: StreamTask, plan: Plan, max_turns: int) -> list[Finding]:
-    """Return the answers that are due after the plan's last turn, while their question is closed, or in a turn that another
-    answer needs. max_turns: data.max_turns, for the message.
+    """Return a finding for every answer with a time that no stream can keep.
+
+    Such an answer is due after the plan's last turn, while its question is closed, or in a turn that another answer
+    needs. max_turns: data.max_turns, for the message.
     """
     turns, chunk_seconds = plan.turns, plan.chunk_seconds
     found = []
@@ -68,24 +74,24 @@ def untimely(task: StreamTask, plan: Plan, max_turns: int) -> list[Finding]:
             found.append(
                 Finding(
                     Reason.TURN_SHARED,
-                    f"answers[{i}] is due in turn {turn} ({chunk_seconds:g} s long) as answers[{due.index(turn)}] is: a turn "
-                    "holds one response, the other comes late",
+                    f"answers[{i}] is due in turn {turn} ({chunk_seconds:g} s long), like answers[{due.index(turn)}]: a "
+                    "turn holds one response, the other comes late",
                 )
             )
     return found
 
 
 def texts_of(task: StreamTask) -> list[tuple[str, str]]:
-    """Return (field, text) of everything in a row that is tokenised."""
+    """Return (field, text) for everything in a row that is tokenised."""
     texts = [(f"queries[{i}].text", query.text) for i, query in enumerate(task.queries)]
     texts += [(f"answers[{i}].text", answer.text) for i, answer in enumerate(task.answers)]
     return texts + [(f"thoughts[{i}].text", thought.text) for i, thought in enumerate(task.thoughts)]
 
 
 def spelled_token(task: StreamTask, layout: Layout | None) -> str | None:
-    """Return which text of the row a run refuses for a control token, and why; None if it takes all of them.
+    """Return which text of the row a run refuses because of a control token, and why; None if it accepts all of them.
 
-    Without a layout only the tokens are looked for that every tokenizer of a run has.
+    Without a layout, only the tokens are searched for that every usable tokenizer has.
     """
     for field, text in texts_of(task):
         if layout is None:
@@ -103,7 +109,7 @@ def spelled_token(task: StreamTask, layout: Layout | None) -> str | None:
 
 
 def read_words(row: RowTexts, layout: Layout) -> RowWords:
-    """Return what the tokenizer says about one row: what is refused, what is longer than a turn."""
+    """Return what the tokenizer says about one row: why it is refused, or which answers are longer than a turn."""
     if refused := spelled_token(row.task, layout):
         return RowWords(refused=(Reason.CONTROL_TOKEN, refused))
     for turn, scripted in row.script:
@@ -118,7 +124,8 @@ def read_words(row: RowTexts, layout: Layout) -> RowWords:
     return RowWords(fits={i: text for i, text in fits.items() if text is not None})
 
 
-def too_long(task: StreamTask, answer: int, fits: str, max_new_tokens: int) -> Finding:
+def too_long(answer: int, fits: str, max_new_tokens: int) -> Finding:
+    """Return the finding for answer number `answer`, of which a turn can hold only the beginning `fits`."""
     return Finding(
         Reason.ANSWER_TOO_LONG,
         f"answers[{answer}].text is longer than a turn: layout.max_new_tokens={max_new_tokens} leaves room for {fits!r}",
@@ -127,17 +134,18 @@ def too_long(task: StreamTask, answer: int, fits: str, max_new_tokens: int) -> F
 
 
 def lost(task: StreamTask, findings: Iterable[Finding]) -> bool:
-    """Whether nothing can be learned from the row: whatever a stream says to it is wrong.
+    """Return whether nothing can be learned from the row, because no response to it can be right.
 
-    An answer that is due after the last turn is no such thing: until then, silence is right.
+    An answer that is due after the last turn does not count as lost: until then, silence is right.
     """
     spoiled = {finding.answer for finding in findings if finding.kind is not Reason.AFTER_LAST_TURN}
     return spoiled >= set(range(len(task.answers)))
 
 
 def overlap(train: Sequence[StreamTask], heldout: Sequence[StreamTask]) -> list[tuple[StreamTask, StreamTask]]:
-    """Return (held-out task, a training task) for every held-out row that asks a question about a video which a training
-    row asks about the same video.
+    """Return (held-out task, training task) for every held-out row that repeats a question of the training rows.
+
+    Two rows ask the same if the words and the video file are the same; the first such training task is returned.
     """
     files: dict[str, str] = {}
 

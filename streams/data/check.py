@@ -1,11 +1,15 @@
-"""Look at a task file before training on it: `sightline check FILE` or `python -m streams.data.check FILE`.
+"""Check a task file before training on it: `sightline check FILE` or `python -m streams.data.check FILE`.
 
-Reads every row, opens every distinct video and decodes its
-first frame, by the same code as a run, and judges the rows as a run does when it starts. Prints what a run would use, what
-it would leave out and what it would warn about, each with file and line. Exit status: 0 if there is nothing to mend, 1 if
-there is, 2 if no row is usable or a file cannot be read or written. `--write OUT` keeps the usable rows, in our own format
-and with the videos' lengths as their ends. Invariants: a file that holds something else is never replaced; what could not
-be checked is said.
+Reads every row, opens every distinct video, decodes its first frame, and judges the rows. Prints what a run would use,
+leave out and warn about, each with file and line. `--write OUT` writes the usable rows in our own format, with the
+videos' lengths as their ends.
+
+Exit status: 0 if there is nothing to fix, 1 if there is, 2 if no row is usable or a file cannot be read or written.
+
+Invariants:
+* rows are read and judged by the code that a run uses when it starts;
+* the checked file, a video, or anything that is not a regular file is never overwritten;
+* what could not be checked is said.
 """
 
 from __future__ import annotations
@@ -33,15 +37,22 @@ from streams.video.presentation import Presentation
 from streams.video.reader import ClipReader, VideoError
 
 _LIKE_CONTROL = re.compile(r"<\|[^|<>\s]+\|>")
-"""What looks like a control token of some model; whether it is one, only the tokenizer can tell."""
+"""Matches what looks like a control token of some model; only its tokenizer can tell whether it is one."""
 MAX_TURNS = 240
 """The default of data.max_turns."""
 
 
 @dataclass
 class Checked:
-    """What was found. skipped: rows that a run would leave out. warned: usable rows of which something is lost. suspects:
-    (task, text) of rows that hold what looks like a control token, where there was no tokenizer to ask.
+    """What was found.
+
+    Attributes:
+        usable: rows that a run would use, their ends known.
+        skipped: rows that a run would leave out.
+        warned: usable rows of which something is lost.
+        suspects: (task, text) of rows with what looks like a control token, where there was no tokenizer to ask.
+        videos: how many distinct videos were opened.
+        late: videos whose first picture comes after the first frames of a stream: the seconds at which it appears.
     """
 
     usable: list[StreamTask] = field(default_factory=list)
@@ -50,7 +61,6 @@ class Checked:
     suspects: list[tuple[StreamTask, str]] = field(default_factory=list)
     videos: int = 0
     late: dict[str, float] = field(default_factory=dict)
-    """Videos whose first picture is missed by the first frames of a stream, and when it appears."""
 
 
 def check(
@@ -64,8 +74,8 @@ def check(
 ) -> Checked:
     """Read the rows, open their videos and judge them under a run's settings.
 
-    layout: the texts are judged by its tokenizer and budgets; None = as far as they can be without one.
-    Raises ValueError or OSError if the file holds nothing usable.
+    layout: judges the texts by its tokenizer and budgets; None: they are judged as far as possible without one.
+    Raises ValueError or OSError if the file cannot be read or no row of it can be parsed.
     """
     video = video or VideoConfig()
     loaded = load_tasks(path, format=format, ignore_fields=ignore_fields)
@@ -92,8 +102,9 @@ def check(
 
 
 def _refuse_unread(reader: ClipReader, task: StreamTask, fitted: StreamTask) -> None:
-    """Read the chunk of the last answer as a run does that does not ask for lengths (data.video.max_chunks=0), where the row
-    puts it after the video's end. Raises VideoError.
+    """Raise VideoError if a run could not read the chunk of the last answer, which the row puts after the video's end.
+
+    Only with constant chunk lengths (data.video.max_chunks=0): such a run does not ask for the length of a video.
     """
     chunk = reader.config.chunk_seconds
     if not reader.config.max_chunks and task.due_turns(chunk) > fitted.due_turns(chunk):
@@ -105,17 +116,20 @@ def _sample(task: StreamTask, reason: str, kind: Reason) -> SkippedSample:
 
 
 def _judge(found: Checked, task: StreamTask, video: VideoConfig, max_turns: int, layout: Layout | None) -> None:
-    """Put a row whose video is there where it belongs, as RL would; what only a cold start refuses is a warning."""
+    """Sort a row with a readable video into usable or skipped, as RL would.
+
+    What only a cold start refuses is a warning.
+    """
     if refused := spelled_token(task, layout):
         found.skipped.append(_sample(task, refused, Reason.CONTROL_TOKEN))
         return
     chunk = video.chunk_seconds_of(task)
-    # No tail: it comes after every answer.
+    # A tail would come after every answer and cannot change a verdict.
     findings = untimely(task, Plan(task.num_turns(chunk, 0, max_turns), chunk), max_turns)
     for i, answer in enumerate(task.answers):
         fits = None if layout is None else layout.fitting(answer.text)
         if layout is not None and fits is not None and not is_correct(fits, answer.text, answer.kind):
-            findings.append(too_long(task, i, fits, layout.config.max_new_tokens))
+            findings.append(too_long(i, fits, layout.config.max_new_tokens))
     samples = [_sample(task, finding.reason, finding.kind) for finding in findings]
     if lost(task, findings):
         found.skipped.append(samples[0])
@@ -135,7 +149,7 @@ def _judge(found: Checked, task: StreamTask, video: VideoConfig, max_turns: int,
 
 
 def _opened(reader: ClipReader, video: str) -> Presentation | str:
-    """What the video shows, or why it cannot be used."""
+    """Return what the video shows, or why it cannot be used."""
     try:
         film = known_presentation(reader, video)
         reader.read(video, 0.0, math.inf, 1)
@@ -145,13 +159,13 @@ def _opened(reader: ClipReader, video: str) -> Presentation | str:
 
 
 def _within(task: StreamTask, film: Presentation) -> StreamTask:
-    """The task, once it fits into its video; its end is known afterwards."""
+    """Return the task with a known end. Raises ValueError if it does not fit into its video."""
     film.check_span(task.end)
     return task if math.isfinite(task.end) else bounded(task, film.end)
 
 
 def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:
-    """The lines that are printed."""
+    """Return the lines to print."""
     lines = [f"skipped {sample.source}: {sample.reason}" for sample in found.skipped]
     lines += [f"warning: {sample.source}: {sample.reason}" for sample in found.warned]
     rows = f"{len(found.usable)} rows usable, {len(found.skipped)} skipped, {found.videos} videos opened"
@@ -180,7 +194,7 @@ def report(path: Path, found: Checked, video: VideoConfig) -> list[str]:
 
 
 def not_checked(found: Checked) -> str:
-    """What only the model's tokenizer can tell."""
+    """Return the line that says what only the model's tokenizer can tell."""
     line = (
         "not checked, name the model with --model DIR: whether answers and thoughts fit into a turn, and whether a text spells "
         f"a control token of the model other than {', '.join(CERTAIN_TOKENS)}"
@@ -192,7 +206,7 @@ def not_checked(found: Checked) -> str:
 
 
 def leaks(found: Checked, path: Path, against: Path, other: tuple[StreamTask, ...]) -> str | None:
-    """The warning about rows that ask what a row of the other file asks about the same video; None if there are none."""
+    """Return a warning if rows repeat a question of the other file about the same video, else None."""
     pairs = overlap(other, found.usable)
     if not pairs:
         return None
@@ -233,7 +247,7 @@ def _spread(values: list[float] | list[int]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options. `model=DIR` and `against=FILE` may be written as launch.py's words, too."""
+    """Parse the options. `model=DIR` and `against=FILE`, in the style of launch.py, work too."""
     parser = argparse.ArgumentParser(prog="sightline check", description="Check a task file and its videos.")
     parser.add_argument("file", type=user_path)
     parser.add_argument("--format", choices=FORMATS, default="auto", help="as data.format")
@@ -246,7 +260,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=layout.max_new_tokens, help="as layout.max_new_tokens")
     parser.add_argument("--think-budget", type=int, default=layout.think_budget, help="as layout.think_budget")
     parser.add_argument(
-        "--against", type=user_path, metavar="FILE", help="warn about questions that this file asks, too"
+        "--against", type=user_path, metavar="FILE", help="warn about questions that this file also asks"
     )
     parser.add_argument("--write", type=user_path, metavar="OUT", help="write the usable rows in our own format")
     words = [f"--{word}" if word.startswith(("model=", "against=")) else word for word in arguments]
@@ -254,11 +268,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status (see the module docstring)."""
     escape_unprintable_output()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         found, status, lines = run(options)
-        # What was found is worth knowing also where the file cannot be written.
+        # Before writing: the findings are worth knowing even where the file cannot be written.
         printed = _print(lines)
         if options.write and found.usable:
             refuse_loss(options.write, options.file, {task.video for task in found.usable})
@@ -270,7 +285,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> tuple[Checked, int, list[str]]:
-    """Check. Returns what was found, the exit status and the lines to print."""
+    """Check, and return what was found, the exit status and the lines to print.
+
+    Raises ValueError or OSError for options that cannot be used, as well as those of `check`.
+    """
     if options.max_turns < 1:
         raise ValueError(f"--max-turns {options.max_turns} must be at least 1")
     video = VideoConfig(chunk_seconds=options.chunk_seconds, max_chunks=options.max_chunks)
@@ -300,7 +318,7 @@ def run(options: argparse.Namespace) -> tuple[Checked, int, list[str]]:
 
 
 def model_layout(model: str, budgets: LayoutConfig) -> Layout:
-    """The layout of a checkpoint folder or hub id. Raises ValueError or OSError."""
+    """Return the layout of a checkpoint folder or hub id. Raises ValueError or OSError if it cannot be loaded."""
     # Imported here: torch and transformers take seconds, and a check without a model needs neither.
     from streams.backbone.vocabulary import text_layout
     from streams.checkpoint.folder import resolve_checkpoint
@@ -312,11 +330,11 @@ def model_layout(model: str, budgets: LayoutConfig) -> Layout:
 
 
 def _print(lines: list[str]) -> bool:
-    """Print the lines; False if standard output is full or broken in another way than by a reader that had enough."""
+    """Print the lines and return whether that worked; a reader that leaves early (`| head`) is no failure."""
     try:
         print("\n".join(map(one_line, lines)), flush=True)
     except BrokenPipeError:
-        # The interpreter flushes once more when it ends, and would complain.
+        # The interpreter flushes once more when it exits, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"standard output: {error}", file=sys.stderr)

@@ -1,9 +1,13 @@
 """Task files: JSONL, one StreamTask per line, read row by row so that a bad row costs that row only.
 
-Two formats (`PARSERS`): our own, written and read here, and ThinkStream's (`streams.data.formats.thinkstream`).
-Invariants: every message names file, line and field; nothing is guessed (unknown keys, wrong types and non-finite
-numbers are errors); ids are unique; a file is always read afresh, never from a cache of an older version. Whether a
-video exists is not asked here, unless its length is needed: a missing one costs its sample when it is read.
+Two formats (`PARSERS`): our own, which is read and written, and ThinkStream's, which is read.
+
+Invariants:
+* every message names file, line and field;
+* nothing is guessed: unknown keys, wrong types and non-finite numbers are errors;
+* ids are unique within a file;
+* a file is always read afresh, never from a cache of an older version;
+* a video is not opened here unless its length is needed: a missing one costs its sample when it is read.
 """
 
 from __future__ import annotations
@@ -31,31 +35,34 @@ PARSERS: dict[str, Callable[[Any, Path, int], StreamTask]] = {
     "sightline": lambda value, folder, number: parse_row(value, folder),
     "thinkstream": parse_record,
 }
-"""Format -> what makes a task of a row: (value, folder that relative paths count from, line number). Raises ValueError."""
+"""By format, the function (value, folder that relative paths start from, line number) -> task; it raises ValueError."""
 FORMATS = ("auto", *PARSERS)
 HINT = "(set data.* or run job=data)"
 
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that was left out. source: file and line, or a task's id and video. kind: the reason's class."""
+    """A sample that was left out.
+
+    source: file and line, or the task's id and video. kind: the class of the reason, which takes no part in equality.
+    """
 
     source: str
     reason: str
     kind: Reason = field(default=Reason.STREAM, compare=False)
 
     def __post_init__(self) -> None:
-        # From a checkpoint's or a manifest's JSON it comes as a string.
+        # Read back from the JSON of a checkpoint or manifest, it is a string.
         object.__setattr__(self, "kind", Reason(self.kind))
 
     @classmethod
     def of(cls, task: StreamTask, reason: str, kind: Reason) -> SkippedSample:
-        """Return the sample for a task that was read before it failed; the reason names the task's row."""
+        """Return the sample for a task that failed after it was read; the task's row is added to the reason."""
         return cls(f"task {task.id} ({task.video})", reason + at_row(task), kind)
 
     @classmethod
     def failure(cls, task: StreamTask, failed: str) -> SkippedSample:
-        """Return the sample for a task whose stream failed; `failed` begins with the name of the exception's class."""
+        """Return the sample for a task whose stream failed. failed: begins with the name of the exception's class."""
         kind = Reason.VIDEO if failed.startswith("VideoError:") else Reason.STREAM
         if failed.startswith("OverBudget:"):
             kind = Reason.THOUGHT_TOO_LONG if "layout.think_budget" in failed else Reason.ANSWER_TOO_LONG
@@ -63,12 +70,12 @@ class SkippedSample:
 
 
 def counted(samples: Iterable[SkippedSample]) -> dict[str, int]:
-    """Return how many samples there are of each kind, by its name."""
+    """Return the number of samples of each kind, by its name."""
     return dict(sorted(Counter(str(sample.kind) for sample in samples).items()))
 
 
 def at_row(task: StreamTask) -> str:
-    """Return " (row FILE:LINE)" for a message, '' for a task that was made in code."""
+    """Return " (row FILE:LINE)" for the end of a message, '' for a task that was made in code."""
     return f" (row {task.origin})" if task.origin else ""
 
 
@@ -88,12 +95,17 @@ def load_tasks(
     video: VideoConfig | None = None,
     ignore_fields: Collection[str] = (),
 ) -> TaskFile:
-    """Reads a JSONL file of tasks. Relative video paths count from the file's folder.
+    """Read a JSONL file of tasks. Relative video paths start from the file's folder.
 
-    on_bad: a bad row is listed in `skipped`, or raises ValueError. A file without any usable row always raises.
-    format: one of `FORMATS`; `auto` goes by the fields of the first row. video: where its chunk length depends on a
-    task's length, videos of unknown length are opened to ask. ignore_fields: fields that rows may hold without meaning.
-    A row that contradicts itself (see `streams.answers.contradictions`) is a bad row.
+    A row is bad if it cannot be parsed or contradicts itself (see `streams.answers.contradictions`).
+
+    Args:
+        on_bad: "skip" lists a bad row in `skipped`, "raise" raises ValueError for it.
+        format: one of `FORMATS`; `auto` goes by the fields of the first row.
+        video: if its chunk length depends on a task's length, videos of unknown length are opened to measure them.
+        ignore_fields: fields that rows may have and that are ignored.
+
+    Raises FileNotFoundError without a file, ValueError if it has no usable row.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r} must be 'raise' or 'skip'")
@@ -130,7 +142,7 @@ def load_tasks(
 def sample_tasks(
     path: str | Path, count: int, *, format: str = "auto", ignore_fields: Collection[str] = ()
 ) -> tuple[StreamTask, ...]:
-    """At most `count` tasks from rows spread over the whole file, the other rows unread; bad rows give none."""
+    """Return at most `count` tasks, from rows spread over the whole file. Bad rows among them are left out."""
     path = Path(path)
     total = sum(1 for _ in _lines(path))
     wanted = {1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
@@ -145,7 +157,7 @@ def _parsed(
     bad: Callable[[int, str], None],
     only: Collection[int] | None = None,
 ) -> list[tuple[int, StreamTask]]:
-    """(line, task) of every row that can be read; the others are handed to `bad`. only: line numbers to look at."""
+    """Return (line number, task) of every row that can be parsed; hand the others to `bad`. only: lines to look at."""
     folder = path.absolute().parent
     tasks: list[tuple[int, StreamTask]] = []
     first_line: dict[str, int] = {}
@@ -155,9 +167,9 @@ def _parsed(
         try:
             value = parse_line(line, ignore_fields)
             if format == "auto" and isinstance(value, dict):
-                # One format a file: the first object decides.
+                # A file has one format: its first object decides.
                 format = "thinkstream" if is_record(value) else "sightline"
-            # A line that is no object tells no format; ours says what is wrong with it.
+            # A line that is not an object does not tell a format; our own parser says what is wrong with it.
             task = PARSERS["sightline" if format == "auto" else format](value, folder, number)
             if task.id in first_line:
                 raise ValueError(f"id={task.id!r} is already used in line {first_line[task.id]}")
@@ -170,14 +182,14 @@ def _parsed(
 
 
 def write_tasks(path: str | Path, tasks: Iterable[StreamTask]) -> None:
-    """Writes a file that `load_tasks` reads back to equal tasks; it replaces an older one in one step."""
+    """Write a file that `load_tasks` reads back as equal tasks; an older one is replaced atomically."""
     path = Path(path)
     folder = path.absolute().parent
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             for task in tasks:
-                # ensure_ascii: the separators that some readers take for line breaks (U+2028) are escaped.
+                # ensure_ascii also escapes the separators that some readers take for line breaks (U+2028).
                 file.write(json.dumps(row_of(task, folder), ensure_ascii=True, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -189,18 +201,18 @@ def write_tasks(path: str | Path, tasks: Iterable[StreamTask]) -> None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The file's lines, streamed by `datasets`: there is no cache, a rewritten file is read anew."""
-    # Imported here: it takes a second, and many processes use this module for its types only.
+    """Yield the file's lines, streamed by `datasets`: nothing is cached, so a rewritten file is read anew."""
+    # Imported here: it takes a second, and many processes need only the types of this module.
     import datasets
 
     with _local_and_light(datasets.config):
         rows = datasets.load_dataset(
             "text",
-            # The name is matched as a pattern, brackets in a folder's name must not mean anything.
+            # The name is matched as a pattern: brackets in a folder's name must not mean anything.
             data_files={"train": [glob.escape(str(path.absolute()))]},
             split="train",
             streaming=True,
-            # A byte that is not UTF-8 would end the whole file; replaced, it costs its line.
+            # A byte that is not UTF-8 would fail the whole file; replaced, it costs only its line.
             encoding_errors="replace",
         )
         for row in rows:
@@ -209,12 +221,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _local_and_light(config: Any) -> Iterator[None]:
-    """Read local files only, without look-ups or download counts, and load no torch: the driver needs none.
+    """Let `datasets` read local files only, without look-ups or download counts, and load no torch in the driver.
 
-    Both are settings of the `datasets` module that the environment decides at its import, for the whole process.
+    Both are settings of the `datasets` module, which it otherwise takes from the environment when it is imported.
     """
     before = config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE
-    # A streamed dataset keeps its epoch number in a torch tensor where there is a torch.
+    # Where torch is installed, a streamed dataset keeps its epoch number in a tensor.
     config.HF_HUB_OFFLINE, config.TORCH_AVAILABLE = True, False
     try:
         yield

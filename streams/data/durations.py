@@ -1,8 +1,12 @@
 """How long the videos are, for tasks whose rows do not say.
 
-Only asked for where something depends on it (`data.video.max_chunks`, `python -m streams.data.check`):
-every video is read through, which takes a while for a large file. Invariants: the length is that of
-`streams.video.presentation`, as in a run; a video is opened once; one that cannot be read costs its tasks, by name.
+Lengths are measured only where something depends on them (`data.video.max_chunks`, `python -m streams.data.check`):
+every video is read to its end, which takes a while for a large file.
+
+Invariants:
+* a length is that of `streams.video.presentation`, as in a run;
+* a video is measured once;
+* one that cannot be read costs its tasks, each with the reason.
 """
 
 from __future__ import annotations
@@ -19,14 +23,17 @@ from streams.video.presentation import Presentation
 from streams.video.reader import ClipReader, VideoError
 
 END_SLACK_S = 1.0
-"""Items up to this long after the video's end belong to its last chunk: timestamps are often rounded up."""
+"""Items up to this many seconds after the video's end belong to its last chunk: timestamps are often rounded up."""
 _LAST_INSTANT_S = 1e-3
 
 _known: dict[tuple[str, int, int], Presentation] = {}
 
 
 def bounded(task: StreamTask, video_seconds: float) -> StreamTask:
-    """The task with the video's length as its end. Raises ValueError for an item more than `END_SLACK_S` after it."""
+    """Return the task with the video's length as its end.
+
+    Raises ValueError for an item more than `END_SLACK_S` after that end, or a stream that starts after it.
+    """
     if not (math.isfinite(video_seconds) and video_seconds > task.start):
         raise ValueError(f"the video lasts {video_seconds:g} s, the stream starts at {task.start:g} s")
     last = max(task.start, video_seconds - _LAST_INSTANT_S)
@@ -48,7 +55,7 @@ Source = TypeVar("Source")
 def measured(
     tasks: Iterable[tuple[Source, StreamTask]], video: VideoConfig, bad: Callable[[Source, str], None]
 ) -> list[tuple[Source, StreamTask]]:
-    """The tasks, those without an end bounded by their video's length; the others are handed to `bad`."""
+    """Return the tasks, with the video's length as the end of those without one; hand those that fail to `bad`."""
     found: list[tuple[Source, StreamTask]] = []
     failed: dict[str, str] = {}
     with ClipReader(video) as reader:
@@ -70,7 +77,7 @@ def measured(
 
 
 def known_presentation(reader: ClipReader, video: str) -> Presentation:
-    """What a player shows of the video; asked again only when the file has changed. Raises VideoError."""
+    """Return what a player shows of the video; it is read again only when the file has changed. Raises VideoError."""
     try:
         status = os.stat(video)
         key = (video, status.st_mtime_ns, status.st_size)

@@ -1,7 +1,10 @@
 """Strict reading of one JSON line: every value is fetched by type, every message names its field.
 
-Shared by the formats of `streams.data.dataset`. Invariants: nothing is guessed; unknown and repeated
-fields, wrong types, NaN and infinity are ValueErrors; the caller adds file and line.
+Shared by the formats of `streams.data.dataset`.
+
+Invariants:
+* nothing is guessed: unknown and repeated fields, wrong types, NaN and infinity raise ValueError;
+* a message names the field; the caller adds file and line.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ from streams.support.paths import expand_home
 
 
 def parse_line(line: str, ignore: Collection[str] = ()) -> Any:
-    """The JSON value of one line, without the fields that `ignore` names, wherever they stand."""
+    """Return the JSON value of one line, without the fields named in `ignore`, at any depth.
+
+    Raises ValueError for a line that is not strict JSON in UTF-8.
+    """
     if "\ufffd" in line:
         raise ValueError("the line holds bytes that are not UTF-8")
     try:
@@ -31,8 +37,10 @@ def parse_line(line: str, ignore: Collection[str] = ()) -> Any:
 
 
 class Fields:
-    """A JSON object whose values are fetched by type. where: the object's own place in the row, '' for the
-    row.
+    """A JSON object whose values are fetched by type. where: the object's place in the row, '' for the row itself.
+
+    A method raises ValueError, with the field's name and value, if a field without a default is missing or has another
+    type.
     """
 
     def __init__(self, value: Any, where: str, allowed: set[str]) -> None:
@@ -58,6 +66,7 @@ class Fields:
         return default
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{self._name(key)} must be a number, not {shown(value)}")
@@ -70,7 +79,7 @@ class Fields:
         return number
 
     def seconds(self, key: str, default: float | None = None) -> float:
-        """A number, or a string that spells one, as some files hold their timestamps."""
+        """Return a finite number, also from a string that spells one, as in the timestamps of some files."""
         value = self._get(key, default)
         if not isinstance(value, str):
             return self.number(key, default)
@@ -83,18 +92,21 @@ class Fields:
         return number
 
     def integer(self, key: str, default: int) -> int:
+        """Return a whole number, written as one: 3.0 is refused."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{self._name(key)} must be a whole number, not {shown(value)}")
         return value
 
     def flag(self, key: str) -> bool:
+        """Return a boolean, False if the field is missing."""
         value = self._get(key, False)
         if not isinstance(value, bool):
             raise ValueError(f"{self._name(key)} must be true or false, not {shown(value)}")
         return value
 
     def text(self, key: str, default: str | None = None, *, empty: bool = False) -> str:
+        """Return a string that can be encoded. empty: whether it may be blank."""
         value = self._get(key, default)
         if not isinstance(value, str):
             raise ValueError(f"{self._name(key)} must be a string, not {shown(value)}")
@@ -103,19 +115,19 @@ class Fields:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{self._name(key)} holds half of a surrogate pair: {value!a}") from None
+            raise ValueError(f"{self._name(key)} contains half of a surrogate pair: {value!a}") from None
         return value
 
     def path(self, key: str) -> str:
-        """A text that is a path; a leading `~` is the home folder."""
+        """Return a text that is a path, with a leading `~` expanded to the home folder."""
         text = self.text(key)
         if "\0" in text:
-            raise ValueError(f"{self._name(key)}={shown(text)} holds a NUL, which no path can")
+            raise ValueError(f"{self._name(key)}={shown(text)} contains a NUL, which no path may")
         try:
             os.fsencode(text)
         except UnicodeEncodeError:
             raise ValueError(
-                f"{self._name(key)}={shown(text)} cannot be a file here: Python takes file names for "
+                f"{self._name(key)}={shown(text)} cannot be a file here: Python encodes file names in "
                 f"{sys.getfilesystemencoding()} (set LC_ALL=C.UTF-8, or PYTHONUTF8=1)"
             ) from None
         try:
@@ -124,6 +136,7 @@ class Fields:
             raise ValueError(f"{self._name(key)}={error}") from None
 
     def items(self, key: str, allowed: set[str], *, optional: bool = False) -> Iterator[Fields]:
+        """Yield the objects of a list. allowed: the fields that they may have. optional: a missing list is empty."""
         value = self._get(key, [] if optional else None)
         if not isinstance(value, list):
             raise ValueError(f"{self._name(key)} must be a list, not {shown(value)}")
@@ -131,11 +144,12 @@ class Fields:
             yield Fields(item, f"{self._name(key)}[{i}]", allowed)
 
     def has(self, key: str) -> bool:
+        """Return whether the object has the field."""
         return key in self._values
 
 
 def shown(value: Any) -> str:
-    """A value for a message, shortened."""
+    """Return a value as JSON for a message, cut to 40 characters."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -147,7 +161,7 @@ def _without(value: Any, names: frozenset[str]) -> Any:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that a task can hold")
+    raise ValueError(f"{name} is not a number that a task can contain")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """Lanes: how a turn is spread over the two lanes of a stream, and the copy of a turn that outlives it.
 
-Lane 0 never attends to lane 1. Invariants: light; the words of a copy are the model's own ids, never
-re-tokenised, and none of them is a control token: what a model wrote cannot pass for a turn.
 Source: VST's memory of thoughts with their time span (arXiv 2603.12262).
+
+Invariants:
+* lane 0 never attends to lane 1;
+* the words of a copy are the model's own ids, never re-tokenised, and none of them is a control token: what a model
+  wrote cannot pass for a turn;
+* importing this module loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ Span = tuple[float, float]
 
 
 class Lanes(Enum):
-    """ONE: all of a turn stands in lane 0.
+    """How a policy spreads a turn over the lanes.
 
-    MEMORY: a turn's query stands in lane 0; then, in lane 1, what it shows and generates; then, in lane 0 again, a copy of
-    its thought and answer (kind MEMORY), written when the next turn starts and computed without a look at lane 1.
+    ONE: all of a turn is in lane 0.
+    MEMORY: a turn's query is in lane 0. What the turn shows and generates follows in lane 1. A copy of its thought and
+    answer (kind MEMORY) follows in lane 0; it is written when the next turn starts and does not attend to lane 1.
     """
 
     ONE = "one"
@@ -25,11 +30,11 @@ class Lanes(Enum):
 
 
 SAID = "\n[said]\n"
-"""Stands between the thought and the answer of a copy."""
+"""Separates the thought from the answer of a copy."""
 
 
 def head(span: Span | None) -> str:
-    """What a copy begins with: the time of its turn, to a hundredth of a second; a newline where the time is unknown."""
+    """Return what a copy begins with: its turn's time, to a hundredth of a second; a newline where that is unknown."""
     return "\n" if span is None else f"\n[{_seconds(span[0])}-{_seconds(span[1])} s]\n"
 
 

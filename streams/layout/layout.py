@@ -1,16 +1,21 @@
 """Watch-Think-Speak layout: the tokens of a turn, the ban list, forced tokens, and parsing what was generated.
 
-Token ids in, token ids out: text is tokenised once, when a turn is laid out, and generated ids are
-never re-tokenised. Layout of turn t (Qwen2.5-VL), equal to `apply_chat_template` on the same conversation:
+Layout of turn t (Qwen2.5-VL), equal to `apply_chat_template` on the same conversation:
 
-    [\\n <|im_start|> user \\n <|vision_start|>] [video] [<|vision_end|> (\\n query) <|im_end|> \\n <|im_start|> assistant \\n]
-    [<think> thought </think> (<response> text | <silent>) <|im_end|>]
+    [\\n <|im_start|> user \\n <|vision_start|>] [video] [<|vision_end|> (\\n query) <|im_end|>]
+    [\\n <|im_start|> assistant \\n] [<think> thought </think> (<response> text | <silent>) <|im_end|>]
 
-Qwen3-VL writes time as text: every temporal patch of a chunk is `<12.3 seconds> <|vision_start|> [video] <|vision_end|>`,
-its time counted from the start of the stream. Turn 0 is preceded by the system message, without its trailing newline:
-that newline opens turn 0, as any other. With two lanes (`streams.layout.lanes`) the query stands before all of this, and a copy
-of what was thought and said behind it: `\n[12-13 s]\n thought \n[said]\n answer`.
+Qwen3-VL writes time as text: every temporal patch of a chunk is `<12.3 seconds> <|vision_start|> [video]
+<|vision_end|>`, its time counted from the start of the stream. The system message precedes turn 0, without its trailing
+newline: that newline opens turn 0, as it opens every other turn. With two lanes (`streams.layout.lanes`) the query
+comes before all of this, and a copy of what was thought and said comes after it:
+`\\n[12-13 s]\\n thought \\n[said]\\n answer`.
+
 Source: ThinkStream (arXiv 2603.12938), Watch-Think-Speak paradigm.
+
+Invariants:
+* token ids in, token ids out: text is tokenised once, when a turn is laid out; generated ids are never re-tokenised;
+* no text from a row or a model can produce a control token in a query, a demonstration or a copy.
 """
 
 from __future__ import annotations
@@ -27,13 +32,13 @@ from streams.log.record import GENERATED, ChunkRecord, Kind, StreamLog
 from streams.turns import ParsedTurn
 
 STREAMING_TOKENS = ("<silent>", "<response>", "<think>", "</think>")
-"""Added tokens in the published order; those that a tokenizer already has keep their ids."""
+"""Tokens that are added to a tokenizer, in the published order; those that it already has keep their ids."""
 
 ANSWER_SCAFFOLD = 4
 """Generated tokens of a well-formed turn besides its thought and answer: both think tags, <response>, the end token."""
 
 MAX_STAMPS = 4096
-"""Times whose ids are kept: the streams of a group, and of an epoch, share them."""
+"""How many time stamps keep their ids in a cache: the streams of a group, and of an epoch, share them."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags. "
@@ -67,7 +72,7 @@ class LayoutConfig:
 
 
 class OverBudget(ValueError):
-    """A demonstrated turn that is longer than a budget. key: the config key of that budget."""
+    """Raised for a demonstrated turn that is longer than a budget. key: the config key of that budget."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -91,9 +96,13 @@ class LayoutTokens:
 
 @dataclass(frozen=True)
 class Part:
-    """A run of prefilled tokens of one kind. A VIDEO run carries the grid that its positions come from, and its kept cells.
+    """A run of prefilled tokens of one kind.
 
-    ids int32 [n]; n may be 0 for a vision block of which every token was dropped: its grid still moves the positions.
+    Attributes:
+        ids: int32 [n]. n may be 0 for a vision block of which every token was dropped: its grid still moves the
+            positions.
+        grid: (time, rows, columns) of a VIDEO run, from which its positions follow; None for text.
+        keep: the cells of that grid that were kept, ascending; None for all.
     """
 
     ids: np.ndarray
@@ -105,10 +114,16 @@ class Part:
 
 @dataclass
 class Layout:
-    """Lays out turns for one tokenizer. `vocab_rows` is the height of the checkpoint's LM head.
+    """Lays out turns for one tokenizer.
 
-    timestamps: whether every temporal patch is a vision block of its own behind its time in words (Qwen3-VL), or a chunk
-    is one vision block without (Qwen2.5-VL, whose position ids carry time).
+    Attributes:
+        vocab_rows: rows of the checkpoint's LM head.
+        timestamps: True: every temporal patch is a vision block of its own after its time in words (Qwen3-VL). False: a
+            chunk is one vision block without a time (Qwen2.5-VL, whose position ids carry it).
+        tokens: ids of the tokens that the layout is made of.
+        banned: ids that may not be sampled, ascending.
+
+    Raises ValueError for a tokenizer that lacks one of the layout's tokens.
     """
 
     tokenizer: Any
@@ -117,10 +132,10 @@ class Layout:
     timestamps: bool = False
     tokens: LayoutTokens = field(init=False)
     banned: tuple[int, ...] = field(init=False)
-    # Ids that no query, and that no thought or answer, may hold: asked for with every text.
+    # Ids that no query, and that no thought or answer, may contain; sets, as every text is checked against them.
     _control: frozenset[int] = field(init=False)
     _refused: frozenset[int] = field(init=False)
-    # Ids of short texts that come again: times.
+    # Ids of short texts that recur: times.
     _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,11 +164,11 @@ class Layout:
         ]
 
     def with_config(self, config: LayoutConfig) -> Layout:
-        """The layout of the same checkpoint under other settings."""
+        """Return the layout of the same checkpoint under other settings."""
         return replace(self, config=config)
 
     def query_ids(self, text: str, *, strip: bool = True) -> list[int]:
-        """Ids of a query text. Raises ValueError if the text spells a control token (it could forge a turn)."""
+        """Return the ids of a query text. Raises ValueError if it spells a control token, which could forge a turn."""
         ids = self._encode(text.strip() if strip else text)
         for token in ids:
             if token in self._control:
@@ -162,7 +177,10 @@ class Layout:
         return ids
 
     def text_ids(self, text: str, what: str) -> list[int]:
-        """Ids of a demonstrated thought or answer; refuses banned and structural ids, naming `what`."""
+        """Return the ids of a demonstrated thought or answer.
+
+        Raises ValueError, which begins with `what`, if the text spells a banned or a control token.
+        """
         ids = self._encode(text.strip())
         for token in ids:
             if token in self._refused:
@@ -171,7 +189,10 @@ class Layout:
         return ids
 
     def prefill(self, chunk: ChunkRecord | None, query: list[int] | None, lanes: Lanes = Lanes.ONE) -> tuple[Part, ...]:
-        """What a turn is shown, in order; `chunk` None means a text-only turn. Generation goes on in the last part's lane."""
+        """Return what a turn is shown, in order. chunk: None for a turn of text alone.
+
+        Generation continues in the lane of the last part. Raises ValueError as `_vision_blocks` does.
+        """
         if lanes is Lanes.MEMORY:
             asked = (_part([*self._encode("\n"), *query], Kind.QUERY),) if query else ()
             return (*asked, *(replace(part, lane=1) for part in self.prefill(chunk, None)))
@@ -183,7 +204,7 @@ class Layout:
                 parts.append(Part(np.full(tokens, self.tokens.video_pad, np.int32), Kind.VIDEO, grid, keep))
                 parts.append(_part([self.tokens.vision_end], Kind.SCAFFOLD))
         if query:
-            # The newline before the query belongs to it: it comes and goes with the question.
+            # The newline before the query has the query's kind: it is evicted with the question.
             newline = self._encode("\n") if chunk is not None else []
             parts.append(_part([*newline, *query], Kind.QUERY))
         parts.append(_part(self._header, Kind.SCAFFOLD))
@@ -192,7 +213,10 @@ class Layout:
     def _vision_blocks(
         self, chunk: ChunkRecord
     ) -> Iterator[tuple[list[int], tuple[int, int, int], tuple[int, ...] | None]]:
-        """(ids of the time, merged grid, kept cells of that grid) of every vision block of a chunk."""
+        """Yield (ids of the time, merged grid, kept cells of that grid) for every vision block of a chunk.
+
+        Raises ValueError if times are to be written and the chunk does not have one for each temporal patch.
+        """
         if not self.timestamps:
             yield [], chunk.grid, chunk.keep
             return
@@ -210,9 +234,10 @@ class Layout:
             yield self._timestamp(seconds), (1, height, width), keep
 
     def memory(self, ids: np.ndarray, kinds: np.ndarray, span: Span | None) -> Part | None:
-        """The copy of a turn that stays, from the ids that it generated; None if it neither thought nor answered.
+        """Return the copy of a turn, from the ids int [n] and kinds int [n] that it generated.
 
-        Tags and whatever else is a control token stay behind, also where a malformed turn has them inside its text.
+        None if it neither thought nor answered. The copy contains no tag and no other control token, even where a
+        malformed turn has them inside its text.
         """
         free = ~np.isin(ids, self._not_copied)
         thought = ids[free & (kinds == Kind.THINK)].tolist()
@@ -223,7 +248,10 @@ class Layout:
         return _part([*self._short(head(span)), *thought, *(self._said if answer else ()), *answer], Kind.MEMORY)
 
     def max_memory(self, span: Span | None) -> int:
-        """Most tokens of that copy: an answer costs a turn at least the end of its thought, its decision and its end."""
+        """Return the most tokens that such a copy can have.
+
+        An answering turn has at least three tokens that are not copied: `</think>`, `<response>` and its end.
+        """
         return len(self._short(head(span))) + len(self._said) + self.config.max_new_tokens - NOT_COPIED
 
     def _timestamp(self, seconds: float) -> list[int]:
@@ -231,20 +259,23 @@ class Layout:
 
     def _short(self, text: str) -> list[int]:
         if text not in self._stamps:
-            if len(self._stamps) >= MAX_STAMPS:  # a stream without end has times without end
+            if len(self._stamps) >= MAX_STAMPS:  # an endless stream never stops making new times
                 self._stamps.clear()
             self._stamps[text] = self._encode(text)
         return self._stamps[text]
 
     def demonstration(self, thought: str, response: str | None) -> list[int]:
-        """Generated ids of a demonstrated turn, end token included."""
+        """Return a demonstrated turn's generated ids, end token included. Raises ValueError as `text_ids` does."""
         t = self.tokens
         ids = [t.think, *self.text_ids(thought, "the thought"), t.think_end]
         ids += [t.silent] if response is None else [t.response, *self.text_ids(response, "the answer")]
         return [*ids, t.im_end]
 
     def within_budgets(self, thought: str, response: str | None, turn: int) -> list[int]:
-        """Return the `demonstration` of turn number `turn`. Raises OverBudget if the engine lets no turn be as long."""
+        """Return the `demonstration` of turn number `turn`.
+
+        Raises OverBudget if no turn of the engine can be that long, ValueError as `text_ids` does.
+        """
         ids = self.demonstration(thought, response)
         span = ids.index(self.tokens.think_end) + 1
         if span > self.config.think_budget:
@@ -268,7 +299,7 @@ class Layout:
         return None if len(ids) <= room else str(self.tokenizer.decode(ids[:room])).strip()
 
     def parse_turns(self, log: StreamLog) -> tuple[ParsedTurn, ...]:
-        """What each turn of a finished log thought and said."""
+        """Return what each turn of a finished log thought and said."""
         generated = np.isin(log.kind, GENERATED)
         forced = generated & ~log.sampled & ~log.target
         turns = []
@@ -278,7 +309,10 @@ class Layout:
         return tuple(turns)
 
     def parse_turn(self, turn: int, ids: np.ndarray, kinds: np.ndarray, forced: np.ndarray) -> ParsedTurn:
-        """Parse the generated ids of one turn; `forced` marks tokens the engine wrote (a budget, an end)."""
+        """Parse one turn's generated ids int [n], of kinds int [n].
+
+        forced: bool [n], the tokens that the engine wrote instead of the model (at a budget's end, or the end token).
+        """
         t = self.tokens
         think = ids[kinds == Kind.THINK]
         decision = ids[kinds == Kind.DECISION]
@@ -302,7 +336,7 @@ class Layout:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _decode(self, ids: np.ndarray) -> str:
-        """Text without control and layout tokens (a thought comes without its tags)."""
+        """Return the text without control and layout tokens, so a thought without its tags."""
         return str(self.tokenizer.decode([int(i) for i in ids if int(i) not in self._control])).strip()
 
     def _ban_list(self) -> tuple[int, ...]:

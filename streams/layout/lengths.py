@@ -1,9 +1,9 @@
 """How long the fixed parts of a turn can be, known before any tokenizer is loaded.
 
 Invariants:
-* each is an upper bound for the layout that a checkpoint's tokenizer makes (`tests/streams/test_lengths.py` compares both
-  families), as long as the words of the template are single tokens, which they are in Qwen's vocabularies;
-* whoever plans memory or checks settings asks here; nobody counts the template's tokens again.
+* each length is an upper bound for the layout that a checkpoint's tokenizer makes, as long as the words of the template
+  are single tokens, as in Qwen's vocabularies (`tests/streams/test_lengths.py` compares both families);
+* memory plans and checks of settings take the template's tokens from here and do not count them again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CLOSING = 5
 VISION_TAGS = 2
 """`<|vision_start|>` and `<|vision_end|>`."""
 SPARE = 2
-"""Tokens of a turn that no layout of today has."""
+"""Margin: no layout of today needs these tokens."""
 TIME = 9
 """`<9999.9 seconds>`: every digit is a token."""
 COPY_TIMES = 20
@@ -23,7 +23,7 @@ COPY_TIMES = 20
 COPY_SAID = 8
 """`\\n[said]\\n`."""
 NOT_COPIED = 3
-"""Generated tokens that an answer costs a turn and that its copy leaves out: end of the thought, decision, end."""
+"""Generated tokens of an answering turn that its copy leaves out: end of the thought, decision, end of the turn."""
 
 
 def max_scaffold(*, timestamps: bool, patches: int) -> int:
@@ -35,5 +35,5 @@ def max_scaffold(*, timestamps: bool, patches: int) -> int:
 
 
 def max_copy(max_new_tokens: int) -> int:
-    """Return the most tokens of a turn's copy in a stream of two lanes. max_new_tokens: as in LayoutConfig."""
+    """Return the most tokens that the copy of a turn can have (two lanes). max_new_tokens: as in LayoutConfig."""
     return COPY_TIMES + COPY_SAID + max_new_tokens - NOT_COPIED

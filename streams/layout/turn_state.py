@@ -1,4 +1,7 @@
-"""The kind of a turn's next token while the turn is generated, and whether it is forced."""
+"""The kind of a turn's next token while the turn is generated, and whether it is forced.
+
+Invariant: the engine and the writer of demonstrations derive kinds from this state machine alone.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,17 @@ from streams.log.record import Kind
 
 @dataclass
 class TurnState:
-    """Follows one turn while it is generated: the kind of the next token, and whether it is forced.
+    """Follows one turn while it is generated.
 
-    A thought may hold `think_budget` tokens with its tags: the last of them is forced to be `</think>`. The last of
-    `max_new_tokens` is forced to be the end token.
+    A thought may have `think_budget` tokens, tags included; the last of them is forced to be `</think>`. The last of
+    `max_new_tokens` tokens is forced to be the end token.
+
+    Attributes:
+        count: tokens generated so far.
+        thinking: `</think>` has not come yet.
+        decided: the decision has come.
+        spoke: the decision was `<response>`.
+        over: the end token has come.
     """
 
     tokens: LayoutTokens
@@ -25,7 +35,7 @@ class TurnState:
     over: bool = False
 
     def forced(self) -> int | None:
-        """The id that must come next, or None if the model chooses."""
+        """Return the id that must come next, or None if the model chooses."""
         if self.config.force_empty_thoughts and self.count < 2:
             return self.tokens.think if self.count == 0 else self.tokens.think_end
         if self.count == self.config.max_new_tokens - 1:
@@ -35,7 +45,7 @@ class TurnState:
         return None
 
     def advance(self, token: int) -> Kind:
-        """Take the next token; returns its kind."""
+        """Advance by one token and return its kind."""
         assert not self.over, "the turn has ended"
         self.count += 1
         if token == self.tokens.im_end:

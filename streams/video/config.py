@@ -1,4 +1,7 @@
-"""What a chunk is: its length, its frames, their pixel budget."""
+"""What a chunk is: its length, its frames, their pixel budget.
+
+Invariant: `VideoConfig.chunk_seconds_of` alone decides how long the chunks of a task are.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ class VideoConfig:
             )
 
     def chunk_seconds_of(self, task: Spanned) -> float:
-        """Length of one chunk of this task, in seconds: the only place that decides it."""
+        """Return the length of one chunk of this task, in seconds.
+
+        Raises ValueError if it depends on the task's end and that is unknown.
+        """
         if not self.max_chunks:
             return self.chunk_seconds
         if not math.isfinite(task.end):

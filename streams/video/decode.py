@@ -1,10 +1,13 @@
 """The decode process: reads clips with PyAV, one request at a time, until its pipe closes.
 
-Started by `streams.video.reader.ClipReader` as `python -m streams.video.decode <fd>`; native decoding can
-block for ever while it holds the interpreter, so only a process of its own can be given a deadline. Imports
-stay light. Invariants: a frame is never later than the time it was asked for (to 1 ms), by the presentation time that
-it was decoded with; files are only ever read forwards from their beginning; the process ends when its parent does (end
-of file on the pipe, or the alarm while it is stuck in native code).
+`streams.video.reader.ClipReader` starts it as `python -m streams.video.decode <fd>`. Native decoding can block for ever
+while it holds the interpreter, so only a process of its own can be given a deadline.
+
+Invariants:
+* a frame is never later than the time it was asked for (to 1 ms), by the presentation time that it was decoded with;
+* files are only ever read forwards from their beginning;
+* the process ends when its parent does (end of file on the pipe, or the alarm while it is stuck in native code);
+* its imports stay light: every reader starts one.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class ClipRequest:
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = 28 * 28, max_pixels: int = 56 * 56
 ) -> tuple[int, int]:
-    """The (height, width) that Qwen2-VL's processors resize a frame to.
+    """Return the (height, width) that Qwen2-VL's processors resize a frame to.
 
     Both sides are rounded to the nearest multiple of `factor`. Only if that area leaves the pixel budget, the
     frame is scaled to the budget's border: downwards for a frame too large, upwards for one too small.
@@ -90,10 +93,10 @@ def smart_resize(
 
 
 def frame_times(start: float, num_chunks: int, chunk_seconds: float, frames_per_chunk: int) -> np.ndarray:
-    """Times asked for, float64 [num_chunks, frames_per_chunk]: the middles of equal parts of every chunk.
+    """Return the times to ask for, float64 [num_chunks, frames_per_chunk]: the middles of equal parts of every chunk.
 
-    They are counted from the start of the stream and know nothing of its length, so a longer clip has the
-    same frames.
+    They count from the start of the stream and do not depend on its length, so a longer clip begins with the same
+    frames.
     """
     chunks = np.arange(num_chunks, dtype=np.float64)[:, None]
     parts = np.arange(frames_per_chunk, dtype=np.float64)[None, :]
@@ -101,14 +104,15 @@ def frame_times(start: float, num_chunks: int, chunk_seconds: float, frames_per_
 
 
 def causal_limits(times: np.ndarray, end: float) -> np.ndarray:
-    """For every time asked for, the latest presentation time of a picture that may be shown: it appeared by then, and
-    before the segment's `end`.
+    """Return, for every time asked for, the latest presentation time of a picture that may be shown for it.
+
+    Such a picture appeared by then, and before the segment's `end`.
     """
     return np.minimum(times + TIME_TOLERANCE_S, np.nextafter(end - TIME_TOLERANCE_S, -np.inf))
 
 
 def clip_chunks(film: Presentation, request: ClipRequest) -> int:
-    """How many chunks of the clip the film has, once it is known to cover them. Raises DecodeError."""
+    """Return how many chunks of the clip the film has. Raises DecodeError if it does not cover those it must."""
     film.check_span(request.end)
     if math.isfinite(request.end):
         return request.num_chunks
@@ -121,7 +125,7 @@ def clip_chunks(film: Presentation, request: ClipRequest) -> int:
 
 
 def decode_clip(request: ClipRequest) -> np.ndarray:
-    """The clip's frames, resized: uint8 [num_chunks, frames_per_chunk, H, W, 3]."""
+    """Decode the clip's frames, resized: uint8 [num_chunks, frames_per_chunk, H, W, 3]. Raises DecodeError."""
     import av
 
     times = frame_times(request.start, request.num_chunks, request.chunk_seconds, request.frames_per_chunk)
@@ -140,7 +144,7 @@ def decode_clip(request: ClipRequest) -> np.ndarray:
         except av.FFmpegError as error:
             failure = refused("it cannot be decoded", error)
         film = survey.presentation(request.video)
-    # A row that is longer than its film is told first: it may be why the film could not be decoded as far.
+    # Checked before `finish`: a row that is longer than its film explains why decoding did not get that far.
     chunks = clip_chunks(film, request)
     pictures = clip.finish(film, failure)[: chunks * request.frames_per_chunk]
     if len({picture.shape for picture in pictures}) != 1:
@@ -164,10 +168,10 @@ class _Clip:
         self._time = -math.inf
 
     def fill(self, frames: Iterable[VideoFrame]) -> None:
-        """Take what is asked for, as far as the frames go. They come forwards from the beginning of the file.
+        """Keep the pictures that are asked for, as far as the frames go, from the beginning of the file forwards.
 
-        With open GOPs, and with B-frames in fragmented MP4 or in FLV, a seek lands on other pictures, often later ones, and
-        reports nothing. Only pictures that are asked for are converted to RGB.
+        Never by seeking: with open GOPs, and with B-frames in fragmented MP4 or in FLV, a seek lands on other pictures,
+        often later ones, and reports nothing. Only pictures that are asked for are converted to RGB.
         """
         due = iter(self._limits)
         limit = next(due)
@@ -188,7 +192,7 @@ class _Clip:
                 return
 
     def finish(self, film: Presentation, failure: DecodeError | None) -> list[np.ndarray]:
-        """One picture for every limit: the last one stays on screen. failure: why decoding ended, if it was refused.
+        """Return one picture for every limit: the last one stays on screen. failure: why decoding ended early, if so.
 
         Raises DecodeError if a picture is missing.
         """
@@ -198,7 +202,7 @@ class _Clip:
             raise failure or DecodeError(
                 f"the file promises frames until {film.last:.2f} s but ends after {held}, it is truncated or damaged"
             )
-        # What is refused after the last picture is no part of the film: the end of a truncated file.
+        # A failure after the last picture does not matter: it is the end of a truncated file.
         return self._shown + ([self._pixels(self._latest)] * missing if missing else [])
 
     def _pixels(self, frame: VideoFrame) -> np.ndarray:
@@ -210,13 +214,13 @@ class _Clip:
 
 
 def mirrored(frame: VideoFrame) -> bool:
-    """Whether the display matrix mirrors the picture, as some front cameras have it."""
+    """Return whether the display matrix mirrors the picture, as with some front cameras."""
     from av.sidedata.sidedata import SideData
 
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        return False  # PyAV lists none of it where FFmpeg attached a kind that it has no name for (Exif)
+        return False  # PyAV fails to list side data if FFmpeg attached a kind that it has no name for (Exif)
     if not isinstance(matrix, SideData):
         return False
     # Nine native 32-bit integers, row by row: the first two of the first two rows turn, scale and mirror.
@@ -225,7 +229,7 @@ def mirrored(frame: VideoFrame) -> bool:
 
 
 def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:
-    """Bicubic on 8-bit pixels, as the image processor does it, so that both see the same picture."""
+    """Resize with bicubic interpolation on 8-bit pixels, as the image processor does, to see the same picture."""
     try:
         height, width = smart_resize(
             frame.shape[0], frame.shape[1], request.factor, request.min_pixels, request.max_pixels
@@ -239,13 +243,14 @@ def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:
 
 
 def serve(connection: Connection) -> None:
-    """Answers requests until the parent closes its end: ("frames", array), ("presentation", what is shown) or
-    ("error", reason)."""
+    """Answer requests until the parent closes its end.
+
+    A reply is ("frames", array), ("presentation", what is shown) or ("error", reason).
+    """
     connection.send(READY)
     while True:
         try:
-            # The wait for the next request has no deadline of its own: it ends with the parent, by end of
-            # file.
+            # The wait for the next request has no deadline of its own: it ends with the parent, by end of file.
             kind, fields = connection.recv()
         except EOFError:
             return

@@ -1,4 +1,7 @@
-"""Frames as the rows that the vision tower takes."""
+"""Frames as the rows that the vision tower takes.
+
+Invariant: pixels stay uint8 until `normalize_patches`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,10 @@ if TYPE_CHECKING:
 
 
 def patchify(frames: np.ndarray, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2) -> np.ndarray:
-    """uint8 [T, H, W, 3] to the rows that Qwen2-VL's processors make: uint8 [patches, 3 * time * patch *
-    patch].
+    """Turn uint8 [T, H, W, 3] into the rows of Qwen2-VL's processors, uint8 [patches, 3 * time * patch * patch].
 
-    Rows go through time, then through blocks of merge_size x merge_size patches, so that the patches that
-    become one token are neighbours. Columns are channel, time, row, column.
+    Rows go through time, then through blocks of merge_size x merge_size patches, so that the patches that become one
+    token are neighbours. Columns are channel, time, row, column. Raises ValueError for frames of another shape or type.
     """
     count, height, width, channels = frames.shape
     side = patch_size * merge_size
@@ -42,7 +44,7 @@ def patchify(frames: np.ndarray, patch_size: int = 14, temporal_patch_size: int 
 
 
 def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(x / 255 - mean) / std per channel, in float32 and in the layout of `patchify`."""
+    """Return (x / 255 - mean) / std per channel, in float32 and in the layout of `patchify`."""
     import torch  # here, so that readers of this module need not load it
 
     if patches.dtype != torch.uint8 or patches.shape[-1] % 3:

@@ -1,11 +1,14 @@
 """What a player shows of a film file: which pictures, when, and until when.
 
-The clock is the file's presentation clock after its edit list: `frame.time` as PyAV decodes it, not
-moved to the first picture. Invariants:
-- Checker, run, watch and `data.video.max_chunks` know a film's length from `presentation` alone. It is the end of the
-  last picture that is shown: neither the header's claim nor the length of the sound.
-- Packets that are never shown do not count: hidden parts of an edit list, damaged ones, leading pictures without their
-  reference. Where the packets cannot tell what the decoder returns, the film is decoded.
+The clock is the file's presentation clock after its edit list: `frame.time` as PyAV decodes it, not moved to the first
+picture.
+
+Invariants:
+* checker, run, watch and `data.video.max_chunks` take a film's length from `presentation` alone: the end of the last
+  picture that is shown, neither the header's claim nor the length of the sound;
+* packets that are never shown do not count: hidden parts of an edit list, damaged ones, leading pictures without their
+  reference;
+* where the packets cannot tell what the decoder returns, the film is decoded.
 """
 
 from __future__ import annotations

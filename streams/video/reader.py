@@ -1,9 +1,11 @@
 """Video clips as pixels: causal frame grid, resizing to a pixel budget, patches for the vision tower.
 
-Decoding happens in a child process (`streams.video.decode`) under a deadline, so that no file can
-stop a job. Invariants: a chunk's frames depend only on the video and the chunk's place in the stream, never
-on what follows; pixels stay uint8 until `normalize_patches`; a file that cannot be read costs a VideoError
-and, at most, the child process.
+Decoding happens in a child process (`streams.video.decode`) under a deadline, so that no file can stop a job.
+
+Invariants:
+* a chunk's frames depend only on the video and the chunk's place in the stream, never on what follows;
+* a file that cannot be read costs a VideoError and, at most, the child process;
+* a closed reader leaves no process behind.
 """
 
 from __future__ import annotations
@@ -68,11 +70,12 @@ class ReaderClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Clip:
-    """frames: uint8 [num_chunks, frames_per_chunk, H, W, 3]. frame_times: float64 [num_chunks,
-    frames_per_chunk].
+    """The frames of a clip, chunk by chunk.
 
-    The times are those asked for, in seconds on the video's clock; the frame shown is the last one up to that
-    time, black before the first one.
+    Attributes:
+        frames: uint8 [num_chunks, frames_per_chunk, H, W, 3]: the last picture up to each time, black before the first.
+        frame_times: float64 [num_chunks, frames_per_chunk]: the times asked for, in seconds on the video's clock.
+        patch_size: side of a vision patch in pixels.
     """
 
     frames: np.ndarray
@@ -212,10 +215,13 @@ class ClipReader:
         chunk_seconds: float | None = None,
         min_chunks: int = 1,
     ) -> Clip:
-        """The first `num_chunks` chunks of the segment [start, end); a partial one repeats its last frame.
+        """Read the first `num_chunks` chunks of the segment [start, end); a partial one repeats its last frame.
 
-        end: `math.inf` = as far as the video goes; there may then be fewer chunks, never less than `min_chunks`.
-        chunk_seconds: None = the configured one.
+        Args:
+            end: `math.inf` means as far as the video goes; there may then be fewer chunks, but at least `min_chunks`.
+            chunk_seconds: None: the configured length.
+
+        Raises VideoError for a video that cannot be used, ReaderClosedError once the reader is closed.
         """
         if not 0 <= start < end:
             raise ValueError(f"{video}: start={start} and end={end} must satisfy 0 <= start < end")
@@ -251,14 +257,14 @@ class ClipReader:
         return self.read(task.video, task.start, task.end, plan.turns, chunk_seconds=seconds, min_chunks=needed)
 
     def presentation(self, video: str) -> Presentation:
-        """What a player shows of the file, and when. Raises VideoError."""
+        """Return what a player shows of the file, and when. Raises VideoError."""
         _, payload = self._ask(DurationRequest(video, self.config.decode_timeout_s))
         if not isinstance(payload, Presentation):
             raise VideoError(video, str(payload))
         return payload
 
     def duration(self, video: str) -> float:
-        """The end of the last picture that the file shows, in seconds on its clock. Raises VideoError."""
+        """Return the end of the last picture that the file shows, in seconds on its clock. Raises VideoError."""
         return self.presentation(video).end
 
     def _ask(self, request: ClipRequest | DurationRequest) -> tuple[str, Any]:

@@ -1,1 +1,1 @@
-"""Where layout, memory and positions meet: from a task and its clip to a log."""
+"""From a task and its clip to a log: where layout, memory policy and positions meet."""

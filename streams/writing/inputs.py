@@ -1,6 +1,6 @@
 """From a task and its clip to the turns that a stream is shown.
 
-The one place that decides which query arrives in which turn; rollout and SFT both use it.
+Invariant: only this module decides in which turn a query arrives; rollout and SFT both use it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from streams.writing.writer import QueryInput, TurnInput
 
 
 class Watchable(Spanned, Protocol):
-    """What is shown to a stream: a StreamTask, or a file that somebody watches without expecting answers."""
+    """What a stream can be shown: a StreamTask, or a file that is watched without expected answers."""
 
     @property
     def queries(self) -> tuple[TimedQuery, ...]: ...
@@ -34,7 +34,12 @@ def turn_inputs(
     merge_size: int,
     feature_version: int | None = None,
 ) -> tuple[TurnInput, ...]:
-    """One TurnInput per chunk of `clip`. Queries of the same chunk arrive together, each on a line of its own.
+    """Return one TurnInput for each chunk of `clip`. Queries of the same chunk arrive together, each on its own line.
+
+    Args:
+        chunk_seconds: length of a chunk.
+        merge_size: patches along one side of a video token.
+        feature_version: weight version that encoded the clip; None if the vision side does not train.
 
     Raises ValueError if a query spells a control token.
     """
@@ -50,7 +55,7 @@ def turn_inputs(
         if turn in by_turn:
             before = by_turn[turn]
             ids = (*before.ids, *layout.query_ids("\n" + query.text, strip=False))
-            # Queries that share a turn share a fate: the one that stays longest keeps both.
+            # Queries of one turn are one block of the log: it stays until the last of them closes.
             until = max((u for u in (before.until_turn, until) if u is not None), default=None)
         by_turn[turn] = QueryInput(ids, until)
     key = clip_key(task, len(clip.frames))
@@ -74,15 +79,15 @@ def turn_inputs(
 
 
 def patch_times(turns: int, patches: int, chunk_seconds: float, frames_per_chunk: int) -> np.ndarray:
-    """Seconds from the start of the stream to every temporal patch, float64 [turns, patches].
+    """Return the seconds from the start of the stream to every temporal patch, float64 [turns, patches].
 
-    A patch stands at the mean of its first and its last frame, as Qwen3-VL's processor computes it. From the grid and
-    not from the video's clock: the same chunk reads the same wherever in a file the stream starts.
+    The time of a patch is the mean of its first and its last frame's, as Qwen3-VL's processor computes it. It comes
+    from the frame grid and not from the video's clock: a chunk reads the same wherever in a file the stream starts.
     """
     frames = frame_times(0.0, turns, chunk_seconds, frames_per_chunk).reshape(turns, patches, -1)
     return (frames[:, :, 0] + frames[:, :, -1]) / 2
 
 
 def clip_key(task: Watchable, turns: int) -> str:
-    """Names the pixels a stream sees: two tasks over the same span of the same file share features."""
+    """Return a key of the pixels that a stream sees: tasks over the same span of the same file share features."""
     return f"{task.video}:{task.start!r}:{task.end!r}:{turns}"

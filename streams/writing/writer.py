@@ -1,10 +1,13 @@
 """StreamWriter: writes one stream's log, turn by turn; the one place where layout, memory and positions meet.
 
 The rollout engine drives it with sampled tokens, SFT with demonstrated ones: both write the same log.
-Order inside a turn: eviction, then prefill, then generation, then END. END belongs to its own turn's segment. With two
-lanes the copy of a turn follows its own eviction, when the next turn begins. A lane change starts a new segment.
-Invariants: a turn starts at its first prefilled token; eviction happens only between segments; queries are closed by
-a turn that chose to respond, or by their `until` turn.
+
+Invariants:
+* the order inside a turn is eviction, prefill, generation, END, and END belongs to its own turn's segment;
+* a turn starts at its first prefilled token;
+* eviction happens only between segments, and a lane change starts a new segment;
+* with two lanes, the copy of a turn is written when the next turn begins, after that turn's eviction;
+* a query is closed by a turn that chose to respond, or by its `until` turn.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from streams.positions.regions import RegionBook
 
 @dataclass(frozen=True)
 class QueryInput:
-    """A query as ids; `until_turn` is None for a query that a response closes, NEVER for one that never closes."""
+    """A query as token ids. until_turn: the turn that closes it; None if a response does, NEVER if nothing does."""
 
     ids: tuple[int, ...]
     until_turn: int | None = None
@@ -35,7 +38,7 @@ class QueryInput:
 
 @dataclass(frozen=True)
 class TurnInput:
-    """What one turn shows: a chunk of video, a query, both, or neither. span: told by the copy of a turn, if there is one."""
+    """What one turn shows: a chunk of video, a query, both, or neither. span: the time that the turn's copy tells."""
 
     chunk: ChunkRecord | None
     query: QueryInput | None = None
@@ -43,15 +46,21 @@ class TurnInput:
 
 
 def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
-    """Raises ValueError if text would leave before the video whose time it tells."""
+    """Raise ValueError if text would be evicted before the video whose time it tells."""
     check_text_tells_time(policy, layout.timestamps)
 
 
 @dataclass
 class StreamWriter:
-    """Writes the log of one stream. `held` are the tokens that are still visible; generated: text tokens so far.
+    """Writes the log of one stream.
 
-    positions: the counter of lane 0; lane 1 has one of its own.
+    Attributes:
+        positions: the position counter of lane 0; lane 1 has one of its own.
+        held: the live tokens.
+        history: what earlier turns were, for policies that ask.
+        turn: index of the running turn, -1 before the first.
+        generated: generated text tokens so far.
+        state: state of the running turn, None before the first.
     """
 
     header: LogHeader
@@ -66,7 +75,7 @@ class StreamWriter:
     generated: int = 0
     state: TurnState | None = None
     _generation_begun: bool = False
-    # Of the turn that runs: where generation goes on, of which time it is, ids and kinds that it generated.
+    # The running turn: the lane in which generation continues, its time, and the (id, kind) that it generated.
     _lane: int = 0
     _span: Span | None = None
     _wrote: list[tuple[int, Kind]] = field(default_factory=list)
@@ -78,16 +87,20 @@ class StreamWriter:
 
     @property
     def regions(self) -> RegionBook | None:
-        """Where the live tokens stand; None if positions are native."""
+        """The contiguous positions of the live tokens; None if positions are native."""
         return self.log.regions
 
     @property
     def live(self) -> np.ndarray:
-        """Log indices of the tokens that are still visible, in order."""
+        """Log indices int64 [n] of the live tokens, ascending."""
         return self.held.column("index")
 
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
-        """Evict, then append the prefill. Returns (evicted log indices, where the prefill stands)."""
+        """Evict, then append the prefill. version: of the weights that will forward it.
+
+        Returns the evicted log indices int64 [n], and the slice of the log that is the prefill, a preceding copy left
+        out. Raises ValueError if the policy answers something that it may not.
+        """
         assert self.state is None or self.state.over, "the turn before has not ended"
         if self.state is not None and self.state.spoke:
             self.history.answered()
@@ -112,7 +125,7 @@ class StreamWriter:
         return left, slice(start, self.log.length)
 
     def forced(self) -> int | None:
-        """The id that must come next in this turn, None if the model chooses."""
+        """Return the id that must come next in this turn, None if the model chooses."""
         assert self.state is not None
         return self.state.forced()
 
@@ -125,7 +138,14 @@ class StreamWriter:
         sampled: bool = False,
         target: bool = False,
     ) -> Kind:
-        """Append one generated token of the running turn; returns its kind."""
+        """Append one generated token of the running turn and return its kind.
+
+        Args:
+            version: of the weights that sampled it.
+            logp: log-prob under which it was sampled, in nats; NaN if it was not sampled.
+            sampled: it was sampled.
+            target: it is trained on.
+        """
         assert self.state is not None
         assert not self.state.over, "the turn has ended"
         if not self._generation_begun:
@@ -152,10 +172,11 @@ class StreamWriter:
         return kind
 
     def finish(self) -> StreamLog:
+        """Return the whole log."""
         return self.log.finish()
 
     def _append(self, parts: Sequence[Part], turn: int, version: int) -> None:
-        """Append parts of one turn: a segment for every run of one lane."""
+        """Append parts of one turn, with a segment for every run of parts of one lane."""
         lane = None
         for part in parts:
             if part.lane != lane:
@@ -169,7 +190,10 @@ class StreamWriter:
             self.held.append(at, part.ids, positions, kind=part.kind, turn=turn, lane=part.lane)
 
     def _remember(self, version: int) -> None:
-        """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
+        """Append the copy of the previous turn, as part of that turn.
+
+        It comes after the eviction of the turn that begins: the copy must not attend to what left.
+        """
         if self.policy.lanes is not Lanes.MEMORY or not self._wrote:
             return
         ids, kinds = np.asarray(self._wrote, np.int32).T
@@ -178,7 +202,7 @@ class StreamWriter:
             self._append([copy], self.turn - 1, version)
 
     def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
-        """Let go what the policy names; returns its log indices."""
+        """Evict the tokens that the policy names and return their log indices."""
         start = self.history.begin(
             has_video=chunk is not None,
             video_tokens=0 if chunk is None else chunk.num_tokens,

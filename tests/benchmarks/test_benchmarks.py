@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import block_mask, reading
 from benchmarks.attention import Heads, disagreements, learner_row
-from benchmarks.environment import result_target
+from benchmarks.environment import ROOT, result_target
 from benchmarks.smoke import main, result_of
 
 GIB = 2**30
@@ -130,15 +130,24 @@ def test_a_reader_counts_as_fast_only_if_its_pixels_are_the_former_ones(tmp_path
 
 
 @pytest.mark.parametrize("name", ["attention", "block_mask", "consistency", "endless", "reading"])
-def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(name, monkeypatch, capsys, tmp_path):
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(name, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     given = ["--json", str(tmp_path / "file" / "x.json")]
-    monkeypatch.setattr("sys.argv", [name, *given])
-    benchmark = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main() if name == "endless" else benchmark.main(given)
+        importlib.import_module(f"benchmarks.{name}").main(given)
     assert stopped.value.code == 2
     assert f"--json: {given[1]} cannot be written (" in capsys.readouterr().err
+
+
+COMMANDS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_benchmark_says_how_it_is_called(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert stopped.value.code == 0
+    assert f"usage: benchmarks.{name} [-h]" in capsys.readouterr().out
 
 
 def test_asking_whether_a_result_can_be_written_leaves_what_was_there(tmp_path):

@@ -50,7 +50,7 @@ def test_every_field_of_the_schema_has_a_row_with_its_meaning():
 
 
 def test_no_key_of_a_composed_configuration_is_missing():
-    """Of the default command line, and of every preset: each key is a setting or a name inside a mapping."""
+    """Every key of the default command line and of every preset is a setting or a name inside a mapping."""
     known = {setting.key for setting in settings()}
     for preset in sorted((CONF / "experiment").glob("*.yaml")):
         for key in flat(composed(f"experiment={preset.stem}")):

@@ -73,7 +73,7 @@ def test_what_comes_of_a_group_that_was_assigned_again_is_ignored(loop):
 def test_a_reward_that_always_fails_ends_the_run_and_is_named(loop):
     for _ in range(50):
         score(loop, FAILED, FAILED)
-    with pytest.raises(RuntimeError, match=r"51 groups in a row .*reward\.terms\.mine: KeyError.* mend the reward"):
+    with pytest.raises(RuntimeError, match=r"51 groups in a row .*reward\.terms\.mine: KeyError.* fix the reward"):
         score(loop, FAILED, FAILED)
 
 

@@ -70,7 +70,13 @@ def test_a_resumed_stage_goes_on_counting_and_an_old_journal_says_nothing():
             [ZERO] * 5,
             (
                 *("every reward of the last 5 steps is 0", "correctness 0, timing 0.5", "Look at correctness first"),
-                *("reward.combine=product", "streams.data.check", "data.max_turns", "layout.max_new_tokens"),
+                *(
+                    "reward.combine=product",
+                    "sightline check",
+                    "streams.data.check",
+                    "data.max_turns",
+                    "layout.max_new_tokens",
+                ),
                 *("rollout.temperature=1", "transcripts"),
             ),
         ),

@@ -34,7 +34,7 @@ SETTINGS = (
     "model.tiny.hidden=64",
     "model.tiny.layers=1",
     "model.tiny.mlp=64",
-    # Of four CPUs a run takes three: a second one fits only when the first is gone.
+    # A run takes three of the four CPUs: a second one fits only when the first is gone.
     "cluster.actor_cpus=1",
 )
 ACTORS = ("learner", "rollout-0", "scorer")

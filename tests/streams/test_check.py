@@ -43,7 +43,7 @@ def test_a_video_name_that_no_file_can_have_costs_its_row(folder, capsys):
     path = write(folder, row("whole", "good.mp4"), row("nul", "a\0.mp4"))
     assert main([str(path)]) == 1
     said = capsys.readouterr().out
-    assert f'skipped {path}:2: video="a\\u0000.mp4" holds a NUL' in said
+    assert f'skipped {path}:2: video="a\\u0000.mp4" contains a NUL' in said
     assert "1 rows usable, 1 skipped" in said
     assert main([str(write(folder, nul))]) == 2
     assert "video_path=" in capsys.readouterr().err
@@ -173,7 +173,7 @@ def test_two_answers_in_one_chunk_are_warned_about(folder, capsys):
     assert main([str(path), "--chunk-seconds", "2"]) == 1
     said = capsys.readouterr().out
     assert f"warning: {path}:1: task two (" in said
-    assert "answers[1] is due in turn 1 (2 s long) as answers[0] is: a turn holds one response" in said
+    assert "answers[1] is due in turn 1 (2 s long), like answers[0]: a turn holds one response" in said
     assert "1 rows usable, 0 skipped, 1 videos opened, 1 warnings" in said
 
 

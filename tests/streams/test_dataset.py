@@ -95,7 +95,7 @@ BAD = [
     (changed(queries=[{"time": 2}]), "queries[0].text is missing"),
     (
         changed(queries=[{"time": 2, "text": "q", "until": 4}]),
-        "queries[0]: query until=4.0 has a meaning only",
+        "queries[0]: query until=4.0 has no effect without",
     ),
     (
         changed(queries=[{"time": 2, "text": "q", "stay_open": 1}]),
@@ -114,7 +114,7 @@ BAD = [
     (changed(answers=[{"time": 4, "txt": "x"}]), "unknown field answers[0].txt"),
     (changed(colour=1), "unknown field colour (known: answers, category"),
     (changed(thoughts=[{"time": 50, "text": ""}]), "thoughts[0].time=50.0 lies outside"),
-    (changed(category="\ud800"), "category holds half of a surrogate pair"),
+    (changed(category="\ud800"), "category contains half of a surrogate pair"),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Sightline's own row format: one JSON object per StreamTask, read and written here."""
+"""Sightline's own row format: one JSON object per StreamTask, read and written here.
+
+Invariant: `parse_row` makes of `row_of(task)` a task equal to `task`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from streams.task import AnswerKind, ExpectedAnswer, StreamTask, TimedQuery, Tim
 
 
 def parse_row(value: Any, folder: Path) -> StreamTask:
-    """One row of our own format as a task; ValueError says which field is wrong and why."""
+    """Return the task of one row. folder: the one that a relative video path starts from.
+
+    Raises ValueError that says which field is wrong and why.
+    """
     row = Fields(value, "", _ROW_KEYS)
     return StreamTask(
         id=row.text("id"),
@@ -51,11 +57,12 @@ def _answer(item: Fields) -> ExpectedAnswer:
 
 
 def row_of(task: StreamTask, folder: Path) -> dict[str, Any]:
+    """Return the row of a task, for a file in `folder`: a video below that folder gets a relative path."""
     video = Path(task.video).absolute()
     name = str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video)
     row: dict[str, Any] = {
         "id": task.id,
-        # Read back, a leading ~ would mean a home folder.
+        # A leading ~ would be read back as a home folder.
         "video": f"./{name}" if name.startswith("~") else name,
         "start": task.start,
         **({"end": task.end} if math.isfinite(task.end) else {}),

@@ -7,10 +7,14 @@ One record is a video with a timed conversation:
                        {"role": "assistant", "content": "...", "timestamp": 12.5}],
      "thoughts": [{"think": "...", "timestamp": 0.5}], "num_tokens": 4096}
 
-`thoughts` and `num_tokens` are optional, the latter is not used; a user message without `timestamp` is asked at 0.
-`duration` (seconds of the whole video) is an optional field of ours, see `streams.data.durations`. Invariants: messages are
-taken in the order of their timestamps; an answer belongs to the latest question at or before it; a question with
-several answers stays open, so that the first of them does not close it; nothing else is guessed.
+`thoughts` and `num_tokens` are optional, and the latter is not used. A user message without `timestamp` is asked at 0.
+`duration` (seconds of the whole video) is an optional field of ours, see `streams.data.durations`.
+
+Invariants:
+* messages are taken in the order of their timestamps;
+* an answer belongs to the latest question at or before it;
+* a question with several answers stays open, so that the first of them does not close it;
+* nothing else is guessed.
 """
 
 from __future__ import annotations
@@ -33,16 +37,16 @@ _INTEGER = re.compile(r"[+-]?[0-9]+\.?")
 
 
 def is_record(value: Any) -> bool:
-    """Whether a JSON value is one of these records, and not a row of our own format."""
+    """Return whether a JSON value is one of these records, and not a row of our own format."""
     return isinstance(value, dict) and ("video_path" in value or "conversations" in value)
 
 
 def answer_kind(text: str) -> AnswerKind:
-    """The kind of an expected answer, which the records do not name.
+    """Return the kind of an expected answer, which the records do not name.
 
-    `choice`: a capital A to E alone ("B", "(B)", "B.", "B)", "B:"), the marked forms also with the option's text after a
-    space ("B. red"). `yes_no`: yes or no alone. `integer`: digits alone, with or without a sign. A full stop may follow
-    either. Everything else is `text`.
+    `choice`: a capital A to E alone ("B", "(B)", "B.", "B)", "B:"), the marked forms also with the option's text after
+    a space ("B. red"). `yes_no`: yes or no alone. `integer`: digits alone, with or without a sign. A full stop may
+    follow those two. Everything else is `text`.
     """
     text = text.strip()
     if _CHOICE.fullmatch(text):
@@ -53,7 +57,10 @@ def answer_kind(text: str) -> AnswerKind:
 
 
 def parse_record(value: Any, folder: Path, number: int) -> StreamTask:
-    """One record, from line `number`, as a task; its id is `NUMBER-video`, its category the first answer's kind."""
+    """Return the task of the record in line `number`; its id is `NUMBER-VIDEO`, its category the first answer's kind.
+
+    folder: the one that a relative video path starts from. Raises ValueError that says which field is wrong and why.
+    """
     row = Fields(value, "", _ROW_KEYS)
     video = row.path("video_path")
     if row.has("num_tokens") and row.integer("num_tokens", 0) < 0:
@@ -84,7 +91,7 @@ def parse_record(value: Any, folder: Path, number: int) -> StreamTask:
 
 
 def _messages(row: Fields) -> tuple[list[tuple[float, str]], list[tuple[float, str, str]]]:
-    """(time, text) of the questions and (time, text, place in the row) of the answers, each by time."""
+    """Return (time, text) of the questions and (time, text, place in the row) of the answers, each sorted by time."""
     queries: list[tuple[float, str]] = []
     answers: list[tuple[float, str, str]] = []
     for message in row.items("conversations", _MESSAGE_KEYS):
@@ -98,12 +105,12 @@ def _messages(row: Fields) -> tuple[list[tuple[float, str]], list[tuple[float, s
     for what, found in (("user", queries), ("assistant", answers)):
         if not found:
             raise ValueError(f"conversations holds no {what} message: a task needs a question and an answer")
-    # Stable: messages of one time keep the order of the file.
+    # The sort is stable: messages of one time keep the order of the file.
     return sorted(queries, key=lambda query: query[0]), sorted(answers, key=lambda answer: answer[0])
 
 
 def _owner(asked: list[float], time: float, where: str) -> int:
-    """Index of the latest question at or before `time`."""
+    """Return the index of the latest question at or before `time`. Raises ValueError if there is none."""
     found = bisect_right(asked, time) - 1
     if found < 0:
         raise ValueError(f"{where}: an answer at {time:g} s, before the first question (at {asked[0]:g} s)")

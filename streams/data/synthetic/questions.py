@@ -1,11 +1,18 @@
 """The quickstart's data: clips with one coloured shape at a time, and questions about now, before and next.
 
-Each clip has one query and one answer. Modes (StreamTask.category), in equal numbers:
-now    - the colour of the shape that is visible; alert - the colour of the next shape, as soon as it appears;
-recall - the colour of the last shape, asked when it vanished more than `window` chunks ago.
-Invariants: colours of a clip's shapes are independent; answers are balanced over the colours within a mode;
-thoughts name only what is visible; the same config gives the same files; a folder that we did not write is
-never replaced.
+Each clip has one query and one answer. There are three modes (StreamTask.category), in equal numbers held out; recall
+takes every second training clip:
+
+    now      the colour of the shape that is visible
+    recall   the colour of the last shape, asked after it vanished more than `window` chunks ago
+    alert    the colour of the next shape, as soon as it appears
+
+Invariants:
+* the colours of a clip's shapes are independent;
+* answers are balanced over the colours within a mode;
+* thoughts name only what is visible;
+* the same config gives the same files;
+* a folder that this generator did not write is never replaced.
 """
 
 from __future__ import annotations
@@ -103,7 +110,7 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """Where the data lies. fresh: written by this call, not found intact from an earlier one."""
+    """Where the data are. fresh: written by this call, not found intact from an earlier one."""
 
     root: Path
     train_jsonl: Path
@@ -112,8 +119,9 @@ class GeneratedData:
 
 
 def generate(root: str | Path, config: SyntheticConfig) -> GeneratedData:
-    """Writes train.jsonl, heldout.jsonl and their clips below `root`, or finds them there as they would be
-    written.
+    """Write train.jsonl, heldout.jsonl and their clips below `root`, unless they are there as they would be written.
+
+    Raises ValueError for a folder that is somebody else's, OSError if it cannot be written.
     """
     root = Path(root).absolute()
     if _intact(root, config):
@@ -147,12 +155,12 @@ def generate(root: str | Path, config: SyntheticConfig) -> GeneratedData:
 
 
 def make_task(config: SyntheticConfig, split: str, index: int, mode: str, colour: str) -> tuple[StreamTask, Scene]:
-    """Clip number `index` of a split: its task, with a video path relative to the folder, and its scene."""
+    """Make clip number `index` of a split: its task, with a video path relative to the folder, and its scene."""
     rng = _rng(config, split, index)
     shapes, asked, due = _MAKERS[mode](config, rng, colour)
     chunks = max(config.min_turns, due + 1 + TAIL_CHUNKS + int(rng.integers(0, 3)))
     chunks = config.max_turns if config.full_length else min(chunks, config.max_turns)
-    # Drawn in any case: the other settings must not change what a seed gives.
+    # Drawn even if it is not used: `frame` must not change what else a seed gives.
     size = SIZES[rng.integers(len(SIZES))]
     height, width = config.frame or size
     scene = Scene(

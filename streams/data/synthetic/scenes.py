@@ -1,7 +1,9 @@
 """Drawing and writing of the synthetic clips: one coloured shape on grey, as small H.264 files.
 
-Invariants: the same scene and seed give the same frames; a shape is shown from the first
-frame of its first chunk to the last frame of its last chunk; at most one shape is visible at a time.
+Invariants:
+* the same scene and seed give the same frames;
+* a shape is shown from the first frame of its first chunk to the last frame of its last chunk;
+* at most one shape is visible at a time.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ TEXTURE = 4
 
 @dataclass(frozen=True)
 class Shown:
-    """A shape that is visible in the chunks [first, stop). side, row and column are parts of the frame's
-    short side.
+    """A shape that is visible in the chunks [first, stop).
 
-    row and column: distance of the shape's centre from the frame's centre.
+    side: the shape's side; row, column: distance of its centre from the frame's centre. All three are fractions of the
+    frame's short side.
     """
 
     first: int
@@ -66,7 +68,7 @@ class Scene:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene's frames: uint8 [chunks * frames_per_chunk, height, width, 3]."""
+    """Return the scene's frames: uint8 [chunks * frames_per_chunk, height, width, 3]."""
     level = BACKGROUND_LEVEL + rng.integers(-LEVEL_JITTER, LEVEL_JITTER + 1)
     texture = rng.integers(-TEXTURE, TEXTURE + 1, size=(scene.height, scene.width, 1))
     empty = np.broadcast_to(level + texture, (scene.height, scene.width, 3)).astype(np.uint8)
@@ -98,8 +100,9 @@ def _mask(shape: Shown, height: int, width: int) -> np.ndarray:
 def write_clip(
     path: str | Path, frames: np.ndarray, fps: int | float | Fraction, options: dict[str, str] | None = None
 ) -> None:
-    """Writes uint8 [n, h, w, 3] frames as H.264 (4:2:0, so sides must be even). options: those of the
-    container.
+    """Write uint8 [n, h, w, 3] frames as H.264 (4:2:0, so sides must be even). options: the container's.
+
+    Raises ValueError for frames of another shape or type.
     """
     import av
 
@@ -112,10 +115,10 @@ def write_clip(
         stream: VideoStream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.options = {"preset": "ultrafast", "crf": "18"}
-        # Threads would split the frame, the bytes would depend on the machine.
+        # Threads would split a frame, and the bytes would depend on the machine.
         stream.codec_context.thread_count = 1
         for i, frame in enumerate(frames):
-            # Clips stand still for most of the time: only what changes is converted.
+            # Most frames equal the one before: only those that change are converted.
             if i == 0 or not np.array_equal(frame, frames[i - 1]):
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 picture = picture.reformat(format="yuv420p")

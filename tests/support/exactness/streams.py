@@ -54,7 +54,7 @@ def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tu
 
 
 def stream_header(backbone: Backbone, memory: MemoryConfig, name: str, temperature: float = 1.0) -> LogHeader:
-    """Of a stream whose task, seed and id come from its name."""
+    """Return the header of a stream whose task, seed and id come from its name."""
     return LogHeader(
         stream_id=name,
         task_id=name,
