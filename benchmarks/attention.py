@@ -71,8 +71,7 @@ def written(layout: Layout, chunks: int, name: str, memory: MemoryConfig = MEMOR
     writer = StreamWriter(header, layout, make_policy(memory), PositionCursor(2.0, 1.0))
     for turn in range(chunks):
         writer.begin_turn(TurnInput(ChunkRecord(turn, "clip", (turn + 0.25, turn + 0.75), GRID, "clip")), 0)
-        for token in layout.demonstration("nothing", None):
-            writer.append_generated(token, 0, target=True)
+        writer.extend_generated(layout.demonstration("nothing", None), 0, target=True)
     return writer.finish()
 
 

@@ -22,6 +22,10 @@ class RolloutConfig:
     """Rollout actors, each with one engine."""
     max_streams: int = 64
     """Streams that one engine runs at once."""
+    decode_steps: int = 8
+    """Tokens that a stream decodes at most between two visits of the host, which begins turns and writes logs. More leave
+    the device alone for longer; a stream whose turn ends waits for the visit, and new weights wait for it, too.
+    """
     kv_memory_mb: int = 0
     """MiB of an engine's KV pool; 0 = what `rollout.max_streams` of the longest streams can fill, or what the
     device has left.
@@ -42,7 +46,7 @@ class RolloutConfig:
     """
 
     def __post_init__(self) -> None:
-        for key in ("workers", "max_streams", "threads"):
+        for key in ("workers", "max_streams", "decode_steps", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"rollout.{key}={getattr(self, key)} must be at least 1")
         if self.kv_memory_mb < 0:

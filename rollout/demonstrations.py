@@ -78,6 +78,5 @@ def write_demonstration(writer: StreamWriter, turns: Sequence[TurnInput], task: 
     for turn_input, scripted in zip(turns, script, strict=False):
         ids = writer.layout.within_budgets(scripted.thought, scripted.response, writer.turn + 1)
         writer.begin_turn(turn_input, version=version)
-        for token in ids:
-            writer.append_generated(token, version, target=True)
+        writer.extend_generated(ids, version, target=True)
     return writer.finish()

@@ -86,7 +86,10 @@ class RolloutService:
                 device=device,
                 vision_attention=vision.name,
             )
-        self.engine = Engine(self.backbone, setup.kv_slots, setup.rollout.max_streams, setup.rollout.attention)
+        rollout = setup.rollout
+        self.engine = Engine(
+            self.backbone, setup.kv_slots, rollout.max_streams, rollout.attention, rollout.decode_steps
+        )
         # The learner may be asked for a kernel that its device has and this one lacks.
         scoring = choose_learner_attention(setup.self_check.attention if device == "cuda" else "auto", device)
         kernels = (self.engine.attention, vision, scoring)

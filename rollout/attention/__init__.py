@@ -1,4 +1,4 @@
-"""Attention backends of the engine: each turns a list of segments into a plan that the backbone runs.
+"""Attention backends of the engine: who of a packed row attends to which slots of the pool.
 
 `torch` runs everywhere; `flashinfer` on CUDA in half precision. `streams.backbone.kernel_choice` chooses.
 """
@@ -7,21 +7,36 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
+import torch
 
 from rollout.attention.segments import Segment
 from rollout.attention.torch_sdpa import TorchBackend
 from rollout.engine.kv_pool import KVPool
-from streams.backbone.attention import AttentionPlan
 
-__all__ = ["AttentionBackend", "Segment", "make_backend"]
+__all__ = ["Attend", "AttentionBackend", "Segment", "make_backend"]
+
+
+class Attend(Protocol):
+    """The attention of one forward, layer by layer; the rows' own keys and values are in the pool already."""
+
+    def __call__(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
+        """q [H, N, D] -> [N, H, D]."""
+        ...
 
 
 class AttentionBackend(Protocol):
     """What an engine holds as long as it lives: the pool's attention, with whatever memory it needs besides."""
 
-    def plan(self, new_slots: np.ndarray, segments: list[Segment]) -> AttentionPlan:
-        """One step. new_slots int64 [N]: where the keys and values of the packed row's N tokens go."""
+    def segments(self, segments: list[Segment]) -> Attend:
+        """Plan rows that follow one another as segments, each of which sees slots of its own."""
+        ...
+
+    def decode(self, table: torch.Tensor, lanes: torch.Tensor, lengths: torch.Tensor) -> Attend:
+        """Plan one row for each of n lanes.
+
+        table: int64 [all lanes, width], the slots of each lane, of which row i sees the first `lengths[i]` of lane
+        `lanes[i]`, in any order, its own among them. lanes, lengths: int64 [n].
+        """
         ...
 
 

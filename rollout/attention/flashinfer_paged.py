@@ -4,18 +4,17 @@ Written against flashinfer-python 0.6.18; the `fa2` kernels run on every device 
 query heads per KV head.
 
 Invariants:
-* everything that a step must know is known on the host (lengths and slots): planning never waits for the device;
-* slot lists are copied to the device once per step and serve every layer;
-* decode segments (one token) and longer ones are planned apart: the kernel's tile is chosen from the mean length.
+* planning needs lengths and slots on the host: it reads them back once per decode step, and so is not captured;
+* slot lists are copied to the device once per forward and serve every layer;
+* decoding has a wrapper of its own: the kernel's tile is chosen from the mean number of queries.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,61 +23,70 @@ from rollout.attention.segments import Segment
 from rollout.engine.kv_pool import KVPool
 from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, find_ninja, missing_for_flashinfer
 
+if TYPE_CHECKING:
+    from rollout.attention import Attend
+
 
 class FlashInferBackend:
-    """Plans for one engine's pool; owns the workspace. groups: query heads per KV head."""
+    """Attention over one engine's pool, which must keep pages; owns the workspace. groups: query heads per KV head."""
 
     def __init__(self, pool: KVPool, groups: int) -> None:
+        assert pool.paged, "a page is a slot"
         prepare_compiler()
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
         self.pool = pool
         _, _, _, kv_heads, head_dim = pool.kv.shape
         self._heads, self._kv_heads, self._head_dim = groups * kv_heads, kv_heads, head_dim
-        # Steps run one after the other on one stream, so both wrappers may use it.
+        # Forwards run one after the other on one stream, so both wrappers may use it.
         workspace = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=pool.kv.device)
         # The kernel for decode without tensor cores exists for few ratios of heads only.
         self._decode = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
-        self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
+        # Both parts of a forward are planned before the first runs: a wrapper each.
+        self._prefill = [BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2") for _ in range(2)]
         self._planned = torch.cuda.Event()
         self.scaling = head_dim**-0.5
         # Kernels are compiled when they are first planned: minutes, which would count towards some group's deadline.
-        self.plan(np.arange(3), [Segment(0, 1, np.arange(1)), Segment(1, 2, np.arange(2))])
+        self.segments([Segment(0, 1, np.arange(1)), Segment(1, 2, np.arange(2))])
+        self._plan_decode(np.arange(1), np.array([1]))
 
-    def plan(self, new_slots: np.ndarray, segments: list[Segment]) -> FlashInferPlan:
+    def segments(self, segments: list[Segment]) -> Attend:
         # The wrappers send their plans from page-locked buffers, which must not be written to before those have left.
         self._planned.synchronize()
-        device = self.pool.kv.device
-        decode = [s for s in segments if s.rows == 1]
-        prefill = [s for s in segments if s.rows > 1]
-        parts = [_Part(_rows(part, device), wrapper) for part, wrapper in self._plan_parts(decode, prefill)]
+        # Called once for each part of a forward, in turn.
+        self._prefill.reverse()
+        wrapper = self._prefill[0]
+        pages = self._pages(np.concatenate([s.slots for s in segments]), np.array([len(s.slots) for s in segments]))
+        queries = _offsets(np.array([s.rows for s in segments]))
+        # Causal is aligned to the end: a segment's own tokens are the last of its slots.
+        wrapper.plan(queries, *pages, self._heads, self._kv_heads, self._head_dim, 1, causal=True, **self._settings())
         self._planned.record()
-        return FlashInferPlan(self.pool, _to_device(new_slots, device), parts, self.scaling)
+        return _FlashInferAttention(self.pool, wrapper, self.scaling)
 
-    def _plan_parts(self, decode: list[Segment], prefill: list[Segment]) -> list[tuple[list[Segment], Any]]:
-        planned: list[tuple[list[Segment], Any]] = []
+    def decode(self, table: torch.Tensor, lanes: torch.Tensor, lengths: torch.Tensor) -> Attend:
+        self._planned.synchronize()
+        counts = lengths.cpu().numpy()
+        rows = table[lanes].cpu().numpy()
+        self._plan_decode(np.concatenate([row[:n] for row, n in zip(rows, counts, strict=True)]), counts)
+        self._planned.record()
+        return _FlashInferAttention(self.pool, self._decode, self.scaling)
+
+    def _plan_decode(self, slots: np.ndarray, counts: np.ndarray) -> None:
         heads = (self._heads, self._kv_heads, self._head_dim)
-        settings: dict[str, Any] = {
+        self._decode.plan(*self._pages(slots, counts), *heads, 1, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
             "pos_encoding_mode": "NONE",
             "sm_scale": self.scaling,
             "q_data_type": self.pool.kv.dtype,
             "kv_data_type": self.pool.kv.dtype,
         }
-        if decode:
-            self._decode.plan(*self._pages(decode), *heads, 1, **settings)
-            planned.append((decode, self._decode))
-        if prefill:
-            queries = _offsets([s.rows for s in prefill])
-            # Causal is aligned to the end: a segment's own tokens are the last of its slots.
-            self._prefill.plan(queries, *self._pages(prefill), *heads, 1, causal=True, **settings)
-            planned.append((prefill, self._prefill))
-        return planned
 
-    def _pages(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _pages(self, slots: np.ndarray, counts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(offsets on the host, slots on the device, filled tokens of each last page on the host), all int32."""
-        slots = np.concatenate([s.slots for s in segments]).astype(np.int32)
-        offsets = _offsets([len(s.slots) for s in segments])
-        return offsets, _to_device(slots, self.pool.kv.device), torch.ones(len(segments), dtype=torch.int32)
+        pages = _to_device(slots.astype(np.int32), self.pool.kv.device)
+        return _offsets(counts), pages, torch.ones(len(counts), dtype=torch.int32)
 
 
 def prepare_compiler() -> None:
@@ -91,44 +99,22 @@ def prepare_compiler() -> None:
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(ninja).parent)])
 
 
-@dataclass(frozen=True)
-class _Part:
-    """rows int64 [N]: which tokens of the packed row the planned wrapper serves, in its order."""
+class _FlashInferAttention:
+    """One planned wrapper over the pool."""
 
-    rows: torch.Tensor
-    wrapper: Any
+    def __init__(self, pool: KVPool, wrapper: Any, scaling: float) -> None:
+        self._pool, self._wrapper, self._scaling = pool, wrapper, scaling
 
-
-class FlashInferPlan:
-    """Writes the step's new keys and values into the pool, then attends over it."""
-
-    def __init__(self, pool: KVPool, new_slots: torch.Tensor, parts: list[_Part], scaling: float) -> None:
-        self.pool, self.new_slots, self.parts, self.scaling = pool, new_slots, parts, scaling
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        """q [1, H, N, D], k and v [1, H_kv, N, D] of the packed row -> [1, N, H, D]."""
-        assert abs(scaling - self.scaling) < 1e-9, "planned with the usual scale, 1 / sqrt(head dimension)"
-        pool = self.pool.kv[layer]
-        pool.index_copy_(0, self.new_slots, torch.stack((k[0].transpose(0, 1), v[0].transpose(0, 1)), dim=1))
+    def __call__(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
+        """q [H, N, D] -> [N, H, D]."""
+        assert abs(scaling - self._scaling) < 1e-9, "planned with the usual scale, 1 / sqrt(head dimension)"
         # [slots, 2, 1, H_kv, D]: FlashInfer's own layout of keys and values together, at one token per page.
-        pages = pool.unsqueeze(2)
-        packed = q[0].transpose(0, 1).contiguous()
-        if len(self.parts) == 1:
-            # Segments follow one another without gaps: the part is the whole row.
-            return self.parts[0].wrapper.run(packed, pages)[None]
-        out = torch.empty_like(packed)
-        for part in self.parts:
-            out.index_copy_(0, part.rows, part.wrapper.run(packed[part.rows], pages))
-        return out[None]
+        return self._wrapper.run(q.transpose(0, 1).contiguous(), self._pool.kv[layer].unsqueeze(2))
 
 
-def _offsets(lengths: list[int]) -> torch.Tensor:
+def _offsets(lengths: np.ndarray) -> torch.Tensor:
     """int32 [n + 1] on the host."""
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-
-
-def _rows(segments: list[Segment], device: torch.device) -> torch.Tensor:
-    return _to_device(np.concatenate([np.arange(s.start, s.start + s.rows) for s in segments]), device)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

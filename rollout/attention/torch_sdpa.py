@@ -1,14 +1,15 @@
-"""The portable backend: gathers each segment's slots, pads, and calls SDPA once per bucket and layer.
+"""The portable backend: SDPA over each stream's block of the pool, where it lies.
 
 Invariants:
-* segments of one token (decode) and longer ones (prefill) are padded apart: a mixed step does not pad every decode token to
-  the longest prefill;
-* index tensors are built once per step and used by every layer.
+* no key or value is copied: a stream's block is read as a view;
+* a segment's keys may lie in any order; its mask says which of the block it sees, and is built once per forward;
+* nothing is padded: a short stream does not pay for a long one beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,80 +19,89 @@ from rollout.attention.segments import Segment
 from rollout.engine.kv_pool import KVPool
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """S segments padded to Q queries and K keys. query int64 [S, Q], key int64 [S * K], mask [S, 1, G*Q, K]."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    mask: torch.Tensor
-    kept: torch.Tensor
-    rows: torch.Tensor
-
-
-def _bucket(segments: list[Segment], groups: int, device: torch.device) -> _Bucket:
-    count = len(segments)
-    rows = np.array([s.rows for s in segments])
-    keys = np.array([len(s.slots) for s in segments])
-    width, depth = int(rows.max()), int(keys.max())
-    key = np.zeros((count, depth), np.int64)
-    for i, segment in enumerate(segments):
-        key[i, : len(segment.slots)] = segment.slots
-    offset = np.arange(width)
-    starts = np.array([s.start for s in segments])
-    query = starts[:, None] + np.minimum(offset, rows[:, None] - 1)
-    # Query i sees the keys before its segment and its own first i + 1; padded queries repeat the last one.
-    last = (keys - rows)[:, None] + np.minimum(offset, rows[:, None] - 1)
-    mask = np.arange(depth)[None, None, :] <= last[:, :, None]
-    real = offset[None, :] < rows[:, None]
-    to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    return _Bucket(
-        query=to(query),
-        key=to(key.reshape(-1)),
-        mask=to(np.tile(mask, (1, groups, 1))[:, None]),
-        kept=to(np.flatnonzero(real)),
-        rows=to(query[real]),
-    )
-
-
 class TorchBackend:
-    """Plans for one engine's pool. groups: query heads per KV head."""
+    """Attention over one engine's pool, which must keep blocks. groups: query heads per KV head."""
 
     def __init__(self, pool: KVPool, groups: int) -> None:
+        assert not pool.paged, "SDPA reads blocks"
         self._pool, self._groups = pool, groups
 
-    def plan(self, new_slots: np.ndarray, segments: list[Segment]) -> TorchPagedPlan:
-        return TorchPagedPlan(self._pool, new_slots, segments, self._groups)
+    def segments(self, segments: list[Segment]) -> _Ranges:
+        ranges = []
+        for segment in segments:
+            first = int(segment.slots.min())
+            stop = int(segment.slots.max()) + 1
+            ranges.append(_Range(segment.start, segment.rows, first, stop, self._mask(segment, first, stop)))
+        return _Ranges(self._pool, self._groups, ranges)
+
+    def decode(self, table: torch.Tensor, lanes: torch.Tensor, lengths: torch.Tensor) -> _Ranges:
+        # A block's slots follow one another, so its first and the length say it all. No copy on a CPU; elsewhere one a step.
+        firsts, counts = table[lanes, 0].tolist(), lengths.tolist()
+        return _Ranges(
+            self._pool,
+            self._groups,
+            [
+                _Range(i, 1, first, first + count, None)
+                for i, (first, count) in enumerate(zip(firsts, counts, strict=True))
+            ],
+        )
+
+    def _mask(self, segment: Segment, first: int, stop: int) -> torch.Tensor | None:
+        """Return what to add to the scores, [1, 1, rows, stop - first]; None where every row sees the whole range."""
+        if segment.rows == 1 and len(segment.slots) == stop - first:
+            return None
+        columns = segment.slots - first
+        kv = self._pool.kv
+        # Numbers and not bool, which SDPA would turn into numbers in every layer.
+        number = np.float64 if kv.dtype == torch.float64 else np.float32
+        mask = np.zeros((segment.rows, stop - first), number)
+        if len(columns) < stop - first:  # what lies between belongs to nobody, or to another lane
+            unseen = np.ones(stop - first, bool)
+            unseen[columns] = False
+            mask[:, unseen] = -np.inf
+        mask[:, columns[len(columns) - segment.rows :]] = _later(segment.rows)
+        return torch.from_numpy(mask).to(kv.device, kv.dtype)[None, None]
 
 
-class TorchPagedPlan:
-    """Writes the step's new keys and values into the pool, then attends segment by segment over the pool."""
+@lru_cache(maxsize=64)
+def _later(rows: int) -> np.ndarray:
+    """Return [rows, rows] with -inf where a segment's own token comes after the row's."""
+    return np.triu(np.full((rows, rows), -np.inf), 1)
 
-    def __init__(self, pool: KVPool, new_slots: np.ndarray, segments: list[Segment], groups: int) -> None:
-        device = pool.kv.device
-        self.pool = pool
-        self.new_slots = torch.from_numpy(new_slots).to(device)
-        decode = [s for s in segments if s.rows == 1]
-        prefill = [s for s in segments if s.rows > 1]
-        self.buckets = [_bucket(part, groups, device) for part in (decode, prefill) if part]
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        """q [1, H, N, D], k and v [1, H_kv, N, D] of the packed row -> [1, N, H, D]."""
-        pool = self.pool.kv[layer]
-        pool.index_copy_(0, self.new_slots, torch.stack((k[0].transpose(0, 1), v[0].transpose(0, 1)), dim=1))
-        flat = pool.flatten(1)
-        heads, tokens, dim = q.shape[1:]
-        kv_heads = k.shape[1]
-        packed = q[0].transpose(0, 1)
-        out = q.new_empty((tokens, heads, dim))
-        for bucket in self.buckets:
-            count, width = bucket.query.shape
-            # [S, Q, H_kv, G, D] -> [S, H_kv, G * Q, D]: query heads of one KV head become extra queries.
-            grouped = packed[bucket.query].view(count, width, kv_heads, heads // kv_heads, dim)
-            grouped = grouped.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, -1, dim)
-            seen = flat.index_select(0, bucket.key).view(count, -1, 2, kv_heads, dim)
-            seen_k, seen_v = seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(grouped, seen_k, seen_v, attn_mask=bucket.mask, scale=scaling)
-            mixed = mixed.view(count, kv_heads, heads // kv_heads, width, dim).permute(0, 3, 1, 2, 4)
-            out[bucket.rows] = mixed.reshape(count * width, heads, dim)[bucket.kept]
-        return out[None]
+@dataclass(frozen=True)
+class _Range:
+    """Rows [start, start + rows) of the row attend to slots [first, stop)."""
+
+    start: int
+    rows: int
+    first: int
+    stop: int
+    mask: torch.Tensor | None
+
+
+class _Ranges:
+    def __init__(self, pool: KVPool, groups: int, ranges: list[_Range]) -> None:
+        self._pool, self._groups, self._ranges = pool, groups, ranges
+
+    def __call__(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
+        heads, tokens, dim = q.shape
+        kv = self._pool.kv[layer]
+        # [H_kv, G, N, D]: query heads by the KV head that they share.
+        grouped = q.unflatten(0, (heads // self._groups, self._groups))
+        out = q.new_empty((tokens, heads // self._groups, self._groups, dim)).permute(1, 2, 0, 3)
+        for r in self._ranges:
+            keys, values = kv[:, :, None, r.first : r.stop].unbind(0)
+            rows = grouped[:, :, r.start : r.start + r.rows]
+            if r.rows == 1 and r.mask is None:
+                # The query heads of one KV head as the queries of one head: their keys are read once.
+                mixed = F.scaled_dot_product_attention(rows.transpose(1, 2), keys, values, scale=scaling).transpose(
+                    1, 2
+                )
+            else:
+                shared = (-1, self._groups, -1, -1)
+                mixed = F.scaled_dot_product_attention(
+                    rows, keys.expand(shared), values.expand(shared), attn_mask=r.mask, scale=scaling
+                )
+            out[:, :, r.start : r.start + r.rows] = mixed
+        return out.permute(2, 0, 1, 3).flatten(1, 2)

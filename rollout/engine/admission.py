@@ -1,7 +1,7 @@
 """Which streams wait and which run.
 
 Invariants:
-* the running streams together never reserve more slots than the pool has, so that no allocation can fail in a step;
+* a stream runs only with slots for the most that it may hold, so that no allocation can fail in a step;
 * streams are admitted in the order in which they came: a large one at the head is not overtaken.
 """
 
@@ -10,23 +10,24 @@ from __future__ import annotations
 from collections import deque
 
 from rollout.engine.request import Stream
+from rollout.engine.slots import SlotBook
 
 
 class Admission:
-    """The queue of one engine. It counts slots; it does not allocate or free them."""
+    """The queue of one engine. It opens the slots of streams that run; the engine closes them."""
 
-    def __init__(self, capacity: int, max_streams: int) -> None:
-        """capacity: slots of the pool. max_streams: streams that may run at once."""
-        self._capacity, self._max_streams = capacity, max_streams
+    def __init__(self, book: SlotBook, max_streams: int) -> None:
+        """max_streams: streams that may run at once."""
+        self._book, self._max_streams = book, max_streams
         self._waiting: deque[Stream] = deque()
-        self._reserved = 0
         self.running: list[Stream] = []
 
     @property
     def possible(self) -> bool:
         """Whether the stream at the head of the queue could run now."""
-        room = self._capacity - self._reserved
-        return bool(self._waiting) and len(self.running) < self._max_streams and self._waiting[0].reserved <= room
+        if not self._waiting or len(self.running) >= self._max_streams:
+            return False
+        return self._book.fits(self._waiting[0].reserved)
 
     def add(self, stream: Stream) -> None:
         self._waiting.append(stream)
@@ -35,13 +36,12 @@ class Admission:
         """Move streams from the queue to the running ones, as many as fit."""
         while self.possible:
             stream = self._waiting.popleft()
-            self._reserved += stream.reserved
+            stream.slots = self._book.open(stream.reserved)
             self.running.append(stream)
 
     def release(self, stream: Stream) -> None:
-        """Take a running stream out and give up its reservation. Its slots are the caller's to free."""
+        """Take a running stream out. Its slots are the caller's to close."""
         self.running.remove(stream)
-        self._reserved -= stream.reserved
 
     def cancel(self, stream_ids: set[str]) -> list[Stream]:
         """Forget these streams where they wait; return those of them that run."""
@@ -52,4 +52,3 @@ class Admission:
         """Forget every stream."""
         self._waiting.clear()
         self.running.clear()
-        self._reserved = 0

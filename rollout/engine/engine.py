@@ -1,17 +1,17 @@
 """The streaming engine: many streams at once, continuous batching, eviction by editing slot lists.
 
-One step, read top to bottom in `Engine.step`:
+One visit of the host, read top to bottom in `Engine.step`:
 
-    admit     waiting streams whose bound fits                      admission.py
-    gather    what every running stream forwards next, in one row   step_plan.py
-    forward   the row through the model, over the pool's slots      forward.py
-    free      slots that this row was the last to see               kv_pool.py
-    choose    the next token of every stream that has a choice      choose.py
+    admit     waiting streams whose bound fits                          admission.py
+    begin     turns: the end of one and the prefill of the next,
+              packed into rows, and their first tokens                  step_plan.py, forward.py
+    decode    several tokens of every stream, without the host          decode.py, decode_state.py
+    collect   what was drawn, into the logs                             decode.py
     finish    logs of the streams that are over
 
 Invariants:
 * freed slots are reused only after the forward that could still see them;
-* weights, and `version` with them, change only between two steps;
+* weights, and `version` with them, change only between two visits;
 * one thread calls everything here.
 """
 
@@ -21,7 +21,7 @@ import torch
 
 from rollout.attention import make_backend
 from rollout.engine.admission import Admission
-from rollout.engine.choose import choose
+from rollout.engine.decode import Decoder
 from rollout.engine.forward import forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream, StreamFailure, StreamRequest, stream_bound
@@ -30,6 +30,9 @@ from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import choose_rollout_attention
 from streams.log.record import StreamLog
 from streams.writing.writer import StreamWriter
+
+PREFILL_ROWS = 2048
+"""Tokens of one prefill forward, about: more in a row fall out of the caches, fewer leave the cores waiting."""
 
 
 class Engine:
@@ -41,20 +44,30 @@ class Engine:
         attention: the attention backend, and why that one.
     """
 
-    def __init__(self, backbone: Backbone, kv_slots: int, max_streams: int, attention: str = "auto") -> None:
+    def __init__(
+        self, backbone: Backbone, kv_slots: int, max_streams: int, attention: str = "auto", decode_steps: int = 8
+    ) -> None:
+        """decode_steps: tokens of a stream between two visits of the host, at most."""
         kv_heads, head_dim = backbone.kv_shape
         self.backbone = backbone
-        self.pool = KVPool(
-            kv_slots, backbone.num_layers, kv_heads, head_dim, dtype=backbone.dtype, device=backbone.device
-        )
-        self.admission = Admission(self.pool.capacity, max_streams)
-        self.version = 0
-        self.steps = 0
         # "torch.bfloat16" is "bfloat16" in every configuration.
         dtype = str(backbone.dtype).removeprefix("torch.")
         self.attention = choose_rollout_attention(attention, backbone.device.type, dtype, head_dim)
+        self.pool = KVPool(
+            kv_slots,
+            backbone.num_layers,
+            kv_heads,
+            head_dim,
+            dtype=backbone.dtype,
+            device=backbone.device,
+            paged=self.attention.name == "flashinfer",
+        )
+        self.admission = Admission(self.pool.book, max_streams)
+        self.version = 0
+        self.steps = 0
         groups = int(backbone.model.config.text_config.num_attention_heads) // kv_heads
         self._backend = make_backend(self.attention.name, self.pool, groups)
+        self._decoder = Decoder(backbone, self.pool, self._backend, max_streams, decode_steps)
         self._failed: list[StreamFailure] = []
 
     @property
@@ -89,16 +102,12 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[StreamLog]:
-        """Forward once; returns the streams that finished, but for those whose log went out in pieces."""
+        """Make one visit; returns the streams that finished, but for those whose log went out in pieces."""
         self.admission.admit()
-        step = self._gather()
-        if step.rows:
-            hidden = forward(step, self.backbone, self._backend, self.pool)
-            for slots in step.freed:
-                self.pool.free(slots)
-            if step.choosing:
-                choose(step.choosing, hidden, self.backbone, self.version)
-            self.steps += 1
+        self._begin_turns()
+        if self._decoder.running:
+            self.steps += self._decoder.run()
+            self._decoder.collect(self.version)
         return self._finish()
 
     def take_failed(self) -> list[StreamFailure]:
@@ -109,19 +118,38 @@ class Engine:
     def cancel(self, stream_ids: set[str]) -> None:
         """Forget these streams, waiting or running, and free their slots. Call between two steps."""
         for stream in self.admission.cancel(stream_ids):
+            self._decoder.forget(stream)
             self._release(stream)
 
     def drop_all(self) -> None:
         """Forget every stream (after an error inside a step) and free all slots."""
+        self._decoder.clear()
         self.admission.clear()
-        # Of the pool and not by stream: slots that the failed step was about to free are in no stream's list any more.
-        self.pool.free_all()
+        # Not stream by stream: slots that the failed step was about to free are in no stream's list any more.
+        self.pool.book.clear()
 
-    def _gather(self) -> StepPlan:
-        step = StepPlan(self.pool, self.version)
+    def _begin_turns(self) -> None:
+        """Prefill the next turn of every stream that has one, in rows of about PREFILL_ROWS tokens."""
+        plan = self._plan()
         for stream in self.admission.running:
-            step.gather(stream)
-        return step
+            if stream.between_turns and stream.source.ready:
+                plan.gather(stream)
+                if plan.rows >= PREFILL_ROWS:
+                    self._prefill(plan)
+                    plan = self._plan()
+        self._prefill(plan)
+
+    def _plan(self) -> StepPlan:
+        return StepPlan(self.version)
+
+    def _prefill(self, plan: StepPlan) -> None:
+        if not plan.rows:
+            return
+        hidden = forward(plan, self.backbone, self._backend, self.pool)
+        self.steps += 1
+        for stream, slots in plan.freed:
+            stream.slots.give_back(slots)
+        self._decoder.first(plan.choosing, hidden[plan.ends.rows :], self.version)
 
     def _finish(self) -> list[StreamLog]:
         """Write what goes out in pieces and release the streams that are over; returns the logs that were kept."""
@@ -139,5 +167,5 @@ class Engine:
         return logs
 
     def _release(self, stream: Stream) -> None:
-        self.pool.free(stream.slots.held)
+        stream.slots.close()
         self.admission.release(stream)

@@ -19,7 +19,7 @@ import torch
 
 from streams.layout.lanes import Lanes, Span
 from streams.layout.layout import Layout
-from streams.log.record import NEVER, ChunkRecord, Kind
+from streams.log.record import NEVER, ChunkRecord
 from streams.writing.writer import TurnInput
 
 FAR_SECONDS = 99_999_999.9
@@ -47,7 +47,7 @@ class TurnSizes:
 
 def _scaffold(layout: Layout, chunk: ChunkRecord | None) -> int:
     """Count the tokens that the layout puts around a chunk."""
-    return sum(len(part.ids) for part in layout.prefill(chunk, None) if part.kind != Kind.VIDEO)
+    return sum(shape for run in layout.runs(chunk, None) for shape in run.shapes if isinstance(shape, int))
 
 
 class KnownTurns:

@@ -1,24 +1,29 @@
-"""The KV cache of one worker: a pool of token slots.
+"""The KV cache of one worker: keys and values of every live token, by slot.
 
 Invariants:
-* a slot is free or allocated to one stream, never both;
-* `kv` has the keys as attention reads them: rotated; `raw` has them as the model made them.
+* `kv` has the keys as attention reads them: rotated; `raw` has them as the model made them;
+* the last slot of the storage, `trash`, belongs to no stream: rows of the batch that have no stream write there.
+
+Which slots a stream has is `rollout.engine.slots`' business.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
+from rollout.engine.slots import BlockBook, PagedBook, SlotBook
 from streams.checkpoint.model_shape import kv_values
 
 
 class KVPool:
-    """Keys and values of all live tokens, by slot.
+    """Keys and values by slot, in the backbone's dtype.
 
     Attributes:
-        kv: [layers, slots, 2, kv_heads, head_dim] (key, value) in the backbone's dtype: one gather fetches both.
-        raw: [layers, slots, kv_heads, head_dim], un-rotated keys; None until a stream needs them.
+        book: who has which slots.
+        kv: blocks: [layers, 2, kv_heads, slots + 1, head_dim], so that a head's keys of one stream are one piece of memory;
+            pages: [layers, slots + 1, 2, kv_heads, head_dim], as paged attention kernels read it. Keys first, then values.
+        raw: [layers, slots + 1, kv_heads, head_dim], un-rotated keys; None until a stream needs them.
+        copied_bytes: bytes of kept keys and values that were moved within the pool, by all streams so far.
     """
 
     def __init__(
@@ -30,14 +35,19 @@ class KVPool:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        paged: bool = False,
     ) -> None:
+        """paged: slots of a stream may lie anywhere; otherwise they are one block, for kernels that read a range."""
         if slots < 1:
             raise ValueError(f"a KV pool of {slots} slots: at least one is needed (rollout.kv_memory_mb)")
-        self.kv = torch.zeros((layers, slots, 2, kv_heads, head_dim), dtype=dtype, device=device)
+        self.book: SlotBook = PagedBook(slots) if paged else BlockBook(slots)
+        self.paged = paged
+        self.trash = slots
+        one = (slots + 1, 2, kv_heads, head_dim) if paged else (2, kv_heads, slots + 1, head_dim)
+        self.kv = torch.zeros((layers, *one), dtype=dtype, device=device)
         self.raw: torch.Tensor | None = None
-        self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
-        self._available = slots
-        self._allocated = np.zeros(slots, bool)
+        self.copied_bytes = 0
+        self._shape = (layers, slots + 1, kv_heads, head_dim)
 
     @staticmethod
     def bytes_per_slot(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, raw: bool = False) -> int:
@@ -47,38 +57,36 @@ class KVPool:
     def keep_raw(self) -> torch.Tensor:
         """Return the buffer of un-rotated keys, made at the first call."""
         if self.raw is None:
-            layers, slots, _, kv_heads, head_dim = self.kv.shape
-            self.raw = self.kv.new_zeros((layers, slots, kv_heads, head_dim))
+            self.raw = self.kv.new_zeros(self._shape)
         return self.raw
 
     @property
     def capacity(self) -> int:
-        return len(self._free)
+        """Slots that streams may have."""
+        return self.book.capacity
 
     @property
     def available(self) -> int:
-        return self._available
+        """Slots that no stream has."""
+        return self.book.available
 
-    def allocate(self, n: int) -> np.ndarray:
-        """Return n free slots, int64 [n].
+    def keys(self, layer: int) -> torch.Tensor:
+        """Return a view of one layer's keys, [slots + 1, kv_heads, head_dim]."""
+        return self.kv[layer, :, 0] if self.paged else self.kv[layer, 0].transpose(0, 1)
 
-        Raises RuntimeError if there are fewer: the engine reserves before it admits, so that is an error in the engine.
-        """
-        if n > self._available:
-            raise RuntimeError(f"KV pool exhausted: {n} slots wanted, {self._available} of {self.capacity} free")
-        slots = self._free[self._available - n : self._available].copy()
-        self._available -= n
-        assert not self._allocated[slots].any(), "a slot was given out twice"
-        self._allocated[slots] = True
-        return slots
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write keys and values [kv_heads, N, head_dim] into slots int64 [N]."""
+        kv = self.kv[layer]
+        if self.paged:
+            kv.index_copy_(0, slots, torch.stack((k.transpose(0, 1), v.transpose(0, 1)), dim=1))
+        else:
+            kv[0].index_copy_(1, slots, k)
+            kv[1].index_copy_(1, slots, v)
 
-    def free(self, slots: np.ndarray) -> None:
-        """Take slots int64 [n] back."""
-        assert self._allocated[slots].all(), "a slot was freed that nobody holds"
-        self._allocated[slots] = False
-        self._free[self._available : self._available + len(slots)] = slots
-        self._available += len(slots)
-
-    def free_all(self) -> None:
-        """Take every allocated slot back."""
-        self.free(np.flatnonzero(self._allocated))
+    def move(self, layer: int, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy keys and values, and un-rotated keys, from slots to slots int64 [N]; no slot is in both."""
+        dim = 0 if self.paged else 2
+        self.kv[layer].index_copy_(dim, target, self.kv[layer].index_select(dim, source))
+        if self.raw is not None:
+            self.raw[layer].index_copy_(0, target, self.raw[layer].index_select(0, source))
+        self.copied_bytes += len(source) * self.kv[layer].nbytes // self._shape[1]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rollout.engine.feed import KnownTurns, TurnFeed
-from rollout.engine.slots import SlotList
+from rollout.engine.slots import StreamSlots
 from streams.layout.layout import Layout
 from streams.log.pieces import PieceSink
 from streams.log.record import LogHeader
@@ -81,7 +81,7 @@ class Stream:
 
     Attributes:
         reserved: KV slots that no other stream may count on.
-        slots: the slots of its forwarded tokens that are still visible.
+        slots: the slots of its forwarded tokens that are still visible; set when it is admitted.
         forwarded: the log index of the first token that was not forwarded yet.
         failure: why it cannot go on; empty while it can.
     """
@@ -90,7 +90,7 @@ class Stream:
     writer: StreamWriter
     source: KnownTurns | TurnFeed
     reserved: int
-    slots: SlotList = field(default_factory=SlotList)
+    slots: StreamSlots = field(init=False)
     forwarded: int = 0
     failure: str = ""
 

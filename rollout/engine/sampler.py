@@ -1,31 +1,42 @@
-"""Sampler: one uniform number per (stream seed, token index) and our own inverse CDF.
+"""Sampler: one uniform number per (stream seed, token index) and our own inverse CDF, on the device of the logits.
 
-Invariant: a draw depends on the stream's seed, the token's index in its log and its logits, never on the row of the batch
-or on what else runs.
+Invariants:
+* a draw depends on the stream's seed, the token's index in its log and its logits, never on the row of the batch or on what
+  else runs;
+* nothing is read back to the host.
 """
 
 from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 import torch
 
-_MASK64 = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+def _signed(value: int) -> int:
+    """Return the int64 with the bits of a uint64."""
+    return value - (1 << 64) if value >> 63 else value
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+_GOLDEN, _FIRST, _SECOND = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Shift int64 right as if it were unsigned: torch repeats the sign bit, and lacks the operation for uint64."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014, 'Fast splittable pseudorandom number generators')."""
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)) & _MASK64
-        x = ((x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)) & _MASK64
-        x = ((x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)) & _MASK64
-        return x ^ (x >> np.uint64(31))
+    x = x + _GOLDEN
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
 
 
-def uniforms(seeds: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return float64 [n] in [0, 1) for seeds uint64 [n] and token indices [n]."""
-    return (_mix(_mix(seeds.astype(np.uint64)) ^ indices.astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
+def uniforms(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return float64 [n] in [0, 1) for the bits of seeds and indices, int64 [n]."""
+    return _shifted(_mix(_mix(seeds) ^ indices), 11).double() * 2.0**-53
 
 
 def stream_seed(run_seed: int, stream_id: str) -> int:
@@ -34,22 +45,25 @@ def stream_seed(run_seed: int, stream_id: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def pick(
-    logits: torch.Tensor, greedy: np.ndarray, seeds: np.ndarray, indices: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    logits: torch.Tensor, greedy: torch.Tensor | bool, seeds: torch.Tensor, indices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one id per row of logits [n, V] (temperature and ban list already applied).
 
-    Returns (ids int64 [n], log-probs float64 [n]). Rows with `greedy` take the largest logit (the first of equals).
+    Returns (ids int64 [n], log-probs float64 [n]).
+
+    Args:
+        greedy: bool [n], rows that take the largest logit (the first of equals); one bool says it for all of them.
+        seeds, indices: int64 [n].
     """
     logp = torch.log_softmax(logits, dim=-1)
-    ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    rows = torch.from_numpy(greedy).to(logits.device)
-    if greedy.any():
-        ids[rows] = logits[rows].argmax(dim=-1)
-    if not greedy.all():
-        cdf = logp[~rows].double().exp().cumsum(dim=-1)
-        draw = torch.from_numpy(uniforms(seeds[~greedy], indices[~greedy])).to(logits.device)
+    if greedy is True:
+        ids = logits.argmax(dim=-1)
+    else:
+        cdf = logp.double().exp().cumsum(dim=-1)
         # The sum is 1 only up to rounding: scaling the draw keeps it below the last allowed id's edge.
-        ids[~rows] = torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True)[:, 0]
-    chosen = logp.gather(-1, ids[:, None])[:, 0]
-    return ids.cpu().numpy(), chosen.double().cpu().numpy()
+        aim = uniforms(seeds, indices) * cdf[:, -1]
+        ids = torch.searchsorted(cdf, aim[:, None], right=True)[:, 0]
+        if greedy is not False:
+            ids = torch.where(greedy, logits.argmax(dim=-1), ids)
+    return ids, logp.gather(-1, ids[:, None])[:, 0].double()

@@ -28,6 +28,7 @@ import numpy as np
 
 from streams.layout.lanes import SAID, Lanes, Span, head
 from streams.layout.lengths import NOT_COPIED
+from streams.layout.runs import Part, Run, joined
 from streams.log.record import GENERATED, ChunkRecord, Kind, StreamLog
 from streams.turns import ParsedTurn
 
@@ -39,6 +40,8 @@ ANSWER_SCAFFOLD = 4
 
 MAX_STAMPS = 4096
 """How many time stamps keep their ids in a cache: the streams of a group, and of an epoch, share them."""
+MAX_RUNS = 256
+"""Turns that are kept laid out: most turns look alike, and the streams of a group see the same times."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "You watch a video that arrives in chunks. After every chunk, first think briefly inside the think tags. "
@@ -94,24 +97,6 @@ class LayoutTokens:
     think_end: int
 
 
-@dataclass(frozen=True)
-class Part:
-    """A run of prefilled tokens of one kind.
-
-    Attributes:
-        ids: int32 [n]. n may be 0 for a vision block of which every token was dropped: its grid still moves the
-            positions.
-        grid: (time, rows, columns) of a VIDEO run, from which its positions follow; None for text.
-        keep: the cells of that grid that were kept, ascending; None for all.
-    """
-
-    ids: np.ndarray
-    kind: Kind
-    grid: tuple[int, int, int] | None = None
-    keep: tuple[int, ...] | None = None
-    lane: int = 0
-
-
 @dataclass
 class Layout:
     """Lays out turns for one tokenizer.
@@ -137,6 +122,8 @@ class Layout:
     _refused: frozenset[int] = field(init=False)
     # Ids of short texts that recur: times.
     _stamps: dict[str, list[int]] = field(init=False, default_factory=dict)
+    # Turns that show nothing but a whole chunk, by its grid and, where they are written, its times.
+    _runs: dict[tuple[Any, Lanes], tuple[Run, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         def one(text: str) -> int:
@@ -152,11 +139,12 @@ class Layout:
         self._control = frozenset(int(i) for i in self.tokenizer.added_tokens_decoder)
         self.banned = self._ban_list()
         self._refused = self._control.union(self.banned)
-        self._not_copied = np.array(sorted(self._refused))
         encode = self._encode
         self._said = encode(SAID)
-        self._newline_user = [*encode("\n"), self.tokens.im_start, *encode("user\n")]
-        self._header = [self.tokens.im_end, *encode("\n"), self.tokens.im_start, *encode("assistant\n")]
+        self._opening = _part([*encode("\n"), self.tokens.im_start, *encode("user\n")], Kind.SCAFFOLD)
+        self._closing = _part(
+            [self.tokens.im_end, *encode("\n"), self.tokens.im_start, *encode("assistant\n")], Kind.SCAFFOLD
+        )
         self.system_ids = [
             self.tokens.im_start,
             *encode(f"system\n{self.config.system_prompt.strip()}"),
@@ -194,9 +182,9 @@ class Layout:
         Generation continues in the lane of the last part. Raises ValueError as `_vision_blocks` does.
         """
         if lanes is Lanes.MEMORY:
-            asked = (_part([*self._encode("\n"), *query], Kind.QUERY),) if query else ()
+            asked = (_part([*self._short("\n"), *query], Kind.QUERY),) if query else ()
             return (*asked, *(replace(part, lane=1) for part in self.prefill(chunk, None)))
-        parts = [_part(self._newline_user, Kind.SCAFFOLD)]
+        parts = [self._opening]
         if chunk is not None:
             for stamp, grid, keep in self._vision_blocks(chunk):
                 tokens = grid[0] * grid[1] * grid[2] if keep is None else len(keep)
@@ -205,10 +193,28 @@ class Layout:
                 parts.append(_part([self.tokens.vision_end], Kind.SCAFFOLD))
         if query:
             # The newline before the query has the query's kind: it is evicted with the question.
-            newline = self._encode("\n") if chunk is not None else []
+            newline = self._short("\n") if chunk is not None else []
             parts.append(_part([*newline, *query], Kind.QUERY))
-        parts.append(_part(self._header, Kind.SCAFFOLD))
+        parts.append(self._closing)
         return tuple(parts)
+
+    def runs(
+        self, chunk: ChunkRecord | None, query: list[int] | None, lanes: Lanes = Lanes.ONE, *, first: bool = False
+    ) -> tuple[Run, ...]:
+        """Return the same `prefill` as it is logged, lane by lane. first: of the turn that the system prompt precedes."""
+        if first:
+            system = _part(self.system_ids, Kind.SYSTEM)
+            return joined((system, *self.prefill(chunk, query, lanes)))
+        if query or (chunk is not None and chunk.keep is not None):
+            return joined(self.prefill(chunk, query, lanes))
+        key = None if chunk is None else (chunk.grid, chunk.patch_times if self.timestamps else ()), lanes
+        runs = self._runs.get(key)
+        if runs is None:
+            runs = joined(self.prefill(chunk, None, lanes))
+            if len(self._runs) >= MAX_RUNS:
+                self._runs.clear()
+            self._runs[key] = runs
+        return runs
 
     def _vision_blocks(
         self, chunk: ChunkRecord
@@ -239,10 +245,10 @@ class Layout:
         None if it neither thought nor answered. The copy contains no tag and no other control token, even where a
         malformed turn has them inside its text.
         """
-        free = ~np.isin(ids, self._not_copied)
-        thought = ids[free & (kinds == Kind.THINK)].tolist()
-        spoke = (ids[kinds == Kind.DECISION] == self.tokens.response).any()
-        answer = ids[free & (kinds == Kind.RESPONSE)].tolist() if spoke else []
+        said = list(zip(ids.tolist(), kinds.tolist(), strict=True))
+        thought = [i for i, kind in said if kind == Kind.THINK and i not in self._refused]
+        spoke = (self.tokens.response, Kind.DECISION) in said
+        answer = [i for i, kind in said if kind == Kind.RESPONSE and i not in self._refused] if spoke else []
         if not thought and not answer:
             return None
         return _part([*self._short(head(span)), *thought, *(self._said if answer else ()), *answer], Kind.MEMORY)

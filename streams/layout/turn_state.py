@@ -5,10 +5,13 @@ Invariant: the engine and the writer of demonstrations derive kinds from this st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streams.layout.layout import LayoutConfig, LayoutTokens
-from streams.log.record import Kind
+from streams.log.record import GENERATED, Kind
+
+_THINK, _DECISION, _RESPONSE, _END = GENERATED
 
 
 @dataclass
@@ -44,19 +47,26 @@ class TurnState:
             return self.tokens.think_end
         return None
 
-    def advance(self, token: int) -> Kind:
-        """Advance by one token and return its kind."""
-        assert not self.over, "the turn has ended"
-        self.count += 1
-        if token == self.tokens.im_end:
-            self.over = True
-            return Kind.END
-        if self.thinking:
-            self.thinking = token != self.tokens.think_end
-            return Kind.THINK
-        if not self.decided:
-            self.decided = True
-            if token in (self.tokens.silent, self.tokens.response):
-                self.spoke = token == self.tokens.response
-                return Kind.DECISION
-        return Kind.RESPONSE
+    def advance(self, ids: Sequence[int]) -> list[Kind]:
+        """Advance by the next tokens and return their kinds."""
+        silent, response = self.tokens.silent, self.tokens.response
+        im_end, think_end = self.tokens.im_end, self.tokens.think_end
+        kinds = []
+        # Every generated token passes here: one loop for all of them, and no call for each.
+        for token in ids:
+            assert not self.over, "the turn has ended"
+            kind = _RESPONSE
+            if token == im_end:
+                self.over = True
+                kind = _END
+            elif self.thinking:
+                self.thinking = token != think_end
+                kind = _THINK
+            elif not self.decided:
+                self.decided = True
+                if token in (silent, response):
+                    self.spoke = token == response
+                    kind = _DECISION
+            kinds.append(kind)
+        self.count += len(kinds)
+        return kinds

@@ -104,15 +104,18 @@ class LogBuilder:
         turn: int,
         version: int,
         lane: int = 0,
-        sampled: bool = False,
-        target: bool = False,
-        logp: float = float("nan"),
+        sampled: np.ndarray | bool = False,
+        target: np.ndarray | bool = False,
+        logp: np.ndarray | float = float("nan"),
     ) -> slice:
-        """Append tokens to the current segment; positions int [3, n]. Returns their log indices."""
+        """Append tokens to the current segment; positions int [3, n]; others [n], or one for all. Returns their log indices."""
         assert self._segment >= 0, "append before begin_segment"
         assert turn >= self._turn, "turns never decrease"
         # logp == logp is False for NaN alone.
-        assert sampled == (logp == logp), "a sampled token has a log-prob, any other has none"
+        wrong = sampled != (logp == logp)
+        assert not (wrong if isinstance(wrong, bool) else wrong.any()), (
+            "a sampled token has a log-prob, any other has none"
+        )
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
         self._columns.append(
@@ -133,16 +136,18 @@ class LogBuilder:
         return at
 
     def expire(self, indices: np.ndarray) -> None:
-        """Lower the expiry of `indices` to the start of the next segment, which has not begun."""
+        """Lower the expiry of `indices`, int [n] ascending, to the start of the next segment, which has not begun."""
         if not len(indices):
             return
-        assert indices.max() < self.length, "only logged tokens expire"
-        # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
-        early = indices < self.first
-        if early.any():
-            self._amended.append((indices[early], self.length))
-        held = indices[~early] - self.first
-        assert (self._columns.column("expiry")[held] >= self.length).all(), "expiry is never raised"
+        assert indices[-1] < self.length, "only logged tokens expire"
+        held = indices
+        if self.first:
+            # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
+            early = int(indices.searchsorted(self.first))
+            if early:
+                self._amended.append((indices[:early], self.length))
+            held = indices[early:] - self.first
+        assert not np.count_nonzero(self._columns.column("expiry")[held] < self.length), "expiry is never raised"
         self._columns.write("expiry", held, self.length)
 
     def cut(self, stop: int, *, last: bool = False) -> LogPiece:

@@ -16,6 +16,8 @@ from streams.log.record import Kind
 from streams.memory.policy import CONTIGUOUS, NATIVE, LiveTokens, MemoryPolicy, TurnStart
 from streams.positions.regions import Region
 
+_QUERY = int(Kind.QUERY)  # numpy takes members of an IntEnum, but several times as long as plain numbers
+
 
 def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
     """Return what the policy evicts, bool [n]; open queries stay. Raises ValueError for an answer that is no such array."""
@@ -26,10 +28,14 @@ def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndar
             f"memory: {type(policy).__name__}.leaving returned {given} in turn {start.turn}; it must be an array of bool, "
             f"one for each of the {len(live)} live tokens"
         )
-    query = live.kind == Kind.QUERY
-    pinned = np.zeros(len(live), bool)
-    pinned[query] = start.closed_in[live.turn[query]] >= start.turn
-    return leaving & ~pinned
+    rows = leaving.nonzero()[0]
+    asked = rows[live.kind[rows] == _QUERY]
+    if not len(asked):
+        return leaving
+    pinned = start.closed_in[live.turn[asked]] >= start.turn
+    leaving = leaving.copy()
+    leaving[asked[pinned]] = False
+    return leaving
 
 
 def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:
@@ -42,7 +48,7 @@ def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.
             f"{name} returned {given} in turn {start.turn}; with memory.positions={CONTIGUOUS} it must be an array of int8, "
             f"one Region for each of the {len(live)} tokens that stay"
         )
-    wrong = np.flatnonzero((region < 0) | (region > before))
+    wrong = ((region < 0) | (region > before)).nonzero()[0]
     if len(wrong):
         at = wrong[0]
         raise ValueError(

@@ -43,6 +43,7 @@ class LiveSet:
         return self._columns.nbytes
 
     def column(self, name: str) -> np.ndarray:
+        """Return a read-only view of one column, as it is until the next `drop`."""
         return self._columns.column(name)
 
     def append(
@@ -51,30 +52,37 @@ class LiveSet:
         ids: np.ndarray | list[int],
         positions: np.ndarray,
         *,
-        kind: int,
+        kind: np.ndarray | int,
         turn: int,
-        ordinal: int = -1,
+        ordinal: np.ndarray | int = -1,
         lane: int = 0,
     ) -> None:
-        """Add the tokens logged at `at`, of one kind. positions: int [3, n].
+        """Add the tokens logged at `at`. positions: int [3, n]; kind: int [n], or one for all.
 
-        ordinal: place among the stream's generated text, for a single token of it; -1 otherwise.
+        ordinal: int [n], place among the stream's generated text; -1 for any other token.
         """
-        index = np.arange(at.start, at.stop)
-        position = positions.min(axis=0)
         self._columns.append(
-            len(index), index=index, kind=kind, turn=turn, ids=ids, ordinal=ordinal, lane=lane, position=position
+            at.stop - at.start,
+            index=np.arange(at.start, at.stop),
+            kind=kind,
+            turn=turn,
+            ids=ids,
+            ordinal=ordinal,
+            lane=lane,
+            position=np.minimum.reduce(positions),
         )
 
     def tokens(self) -> LiveTokens:
         """Return them as a policy sees them."""
-        return LiveTokens(*(self.column(name) for name in ("kind", "turn", "ids", "index", "ordinal")))
+        column = self._columns.column
+        return LiveTokens(column("kind"), column("turn"), column("ids"), column("index"), column("ordinal"))
 
     def drop(self, leaving: np.ndarray) -> np.ndarray:
         """Drop the tokens where `leaving`, bool [n]. Returns their log indices."""
-        left = self.column("index")[leaving]
-        if len(left):
-            self._columns.keep(~leaving)
+        rows = leaving.nonzero()[0]
+        left = self._columns.column("index")[rows]
+        if len(rows):
+            self._columns.remove(rows)
         return left
 
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.log.record import GENERATED_TEXT, Kind
-from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_text, old_video
+from streams.log.record import Kind
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_text, old_video, tokens_before
 from streams.positions.regions import Region
+
+# numpy takes members of an IntEnum, but several times as long as plain numbers.
+_RETAINED, _QUERY, _SYSTEM = int(Region.RETAINED), int(Kind.QUERY), int(Kind.SYSTEM)
 
 
 class SinkWindow(MemoryPolicy):
@@ -31,21 +34,27 @@ class SinkWindow(MemoryPolicy):
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
         leaving = old_video(live, start, self.window)
         leaving |= old_text(live, start, self.text_window, (Kind.SCAFFOLD, Kind.QUERY, Kind.END))
-        # Generated tokens of the turns that have left the text window: the tail is counted from their end.
-        older = start.generated[max(0, start.turn - self.text_window + 1)]
-        between = (live.ordinal >= self.sink_tokens) & (live.ordinal < older - self.tail_tokens)
-        return leaving | old_text(live, start, self.text_window, GENERATED_TEXT) & between
+        # Generated tokens of the turns that have left the text window: the tail is counted from their end. The ordinal of any
+        # other token is -1, which is in no window.
+        begins = max(0, start.turn - self.text_window + 1)
+        ordinal = live.ordinal[: tokens_before(live, begins)]
+        between = (ordinal >= self.sink_tokens) & (ordinal < start.generated[begins] - self.tail_tokens)
+        leaving[: len(between)] |= between
+        return leaving
 
     def regions(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        region = np.full(len(live), Region.RETAINED, np.int8)
+        region = np.full(len(live), _RETAINED, np.int8)
         # Turns up to the latest one whose video was evicted. A later turn without video waits for the video before it.
         shown = start.video_turns[start.turn] + start.has_video
-        region[start.video_turns[live.turn] < shown - self.window] = Region.TEXT
-        old = live.turn <= start.turn - self.text_window
-        region[old & (live.ordinal >= 0)] = Region.TAIL
-        region[old & (live.ordinal >= 0) & (live.ordinal < self.sink_tokens)] = Region.SINK
-        region[old & (live.kind == Kind.QUERY)] = Region.PINNED
-        region[live.kind == Kind.SYSTEM] = Region.SYSTEM
+        unseen = int(start.video_turns.searchsorted(shown - self.window))
+        region[: tokens_before(live, unseen)] = Region.TEXT
+        old = tokens_before(live, start.turn - self.text_window + 1)
+        kind, ordinal = live.kind[:old], live.ordinal[:old]
+        region[:old][ordinal >= 0] = Region.TAIL
+        region[:old][(ordinal >= 0) & (ordinal < self.sink_tokens)] = Region.SINK
+        region[:old][kind == _QUERY] = Region.PINNED
+        first = tokens_before(live, 1)
+        region[:first][live.kind[:first] == _SYSTEM] = Region.SYSTEM
         return region
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
-from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, among
 
 STAYS = (Kind.SYSTEM, Kind.QUERY, Kind.MEMORY)
 
@@ -22,7 +22,7 @@ class TextMemory(MemoryPolicy):
     lanes = Lanes.MEMORY
 
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        return ~np.isin(live.kind, STAYS)
+        return ~among(live.kind, STAYS)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         # Slots of an evicted turn are freed after the forward of the next one.

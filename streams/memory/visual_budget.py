@@ -10,6 +10,8 @@ import numpy as np
 from streams.log.record import Kind
 from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
 
+_VIDEO = int(Kind.VIDEO)  # numpy takes members of an IntEnum, but several times as long as plain numbers
+
 
 class VisualBudget(MemoryPolicy):
     """At most `video_tokens` video tokens, those of the starting turn included; all text."""
@@ -20,12 +22,14 @@ class VisualBudget(MemoryPolicy):
         self.video_tokens = video_tokens
 
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        video = live.kind == Kind.VIDEO
-        sizes = np.bincount(live.turn[video], minlength=start.turn)
-        # Video tokens of each turn and all later ones, the starting one included.
-        since = start.video_tokens + np.cumsum(sizes[::-1])[::-1]
+        video = (live.kind == _VIDEO).nonzero()[0]
         leaving = np.zeros(len(live), bool)
-        leaving[video] = since[live.turn[video]] > self.video_tokens
+        over = len(video) + start.video_tokens - self.video_tokens
+        if over > 0 and len(video):
+            turns = live.turn[video]
+            # The oldest `over` tokens must go, and the rest of the last one's chunk with it.
+            last = turns[min(over, len(video)) - 1]
+            leaving[video[: turns.searchsorted(last, side="right")]] = True
         return leaving
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:

@@ -14,8 +14,14 @@ after a vision block is the largest position used so far plus one, as the publis
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+
+Block = tuple[tuple[int, int, int], tuple[int, ...] | None]
+"""A vision block: its merged grid (t, h, w), and which of its cells are kept; None = all."""
+Shape = int | Block
+"""What positions depend on: a number of text tokens, or a vision block."""
 
 QWEN2_5_VL_CONVENTION = "qwen2_5_vl:absolute-time:max-plus-one"
 QWEN3_VL_CONVENTION = "qwen3_vl:timestamp-text:max-plus-one"
@@ -39,25 +45,51 @@ class PositionCursor:
 
     def text(self, n: int) -> np.ndarray:
         """Return the positions of n text tokens: the same id on all three axes."""
-        ids = np.arange(self.offset, self.offset + n, dtype=np.int32)
+        ids = np.empty((3, n), np.int32)
+        ids[:] = np.arange(self.offset, self.offset + n)
         self.offset += n
-        return np.broadcast_to(ids, (3, n))
+        return ids
 
     def video(self, grid: tuple[int, int, int], keep: tuple[int, ...] | None = None) -> np.ndarray:
         """Return the positions of one chunk; `grid` is merged (t, h, w). Dropped tokens still advance the offset."""
-        t, h, w = grid
-        # 1e-9: rounding must not take a whole product below its whole number.
-        patch = np.floor(np.arange(t) * self.patch_seconds * self.tokens_per_second + 1e-9).astype(np.int32)
-        ids = np.stack(
-            [
-                np.repeat(patch, h * w),
-                np.tile(np.repeat(np.arange(h, dtype=np.int32), w), t),
-                np.tile(np.arange(w, dtype=np.int32), t * h),
-            ]
-        )
-        ids = ids + self.offset
-        self.offset = int(ids.max()) + 1
-        return ids if keep is None else ids[:, list(keep)]
+        return self.run(((grid, keep),))
+
+    def run(self, shapes: tuple[Shape, ...]) -> np.ndarray:
+        """Return the positions of texts and vision blocks that follow one another."""
+        relative, advance = _relative(shapes, self.tokens_per_second, self.patch_seconds)
+        ids = relative + self.offset
+        self.offset += advance
+        return ids
+
+
+@lru_cache(maxsize=256)
+def _relative(shapes: tuple[Shape, ...], tokens_per_second: float, patch_seconds: float) -> tuple[np.ndarray, int]:
+    """Return (positions int32 [3, n], where the next position is) of a run that begins at 0.
+
+    Most turns of most streams look alike, and what a turn shows is laid out once for all of them.
+    """
+    parts, offset = [np.zeros((3, 0), np.int32)], 0
+    for shape in shapes:
+        if isinstance(shape, int):
+            block = np.tile(np.arange(shape, dtype=np.int32), (3, 1))
+            advance, keep = shape, None
+        else:
+            (t, h, w), keep = shape
+            # 1e-9: rounding must not take a whole product below its whole number.
+            patch = np.floor(np.arange(t) * patch_seconds * tokens_per_second + 1e-9).astype(np.int32)
+            block = np.stack(
+                [
+                    np.repeat(patch, h * w),
+                    np.tile(np.repeat(np.arange(h, dtype=np.int32), w), t),
+                    np.tile(np.arange(w, dtype=np.int32), t * h),
+                ]
+            )
+            advance = int(block.max()) + 1
+        parts.append((block if keep is None else block[:, list(keep)]) + np.int32(offset))
+        offset += advance
+    ids = np.concatenate(parts, axis=1)
+    ids.setflags(write=False)
+    return ids, offset
 
 
 @dataclass
@@ -67,10 +99,11 @@ class TimestampCursor(PositionCursor):
     tokens_per_second: float = 0.0
     patch_seconds: float = 0.0
 
-    def video(self, grid: tuple[int, int, int], keep: tuple[int, ...] | None = None) -> np.ndarray:
-        """Return the positions of one temporal patch. Raises ValueError for several: they would share one temporal id."""
-        if grid[0] != 1:
-            raise ValueError(
-                f"a vision block of {grid[0]} temporal patches: with timestamps in the text each has its own"
-            )
-        return super().video(grid, keep)
+    def run(self, shapes: tuple[Shape, ...]) -> np.ndarray:
+        """Raises ValueError for a vision block of several temporal patches: they would share one temporal id."""
+        for shape in shapes:
+            if not isinstance(shape, int) and shape[0][0] != 1:
+                raise ValueError(
+                    f"a vision block of {shape[0][0]} temporal patches: with timestamps in the text each has its own"
+                )
+        return super().run(shapes)

@@ -35,6 +35,9 @@ STATIC = tuple(Region)[: Region.RETAINED]
 """The regions that tokens move to; their keys have coordinates."""
 _UNTURNED = np.iinfo(np.int64).min
 """Position of a key that has not been rotated at a coordinate yet: it differs from every real one."""
+_NOWHERE = np.iinfo(np.int64).max
+"""First coordinate of a region that is empty."""
+_RETAINED = int(Region.RETAINED)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ class RegionBook:
 
     def leave(self, stays: np.ndarray) -> np.ndarray:
         """Drop evicted tokens; `stays` is bool over the live tokens. Returns the regions of those that stay."""
-        new = len(stays) - len(self._region)
-        self._region = np.append(self._region, np.full(new, Region.RETAINED, np.int8))[stays]
-        self._coordinate = np.append(self._coordinate, np.zeros(new, np.int64))[stays]
-        self._position = np.append(self._position, np.full(new, _UNTURNED))[stays]
+        rows = stays.nonzero()[0]
+        self._region = _grown(self._region, len(stays), _RETAINED)[rows]
+        self._coordinate = _grown(self._coordinate, len(stays), 0)[rows]
+        self._position = _grown(self._position, len(stays), _UNTURNED)[rows]
         return self._region
 
     def move(self, live: np.ndarray, region: np.ndarray, entry: int) -> None:
@@ -107,41 +110,53 @@ class RegionBook:
         live: int64 [n], log indices of the live tokens. region: int8 [n], the region of each from log index `entry` on.
         """
         moving = region != self._region
-        for r in STATIC:
-            there, coming = (region == r) & ~moving, (region == r) & moving
+        rows = moving.nonzero()[0]
+        if not len(rows):
+            return
+        entered = region[rows]
+        for r in set(entered.tolist()):
             # Behind the last token that stays, so that coordinates keep the order in which tokens entered.
-            first = self._coordinate[there].max(initial=-1) + 1
-            self._coordinate[coming] = np.arange(first, first + coming.sum())
+            first = self._coordinate[(region == r) & ~moving].max(initial=-1) + 1
+            coming = rows[entered == r]
+            self._coordinate[coming] = np.arange(first, first + len(coming))
         self._region = region.copy()
-        self._position[moving] = _UNTURNED
-        if moving.any():
-            moved = (live[moving], region[moving], self._coordinate[moving], np.full(moving.sum(), entry))
-            self._moves.append(np.stack(moved).astype(np.int32))
+        self._position[rows] = _UNTURNED
+        moved = np.empty((4, len(rows)), np.int32)
+        moved[0], moved[1], moved[2], moved[3] = live[rows], entered, self._coordinate[rows], entry
+        self._moves.append(moved)
 
     def settle(self, live: np.ndarray, native: np.ndarray) -> None:
         """Lay out the regions for the running turn. Called once its prefill has been appended.
 
         live, native: int64 [n], log indices of the live tokens and their native positions.
         """
-        region = np.append(self._region, np.full(len(live) - len(self._region), Region.RETAINED, np.int8))
-        first_native = native[np.flatnonzero(region == Region.RETAINED)[0]]
+        moved = self._region != _RETAINED
+        static = moved.nonzero()[0]
+        region, coordinate = self._region[static], self._coordinate[static]
+        # The first token that has not moved; all those that were appended since have not.
+        first_native = int(native[len(moved) if len(static) == len(moved) else moved.argmin()])
+        lowest, highest = np.full(5, _NOWHERE), np.full(5, -1)
+        np.minimum.at(lowest, region, coordinate)
+        np.maximum.at(highest, region, coordinate)
         # Region r covers [base, base + its extent) of the layout; its first live key, at coordinate `first`, is at base.
-        first, base, extent = np.zeros(5, np.int64), np.zeros(5, np.int64), 0
-        for r in STATIC:
-            here = self._coordinate[self._region == r]
-            base[r] = extent
-            if len(here):
-                first[r] = here.min()
-                extent += int(here.max()) + 1 - int(here.min())
-        filled = np.isin(np.arange(5), self._region)
+        bases, extent = [0] * 5, 0
+        spans = list(zip(lowest.tolist(), highest.tolist(), strict=True))
+        for r, (first, last) in enumerate(spans):
+            bases[r] = extent
+            extent += max(0, last + 1 - first)
         # A query at native position p is at extent + (p - first_native) of the layout, a key with coordinate c of region r
         # at base[r] + (c - first[r]). Their distance is p + offset - c with this offset, so keys need no new coordinate.
-        offsets = np.where(filled, extent - first_native - base + first, 0)
-        self._offsets.append(offsets.astype(np.int32)[None])
-        static = np.flatnonzero(self._region != Region.RETAINED)
+        offsets = np.array(
+            [
+                0 if last < first else extent - first_native - base + first
+                for base, (first, last) in zip(bases, spans, strict=True)
+            ],
+            np.int32,
+        )
+        self._offsets.append(offsets[None])
         # The same distances, seen from queries at their native positions: keys are rotated at c - offset.
-        position = self._coordinate[static] - offsets[self._region[static]]
-        changed = position != self._position[static]
+        position = coordinate - offsets[region]
+        changed = (position != self._position[static]).nonzero()[0]
         self._position[static] = position
         self.turned = live[static[changed]], position[changed]
 
@@ -157,3 +172,9 @@ class RegionBook:
         moves = np.concatenate([np.zeros((4, 0), np.int32), *self._moves], axis=1)
         offsets = np.concatenate([np.zeros((0, 5), np.int32), *self._offsets])
         return RegionLog(moves[0], moves[1].astype(np.int8), moves[2], moves[3], offsets)
+
+
+def _grown(array: np.ndarray, length: int, value: int) -> np.ndarray:
+    grown = np.full(length, value, array.dtype)
+    grown[: len(array)] = array
+    return grown

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from streams.layout.lanes import Lanes, Span
-from streams.layout.layout import Layout, Part
+from streams.layout.layout import Layout
+from streams.layout.runs import Run, joined
 from streams.layout.turn_state import TurnState
 from streams.log.builder import LogBuilder
-from streams.log.record import GENERATED_TEXT, ChunkRecord, Kind, LogHeader, StreamLog
+from streams.log.record import ChunkRecord, LogHeader, StreamLog
 from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, lane_one_start, placed
 from streams.memory.live import LiveSet, TurnHistory
 from streams.positions.mrope import PositionCursor
@@ -75,10 +76,10 @@ class StreamWriter:
     generated: int = 0
     state: TurnState | None = None
     _generation_begun: bool = False
-    # The running turn: the lane in which generation continues, its time, and the (id, kind) that it generated.
+    # The running turn: the lane in which generation continues, its time, and with two lanes the ids and kinds it generated.
     _lane: int = 0
     _span: Span | None = None
-    _wrote: list[tuple[int, Kind]] = field(default_factory=list)
+    _wrote: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
@@ -95,6 +96,11 @@ class StreamWriter:
         """Log indices int64 [n] of the live tokens, ascending."""
         return self.held.column("index")
 
+    @property
+    def next_position(self) -> int:
+        """The position id of the next generated token."""
+        return self._cursors[self._lane].offset
+
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
         """Evict, then append the prefill. version: of the weights that will forward it.
 
@@ -109,13 +115,11 @@ class StreamWriter:
         left = self._evict(chunk)
         self._remember(version)
         start = self.log.length
-        parts = self.layout.prefill(chunk, None if query is None else list(query.ids), self.policy.lanes)
-        if self.turn == 0:
-            parts = (Part(np.asarray(self.layout.system_ids, np.int32), Kind.SYSTEM), *parts)
-        self._append(parts, self.turn, version)
+        asked = None if query is None else list(query.ids)
+        self._append(self.layout.runs(chunk, asked, self.policy.lanes, first=self.turn == 0), self.turn, version)
         if self.regions is not None:
             self.regions.settle(self.live, self.held.column("position"))
-        self._span, self._wrote = turn_input.span, []
+        self._span = turn_input.span
         if chunk is not None:
             self.log.add_chunk(chunk)
         if query is not None:
@@ -129,77 +133,75 @@ class StreamWriter:
         assert self.state is not None
         return self.state.forced()
 
-    def append_generated(
+    def extend_generated(
         self,
-        token: int,
+        ids: np.ndarray | Sequence[int],
         version: int,
         *,
-        logp: float = float("nan"),
-        sampled: bool = False,
-        target: bool = False,
-    ) -> Kind:
-        """Append one generated token of the running turn and return its kind.
+        logps: np.ndarray | None = None,
+        target: np.ndarray | bool = False,
+    ) -> np.ndarray:
+        """Append the next generated tokens of the running turn, ids int [n], and return their kinds, int8 [n].
 
         Args:
-            version: of the weights that sampled it.
-            logp: log-prob under which it was sampled, in nats; NaN if it was not sampled.
-            sampled: it was sampled.
-            target: it is trained on.
+            version: of the weights that sampled them.
+            logps: float64 [n], the log-prob under which each was sampled, in nats, NaN for a forced one; None: none was
+                sampled.
+            target: bool [n], or one for all: they are trained on.
         """
         assert self.state is not None
-        assert not self.state.over, "the turn has ended"
         if not self._generation_begun:
             self.log.begin_segment()
             self._generation_begun = True
-        kind = self.state.advance(token)
-        positions = self._cursors[self._lane].text(1)
+        ids = np.asarray(ids, np.int32)
+        kinds = np.frombuffer(bytes(self.state.advance(ids.tolist())), np.int8)
+        count = len(kinds)
+        positions = self._cursors[self._lane].text(count)
         at = self.log.append(
-            [token],
-            kind,
+            ids,
+            kinds,
             positions,
             turn=self.turn,
             version=version,
             lane=self._lane,
-            sampled=sampled,
+            sampled=False if logps is None else ~np.isnan(logps),
             target=target,
-            logp=logp,
+            logp=np.nan if logps is None else logps,
         )
-        self._wrote.append((token, kind))
-        text = kind in GENERATED_TEXT
-        ordinal = self.generated if text else -1
-        self.held.append(at, [token], positions, kind=kind, turn=self.turn, ordinal=ordinal, lane=self._lane)
+        # END, which comes last, is no text.
+        text = count - self.state.over
+        ordinals = np.arange(self.generated, self.generated + count)
+        ordinals[text:] = -1
+        self.held.append(at, ids, positions, kind=kinds, turn=self.turn, ordinal=ordinals, lane=self._lane)
         self.generated += text
-        return kind
+        if self.policy.lanes is Lanes.MEMORY:
+            self._wrote.append((ids.copy(), kinds))
+        return kinds
 
     def finish(self) -> StreamLog:
         """Return the whole log."""
         return self.log.finish()
 
-    def _append(self, parts: Sequence[Part], turn: int, version: int) -> None:
-        """Append parts of one turn, with a segment for every run of parts of one lane."""
-        lane = None
-        for part in parts:
-            if part.lane != lane:
-                lane = self._lane = part.lane
-                self.log.begin_segment()
-                if lane == 1:
-                    self._cursors[1].offset = lane_one_start(self.policy, *(c.offset for c in self._cursors))
-            cursor = self._cursors[part.lane]
-            positions = cursor.text(len(part.ids)) if part.grid is None else cursor.video(part.grid, part.keep)
-            at = self.log.append(part.ids, part.kind, positions, turn=turn, version=version, lane=part.lane)
-            self.held.append(at, part.ids, positions, kind=part.kind, turn=turn, lane=part.lane)
+    def _append(self, runs: Sequence[Run], turn: int, version: int) -> None:
+        """Append runs of one turn, each a segment of its own."""
+        for run in runs:
+            self.log.begin_segment()
+            lane = self._lane = run.lane
+            if lane == 1:
+                self._cursors[1].offset = lane_one_start(self.policy, *(c.offset for c in self._cursors))
+            positions = self._cursors[lane].run(run.shapes)
+            at = self.log.append(run.ids, run.kinds, positions, turn=turn, version=version, lane=lane)
+            self.held.append(at, run.ids, positions, kind=run.kinds, turn=turn, lane=lane)
 
     def _remember(self, version: int) -> None:
-        """Append the copy of the previous turn, as part of that turn.
-
-        It comes after the eviction of the turn that begins: the copy must not attend to what left.
-        """
-        if self.policy.lanes is not Lanes.MEMORY or not self._wrote:
+        """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
+        if not self._wrote:
             return
-        ids, kinds = np.asarray(self._wrote, np.int32).T
+        ids, kinds = (np.concatenate(column) for column in zip(*self._wrote, strict=True))
+        self._wrote.clear()
         copy = self.layout.memory(ids, kinds, self._span)
         if copy is not None:
-            self._append([copy], self.turn - 1, version)
+            self._append(joined([copy]), self.turn - 1, version)
 
     def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
         """Evict the tokens that the policy names and return their log indices."""

@@ -96,17 +96,25 @@ def test_flex_compiles_no_more_often_than_it_must():
 needs_flashinfer = pytest.mark.skipif(not has_module("flashinfer"), reason="flashinfer-python is not installed")
 
 
-def step_of(rng, pool, lengths):
-    """(new slots, segments): (rows, live slots) per segment, its slots anywhere in the pool, its own tokens last."""
-    segments, new, at = [], [], 0
+def segments_of(rng, pool, lengths):
+    """(rows, live slots) per segment -> segments with slots anywhere in the pool, in no order, others' in between."""
+    segments, at = [], 0
     for rows, live in lengths:
-        # As after evictions: slots in no order, with others' in between.
-        slots = pool.allocate(live)
+        slots = pool.book.allocate(live)
         rng.shuffle(slots)
         segments.append(Segment(at, rows, slots))
-        new.append(slots[-rows:])
         at += rows
-    return np.concatenate(new), segments
+    return segments
+
+
+def pools(slots, kv_heads, head_dim):
+    """A pool of pages, and one of blocks with the same keys and values under the same slots."""
+    paged, blocks = (
+        KVPool(slots, 2, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda", paged=p) for p in (True, False)
+    )
+    paged.kv.normal_()
+    blocks.kv.copy_(paged.kv.permute(0, 2, 3, 1, 4))
+    return paged, blocks
 
 
 @needs_flashinfer
@@ -119,46 +127,57 @@ def step_of(rng, pool, lengths):
         [(206, 206), (40, 900), (2, 3), (300, 301)],
         [(1, 700), (206, 1500), (1, 1), (3, 64), (1, 20)],
     ],
-    ids=["decode", "prefill", "mixed"],
+    ids=["ends", "prefill", "mixed"],
 )
 def test_flashinfer_equals_the_torch_backend(head_dim, heads, lengths):
     rng = np.random.default_rng(0)
     query, kv = heads
     slots = sum(live for _, live in lengths)
-    pool = KVPool(2 * slots, 2, kv, head_dim, dtype=torch.bfloat16, device="cuda")
-    pool.kv.normal_()
-    pool.free(pool.allocate(slots)[::2])
-    new, segments = step_of(rng, pool, lengths)
-    backends = {name: make_backend(name, pool, query // kv) for name in ("torch", "flashinfer")}
+    paged, blocks = pools(2 * slots, kv, head_dim)
+    paged.book.free(paged.book.allocate(slots)[::2])
+    segments = segments_of(rng, paged, lengths)
+    torch_backend, flashinfer = (
+        make_backend("torch", blocks, query // kv),
+        make_backend("flashinfer", paged, query // kv),
+    )
     tokens = sum(rows for rows, _ in lengths)
     generator = torch.Generator("cuda").manual_seed(0)
     for _ in range(2):
-        # Twice, as steps follow one another: the workspace is used again.
-        plans = {name: backend.plan(new, segments) for name, backend in backends.items()}
+        # Twice, as forwards follow one another: the workspace is used again.
+        attends = torch_backend.segments(segments), flashinfer.segments(segments)
         for layer in range(2):
-            q, k, v = (
-                torch.randn(1, n, tokens, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
-                for n in (query, kv, kv)
-            )
-            outs = {name: plan.attend(layer, q, k, v, head_dim**-0.5).float() for name, plan in plans.items()}
-            assert outs["flashinfer"].shape == (1, tokens, query, head_dim)
-            torch.testing.assert_close(outs["flashinfer"], outs["torch"], atol=2e-2, rtol=2e-2)
-            assert torch.equal(pool.kv[layer, torch.from_numpy(new).cuda(), 0], k[0].transpose(0, 1))
+            q = torch.randn(query, tokens, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+            wanted, found = (attend(layer, q, head_dim**-0.5).float() for attend in attends)
+            assert found.shape == (tokens, query, head_dim)
+            torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+
+
+@needs_flashinfer
+def test_flashinfer_decodes_over_a_table_as_the_torch_backend_does_over_blocks():
+    paged, blocks = pools(1024, KV_HEADS, HEAD_DIM)
+    table = torch.arange(1024, device="cuda").view(4, 256)
+    lanes, lengths = torch.tensor([3, 0, 2], device="cuda"), torch.tensor([256, 1, 100], device="cuda")
+    q = torch.randn(HEADS, 3, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    found, wanted = (
+        make_backend(name, pool, HEADS // KV_HEADS).decode(table, lanes, lengths)(1, q, SCALE).float()
+        for name, pool in (("flashinfer", paged), ("torch", blocks))
+    )
+    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
 
 
 @needs_flashinfer
 def test_flashinfer_sees_only_the_slots_it_is_given():
-    pool = KVPool(512, 1, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    pool, _ = pools(512, KV_HEADS, HEAD_DIM)
     backend = make_backend("flashinfer", pool, HEADS // KV_HEADS)
-    slots = pool.allocate(300)
+    slots = pool.book.allocate(300)
     segment = Segment(0, 4, slots)
-    q, k, v = (torch.randn(1, n, 4, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for n in (HEADS, KV_HEADS, KV_HEADS))
-    first = backend.plan(slots[-4:], [segment]).attend(0, q, k, v, SCALE)
+    q = torch.randn(HEADS, 4, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    first = backend.segments([segment])(0, q, SCALE)
     outside = np.setdiff1d(np.arange(512), slots)
     pool.kv[0, torch.from_numpy(outside).cuda()] = 100.0
-    assert torch.equal(backend.plan(slots[-4:], [segment]).attend(0, q, k, v, SCALE), first)
+    assert torch.equal(backend.segments([segment])(0, q, SCALE), first)
     pool.kv[0, int(slots[0])] = 100.0
-    assert not torch.equal(backend.plan(slots[-4:], [segment]).attend(0, q, k, v, SCALE), first)
+    assert not torch.equal(backend.segments([segment])(0, q, SCALE), first)
 
 
 @pytest.mark.skipif(not has_module("flash_attn"), reason="flash-attn is not installed")

@@ -182,7 +182,7 @@ def test_the_reference_keeps_its_own_mergers(service, engine, checkpoint, tasks)
     assert abs(kls[0]) <= BAR
     assert kls[1] > 1e-6
     frames = [even(replace(items[0].payload, media_kind="frames"), ADVANTAGES)]
-    with pytest.raises(ValueError, match=r"learner\.freeze=tower: the reference holds no tower"):
+    with pytest.raises(ValueError, match=r"learner\.freeze=tower: the reference has no tower"):
         learner.train(2, replace(GRPO, kl_coef=1e-3), frames)
 
 

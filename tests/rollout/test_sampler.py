@@ -1,4 +1,4 @@
-"""The sampler and the two stores of a worker: what is drawn, who owns a KV slot, and what a cache may hold."""
+"""The sampler, and the byte budget of a worker's caches: what is drawn, and what a cache may hold."""
 
 from __future__ import annotations
 
@@ -11,13 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.engine import sampler
-from rollout.engine.kv_pool import KVPool
-from rollout.engine.sampler import pick, stream_seed, uniforms
+from rollout.engine.sampler import draw, stream_seed
 from streams.support.byte_cache import ByteBudgetCache
 
 SEEDS = st.integers(0, 2**64 - 1)
 INDICES = st.integers(0, 2**31)
 LARGEST = 1 - 2.0**-53
+
+
+def signed(values) -> torch.Tensor:
+    """int64 with the bits of uint64."""
+    return torch.from_numpy(np.asarray(values, np.uint64).view(np.int64))
+
+
+def uniforms(seeds, indices) -> np.ndarray:
+    return sampler.uniforms(signed(seeds), signed(indices)).numpy()
+
+
+def pick(logits, greedy, seeds, indices) -> tuple[np.ndarray, np.ndarray]:
+    ids, logps = draw(logits, torch.from_numpy(greedy), signed(seeds), signed(indices))
+    return ids.numpy(), logps.numpy()
 
 
 def draws(logits, n, seed=7):
@@ -49,6 +62,20 @@ def test_a_uniform_depends_on_seed_and_index_only_not_on_its_batch(pairs, random
     assert np.array_equal(together, alone)
 
 
+@given(st.lists(st.tuples(SEEDS, INDICES), min_size=1, max_size=20))
+def test_uniforms_are_those_of_unsigned_arithmetic(pairs):
+    """SplitMix64's finaliser on Python integers, which have no sign bit to repeat."""
+
+    def mix(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    wanted = [(mix(mix(seed) ^ index) >> 11) * 2.0**-53 for seed, index in pairs]
+    assert uniforms([seed for seed, _ in pairs], [index for _, index in pairs]).tolist() == wanted
+
+
 @pytest.mark.parametrize("along", ["indices", "seeds"])
 def test_uniforms_are_uniform_and_uncorrelated_along_indices_and_along_seeds(along):
     n = 40_000
@@ -63,7 +90,7 @@ def test_uniforms_are_uniform_and_uncorrelated_along_indices_and_along_seeds(alo
 
 
 def test_the_largest_uniform_stays_below_one(monkeypatch):
-    monkeypatch.setattr(sampler, "_mix", lambda x: np.full_like(x, 2**64 - 1))
+    monkeypatch.setattr(sampler, "_mix", lambda x: torch.full_like(x, -1))
     assert uniforms(np.zeros(1, np.uint64), np.zeros(1, np.int64))[0] == LARGEST
     assert LARGEST < 1
 
@@ -81,7 +108,7 @@ def test_a_streams_seed_depends_on_the_run_and_on_its_identity_and_fits_a_signed
     assert stream_seed(3, "0/a/1") == stream_seed(3, "0/a/1")
 
 
-# --- pick -------------------------------------------------------------------------------------------------------------
+# --- draw -------------------------------------------------------------------------------------------------------------
 
 
 def test_frequencies_approach_the_softmax():
@@ -111,7 +138,7 @@ ROW = st.lists(st.one_of(st.none(), st.floats(-40, 40, width=32)), min_size=2, m
 def test_a_banned_id_is_never_drawn_at_the_edges_of_the_unit_interval(row, u):
     logits = torch.tensor([[-torch.inf if value is None else value for value in row]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "uniforms", lambda seeds, indices: np.full(len(seeds), u))
+        patch.setattr(sampler, "uniforms", lambda seeds, indices: torch.full((len(seeds),), u, dtype=torch.float64))
         ids, logp = pick(logits, np.zeros(1, bool), np.zeros(1, np.uint64), np.zeros(1, np.int64))
     assert 0 <= ids[0] < len(row)
     assert row[ids[0]] is not None
@@ -121,7 +148,9 @@ def test_a_banned_id_is_never_drawn_at_the_edges_of_the_unit_interval(row, u):
 def test_the_inverse_cdf_gives_each_id_its_own_interval(monkeypatch):
     logits = torch.log(torch.tensor([[0.25, 0.5, 0.25]]))
     for u, expected in ((0.0, 0), (0.24, 0), (0.26, 1), (0.74, 1), (0.76, 2), (LARGEST, 2)):
-        monkeypatch.setattr(sampler, "uniforms", lambda seeds, indices, u=u: np.full(len(seeds), u))
+        monkeypatch.setattr(
+            sampler, "uniforms", lambda seeds, indices, u=u: torch.full((len(seeds),), u, dtype=torch.float64)
+        )
         ids, _ = pick(logits, np.zeros(1, bool), np.zeros(1, np.uint64), np.zeros(1, np.int64))
         assert ids[0] == expected
 
@@ -155,54 +184,6 @@ def test_greedy_takes_the_first_of_equal_logits():
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
     ids, _ = pick(logits, np.ones(1, bool), np.zeros(1, np.uint64), np.zeros(1, np.int64))
     assert ids[0] == 1
-
-
-# --- the KV pool ------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 24), st.data())
-@settings(max_examples=150, deadline=None)
-def test_a_slot_has_one_owner_at_a_time_and_the_pool_never_gives_more_than_it_has(capacity, data):
-    pool = KVPool(capacity, layers=1, kv_heads=1, head_dim=1)
-    assert pool.capacity == capacity
-    held: list[int] = []
-    for _ in range(data.draw(st.integers(1, 25), label="events")):
-        if data.draw(st.booleans()):
-            n = data.draw(st.integers(0, capacity + 2), label="wanted")
-            if n > capacity - len(held):
-                with pytest.raises(RuntimeError, match=f"KV pool exhausted: {n} slots wanted"):
-                    pool.allocate(n)
-            else:
-                slots = pool.allocate(n).tolist()
-                assert len(slots) == n
-                assert set(slots) <= set(range(capacity))
-                held += slots
-                assert len(set(held)) == len(held), "a slot with two owners"
-        elif held:
-            leaving = data.draw(st.lists(st.sampled_from(held), unique=True), label="leaving")
-            pool.free(np.array(leaving, np.int64))
-            held = [slot for slot in held if slot not in leaving]
-        assert pool.available == capacity - len(held)
-    pool.free(np.array(held, np.int64))
-    assert sorted(pool.allocate(capacity).tolist()) == list(range(capacity))
-
-
-def test_a_slot_that_nobody_holds_cannot_be_freed():
-    pool = KVPool(4, layers=1, kv_heads=1, head_dim=1)
-    slots = pool.allocate(2)
-    pool.free(slots)
-    with pytest.raises(AssertionError, match="nobody holds"):
-        pool.free(slots)
-
-
-def test_a_pool_without_a_single_slot_is_refused_by_its_config_key():
-    with pytest.raises(ValueError, match=r"rollout\.kv_memory_mb"):
-        KVPool(0, layers=1, kv_heads=1, head_dim=1)
-
-
-def test_bytes_per_slot_is_what_the_pool_allocates():
-    pool = KVPool(5, layers=3, kv_heads=2, head_dim=8, dtype=torch.bfloat16)
-    assert pool.kv.nbytes == 5 * KVPool.bytes_per_slot(3, 2, 8, torch.bfloat16)
 
 
 # --- the byte budget --------------------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, damage):
 def test_the_bytes_of_a_kv_pool_are_exact(checkpoint, dtype, slots):
     backbone = Backbone.load(checkpoint, LayoutConfig(), dtype=getattr(torch, dtype))
     pool = Engine(backbone, kv_slots=slots, max_streams=1).pool
-    assert pool.kv.untyped_storage().nbytes() == slots * slot_bytes(ModelGeometry.read(checkpoint), dtype)
+    # One slot belongs to nobody.
+    assert pool.kv.untyped_storage().nbytes() == (slots + 1) * slot_bytes(ModelGeometry.read(checkpoint), dtype)
 
 
 def kept_by_autograd(folder, spec, dtype, tokens=192):
@@ -141,7 +142,7 @@ def test_the_bytes_of_a_pool_with_unrotated_keys_are_exact(checkpoint, dtype):
     backbone = Backbone.load(checkpoint, LayoutConfig(), dtype=getattr(torch, dtype))
     pool = Engine(backbone, kv_slots=77, max_streams=1).pool
     held = pool.kv.untyped_storage().nbytes() + pool.keep_raw().untyped_storage().nbytes()
-    assert held == 77 * slot_bytes(ModelGeometry.read(checkpoint), dtype, "contiguous")
+    assert held == (77 + 1) * slot_bytes(ModelGeometry.read(checkpoint), dtype, "contiguous")
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------

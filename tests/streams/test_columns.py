@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.engine.slots import SlotList
 from streams.log.columns import Columns
 from streams.log.record import NEVER, Kind
 from streams.memory.live import LiveSet, TurnHistory
@@ -45,6 +44,21 @@ def test_a_view_can_only_be_read_and_stays_as_it_was():
     assert made.column("a").tolist() == [7, 8]
 
 
+@pytest.mark.parametrize("rows", [[0], [2, 3, 4], [0, 2, 5], [5], range(6)])
+def test_rows_are_removed_in_place_and_what_is_before_them_stays_as_it_was(rows):
+    made = columns()
+    made.append(6, a=np.arange(6), b=np.arange(6)[:, None] * [1, 10, 100])
+    view, allocated = made.column("a"), made.nbytes
+    made.remove(np.array(rows))
+    left = [row for row in range(6) if row not in rows]
+    assert made.column("a").tolist() == left
+    assert made.column("b").tolist() == [[row, 10 * row, 100 * row] for row in left]
+    assert view[: rows[0]].tolist() == list(range(rows[0]))
+    made.append(1, a=9, b=0)
+    assert made.column("a").tolist() == [*left, 9]
+    assert made.nbytes == allocated
+
+
 def test_live_tokens_leave_by_their_place_and_are_named_by_their_index():
     live = LiveSet()
     positions = np.array([[10, 11, 12, 13, 14], [20, 11, 12, 13, 13], [30, 11, 12, 13, 15]])
@@ -74,16 +88,3 @@ def test_the_history_of_turns_is_as_policies_are_told():
     assert start.closed_in.tolist() == [1, 5]
     history.answered()
     assert history.begin(has_video=True, video_tokens=2, generated=9).closed_in.tolist() == [1, 5, NEVER]
-
-
-def test_slots_stay_parallel_to_the_live_tokens():
-    slots = SlotList()
-    slots.add(0, np.array([30, 31, 32]))
-    before = slots.held
-    assert slots.drop(np.array([1])).tolist() == [31]
-    slots.add(3, np.array([40]))
-    assert slots.drop(np.array([2, 3])).tolist() == [32, 40]
-    assert slots.held.tolist() == [30]
-    assert before.tolist() == [30, 31, 32], "a segment keeps the list that it was planned with"
-    with pytest.raises(AssertionError, match="forwarded live tokens"):
-        slots.drop(np.array([-1]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.engine.engine import Engine
-from rollout.engine.step_plan import StepPlan
+from rollout.engine.forward import PoolAttention
 from streams.log.record import Kind
 from streams.memory import MemoryConfig, SinkWindow, knobs, make_policy
 from streams.positions.mrope import PositionCursor
@@ -178,21 +178,19 @@ class TestPlantedDefects:
 
     def test_an_end_token_that_sees_keys_where_the_next_turn_has_them(self, fp64, evicting, monkeypatch):
         _, requests, _ = evicting
-        right = StepPlan.gather
+        plain = PoolAttention.__init__
 
-        def together(self, stream):
-            turn = stream.writer.turn
-            over = stream.writer.state is not None and stream.writer.state.over
-            right(self, stream)
-            if over and stream.writer.turn == turn:
-                right(self, stream)
+        def hoisted(self, pool, passes, tables=None):
+            """Keys move before the first pass, the turns that end, and not before the second."""
+            moves = [move for part in passes for move in part.before]
+            plain(self, pool, [dataclasses.replace(p, before=() if i else moves) for i, p in enumerate(passes)], tables)
 
-        monkeypatch.setattr(StepPlan, "gather", together)
+        monkeypatch.setattr(PoolAttention, "__init__", hoisted)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
     def test_keys_that_stay_as_they_were_rotated(self, fp64, evicting, monkeypatch):
         _, requests, _ = evicting
-        monkeypatch.setattr("rollout.engine.contiguous.StepRotation.move", lambda *_: None)
+        monkeypatch.setattr("rollout.engine.contiguous.MovedKeys.move", lambda *_: None)
         assert differences(fp64, run(fp64, requests), requests).max() > CAUGHT
 
 
@@ -309,11 +307,12 @@ class TestEngine:
     def test_streams_that_were_given_up_leave_nothing_behind(self, fp64, how):
         requests = self.streams(fp64)
         fresh = run(fp64, requests)
-        engine = Engine(fp64, kv_slots=1200, max_streams=4)
+        engine = Engine(fp64, kv_slots=1200, max_streams=4, decode_steps=1)
         for r in requests:
             engine.add(r)
-        for _ in range(60):
+        for _ in range(40):
             engine.step()
+        assert engine.busy
         if how == "cancel":
             engine.cancel({r.header.stream_id for r in requests})
         else:
@@ -335,7 +334,7 @@ class TestEngine:
         assert engine.pool.raw is None
         engine.add(self.streams(fp64)[0])
         bytes_each = engine.pool.bytes_per_slot(fp64.num_layers, *fp64.kv_shape, fp64.dtype, raw=True)
-        assert engine.pool.kv.nbytes + engine.pool.raw.nbytes == 2000 * bytes_each
+        assert engine.pool.kv.nbytes + engine.pool.raw.nbytes == (2000 + 1) * bytes_each
 
     def test_weights_may_change_in_the_middle_of_a_stream(self, fp64):
         memory = for_backbone(SMALL, fp64)

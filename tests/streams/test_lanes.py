@@ -36,8 +36,7 @@ def written(layout: Layout, turns: list[tuple[TurnInput, str]]):
     writer = StreamWriter(header, layout, make_policy(TEXT_MEMORY), PositionCursor(2, 1.0))
     for turn_input, text in turns:
         writer.begin_turn(turn_input, version=0)
-        for token in [*layout.tokenizer.encode(text), layout.tokens.im_end]:
-            writer.append_generated(token, 0, target=True)
+        writer.extend_generated([*layout.tokenizer.encode(text), layout.tokens.im_end], 0, target=True)
     return writer.finish()
 
 

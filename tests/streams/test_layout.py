@@ -149,7 +149,7 @@ class TestTurnState:
         word = layout.tokenizer.encode("red")[0]
         for token in (layout.tokens.think, word, word):
             assert state.forced() is None
-            assert state.advance(token) == Kind.THINK
+            assert state.advance([token]) == [Kind.THINK]
         assert state.forced() == layout.tokens.think_end
 
     def test_a_turn_at_its_length_is_ended_by_force(self, layout):
@@ -159,7 +159,7 @@ class TestTurnState:
         while not state.over:
             forced = state.forced()
             token = forced if forced is not None else layout.tokens.response if state.count == 4 else word
-            kinds.append(state.advance(token))
+            kinds += state.advance([token])
         assert [k.name for k in kinds] == ["THINK"] * 4 + ["DECISION"] + ["RESPONSE"] * 2 + ["END"]
         assert state.spoke
 
@@ -168,7 +168,7 @@ class TestTurnState:
         state = TurnState(layout.tokens, config)
         for token in (layout.tokens.think, layout.tokens.think_end):
             assert state.forced() == token
-            state.advance(token)
+            state.advance([token])
         assert state.forced() is None
         assert not state.thinking
 
@@ -187,7 +187,7 @@ class TestTurnState:
             if token is None:
                 token = menu[next(source, 5)]
             ids.append(token)
-            kinds.append(int(state.advance(token)))
+            kinds += map(int, state.advance([token]))
         assert len(ids) <= self.CONFIG.max_new_tokens
         assert sum(k == Kind.THINK for k in kinds) <= self.CONFIG.think_budget
         parsed = layout.parse_turn(0, np.array(ids), np.array(kinds), np.array(forced))
@@ -226,7 +226,7 @@ def _layout() -> Layout:
 def test_parsing_of_generated_turns(layout, text, well_formed, response):
     ids = layout.tokenizer.encode(text, add_special_tokens=False)
     state = TurnState(layout.tokens, LayoutConfig())
-    kinds = [int(state.advance(token)) for token in ids]
+    kinds = [int(kind) for kind in state.advance(ids)]
     parsed = layout.parse_turn(3, np.array(ids), np.array(kinds), np.zeros(len(ids), bool))
     assert (parsed.turn, parsed.well_formed, parsed.response) == (3, well_formed, response)
 

@@ -37,8 +37,7 @@ def test_an_open_query_is_pinned_and_leaves_once_answered_and_old(layout):
     for turn in range(8):
         query = QueryInput((65, 66)) if turn == 1 else None
         evicted, _ = writer.begin_turn(TurnInput(ChunkRecord(turn, "v", (0.0,), (1, 1, 1)), query), 0)
-        for token in layout.demonstration("red", "red" if turn == 5 else None):
-            writer.append_generated(token, 0, target=True)
+        writer.extend_generated(layout.demonstration("red", "red" if turn == 5 else None), 0, target=True)
         if (writer.log.column("kind")[evicted] == Kind.QUERY).any():
             gone[turn] = True
     assert list(gone) == [6], "pinned through turn 5, evicted when turn 6 starts"
@@ -50,8 +49,7 @@ def test_text_only_turns_do_not_move_the_video_window(layout):
     for turn in range(6):
         chunk = ChunkRecord(turn, "v", (0.0,), (1, 2, 2)) if turn in (0, 5) else None
         writer.begin_turn(TurnInput(chunk), 0)
-        for token in layout.demonstration("", None):
-            writer.append_generated(token, 0, target=True)
+        writer.extend_generated(layout.demonstration("", None), 0, target=True)
     assert (writer.finish().expiry == NEVER).all(), "only two video turns were shown"
 
 

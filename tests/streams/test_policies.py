@@ -82,7 +82,7 @@ def test_the_bound_is_reached_but_for_one_turns_generation(name):
             while not writer.state.over:  # as long as a turn can be
                 forced, place = writer.forced(), writer.state.count
                 said = {1: layout.tokens.think_end, 2: layout.tokens.response}.get(place, 65)
-                writer.append_generated(said if forced is None else forced, 0)
+                writer.extend_generated([said if forced is None else forced], 0)
         assert bound - MAX_NEW <= held <= bound
         most[length] = (held, bound)
     assert (most[12] == most[40]) == bounded

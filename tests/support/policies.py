@@ -14,13 +14,15 @@ from streams.writing.writer import QueryInput, StreamWriter, TurnInput
 THINK_BUDGET, MAX_NEW = 5, 9
 
 
-def build_layout(**values) -> Layout:
-    tokenizer = build_tokenizer()
+def build_layout(model_type: str = "qwen2_5_vl", **values) -> Layout:
+    tokenizer = build_tokenizer(model_type)
     tokenizer.add_tokens(["<silent>", "<response>", "<think>", "</think>"])
-    return Layout(tokenizer, LayoutConfig("Hi.", THINK_BUDGET, MAX_NEW, **values), 640)
+    config = LayoutConfig("Hi.", THINK_BUDGET, MAX_NEW, **values)
+    return Layout(tokenizer, config, 640, timestamps=model_type == "qwen3_vl")
 
 
 LAYOUTS = (build_layout(), build_layout(force_empty_thoughts=True))
+TIMED_LAYOUTS = (build_layout("qwen3_vl"), build_layout("qwen3_vl", force_empty_thoughts=True))
 SMALL = st.integers(1, 6)
 WINDOW = SMALL | st.just(40)
 MEMORIES = {
@@ -52,7 +54,8 @@ def shown(draw, turn: int) -> TurnInput:
     if grid is not None:
         cells = range(grid[0] * grid[1] * grid[2])
         keep = draw(st.none() | st.lists(st.sampled_from(cells), unique=True).map(lambda k: tuple(sorted(k))))
-        chunk = ChunkRecord(turn, "v", (0.0, 0.5), grid, keep=keep)
+        times = tuple(turn * 0.7 + patch * 0.3 for patch in range(grid[0]))
+        chunk = ChunkRecord(turn, "v", (0.0, 0.5), grid, keep=keep, patch_times=times)
     query = draw(st.sampled_from(["none", "none", "closing", "until", "always"]))
     until = {"closing": None, "until": turn + draw(st.integers(1, 4)), "always": NEVER}.get(query)
     words = tuple(range(65, 65 + draw(st.integers(1, 4))))
@@ -76,6 +79,6 @@ def generate(writer: StreamWriter, layout: Layout, rng: np.random.Generator) -> 
     while not writer.state.over:
         forced = writer.forced()
         if forced is None:
-            writer.append_generated(int(rng.choice(choices)), 0, sampled=True, target=True, logp=-1.0)
+            writer.extend_generated([rng.choice(choices)], 0, logps=np.array([-1.0]), target=True)
         else:
-            writer.append_generated(forced, 0)
+            writer.extend_generated([forced], 0)

@@ -9,17 +9,23 @@ from hypothesis import strategies as st
 
 from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone
+from streams.layout.layout import Layout
 from streams.memory import MemoryConfig
 from tests.support.policies import MEMORIES
 from tests.support.streams import random_turns, request
 
 
-def for_backbone(memory: MemoryConfig, backbone: Backbone) -> MemoryConfig:
-    """The policy as that backbone takes it: text that tells the time of video stays as long as the video."""
+def for_layout(memory: MemoryConfig, layout: Layout) -> MemoryConfig:
+    """The policy as that layout takes it: text that tells the time of video stays as long as the video."""
     short = memory.text_window and memory.text_window < memory.window
-    if backbone.layout.timestamps and "text_window" in memory.takes and short:
+    if layout.timestamps and "text_window" in memory.takes and short:
         return dataclasses.replace(memory, text_window=memory.window)
     return memory
+
+
+def for_backbone(memory: MemoryConfig, backbone: Backbone) -> MemoryConfig:
+    """The policy as that backbone takes it."""
+    return for_layout(memory, backbone.layout)
 
 
 @st.composite

@@ -41,18 +41,15 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
 
 
 class _LateEndPlan(StepPlan):
-    def _end_turn(self, stream: Stream) -> bool:
-        return True
+    def _end_turn(self, stream: Stream) -> None:
+        """Leave END to the next turn's part."""
 
 
 class LateEnd(Engine):
     """The published off-by-one: END rides in the next turn's prefill, after its eviction."""
 
-    def _gather(self) -> StepPlan:
-        step = _LateEndPlan(self.pool, self.version)
-        for stream in self.admission.running:
-            step.gather(stream)
-        return step
+    def _plan(self) -> StepPlan:
+        return _LateEndPlan(self.version)
 
 
 def causal(log: StreamLog) -> StreamLog:
@@ -93,11 +90,10 @@ def written_again(backbone: Backbone, log: StreamLog, request: StreamRequest, me
     for turn in range(log.num_turns):
         writer.begin_turn(request.turns[turn], int(log.version[0]))
         for i in np.flatnonzero(generated & (log.turn == turn)):
-            writer.append_generated(
-                int(log.ids[i]),
+            writer.extend_generated(
+                log.ids[i : i + 1],
                 int(log.version[i]),
-                logp=float(log.behaviour_logp[i]),
-                sampled=bool(log.sampled[i]),
+                logps=log.behaviour_logp[i : i + 1],
                 target=bool(log.target[i]),
             )
     again = writer.finish()

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rollout.engine.request import Stream
-from rollout.engine.sampler import pick
 from streams.backbone.backbone import Backbone
+from tests.support.one_step.request import Stream
+from tests.support.one_step.sampler import pick
 
 
 def choose(choosing: list[tuple[Stream, int]], hidden: torch.Tensor, backbone: Backbone, version: int) -> None:

@@ -1,0 +1,85 @@
+"""The state of the streams that generate, in buffers on the device: one lane a stream.
+
+A decode step (`rollout.engine.decode`) is a function of these buffers and of nothing else. The host writes a lane when its
+turn has been prefilled, and reads what was drawn once per visit.
+
+Invariants:
+* no buffer is replaced while a lane runs; a wider table is made between two visits;
+* a lane that does not run is left as it is by a decode step, whatever the batch computes for it;
+* row i of `ids` and `logps` is the lane's i-th token since the last visit, for i < EMITTED.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Field(IntEnum):
+    """The rows of `DecodeState.ints`.
+
+    TOKEN: the last id, logged or drawn, that is not forwarded yet. INDEX: place in the log of the next token. POSITION: the
+    position id of TOKEN. LENGTH: slots of the lane that hold forwarded tokens. COUNT: tokens of the turn so far. THINKING:
+    inside the thought. RUNNING: the turn goes on. EMITTED: tokens since the last visit. THINK_BUDGET, MAX_NEW: of the
+    stream's layout. SEED, GREEDY, CONTIGUOUS: of the stream.
+    """
+
+    TOKEN = 0
+    INDEX = 1
+    POSITION = 2
+    LENGTH = 3
+    COUNT = 4
+    THINKING = 5
+    RUNNING = 6
+    EMITTED = 7
+    THINK_BUDGET = 8
+    MAX_NEW = 9
+    SEED = 10
+    GREEDY = 11
+    CONTIGUOUS = 12
+
+
+class DecodeState:
+    """The buffers of `lanes` lanes.
+
+    Attributes:
+        ints: int64 [fields, lanes], see Field.
+        scale: float64 [lanes], what the logits are divided by.
+        table: int64 [lanes, width], each lane's slots: forwarded tokens, then those that come; `trash` behind them.
+        ids: int64 [rows, lanes]; logps: float64 [rows, lanes], NaN where the id was forced.
+    """
+
+    def __init__(self, lanes: int, rows: int, trash: int, device: torch.device) -> None:
+        """rows: the most tokens of one lane between two visits. trash: slot that belongs to no stream."""
+        self.trash = trash
+        self.ints = torch.zeros((len(Field), lanes), dtype=torch.int64, device=device)
+        self.scale = torch.ones(lanes, dtype=torch.float64, device=device)
+        self.table = torch.zeros((lanes, 0), dtype=torch.int64, device=device)
+        # One row more: where the batch writes for a lane that has ended.
+        self.ids = torch.zeros((rows + 1, lanes), dtype=torch.int64, device=device)
+        self.logps = torch.zeros((rows + 1, lanes), dtype=torch.float64, device=device)
+
+    def widen(self, width: int) -> None:
+        """Make room for streams of `width` slots. Call between two visits."""
+        lanes, before = self.table.shape
+        if width > before:
+            wider = self.table.new_full((lanes, width), self.trash)
+            wider[:, :before] = self.table
+            self.table = wider
+
+    def write(self, lanes: np.ndarray, ints: np.ndarray, scale: np.ndarray, rows: list[np.ndarray]) -> None:
+        """Set lanes int64 [n]: ints int64 [fields, n], scale float64 [n], and the slots of each, int64 [<= width]."""
+        device = self.ints.device
+        table = np.full((len(lanes), self.table.shape[1]), self.trash)
+        for row, slots in zip(table, rows, strict=True):
+            row[: len(slots)] = slots
+        at = torch.from_numpy(lanes).to(device)
+        self.ints[:, at] = torch.from_numpy(ints).to(device)
+        self.scale[at] = torch.from_numpy(scale).to(device)
+        self.table[at] = torch.from_numpy(table).to(device)
+
+    def stop(self, lanes: list[int]) -> None:
+        """Stop lanes whose streams are gone."""
+        self.ints[Field.RUNNING, lanes] = 0
