@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
 from benchmarks.timing import WARM_UP, medians_ms
-from rollout.attention import Segment, make_backend
+from rollout.attention import Attend, AttentionBackend, Segment, make_backend
 from rollout.engine.kv_pool import KVPool
 from streams.backbone.attention import AttentionPlan
 from streams.backbone.tiny import build_tokenizer
@@ -175,30 +175,59 @@ def ratios(found: dict[str, Any], which: str) -> dict[str, float]:
     }
 
 
-def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repeats: int) -> dict[str, Any]:
-    """Measure one engine step of one layer: `streams` segments of `rows` tokens over `live` slots each, with planning."""
-    pool = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=torch.bfloat16, device="cuda")
-    pool.kv.normal_(generator=torch.Generator("cuda").manual_seed(0))
-    order = np.random.default_rng(0).permutation(streams * live).reshape(streams, live)
-    segments = [Segment(i * rows, rows, order[i]) for i in range(streams)]
-    new = np.concatenate([s.slots[-rows:] for s in segments])
-    q, k, v = (
-        torch.randn((1, n, streams * rows, heads.dim), device="cuda", dtype=torch.bfloat16)
-        for n in (heads.query, heads.kv, heads.kv)
-    )
+def paged_step(
+    name: str,
+    rows: int,
+    streams: int,
+    live: int,
+    heads: Heads,
+    repeats: int,
+    device: str = "cuda",
+    kernels: tuple[str, ...] = ("torch", "flashinfer"),
+) -> dict[str, Any]:
+    """Measure one forward of one layer: `streams` segments of `rows` tokens over `live` slots each, and its planning.
+
+    One row each is a decode step over a table of slots. The torch kernel reads blocks, FlashInfer the same keys and values
+    from pages in no order.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    blocks = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=dtype, device=device)
+    blocks.kv.normal_(generator=torch.Generator(device).manual_seed(0))
+    tables = {"torch": np.arange(streams * live).reshape(streams, live)}
+    pools = {"torch": blocks}
+    if "flashinfer" in kernels:
+        pages = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=dtype, device=device, paged=True)
+        tables["flashinfer"] = np.random.default_rng(0).permutation(streams * live).reshape(streams, live)
+        pages.kv[:, torch.from_numpy(tables["flashinfer"].ravel()).to(device)] = blocks.kv.permute(0, 3, 1, 2, 4)[
+            :, :-1
+        ]
+        pools["flashinfer"] = pages
+    plans = {
+        kernel: _plan(make_backend(kernel, pools[kernel], heads.query // heads.kv), tables[kernel], rows, device)
+        for kernel in kernels
+    }
+    q = torch.randn((heads.query, streams * rows, heads.dim), device=device, dtype=dtype)
     found: dict[str, Any] = {"step": name, "segments": streams, "rows": rows, "live": live}
-    kernels = ("torch", "flashinfer")
-    backends = {kernel: make_backend(kernel, pool, heads.query // heads.kv) for kernel in kernels}
-    calls = {f"{kernel}_plan_ms": lambda b=b: b.plan(new, segments) for kernel, b in backends.items()}
-    found |= medians_ms(calls, "cuda", repeats)
-    plans = {kernel: backend.plan(new, segments) for kernel, backend in backends.items()}
-    outs = {kernel: plan.attend(0, q, k, v, heads.dim**-0.5).float() for kernel, plan in plans.items()}
-    calls = {f"{n}_layer_ms": lambda p=p: p.attend(0, q, k, v, heads.dim**-0.5) for n, p in plans.items()}
-    found |= medians_ms(calls, "cuda", repeats)
-    found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
-    found["relative_difference"] = relative([outs["flashinfer"]], [outs["torch"]])
-    found["layer_speedup"] = found["torch_layer_ms"] / found["flashinfer_layer_ms"]
+    found |= medians_ms({f"{kernel}_plan_ms": plan for kernel, plan in plans.items()}, device, repeats)
+    attends = {kernel: plan() for kernel, plan in plans.items()}
+    outs = {kernel: attend(0, q, heads.dim**-0.5).float() for kernel, attend in attends.items()}
+    calls = {f"{n}_layer_ms": lambda attend=attend: attend(0, q, heads.dim**-0.5) for n, attend in attends.items()}
+    found |= medians_ms(calls, device, repeats)
+    if "flashinfer" in kernels:
+        found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
+        found["relative_difference"] = relative([outs["flashinfer"]], [outs["torch"]])
+        found["layer_speedup"] = found["torch_layer_ms"] / found["flashinfer_layer_ms"]
     return found
+
+
+def _plan(backend: AttentionBackend, table: np.ndarray, rows: int, device: str) -> Callable[[], Attend]:
+    """Return what plans the forward: of a table of slots where each stream has one row, else of segments."""
+    if rows > 1:
+        segments = [Segment(i * rows, rows, slots) for i, slots in enumerate(table)]
+        return lambda: backend.segments(segments)
+    there, lanes = torch.from_numpy(table).to(device), torch.arange(len(table), device=device)
+    lengths = torch.full((len(table),), table.shape[1], device=device)
+    return lambda: backend.decode(there, lanes, lengths)
 
 
 def measure(device: str, quick: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -205,6 +205,34 @@ def test_attention_saves_every_row_as_soon_as_it_is_there(monkeypatch):
     assert found["complete"]
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_forward_of_the_engine_is_timed_through_its_own_backends(rows):
+    heads = attention.Heads(4, 2, 16)
+    found = attention.paged_step("step", rows, 3, 32, heads, 2, "cpu", ("torch",))
+    assert (found["segments"], found["rows"], found["live"]) == (3, rows, 32)
+    assert min(found["torch_plan_ms"], found["torch_layer_ms"]) > 0
+
+
+def test_pages_hold_the_keys_and_values_of_the_blocks_in_another_order(monkeypatch):
+    """Without FlashInfer: what it would be given is read back by hand."""
+    seen = {}
+
+    class Reader:
+        def __init__(self, pool):
+            self.pool = pool
+
+        def segments(self, segments):
+            rows = [self.pool.keys(0)[torch.from_numpy(segment.slots)] for segment in segments]
+            seen[self.pool.paged] = torch.stack(rows)
+            return lambda layer, q, scaling: torch.ones(1)
+
+    monkeypatch.setattr(attention, "make_backend", lambda name, pool, groups: Reader(pool))
+    attention.paged_step("prefill", 2, 3, 8, attention.Heads(4, 2, 16), 1, "cpu")
+    assert torch.equal(seen[True], seen[False])
+    assert seen[True].shape == (3, 8, 2, 16)
+    assert seen[True].std() > 0.5
+
+
 def test_a_result_that_is_written_over_is_whole_at_any_time(tmp_path):
     path = tmp_path / "new" / "found.json"
     write_result(path, {"a": 1})
