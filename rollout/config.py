@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from streams.backbone.kernel_choice import ROLLOUT_ATTENTION
 
+PREFILL_ROWS = 2048
+"""Tokens of one prefill forward, about: more in a row fall out of the caches, fewer leave the cores waiting."""
 SELF_CHECK_HEAD = 256
 """Tokens whose logits exist at once when a worker re-scores a stream: the memory is missing in its KV pool."""
 

@@ -1,9 +1,9 @@
-"""Weights on the worker's side: staged in the background, copied into place between two engine steps.
+"""Weights on the worker's side: staged in the background, copied into place between two visits of the engine.
 
 Threads: `stage` runs on the thread that fetched the update, `apply` on the engine thread.
 
 Invariants:
-* the running weights change only in `StagedWeights.apply`, called between two steps;
+* the running weights change only in `StagedWeights.apply`, called between two visits;
 * a version older than the running one is never applied (the service sees to it).
 """
 

@@ -64,7 +64,8 @@ def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Itera
     raw = config.memory.positions == CONTIGUOUS
     slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype, raw=raw)
     given = config.rollout.kv_memory_mb * 2**20 // slot_bytes
-    engine = Engine(backbone, given or stream_bound(request), 1, config.rollout.attention)
+    slots = given or stream_bound(request)
+    engine = Engine(backbone, slots, 1, config.rollout.attention, config.rollout.decode_steps)
     writer = engine.add(request)
     return _turns(engine, writer, shown, seconds)
 

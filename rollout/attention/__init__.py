@@ -31,11 +31,11 @@ class AttentionBackend(Protocol):
         """Plan rows that follow one another as segments, each of which sees slots of its own."""
         ...
 
-    def decode(self, table: torch.Tensor, lanes: torch.Tensor, lengths: torch.Tensor) -> Attend:
-        """Plan one row for each of n lanes.
+    def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> Attend:
+        """Plan one row for each of n streams.
 
-        table: int64 [all lanes, width], the slots of each lane, of which row i sees the first `lengths[i]` of lane
-        `lanes[i]`, in any order, its own among them. lanes, lengths: int64 [n].
+        table: int64 [all seats, width], the slots of each seat, of which row i sees the first `lengths[i]` of seat
+        `seats[i]`, in any order, its own among them. seats, lengths: int64 [n].
         """
         ...
 

@@ -63,10 +63,10 @@ class FlashInferBackend:
         self._planned.record()
         return _FlashInferAttention(self.pool, wrapper, self.scaling)
 
-    def decode(self, table: torch.Tensor, lanes: torch.Tensor, lengths: torch.Tensor) -> Attend:
+    def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> Attend:
         self._planned.synchronize()
         counts = lengths.cpu().numpy()
-        rows = table[lanes].cpu().numpy()
+        rows = table[seats].cpu().numpy()
         self._plan_decode(np.concatenate([row[:n] for row, n in zip(rows, counts, strict=True)]), counts)
         self._planned.record()
         return _FlashInferAttention(self.pool, self._decode, self.scaling)

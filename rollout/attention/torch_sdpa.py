@@ -34,9 +34,9 @@ class TorchBackend:
             ranges.append(_Range(segment.start, segment.rows, first, stop, self._mask(segment, first, stop)))
         return _Ranges(self._pool, self._groups, ranges)
 
-    def decode(self, table: torch.Tensor, lanes: torch.Tensor, lengths: torch.Tensor) -> _Ranges:
+    def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Ranges:
         # A block's slots follow one another, so its first and the length say it all. No copy on a CPU; elsewhere one a step.
-        firsts, counts = table[lanes, 0].tolist(), lengths.tolist()
+        firsts, counts = table[seats, 0].tolist(), lengths.tolist()
         return _Ranges(
             self._pool,
             self._groups,

@@ -1,12 +1,12 @@
-"""The state of the streams that generate, in buffers on the device: one lane a stream.
+"""The state of the streams that generate, in buffers on the device, where each has a seat.
 
-A decode step (`rollout.engine.decode`) is a function of these buffers and of nothing else. The host writes a lane when its
+A decode step (`rollout.engine.decode`) is a function of these buffers and of nothing else. The host writes a seat when its
 turn has been prefilled, and reads what was drawn once per visit.
 
 Invariants:
-* no buffer is replaced while a lane runs; a wider table is made between two visits;
-* a lane that does not run is left as it is by a decode step, whatever the batch computes for it;
-* row i of `ids` and `logps` is the lane's i-th token since the last visit, for i < EMITTED.
+* no buffer is replaced while a visit decodes; a wider table is made before, as turns begin;
+* a seat that does not run is left as it is by a decode step, whatever the batch computes for it;
+* row i of `ids` and `logps` is the seat's i-th token since the last visit, for i < EMITTED.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Field(IntEnum):
     """The rows of `DecodeState.ints`.
 
     TOKEN: the last id, logged or drawn, that is not forwarded yet. INDEX: place in the log of the next token. POSITION: the
-    position id of TOKEN. LENGTH: slots of the lane that hold forwarded tokens. COUNT: tokens of the turn so far. THINKING:
+    position id of TOKEN. LENGTH: slots of the seat that hold forwarded tokens. COUNT: tokens of the turn so far. THINKING:
     inside the thought. RUNNING: the turn goes on. EMITTED: tokens since the last visit. THINK_BUDGET, MAX_NEW: of the
     stream's layout. SEED, GREEDY, CONTIGUOUS: of the stream.
     """
@@ -42,44 +42,44 @@ class Field(IntEnum):
 
 
 class DecodeState:
-    """The buffers of `lanes` lanes.
+    """The buffers of `seats` seats.
 
     Attributes:
-        ints: int64 [fields, lanes], see Field.
-        scale: float64 [lanes], what the logits are divided by.
-        table: int64 [lanes, width], each lane's slots: forwarded tokens, then those that come; `trash` behind them.
-        ids: int64 [rows, lanes]; logps: float64 [rows, lanes], NaN where the id was forced.
+        ints: int64 [fields, seats], see Field.
+        scale: float64 [seats], what the logits are divided by.
+        table: int64 [seats, width], each seat's slots: forwarded tokens, then those that come; `trash` behind them.
+        ids: int64 [rows, seats]; logps: float64 [rows, seats], NaN where the id was forced.
     """
 
-    def __init__(self, lanes: int, rows: int, trash: int, device: torch.device) -> None:
-        """rows: the most tokens of one lane between two visits. trash: slot that belongs to no stream."""
+    def __init__(self, seats: int, rows: int, trash: int, device: torch.device) -> None:
+        """rows: the most tokens of one seat between two visits. trash: slot that belongs to no stream."""
         self.trash = trash
-        self.ints = torch.zeros((len(Field), lanes), dtype=torch.int64, device=device)
-        self.scale = torch.ones(lanes, dtype=torch.float64, device=device)
-        self.table = torch.zeros((lanes, 0), dtype=torch.int64, device=device)
-        # One row more: where the batch writes for a lane that has ended.
-        self.ids = torch.zeros((rows + 1, lanes), dtype=torch.int64, device=device)
-        self.logps = torch.zeros((rows + 1, lanes), dtype=torch.float64, device=device)
+        self.ints = torch.zeros((len(Field), seats), dtype=torch.int64, device=device)
+        self.scale = torch.ones(seats, dtype=torch.float64, device=device)
+        self.table = torch.zeros((seats, 0), dtype=torch.int64, device=device)
+        # One row more: where the batch writes for a seat that has ended.
+        self.ids = torch.zeros((rows + 1, seats), dtype=torch.int64, device=device)
+        self.logps = torch.zeros((rows + 1, seats), dtype=torch.float64, device=device)
 
     def widen(self, width: int) -> None:
-        """Make room for streams of `width` slots. Call between two visits."""
-        lanes, before = self.table.shape
+        """Make room for streams of `width` slots. Not while a visit decodes."""
+        seats, before = self.table.shape
         if width > before:
-            wider = self.table.new_full((lanes, width), self.trash)
+            wider = self.table.new_full((seats, width), self.trash)
             wider[:, :before] = self.table
             self.table = wider
 
-    def write(self, lanes: np.ndarray, ints: np.ndarray, scale: np.ndarray, rows: list[np.ndarray]) -> None:
-        """Set lanes int64 [n]: ints int64 [fields, n], scale float64 [n], and the slots of each, int64 [<= width]."""
+    def write(self, seats: np.ndarray, ints: np.ndarray, scale: np.ndarray, rows: list[np.ndarray]) -> None:
+        """Set seats int64 [n]: ints int64 [fields, n], scale float64 [n], and the slots of each, int64 [<= width]."""
         device = self.ints.device
-        table = np.full((len(lanes), self.table.shape[1]), self.trash)
+        table = np.full((len(seats), self.table.shape[1]), self.trash)
         for row, slots in zip(table, rows, strict=True):
             row[: len(slots)] = slots
-        at = torch.from_numpy(lanes).to(device)
+        at = torch.from_numpy(seats).to(device)
         self.ints[:, at] = torch.from_numpy(ints).to(device)
         self.scale[at] = torch.from_numpy(scale).to(device)
         self.table[at] = torch.from_numpy(table).to(device)
 
-    def stop(self, lanes: list[int]) -> None:
-        """Stop lanes whose streams are gone."""
-        self.ints[Field.RUNNING, lanes] = 0
+    def stop(self, seats: list[int]) -> None:
+        """Stop seats whose streams are gone."""
+        self.ints[Field.RUNNING, seats] = 0

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 
 from rollout.attention import make_backend
+from rollout.config import PREFILL_ROWS
 from rollout.engine.admission import Admission
 from rollout.engine.decode import Decoder
 from rollout.engine.forward import forward
@@ -30,9 +31,6 @@ from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import choose_rollout_attention
 from streams.log.record import StreamLog
 from streams.writing.writer import StreamWriter
-
-PREFILL_ROWS = 2048
-"""Tokens of one prefill forward, about: more in a row fall out of the caches, fewer leave the cores waiting."""
 
 
 class Engine:

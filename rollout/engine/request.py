@@ -117,6 +117,12 @@ class Stream:
         """Whether its positions are contiguous, so that the engine rotates its keys."""
         return self.writer.regions is not None
 
+    @property
+    def ahead(self) -> int:
+        """How many tokens its running turn may still generate."""
+        assert self.writer.state is not None
+        return self.request.layout.config.max_new_tokens - self.writer.state.count
+
     def write_piece(self) -> None:
         """Hand out the log up to `forwarded` once that is long enough, or all of it at the end; nothing without a sink.
 

@@ -264,6 +264,7 @@ class _BlockSlots(StreamSlots):
 
     def row(self, ahead: int) -> np.ndarray:
         assert not len(self._holes), "a stream decodes with holes among its keys"
+        self._check(ahead)
         return self._block[: self._used + ahead]
 
     def give_back(self, slots: np.ndarray) -> None:
@@ -272,11 +273,15 @@ class _BlockSlots(StreamSlots):
     def close(self) -> None:
         self._book.free(self._first, self._size)
 
+    def _check(self, more: int) -> None:
+        """Raise RuntimeError for more slots than the block has: streams are promised them, so the engine is wrong."""
+        if self._used + more > self._size:
+            raise RuntimeError(f"KV pool exhausted: {self._used + more} slots wanted of a block of {self._size}")
+
     def _take(self, count: int) -> np.ndarray:
         filled, self._holes = self._holes[:count], self._holes[count:]
         more = count - len(filled)
-        if self._used + more > self._size:
-            raise RuntimeError(f"KV pool exhausted: {self._used + more} slots wanted of a block of {self._size}")
+        self._check(more)
         fresh = self._block[self._used : self._used + more]
         self._used += more
         return np.append(filled, fresh) if len(filled) else fresh

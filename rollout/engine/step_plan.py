@@ -110,13 +110,6 @@ class StepPlan:
         start = stream.forwarded
         turn_input, features = stream.source.take()
         evicted, _ = writer.begin_turn(turn_input, self._version)
-        # What is evicted counts, too: its slots are not free before this row's forward.
-        held = len(writer.held) + len(evicted)
-        if held > stream.reserved:  # slots that other streams were promised
-            raise ValueError(
-                f"stream {stream.id}: memory {stream.request.header.memory} holds {held} tokens in "
-                f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
-            )
         if features is not None:
             # The prefill's segments are the next to be added.
             video = np.flatnonzero(writer.log.column("kind", start) == Kind.VIDEO)
@@ -124,6 +117,13 @@ class StepPlan:
             self.features.append(features)
         while (token := writer.forced()) is not None:
             writer.extend_generated([token], self._version)
+        # What is evicted counts, too: its slots are not free before this row's forward.
+        held, live = len(writer.held) + len(evicted), len(writer.held) + stream.ahead
+        if max(held, live) > stream.reserved:  # slots that other streams were promised
+            raise ValueError(
+                f"stream {stream.id}: memory {stream.request.header.memory} may hold {max(held, live)} tokens in "
+                f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
+            )
         dropped = stream.slots.drop(evicted, writer.log.length - start)
         if len(dropped.freed):
             self.freed.append((stream, dropped.freed))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from conf.schema import RunConfig
 from learner.config import GATHER_BYTES, ZERO_BUCKET, LearnerConfig
-from rollout.config import SELF_CHECK_HEAD
+from rollout.config import PREFILL_ROWS, SELF_CHECK_HEAD
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.freezing import trained
 from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, REGION_SCORES
@@ -175,8 +175,8 @@ def worker_footprint(
 ) -> Footprint:
     """Return the peak memory of one rollout worker.
 
-    trained: parameters that an update replaces. kv_bytes: size of its KV pool. paged: FlashInfer, which gathers no
-    keys.
+    trained: parameters that an update replaces. kv_bytes: size of its KV pool. paged: FlashInfer, which has a workspace and
+    no masks.
     flex: streams are re-scored with FlexAttention.
     """
     width = BYTES[dtype]
@@ -186,10 +186,11 @@ def worker_footprint(
     updates = trained * width if "rl" in config.job.stages else 0
     staged = updates if config.weights.staging == "device" else 0
     streams = config.rollout.max_streams
-    # A step forwards at most one turn of every stream, and gathers the keys and values that each sees.
-    rows = streams * (stream.video + stream.text)
-    keys = streams * stream.live(config) * geometry.kv_values // geometry.layers * width
-    forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else 2 * keys)
+    # A forward takes turns of streams until it has PREFILL_ROWS rows; each row has a mask over the keys of its stream.
+    turn = stream.video + stream.text
+    rows = min(streams * turn, PREFILL_ROWS + turn)
+    masks = rows * stream.live(config) * max(width, 4)
+    forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else masks)
     choosing = streams * geometry.vocab * 24
     step = max(forward, choosing, _tower_bytes(geometry, stream, width, "one"))
     # The self-check runs between two engine steps, so only the larger of both peaks counts.

@@ -156,10 +156,10 @@ def test_flashinfer_equals_the_torch_backend(head_dim, heads, lengths):
 def test_flashinfer_decodes_over_a_table_as_the_torch_backend_does_over_blocks():
     paged, blocks = pools(1024, KV_HEADS, HEAD_DIM)
     table = torch.arange(1024, device="cuda").view(4, 256)
-    lanes, lengths = torch.tensor([3, 0, 2], device="cuda"), torch.tensor([256, 1, 100], device="cuda")
+    seats, lengths = torch.tensor([3, 0, 2], device="cuda"), torch.tensor([256, 1, 100], device="cuda")
     q = torch.randn(HEADS, 3, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     found, wanted = (
-        make_backend(name, pool, HEADS // KV_HEADS).decode(table, lanes, lengths)(1, q, SCALE).float()
+        make_backend(name, pool, HEADS // KV_HEADS).decode(table, seats, lengths)(1, q, SCALE).float()
         for name, pool in (("flashinfer", paged), ("torch", blocks))
     )
     torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)

@@ -6,7 +6,6 @@ In fp64 everything but the last digits of the log-probs is equal.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -17,15 +16,17 @@ import torch
 from rollout.engine.engine import Engine
 from rollout.engine.feed import TurnFeed
 from rollout.engine.request import StreamRequest
+from streams.backbone.kernel_choice import Choice
 from streams.layout.layout import LayoutConfig
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
 from tests.support.exactness.rows import POLICIES, Policy
+from tests.support.gather_attention import GatherBackend
 from tests.support.one_step import OneStepEngine
 from tests.support.streams import MODEL_TYPES, chunk_record, loud_backbone, norms_in_input_dtype, random_turns, request
 
-STEPS = (1, 3, 8) if "decode_steps" in inspect.signature(Engine).parameters else (1,)
-"""Decode steps of a visit, where the engine has a choice."""
+STEPS = (1, 3, 8)
+"""Decode steps of a visit."""
 LAYOUTS = (
     LayoutConfig(think_budget=5, max_new_tokens=10),
     LayoutConfig("Watch.", think_budget=2, max_new_tokens=4),
@@ -46,8 +47,6 @@ def backbone(request, tmp_path_factory):
 
 def engines(backbone, **settings) -> list[tuple[str, Callable[[], Engine]]]:
     """The engines to be compared with the reference, by name."""
-    if STEPS == (1,):
-        return [("engine", lambda: Engine(backbone, **settings))]
     return [(f"{n} steps", lambda n=n: Engine(backbone, decode_steps=n, **settings)) for n in STEPS]
 
 
@@ -140,6 +139,18 @@ def test_streams_of_all_policies_and_layouts_share_an_engine(backbone, seed):
 def test_a_pool_with_room_for_few_streams_changes_no_token(backbone):
     memories = [MemoryConfig("rcsm", 2), MemoryConfig("sink_window", 2, 3, 4, 4)]
     compare(backbone, memories, 8, 5, kv_slots=900, max_streams=16)
+
+
+@pytest.mark.parametrize("slots", [2500, 20000])
+def test_an_engine_on_pages_writes_the_same_logs(backbone, monkeypatch, slots):
+    """As with FlashInfer: slots anywhere in the pool, taken ahead, and given back after the forward that evicts."""
+    monkeypatch.setattr(
+        "rollout.engine.engine.choose_rollout_attention", lambda *_: Choice("flashinfer", "for the test")
+    )
+    monkeypatch.setattr("rollout.engine.engine.make_backend", lambda name, pool, groups: GatherBackend(pool, groups))
+    engine = Engine(backbone, 10, 1)
+    assert engine.pool.paged
+    compare(backbone, [p.memory for p in POLICIES], 2 * len(POLICIES), 4, kv_slots=slots, max_streams=11)
 
 
 @pytest.mark.slow

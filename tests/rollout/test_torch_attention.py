@@ -48,13 +48,13 @@ def test_a_segment_sees_its_slots_in_any_order_and_its_own_tokens_causally(pool,
             torch.testing.assert_close(out[row], plain(pool, layer, q[:, row], segment.slots[:stop]))
 
 
-def test_a_lane_sees_the_first_slots_of_its_block(pool):
+def test_a_seat_sees_the_first_slots_of_its_block(pool):
     table = torch.full((4, 20), SLOTS)
-    for lane, first in ((0, 40), (2, 3), (3, 70)):
-        table[lane] = torch.arange(first, first + 20)
-    lanes, lengths = torch.tensor([2, 0, 3]), torch.tensor([1, 20, 13])
+    for seat, first in ((0, 40), (2, 3), (3, 70)):
+        table[seat] = torch.arange(first, first + 20)
+    seats, lengths = torch.tensor([2, 0, 3]), torch.tensor([1, 20, 13])
     q = queries(3)
-    out = make_backend("torch", pool, HEADS // KV_HEADS).decode(table, lanes, lengths)(1, q, SCALE)
+    out = make_backend("torch", pool, HEADS // KV_HEADS).decode(table, seats, lengths)(1, q, SCALE)
     for i in range(3):
-        seen = table[lanes[i], : lengths[i]].numpy()
+        seen = table[seats[i], : lengths[i]].numpy()
         torch.testing.assert_close(out[i], plain(pool, 1, q[:, i], seen))

@@ -1,0 +1,38 @@
+"""Attention over a pool of pages on any device: each row gathers the slots that it sees. Plain, and slow.
+
+The engine runs on pages only with FlashInfer, which needs a GPU; with this it runs on them anywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rollout.attention import Attend, Segment
+from rollout.engine.kv_pool import KVPool
+
+
+class GatherBackend:
+    """groups: query heads per KV head."""
+
+    def __init__(self, pool: KVPool, groups: int) -> None:
+        assert pool.paged
+        self._pool, self._groups = pool, groups
+
+    def segments(self, segments: list[Segment]) -> Attend:
+        rows = [s.slots[: len(s.slots) - s.rows + i + 1] for s in segments for i in range(s.rows)]
+        return self._over([torch.from_numpy(np.array(slots)) for slots in rows])
+
+    def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> Attend:
+        return self._over([table[seat, :length] for seat, length in zip(seats, lengths, strict=True)])
+
+    def _over(self, rows: list[torch.Tensor]) -> Attend:
+        def attend(layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
+            out = []
+            for i, slots in enumerate(rows):
+                k, v = self._pool.kv[layer, slots].repeat_interleave(self._groups, dim=2).unbind(1)
+                weights = torch.softmax(torch.einsum("hd,nhd->hn", q[:, i], k) * scaling, dim=-1)
+                out.append(torch.einsum("hn,nhd->hd", weights, v))
+            return torch.stack(out)
+
+        return attend
