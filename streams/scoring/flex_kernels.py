@@ -103,7 +103,10 @@ def first_that_fits(heads: Heads, attempt: Callable[[Options], None]) -> Options
 
 
 def try_kernels(heads: Heads, options: Options) -> None:
-    """Run forward, and backward if there is one, on TRIAL_TOKENS zeros: through the very code that long rows go through."""
+    """Run forward, and backward if there is one, on TRIAL_TOKENS zeros.
+
+    The call looks to the compiler as that of `FlexPlan` does, so what is compiled here serves the rows that follow.
+    """
     q, k, v = (
         torch.zeros(
             (1, n, TRIAL_TOKENS, heads.dim), device=heads.device, dtype=heads.dtype, requires_grad=heads.gradients
@@ -120,9 +123,9 @@ def try_kernels(heads: Heads, options: Options) -> None:
             k,
             v,
             block_mask=mask,
-            scale=1.0,
+            scale=heads.dim**-0.5,
             enable_gqa=heads.query != heads.kv,
-            kernel_options=dict(options),
+            kernel_options=dict(options) or None,
             **more,
         )
         out = found[0] if heads.lse else found

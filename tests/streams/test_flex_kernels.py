@@ -11,6 +11,7 @@ import torch
 from streams.memory import MemoryConfig
 from streams.scoring import contiguous, flex_kernels, logprobs
 from streams.scoring.block_mask import BLOCK
+from streams.scoring.compiled import compile_count
 from streams.scoring.flex_kernels import (
     CANDIDATES,
     EXACT,
@@ -21,6 +22,7 @@ from streams.scoring.flex_kernels import (
     try_kernels,
 )
 from streams.scoring.logprobs import score_rows
+from streams.scoring.mask import FlexPlan, block_mask
 from streams.scoring.packing import pack
 from tests.support.streams import joined_features, loud_backbone, random_turns, request, run
 
@@ -95,13 +97,21 @@ def test_without_a_gpu_nothing_is_tried():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_trial_runs_the_compiled_kernel_with_the_options_it_is_given():
+@pytest.mark.parametrize("options", [(), EXACT + CANDIDATES[1]])
+def test_the_trial_runs_the_compiled_kernel_and_rows_after_it_compile_nothing_more(options):
+    torch._dynamo.reset()
     with torch.no_grad():
         if not flex_kernels.can_compile(torch.device("cpu"), torch.float32):
             pytest.skip("no C++ compiler, or a CPU without AVX2")
-        try_kernels(
-            Heads(4, 2, 32, torch.float32, torch.device("cpu"), lse=False, gradients=False), EXACT + CANDIDATES[1]
-        )
+        before = compile_count()
+        try_kernels(Heads(4, 2, 32, torch.float32, torch.device("cpu"), lse=False, gradients=False), options)
+        tried = compile_count()
+        assert tried > before
+        for rows, length in ((1, 8 * BLOCK), (3, 4 * BLOCK)):
+            ends = torch.full((rows, length), length)
+            q, k, v = (torch.randn(rows, heads, length, 32) for heads in (4, 2, 2))
+            FlexPlan(block_mask(ends, torch.zeros_like(ends)), options).attend(0, q, k, v, 32**-0.5)
+        assert compile_count() == tried
 
 
 @pytest.mark.parametrize("positions", ["native", "contiguous"])
