@@ -8,8 +8,8 @@
 
 Names, in the order of what they tell: smoke tests rollout attention. Each writes benchmarks/results/gpu_<name>.json with the
 hardware and the versions as soon as there is anything to write, and again with everything that comes. A part has its share of
-the seconds at most, and of what the parts before it left; a part that is left out or cut off says so in its file. Without a
-CUDA device it says so and exits 2; it exits 1 if a part failed.
+the seconds at most, and leaves to those after it what they need at least; one that is left out or cut off says so in its file.
+Without a CUDA device it says so and exits 2; it exits 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -78,14 +79,15 @@ def run_tests(path: Path, limit_s: float, visit: Visit) -> bool:
     return bool(found["passed"])
 
 
-def run_benchmark(module: str) -> Callable[[Path, float, Visit], bool]:
-    """Return a part that runs `python -m benchmarks.MODULE`, which itself writes its rows as they come."""
+def run_benchmark(module: str, *more: str) -> Callable[[Path, float, Visit], bool]:
+    """Return a part that runs `python -m benchmarks.MODULE`, which itself writes its rows as they come. more: arguments."""
 
     def run(path: Path, limit_s: float, visit: Visit) -> bool:
         # Rows of an earlier visit must not be taken for this one's.
         path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cuda", "--json", str(path)]
-        done = run_part([*command, *(["--quick"] if visit.quick else [])], ROOT, limit_s)
+        command = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cuda", "--json", str(path), *more]
+        quick = ["--quick"] if visit.quick and "--quick" not in more else []
+        done = run_part([*command, *quick], ROOT, limit_s)
         passed = done.status == 0 and not done.cut_off
         if not passed:
             kept = json.loads(path.read_text()) if path.is_file() else {}
@@ -103,7 +105,7 @@ def _smoke(path: Path, limit_s: float, visit: Visit) -> bool:
 PARTS: dict[str, Part] = {
     "smoke": Part(_smoke, share=0.6, least_s=120.0),
     "tests": Part(run_tests, share=0.5, least_s=60.0),
-    "rollout": Part(run_benchmark("rollout"), share=0.35, least_s=45.0),
+    "rollout": Part(run_benchmark("rollout", "--preset", "qwen2.5-vl-3b", "--quick"), share=0.35, least_s=45.0),
     "attention": Part(run_benchmark("attention"), share=0.25, least_s=30.0),
 }
 
@@ -112,9 +114,11 @@ def visit_gpu(names: list[str], seconds: float, visit: Visit, parts: dict[str, P
     """Run the named parts one after the other within `seconds`; returns whether all passed."""
     ends = time.monotonic() + seconds - TO_WRITE_S
     passed = []
-    for name in names:
+    for number, name in enumerate(names):
         part, path = parts[name], results / f"gpu_{name}.json"
-        limit = min(part.share * seconds, ends - time.monotonic()) - INTERRUPT_S
+        # What the later ones need at least is theirs.
+        later = sum(parts[other].least_s + INTERRUPT_S for other in names[number + 1 :])
+        limit = min(part.share * seconds, ends - time.monotonic() - later) - INTERRUPT_S
         if limit < part.least_s:
             note = f"left out: {max(0.0, limit):.0f} s left, it needs {part.least_s:.0f}"
             print(f"benchmarks.gpu: {name}: {note}", flush=True)
@@ -154,4 +158,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # `timeout` ends a command so: the part that runs is then interrupted and ended, as when it is out of time.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main(sys.argv[1:]))
