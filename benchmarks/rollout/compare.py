@@ -141,15 +141,20 @@ def causes(world: World, timed: Timed) -> Row:
     }
 
 
-def throughput(world: World, chunks: int) -> Row:
-    """Prefill and decode tokens a second: from what some more generated tokens a turn add to the time of a few turns."""
+def throughput(world: World, chunks: int, first: int = 0) -> Row:
+    """Prefill and decode tokens a second: from what some more generated tokens a turn add to the time of a few turns.
+
+    first: turn from which decode steps are timed. live_kv_bytes: what a decode step of the last turns reads.
+    """
     short, more = world.preset.max_new_tokens, world.preset.max_new_tokens
     runs = [
         run_engine(world, range(world.preset.prompts), chunks=chunks, max_new_tokens=tokens)
         for tokens in (short, short + more)
     ]
     run = runs[0]
-    per_step = max(runs[1].seconds - run.seconds, 1e-9) / (chunks * more)
+    took = [float(np.median([sum(seconds[first:]) for seconds in one.turn_seconds])) for one in runs]
+    per_step = max(took[1] - took[0], 1e-9) / ((chunks - first) * more)
+    live = [live_kv_bytes(one, world) for one in runs]
     # A turn's first token comes from the prefill, and two of the last go together.
     decode = per_step * chunks * (short - 3)
     prefill = max(run.seconds - run.vision_seconds - decode, 1e-9)
@@ -157,6 +162,8 @@ def throughput(world: World, chunks: int) -> Row:
         "decode_step_ms": 1e3 * per_step,
         "decode_tokens_per_s": world.preset.streams / per_step,
         "prefill_tokens_per_s": run.prefilled / prefill,
+        # The longer run has twice the steps over more text: the difference of both costs as steps over twice that more.
+        "live_kv_bytes": 2 * live[1] - live[0],
     }
 
 
