@@ -110,7 +110,7 @@ class OneStepEngine:
     def drop_all(self) -> None:
         """Forget every stream (after an error inside a step) and free all slots."""
         self.admission.clear()
-        # Of the pool and not by stream: slots that the failed step was about to free are in no stream's list any more.
+        # Empty the pool, not stream by stream: slots that the failed step was about to free are in no stream's list any more.
         self.pool.free_all()
 
     def _gather(self) -> StepPlan:

@@ -44,7 +44,7 @@ class StreamWriter:
     generated: int = 0
     state: TurnState | None = None
     _generation_begun: bool = False
-    # Of the turn that runs: where generation goes on, of which time it is, ids and kinds that it generated.
+    # The running turn: where generation goes on, its time, the ids and kinds that it generated.
     _lane: int = 0
     _span: Span | None = None
     _wrote: list[tuple[int, Kind]] = field(default_factory=list)
