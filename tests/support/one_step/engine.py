@@ -55,7 +55,7 @@ class OneStepEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything; False while every stream waits for its feed."""
+        """Return whether a step would do anything; False while every stream waits for its feed."""
         return self.admission.possible or any(not stream.idle for stream in self.admission.running)
 
     def add(self, request: StreamRequest) -> StreamWriter:
@@ -85,7 +85,7 @@ class OneStepEngine:
 
     @torch.no_grad()
     def step(self) -> list[StreamLog]:
-        """Forward once; returns the streams that finished, but for those whose log went out in pieces."""
+        """Forward once; return the streams that finished, except those whose log was handed out in pieces."""
         self.admission.admit()
         step = self._gather()
         if step.rows:
