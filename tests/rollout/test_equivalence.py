@@ -23,6 +23,7 @@ from streams.backbone.kernel_choice import Choice
 from streams.layout.layout import LayoutConfig
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
+from streams.writing.writer import QueryInput, TurnInput
 from tests.support.exactness.rows import POLICIES, Policy
 from tests.support.gather_attention import GatherBackend
 from tests.support.one_step import OneStepEngine
@@ -142,6 +143,36 @@ def test_streams_of_all_policies_and_layouts_share_an_engine(backbone, seed):
 def test_a_pool_with_room_for_few_streams_changes_no_token(backbone):
     memories = [MemoryConfig("rcsm", 2), MemoryConfig("sink_window", 2, 3, 4, 4)]
     compare(backbone, memories, 8, 5, kv_slots=900, max_streams=16)
+
+
+def test_keys_that_change_slot_and_position_in_one_row(backbone, monkeypatch):
+    """Long questions leave and little comes: late keys close the gap, and are turned where they went."""
+    both = 0
+
+    def counted(plan: StepPlan, *given: Any) -> torch.Tensor:
+        nonlocal both
+        moved = {int(slot) for slots in plan.moved_to for slot in slots}
+        both += len(moved.intersection(int(slot) for slots in plan.moved_keys._slots for slot in slots))
+        return forward(plan, *given)
+
+    monkeypatch.setattr("rollout.engine.engine.forward", counted)
+    memory = MemoryConfig("sink_window", 1, text_window=1, sink_tokens=4, tail_tokens=40, positions="contiguous")
+    question = tuple(backbone.layout.query_ids("What colour is the shape now? " * 6))
+
+    def made() -> list[StreamRequest]:
+        turns = tuple(
+            TurnInput(chunk_record(turn, (1, 1, 1)), None if turn % 3 else QueryInput(question, turn)) for turn in range(8)
+        )
+        return [request(backbone, memory, turns, f"late{i}") for i in range(3)]
+
+    settings = {"kv_slots": 2000, "max_streams": 3}
+    wanted = run(OneStepEngine(backbone, **settings), made())
+    for name, make in engines(backbone, **settings):
+        both = 0
+        found = run(make(), made())
+        assert both > 10, name
+        for stream, log in found.items():
+            assert_same(log, wanted[stream])
 
 
 @pytest.mark.parametrize("slots", [2500, 20000])
