@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from rollout.attention.segments import Segment
 from rollout.engine.kv_pool import KVPool
 
-
 MOST_PADDING = 0.1
 """Keys that a batch may read beyond those of its rows, as a share of all that it reads."""
 
@@ -171,7 +170,7 @@ class _Batches:
         self._pool, self._groups, self._batches, self._order = pool, groups, batches, order
 
     def __call__(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
-        heads, tokens, dim = q.shape
+        heads, _, dim = q.shape
         kv = self._pool.kv[layer]
         if self._order is not None:
             q = q[:, self._order]

@@ -161,7 +161,8 @@ def test_keys_that_change_slot_and_position_in_one_row(backbone, monkeypatch):
 
     def made() -> list[StreamRequest]:
         turns = tuple(
-            TurnInput(chunk_record(turn, (1, 1, 1)), None if turn % 3 else QueryInput(question, turn)) for turn in range(8)
+            TurnInput(chunk_record(turn, (1, 1, 1)), None if turn % 3 else QueryInput(question, turn))
+            for turn in range(8)
         )
         return [request(backbone, memory, turns, f"late{i}") for i in range(3)]
 
