@@ -187,7 +187,7 @@ class RankProcesses:
                 self.processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=err, stderr=err))
 
     def run(self, job: Job) -> list[list[Any]]:
-        """Return the replies of every call, by rank. Raises RuntimeError with a rank's stderr, once the processes have ended."""
+        """Return the replies of every call, by rank. Raises RuntimeError with a rank's stderr once the processes have ended."""
         number, self.jobs = self.jobs, self.jobs + 1
         publish(self.folder / f"{number}.job", pickle.dumps(job))
         outs = [self.folder / f"{number}.{rank}.out" for rank in range(self.world)]
