@@ -103,7 +103,7 @@ def written_again(backbone: Backbone, log: StreamLog, request: StreamRequest, me
 
 
 def off_by_one(memory: MemoryConfig) -> list[MemoryConfig]:
-    """Return `memory` with one of its knobs one too small or too large."""
+    """Return variants of `memory`, each with one of its knobs one too small or too large."""
     taken = [knob for knob in WINDOW_KNOBS if knob in memory.takes and getattr(memory, knob)]
     return [replace(memory, **{knob: getattr(memory, knob) + by}) for knob in taken for by in (-1, 1)]
 
