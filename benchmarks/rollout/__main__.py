@@ -28,7 +28,7 @@ from benchmarks.environment import hardware, in_words, result_target, versions, 
 from benchmarks.rollout import compare, floors
 from benchmarks.rollout.host import draw_us, growth, host
 from benchmarks.rollout.presets import PRESETS, Preset, World, make_world
-from benchmarks.rollout.runs import EngineRun, run_engine, takes_decode_steps
+from benchmarks.rollout.runs import EngineRun, run_engine
 
 Row = dict[str, Any]
 FROM_THREADS = (
@@ -165,7 +165,7 @@ def measure(
     if preset.name == "tiny":
         rounds, baseline_prompts = 3, preset.prompts
     found: Row = {"device": device, "preset": preset.name, **dict.fromkeys(MEASURED), "complete": False}
-    found |= {"quick": quick, "chunks": chunks, "decode_steps": takes_decode_steps(), "threads": {}}
+    found |= {"quick": quick, "chunks": chunks, "threads": {}}
 
     def add(part: Row) -> None:
         found.update(part)

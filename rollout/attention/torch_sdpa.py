@@ -1,9 +1,11 @@
-"""The portable backend: SDPA over each stream's block of the pool, where it lies.
+"""The portable backend: SDPA over the streams' blocks of the pool, where they lie.
 
 Invariants:
 * no key or value is copied: a stream's block is read as a view;
 * a segment's keys may lie in any order; its mask says which of the block it sees, and is built once per forward;
-* a short stream does not pay for a long one beside it: rows that are batched have nearly as many keys each (MOST_PADDING).
+* a short stream does not pay for a long one beside it: rows that are batched have nearly as many keys each (MOST_PADDING);
+* what a batch reads beyond a row's own keys, its neighbours' or what earlier streams left, has weight 0: any finite value there
+  is without effect. A key or value that is not finite, which only a broken model makes, would spoil the rows of its batch.
 """
 
 from __future__ import annotations
