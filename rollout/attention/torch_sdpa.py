@@ -27,6 +27,8 @@ MOST_PADDING = 0.1
 class TorchBackend:
     """Attention over one engine's pool, which must keep blocks. groups: query heads per KV head."""
 
+    captures = False
+
     def __init__(self, pool: KVPool, groups: int) -> None:
         assert not pool.paged, "SDPA reads blocks"
         self._pool, self._groups = pool, groups

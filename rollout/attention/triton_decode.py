@@ -5,9 +5,11 @@ It reads blocks and pages alike. Prefill is another backend's, whose kind of poo
 
 from __future__ import annotations
 
+import subprocess
 from typing import TYPE_CHECKING
 
 import torch
+from triton.errors import TritonError
 
 from rollout.attention.segments import Segment
 from rollout.attention.triton_kernel import decode_attention
@@ -18,10 +20,28 @@ if TYPE_CHECKING:
 
 
 class TritonDecodeBackend:
-    """Attention over one engine's pool. prefill: the backend for everything but decoding, on the same pool."""
+    """Attention over one engine's pool.
 
-    def __init__(self, pool: KVPool, prefill: AttentionBackend) -> None:
+    Raises ValueError if the kernels cannot be compiled here, or want more than the device has.
+    """
+
+    captures = True
+
+    def __init__(self, pool: KVPool, prefill: AttentionBackend, groups: int) -> None:
+        """prefill: the backend for everything but decoding, on the same pool. groups: query heads per KV head."""
         self._pool, self._prefill = pool, prefill
+        *_, heads, dim = pool.keys(0).shape
+        one = torch.zeros(1, dtype=torch.int64, device=pool.kv.device)
+        query = pool.kv.new_zeros((heads * groups, 1, dim))
+        try:
+            # Now and not in some group's first step, whose deadline compiling would count towards.
+            self.decode(one[None] + pool.trash, one, one + 1)(0, query, dim**-0.5)
+        # What Triton says itself, the driver, or the C compiler that builds the launcher.
+        except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+            raise ValueError(
+                f"Triton's decode kernel cannot be compiled for heads of {dim} in {pool.kv.dtype}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def segments(self, segments: list[Segment]) -> Attend:
         return self._prefill.segments(segments)

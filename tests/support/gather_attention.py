@@ -15,6 +15,8 @@ from rollout.engine.kv_pool import KVPool
 class GatherBackend:
     """groups: query heads per KV head."""
 
+    captures = False
+
     def __init__(self, pool: KVPool, groups: int) -> None:
         assert pool.paged
         self._pool, self._groups = pool, groups

@@ -49,12 +49,9 @@ def case(dtype: torch.dtype, shape: tuple[int, int, int], paged: bool) -> dict[s
         table[seat, :length] = torch.randperm(nowhere, generator=generator)[:length]
     table[seats[-1]] = pool.trash
     q = torch.randn(len(lengths), heads, dim, generator=generator).to(dtype).transpose(0, 1)
+    groups = heads // kv_heads
     # Decoding asks nothing of the backend for prefill.
-    backend = (
-        TritonDecodeBackend(pool, None)
-        if paged
-        else TritonDecodeBackend(pool, make_backend("torch", pool, heads // kv_heads))
-    )
+    backend = TritonDecodeBackend(pool, None if paged else make_backend("torch", pool, groups), groups)
     scaling = dim**-0.5
     out = backend.decode(table, seats, lengths)(1, q, scaling)
     wanted = [plain(pool, q[:, i], table[seats[i], : lengths[i]]) for i in range(len(lengths))]
