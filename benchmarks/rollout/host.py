@@ -16,7 +16,7 @@ import torch
 from benchmarks.rollout.presets import PATCH_SECONDS, World
 from benchmarks.rollout.ready_made import ready_made
 from benchmarks.rollout.runs import make_engine, step_through
-from rollout.engine import sampler
+from rollout.decode import sampler
 from rollout.engine.engine import Engine
 from rollout.engine.request import StreamRequest
 from streams.log.record import ChunkRecord

@@ -5,8 +5,8 @@ One visit of the host, read top to bottom in `Engine.step`:
     admit     waiting streams whose bound fits                          admission.py
     begin     turns: the end of one and the prefill of the next,
               packed into rows, and their first tokens                  step_plan.py, forward.py
-    decode    several tokens of every stream, without the host          decode.py, decode_state.py
-    collect   what was drawn, into the logs                             decode.py
+    decode    several tokens of every stream, without the host          rollout.decode
+    collect   what was drawn, into the logs                             rollout.decode
     finish    logs of the streams that are over
 
 Invariants:
@@ -21,8 +21,8 @@ import torch
 
 from rollout.attention import make_backend, with_decode
 from rollout.config import PREFILL_ROWS
+from rollout.decode.decoder import Decoder
 from rollout.engine.admission import Admission
-from rollout.engine.decode import Decoder
 from rollout.engine.forward import forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream, StreamFailure, StreamRequest, stream_bound

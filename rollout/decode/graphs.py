@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from rollout.engine.decode_state import DecodeState, Kinds
+from rollout.decode.state import DecodeState, Kinds
 from rollout.engine.kv_pool import KVPool
 from streams.backbone.backbone import Backbone
 

@@ -6,7 +6,7 @@
 
 Invariants:
 * a step reads and writes buffers of `DecodeState` and the pool only, and waits for nothing but what its attention backend
-  reads back. With one that reads nothing (`captures`) it is captured as CUDA graphs (`rollout.engine.graphs`);
+  reads back. With one that reads nothing (`captures`) it is captured as CUDA graphs (`rollout.decode.graphs`);
 * a token depends on its stream's seed, its index in the log and its logits, and on nothing else in the batch;
 * forced tokens are the layout's (`streams.layout.turn_state`): the end of a thought at its budget, here; the end of a turn at
   its budget, by the host, as nobody attends to it in this turn.
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from rollout.attention import AttentionBackend
-from rollout.engine import sampler
-from rollout.engine.decode_state import DecodeState, Field, Kinds
+from rollout.decode import sampler
+from rollout.decode.graphs import StepGraphs
+from rollout.decode.state import DecodeState, Field, Kinds
 from rollout.engine.forward import decode_forward
-from rollout.engine.graphs import StepGraphs
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
 from streams.backbone.backbone import Backbone

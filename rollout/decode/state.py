@@ -1,6 +1,6 @@
 """The state of the streams that generate, in buffers on the device, where each has a seat.
 
-A decode step (`rollout.engine.decode`) is a function of these buffers and of nothing else. The host writes a seat when its
+A decode step (`rollout.decode.decoder`) is a function of these buffers and of nothing else. The host writes a seat when its
 turn has been prefilled, and reads what was drawn once per visit.
 
 Invariants:
