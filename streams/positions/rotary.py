@@ -45,7 +45,7 @@ class Rotary:
             for of in (1, 2):
                 axis[of : 3 * sections[of] : 3] = of
         else:
-            axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
+            axis = torch.tensor([of for of, count in enumerate(sections) for _ in range(count)])
         # Where it is used: a copy per call would wait for the host, and a CUDA graph cannot hold it.
         self._axis = axis.to(inv_freq.device)
 
