@@ -49,7 +49,7 @@ class CudaCapture:
             step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count: clips are encoded by another one meanwhile.
+        # Only this thread's calls count: another one may stage weights meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             step()
         return graph.replay

@@ -29,7 +29,15 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -
 
 
 if __name__ == "__main__":
-    for kind, dim in (("bf16", 128), ("fp16", 64), ("bf16", 80), ("fp32", 128), ("fp32", 16), ("fp64", 16)):
+    for kind, dim in (
+        ("bf16", 128),
+        ("fp16", 64),
+        ("bf16", 80),
+        ("fp32", 128),
+        ("fp32", 16),
+        ("fp64", 16),
+        ("fp64", 32),
+    ):
         wide = "fp64" if kind == "fp64" else "fp32"
         factor = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16}.get(
             kind, triton.language.float64 if kind == "fp64" else triton.language.float32
