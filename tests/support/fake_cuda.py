@@ -81,6 +81,7 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         calls: how often each operator ran, by its name without the overload.
+        launches: calls that compute something: neither views of a tensor nor memory for one.
     """
 
     REPLACES = ("aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_")
@@ -88,6 +89,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.name()).split(".")[0]
@@ -107,7 +109,11 @@ class Watch(TorchDispatchMode):
         devices = {t.device.type for t in _tensors((args, kwargs, made)) if t.dim() or not number}
         if devices - {"cuda"}:
             raise NotCapturable(f"{func}: tensors on {', '.join(sorted(devices))}")
-        self.calls[name] += 1
+        if not name.startswith("prim::"):  # what a fake tensor says of itself
+            self.calls[name] += 1
+            seen = [returned.alias_info for returned in func._schema.returns]
+            views = any(alias is not None and not alias.is_write for alias in seen) or name == "aten::_unsafe_view"
+            self.launches += not (views or name.startswith("aten::empty"))
         return made
 
 
