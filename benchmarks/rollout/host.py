@@ -83,8 +83,8 @@ def _requests(world: World, streams: int, turns: int) -> list[StreamRequest]:
 def us_per_token(world: World, streams: int, turns: int, engine_type: type = Engine) -> tuple[float, float]:
     """Microseconds per sampled token of so many streams at once: of wall time, and of the thread's CPU time."""
     requests = _requests(world, streams, turns)
-    engine = make_engine(world, requests, engine_type=engine_type)
     with ready_made(world.backbone, _word(world)):
+        engine = make_engine(world, requests, engine_type=engine_type)
         began = time.thread_time()
         run = step_through(engine, requests)
         cpu = time.thread_time() - began
