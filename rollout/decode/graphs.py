@@ -42,16 +42,20 @@ class CudaCapture:
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         """Return what replays a step. Raises RuntimeError if it does what a graph cannot hold."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             # Kernels are compiled and libraries opened at their first use, which cannot be captured.
             step()
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count: another one may stage weights meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            step()
+        try:
+            # Only this thread's calls count: another one may stage weights meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                step()
+        finally:
+            # A capture that fails leaves its stream the current one.
+            torch.cuda.set_stream(current)
         return graph.replay
 
 

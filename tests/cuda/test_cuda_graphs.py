@@ -163,6 +163,7 @@ def test_a_step_that_reads_on_the_host_is_not_captured_and_runs_eagerly(backbone
 
     monkeypatch.setattr(type(backbone), "logits", reading)
     engine = engine_of(backbone)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert engine.graphs.name == "eager"
     assert "a decode step of 6 rows cannot be captured" in engine.graphs.why
     assert caplog.text.count("rollout.cuda_graphs: ") == 1
