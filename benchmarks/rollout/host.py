@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,11 @@ EARLY, LATE = 20, 1000
 
 
 class SameTurns(Sequence[TurnInput]):
-    """Turns made when they are indexed, one like the other."""
+    """Turns, one like the other, made beforehand as those of a run are: streams of one length share them."""
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._turns = _turns(count)
 
     def __len__(self) -> int:
         return self._count
@@ -44,7 +46,7 @@ class SameTurns(Sequence[TurnInput]):
     def __getitem__(self, turn: Any) -> TurnInput:
         if not 0 <= turn < self._count:
             raise IndexError(turn)
-        return TurnInput(_chunk(turn))
+        return self._turns[turn]
 
 
 class SameFeatures(Sequence[torch.Tensor]):
@@ -62,6 +64,11 @@ class SameFeatures(Sequence[torch.Tensor]):
 
 def _chunk(turn: int) -> ChunkRecord:
     return chunk_record(turn, GRID)
+
+
+@lru_cache
+def _turns(count: int) -> tuple[TurnInput, ...]:
+    return tuple(TurnInput(_chunk(turn)) for turn in range(count))
 
 
 def _requests(world: World, streams: int, turns: int) -> list[StreamRequest]:

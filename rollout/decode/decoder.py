@@ -30,6 +30,8 @@ from streams.backbone.backbone import Backbone
 
 WORTH_A_STEP = 0.5
 """On a CPU a visit comes early once less than this share of the seats that it began with still run."""
+_FORCED = np.array([np.nan])
+"""The log-prob of a token that was not drawn."""
 
 
 @dataclass
@@ -140,10 +142,12 @@ class Decoder:
             turn.logps.append(logps[turn.seat, :emitted])
             turn.length = length
             if not running:
+                if turn.ids[-1][-1] != (end := self._backbone.layout.tokens.im_end):
+                    # The last token that a turn may have is its end, whatever the model would say.
+                    turn.ids.append(np.array([end]))
+                    turn.logps.append(_FORCED)
                 self._write(stream, turn)
-                # The last token that a turn may have is its end, whatever the model would say.
-                if (token := stream.writer.forced() if not stream.between_turns else None) is not None:
-                    stream.writer.extend_generated([token], version)
+                assert stream.between_turns, "a turn has stopped without its end"
                 del self._turns[stream]
         self.state.ints[Field.EMITTED] = 0
 
