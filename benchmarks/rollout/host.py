@@ -33,22 +33,6 @@ MEMORY = MemoryConfig("rcsm", 6, text_window=8)
 EARLY, LATE = 20, 1000
 
 
-class SameTurns(Sequence[TurnInput]):
-    """Turns, one like the other, made beforehand as those of a run are: streams of one length share them."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._turns = _turns(count)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, turn: Any) -> TurnInput:
-        if not 0 <= turn < self._count:
-            raise IndexError(turn)
-        return self._turns[turn]
-
-
 class SameFeatures(Sequence[torch.Tensor]):
     """One chunk's features for every turn."""
 
@@ -68,6 +52,7 @@ def _chunk(turn: int) -> ChunkRecord:
 
 @lru_cache
 def _turns(count: int) -> tuple[TurnInput, ...]:
+    """Return turns, one like the other. Made once, as nobody but a run's reader of videos makes any."""
     return tuple(TurnInput(_chunk(turn)) for turn in range(count))
 
 
@@ -77,7 +62,7 @@ def _requests(world: World, streams: int, turns: int) -> list[StreamRequest]:
     return [
         StreamRequest(
             stream_header(backbone, MEMORY, f"host/{i}"),
-            SameTurns(turns),
+            _turns(turns),
             SameFeatures(features, turns),
             make_policy(MEMORY),
             backbone.layout,
