@@ -109,9 +109,8 @@ class StepGraphs:
             self._addresses = self._addresses or addresses(self._backbone.model)
             try:
                 self._graphs[size, kinds] = self._capture(lambda: self._step(seats, kinds))
-            except (
-                RuntimeError
-            ) as error:  # named boundary: what a device or a driver refuses; the step itself still runs
+            # Named boundary: what a device or a driver refuses. The step itself still runs.
+            except RuntimeError as error:
                 self.failure = f"a decode step of {size} rows cannot be captured: {type(error).__name__}: {error}"
                 log.warning("rollout.cuda_graphs: %s; it runs kernel by kernel from now on", self.failure)
                 self._forget()
