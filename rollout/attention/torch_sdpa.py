@@ -38,8 +38,8 @@ class TorchBackend:
         # Streams that began together have their tokens at the same places of their blocks: one mask serves them all.
         masks: dict[tuple[int, int, bytes], torch.Tensor | None] = {}
         for segment in segments:
-            first = int(segment.slots.min())
-            stop = int(segment.slots.max()) + 1
+            first = int(np.minimum.reduce(segment.slots))
+            stop = int(np.maximum.reduce(segment.slots)) + 1
             columns = segment.slots - first
             key = segment.rows, stop - first, columns.tobytes()
             if key not in masks:
@@ -51,7 +51,7 @@ class TorchBackend:
         # A block's slots follow one another, so its first and the length say it all. No copy on a CPU; elsewhere one a step.
         firsts, counts = table[seats, 0].cpu().numpy(), lengths.cpu().numpy()
         order = firsts.argsort(kind="stable")
-        batches = _batched(firsts[order].tolist(), counts[order].tolist(), self._pool.trash + 1)
+        batches = _batched(firsts[order], counts[order], self._pool.trash + 1)
         seen = lengths[torch.from_numpy(order).to(lengths.device)]
         return _Batches(
             self._pool,
@@ -140,13 +140,25 @@ class _Batch:
     ragged: bool
 
 
-def _batched(firsts: list[int], counts: list[int], slots: int) -> list[_Batch]:
+def _batched(firsts: np.ndarray, counts: np.ndarray, slots: int) -> list[_Batch]:
     """Put neighbouring rows together whose blocks lie at equal distances and which have nearly as many keys.
 
     Args:
-        firsts: the first slot of each row, ascending; counts: how many it sees.
+        firsts: the first slot of each row, int64 [n] ascending; counts: how many it sees, int64 [n].
         slots: of the pool; no row reads beyond.
     """
+    rows = len(firsts)
+    if rows > 1:
+        # Mostly all are alike: streams that began together have blocks of one size.
+        strides, most = np.diff(firsts), int(counts.max())
+        padding = rows * most - int(counts.sum())
+        if (strides == strides[0]).all() and padding <= MOST_PADDING * rows * most and firsts[-1] + most <= slots:
+            return [_Batch(0, rows, int(firsts[0]), int(strides[0]), most, padding > 0)]
+    return _neighbours(firsts.tolist(), counts.tolist(), slots)
+
+
+def _neighbours(firsts: list[int], counts: list[int], slots: int) -> list[_Batch]:
+    """Batch row by row: each joins the one before if it fits there."""
     batches = []
     start, total = 0, 0
     stride, longest, shortest = 0, 0, 0

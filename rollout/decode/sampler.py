@@ -46,16 +46,22 @@ def stream_seed(run_seed: int, stream_id: str) -> int:
 
 
 def draw(
-    logits: torch.Tensor, greedy: torch.Tensor | bool, seeds: torch.Tensor, indices: torch.Tensor
+    logits: torch.Tensor,
+    scale: torch.Tensor,
+    greedy: torch.Tensor | bool,
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one id per row of logits [n, V] (temperature and ban list already applied).
+    """Draw one id per row of logits [n, V] (the ban list already applied).
 
-    Returns (ids int64 [n], log-probs float64 [n]).
+    Returns (ids int64 [n], log-probs float64 [n], of the logits as they were scaled).
 
     Args:
+        scale: float64 [n], the temperature that each row is divided by, in the precision of the logits.
         greedy: bool [n], rows that take the largest logit (the first of equals); one bool says it for all of them.
         seeds, indices: int64 [n].
     """
+    logits = logits / scale.to(logits.dtype)[:, None]
     logp = torch.log_softmax(logits, dim=-1)
     if greedy is True:
         ids = logits.argmax(dim=-1)

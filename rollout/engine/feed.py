@@ -19,6 +19,7 @@ import torch
 
 from streams.layout.lanes import Lanes, Span
 from streams.layout.layout import Layout
+from streams.layout.runs import Run
 from streams.log.record import NEVER, ChunkRecord
 from streams.writing.writer import TurnInput
 
@@ -45,9 +46,9 @@ class TurnSizes:
     turns: int
 
 
-def _scaffold(layout: Layout, chunk: ChunkRecord | None) -> int:
+def _scaffold(runs: Sequence[Run]) -> int:
     """Count the tokens that the layout puts around a chunk."""
-    return sum(shape for run in layout.runs(chunk, None) for shape in run.shapes if isinstance(shape, int))
+    return sum(shape for run in runs for shape in run.shapes if isinstance(shape, int))
 
 
 class KnownTurns:
@@ -81,8 +82,11 @@ class KnownTurns:
         # One pass, as a lazy sequence makes every turn anew. Turns differ in scaffold, too: a later time has more digits.
         scaffold = video = queries = 0
         spans: list[Span | None] = []
+        counted: Sequence[Run] = ()
         for turn in self._turns:
-            scaffold = max(scaffold, _scaffold(layout, turn.chunk))
+            runs = layout.runs(turn.chunk, None)
+            if runs is not counted:  # the layout keeps those of chunks alike
+                scaffold, counted = max(scaffold, _scaffold(runs)), runs
             video = max(video, 0 if turn.chunk is None else turn.chunk.num_tokens)
             queries += 0 if turn.query is None else len(turn.query.ids) + 1
             spans.append(turn.span)
@@ -150,7 +154,7 @@ class TurnFeed:
         # Turns that nobody knows yet: as many as there can be, and each with the longest time in words.
         far = replace(self.largest, patch_times=(FAR_SECONDS,) * self.largest.grid[0])
         copies = NEVER * layout.max_memory(None) if lanes is Lanes.MEMORY else 0
-        return TurnSizes(_scaffold(layout, far), self.largest.num_tokens, self.query_tokens, copies, NEVER)
+        return TurnSizes(_scaffold(layout.runs(far, None)), self.largest.num_tokens, self.query_tokens, copies, NEVER)
 
     def refuses(self, held: int) -> str:
         """Return why the next turn cannot be shown while `held` tokens of queries are in memory; empty if it can."""

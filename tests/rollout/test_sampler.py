@@ -29,7 +29,8 @@ def uniforms(seeds, indices) -> np.ndarray:
 
 
 def pick(logits, greedy, seeds, indices) -> tuple[np.ndarray, np.ndarray]:
-    ids, logps = draw(logits, torch.from_numpy(greedy), signed(seeds), signed(indices))
+    ones = torch.ones(len(logits), dtype=torch.float64)
+    ids, logps = draw(logits, ones, torch.from_numpy(greedy), signed(seeds), signed(indices))
     return ids.numpy(), logps.numpy()
 
 
@@ -42,6 +43,18 @@ def draws(logits, n, seed=7):
 def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
     expected = counts.sum() * p
     return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_every_row_is_drawn_from_its_logits_over_its_own_temperature():
+    logits = torch.randn((3, 50), generator=torch.Generator().manual_seed(0))
+    scale, seeds, indices = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64), signed([1, 2, 3]), signed([4, 5, 6])
+    ids, logps = draw(logits, scale, False, seeds, indices)
+    for row in range(3):
+        one = slice(row, row + 1)
+        divided = logits[one] / float(scale[row])
+        alone = draw(divided, torch.ones(1, dtype=torch.float64), False, seeds[one], indices[one])
+        assert ids[one].equal(alone[0])
+        assert logps[one].equal(alone[1])
 
 
 # --- uniforms ---------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_batches_hold_every_row_and_read_little_more_than_it_sees(blocks):
         firsts.append(at)
         counts.append(count)
         at += 10 * width + 40
-    batches = _batched(firsts, counts, at)
+    batches = _batched(np.array(firsts), np.array(counts), at)
     assert [row for batch in batches for row in range(batch.start, batch.stop)] == list(range(len(blocks)))
     for batch in batches:
         rows = range(batch.start, batch.stop)
