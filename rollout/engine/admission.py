@@ -1,25 +1,45 @@
 """Which streams wait and which run.
 
+A stream is admitted when the slots are free that it needs now: those of its first turn. As streams grow the pool may run
+full; then the youngest is given back: its slots are free again, and it waits to begin anew, from its seed. Streams that may
+not begin anew (`Stream.keeps`) wait until their whole bound is free, keep it, and are never given back.
+
 Invariants:
-* a stream runs only with slots for the most that it may hold, so that no allocation can fail in a step;
-* streams are admitted in the order in which they came: a large one at the head is not overtaken.
+* streams are admitted in the order in which they came, those given back in the order of their first coming: a large one at
+  the head is not overtaken;
+* whoever is given back is the youngest of those that may be, so the oldest of them never is while another one runs;
+* every stream ends. The oldest of those that may be given back is admitted in the end: whoever runs before it keeps its
+  bound or is older, and ends. While it runs, its bound and all that is kept fit into the pool (`SlotBook.fits`, asked of
+  whichever is opened later). A turn of it that finds no room has the younger ones given back, one by one; once it is alone
+  with what is kept, there is room. So it goes on until it ends, and then the next one is the oldest;
+* a stream that was given back waits for as many slots as it had, and one turn more: it comes further each time, and does not
+  take turns with others at the brim.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 
 from rollout.engine.request import Stream
 from rollout.engine.slots import SlotBook
 
 
+def _age(stream: Stream) -> int:
+    return stream.number
+
+
 class Admission:
-    """The queue of one engine. It opens the slots of streams that run; the engine closes them."""
+    """The queue of one engine. It opens the slots of streams that run; the engine closes them.
+
+    running: the oldest first.
+    """
 
     def __init__(self, book: SlotBook, max_streams: int) -> None:
         """max_streams: streams that may run at once."""
         self._book, self._max_streams = book, max_streams
         self._waiting: deque[Stream] = deque()
+        self._came = 0
         self.running: list[Stream] = []
 
     @property
@@ -27,17 +47,36 @@ class Admission:
         """Whether the stream at the head of the queue could run now."""
         if not self._waiting or len(self.running) >= self._max_streams:
             return False
-        return self._book.fits(self._waiting[0].reserved)
+        head = self._waiting[0]
+        return self._book.fits(head.need, head.bound, keeps=head.keeps)
 
     def add(self, stream: Stream) -> None:
+        stream.number = self._came
+        self._came += 1
         self._waiting.append(stream)
 
-    def admit(self) -> None:
-        """Move streams from the queue to the running ones, as many as fit."""
-        while self.possible:
-            stream = self._waiting.popleft()
-            stream.slots = self._book.open(stream.reserved)
-            self.running.append(stream)
+    def admit(self) -> Stream | None:
+        """Move the stream at the head of the queue to the running ones, if it fits; returns it."""
+        if not self.possible:
+            return None
+        stream = self._waiting.popleft()
+        stream.slots = self._book.open(stream.bound, keeps=stream.keeps)
+        insort(self.running, stream, key=_age)
+        return stream
+
+    def youngest(self) -> Stream:
+        """Return the running stream that is given back first."""
+        return next(stream for stream in reversed(self.running) if not stream.keeps)
+
+    def give_back(self, stream: Stream, again: Stream) -> None:
+        """Take the youngest out and put `again`, which is it from its beginning, where it came from.
+
+        Its slots are the caller's to close.
+        """
+        self.running.remove(stream)
+        again.number = stream.number
+        # Whoever waits came later, or was given back before as a younger one.
+        self._waiting.appendleft(again)
 
     def release(self, stream: Stream) -> None:
         """Take a running stream out. Its slots are the caller's to close."""

@@ -23,7 +23,7 @@ TURNS = st.lists(
 def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns):
     """Three streams take turns; each writes its tokens' names into a pool and finds them again under its slots."""
     pool = KVPool(CAPACITY, layers=1, kv_heads=1, head_dim=1, paged=paged)
-    streams = [pool.book.open(20) for _ in range(3)]
+    streams = [pool.book.open(20, keeps=True) for _ in range(3)]
     tokens: list[list[int]] = [[], [], []]
     lengths = [0, 0, 0]
 
@@ -60,12 +60,12 @@ def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns)
     for stream in streams:
         stream.close()
     assert pool.available == pool.capacity == CAPACITY
-    assert pool.book.fits(CAPACITY)
+    assert pool.book.fits(CAPACITY, CAPACITY, keeps=True)
 
 
 def test_new_tokens_take_the_places_of_old_ones_and_nothing_moves():
     pool = KVPool(30, layers=1, kv_heads=1, head_dim=1)
-    slots = pool.book.open(20)
+    slots = pool.book.open(20, keeps=True)
     slots.add(0, 10)
     dropped = slots.drop(np.arange(2, 6), coming=4)
     assert not len(dropped.source)
@@ -75,7 +75,7 @@ def test_new_tokens_take_the_places_of_old_ones_and_nothing_moves():
 def test_what_moves_is_counted_in_bytes():
     pool = KVPool(30, layers=3, kv_heads=2, head_dim=4)
     pool.keep_raw()
-    slots = pool.book.open(20)
+    slots = pool.book.open(20, keeps=True)
     slots.add(0, 10)
     dropped = slots.drop(np.arange(6), coming=3)
     assert len(dropped.source) == 3
@@ -88,8 +88,8 @@ def test_what_moves_is_counted_in_bytes():
 def test_blocks_never_overlap_and_all_come_back(events):
     book, blocks = BlockBook(24), []
     for opens, size in events:
-        if opens and book.fits(size):
-            stream = book.open(size)
+        if opens and book.fits(size, size, keeps=True):
+            stream = book.open(size, keeps=True)
             blocks.append((size, stream))
         elif blocks:
             blocks.pop(size % len(blocks))[1].close()
@@ -127,7 +127,7 @@ def test_bytes_per_slot_is_what_the_pool_allocates_and_one_slot_for_nobody(paged
 
 @pytest.mark.parametrize("book_type", [PagedBook, BlockBook])
 def test_slots_stay_parallel_to_the_live_tokens(book_type):
-    slots = book_type(20).open(10)
+    slots = book_type(20).open(10, keeps=True)
     a, b, c = slots.add(0, 3).tolist()
     before = slots.held
     slots.drop(np.array([1]), coming=1)
