@@ -167,7 +167,9 @@ class StepPlan:
         """Copy the keys of shared prefills to whoever needs its own; after the forward."""
         if self.copied_from:
             device = pool.kv.device
-            source, target = (torch.from_numpy(np.concatenate(s)).to(device) for s in (self.copied_from, self.copied_to))
+            source, target = (
+                torch.from_numpy(np.concatenate(s)).to(device) for s in (self.copied_from, self.copied_to)
+            )
             for layer in range(len(pool.kv)):
                 pool.move(layer, source, target)
 
