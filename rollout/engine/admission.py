@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Iterator
 
 from rollout.engine.request import Stream
 from rollout.engine.slots import SlotBook
@@ -40,6 +41,7 @@ class Admission:
         self._book, self._max_streams = book, max_streams
         self._waiting: deque[Stream] = deque()
         self._came = 0
+        self._preempted: list[str] = []
         self.running: list[Stream] = []
 
     @property
@@ -64,6 +66,23 @@ class Admission:
         insort(self.running, stream, key=_age)
         return stream
 
+    def due(self) -> Iterator[Stream]:
+        """Yield the streams whose next turn is there, the oldest first, and then those that are admitted."""
+        before = len(self._preempted)
+        for stream in list(self.running):
+            # Those that were given back meanwhile are the youngest of the list.
+            if stream.running and stream.between_turns and stream.source.ready:
+                yield stream
+        # A pool that has just run full has no room for more.
+        while len(self._preempted) == before and (admitted := self.admit()) is not None:
+            if admitted.source.ready:
+                yield admitted
+
+    def take_preempted(self) -> list[str]:
+        """Return the ids of the streams that were given back since the last call, once for each time."""
+        preempted, self._preempted = self._preempted, []
+        return preempted
+
     def youngest(self) -> Stream:
         """Return the running stream that is given back first."""
         return next(stream for stream in reversed(self.running) if not stream.keeps)
@@ -75,6 +94,7 @@ class Admission:
         """
         self.running.remove(stream)
         again.number = stream.number
+        self._preempted.append(stream.id)
         # Whoever waits came later, or was given back before as a younger one.
         self._waiting.appendleft(again)
 

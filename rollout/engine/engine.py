@@ -19,8 +19,6 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from rollout.attention import make_backend
@@ -30,7 +28,7 @@ from rollout.engine.decode import Decoder
 from rollout.engine.forward import forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream, StreamFailure, StreamRequest, first_need, stream_bound
-from rollout.engine.step_plan import Opened, StepPlan
+from rollout.engine.step_plan import StepPlan
 from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import choose_rollout_attention
 from streams.log.record import StreamLog
@@ -72,7 +70,6 @@ class Engine:
         self._backend = make_backend(self.attention.name, self.pool, groups)
         self._decoder = Decoder(backbone, self.pool, self._backend, max_streams, decode_steps)
         self._failed: list[StreamFailure] = []
-        self._preempted: list[str] = []
 
     @property
     def busy(self) -> bool:
@@ -92,17 +89,11 @@ class Engine:
                 "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window (a feed has no end: its "
                 "memory must bound video and text)"
             )
-        stream = self._stream(request, need, first_need(request))
+        stream = _stream(request, self.backbone, need, first_need(request))
         if stream.contiguous:
             self.hold_unrotated_keys()
         self.admission.add(stream)
         return stream.writer
-
-    def _stream(self, request: StreamRequest, bound: int, need: int) -> Stream:
-        """Return the stream before its first turn."""
-        cursor = self.backbone.cursor(request.patch_seconds)
-        writer = StreamWriter(request.header, request.layout, request.policy, cursor)
-        return Stream(request, writer, request.source(), bound, min(bound, need))
 
     def hold_unrotated_keys(self) -> None:
         """Make room for what streams with contiguous positions need. Raises ValueError if the checkpoint cannot have them."""
@@ -123,11 +114,6 @@ class Engine:
         failed, self._failed = self._failed, []
         return failed
 
-    def take_preempted(self) -> list[str]:
-        """Return the ids of the streams that were given back since the last call, once for each time."""
-        preempted, self._preempted = self._preempted, []
-        return preempted
-
     def cancel(self, stream_ids: set[str]) -> None:
         """Forget these streams, waiting or running, and free their slots. Call between two steps."""
         for stream in self.admission.cancel(stream_ids):
@@ -144,21 +130,9 @@ class Engine:
     def _begin_turns(self) -> None:
         """Prefill the next turn of every stream that has one, in rows of about PREFILL_ROWS tokens."""
         plan = self._plan()
-        for stream in self._due():
+        for stream in self.admission.due():
             plan = self._begin(stream, plan)
         self._prefill(plan)
-
-    def _due(self) -> Iterator[Stream]:
-        """Yield the streams whose next turn is there, the oldest first, and then those that are admitted."""
-        came = len(self._preempted)
-        for stream in list(self.admission.running):
-            # Those that were given back meanwhile are the youngest of the list.
-            if stream.running and stream.between_turns and stream.source.ready:
-                yield stream
-        # A pool that has just run full has no room for more.
-        while len(self._preempted) == came and (admitted := self.admission.admit()) is not None:
-            if admitted.source.ready:
-                yield admitted
 
     def _begin(self, stream: Stream, plan: StepPlan) -> StepPlan:
         """Plan the next turn of a stream; returns the plan that later ones go into.
@@ -169,27 +143,23 @@ class Engine:
         if turn is None:
             return plan
         full = plan.rows >= PREFILL_ROWS and not plan.leads(turn)
-        if full or not self._has_room(turn, plan):
+        if full or not plan.has_room(turn):
             self._prefill(plan)
             plan = self._plan()
-            while not self._has_room(turn, plan):
+            while not plan.has_room(turn):
                 if self._give_back() is stream:
                     return plan
         plan.place(turn)
         return plan
-
-    def _has_room(self, turn: Opened, plan: StepPlan) -> bool:
-        return turn.stream.slots.has_room(plan.wanted(turn), turn.evicted, turn.stream.ahead)
 
     def _give_back(self) -> Stream:
         """Give the youngest stream back, to begin anew; returns it. Nothing of it may be in a plan."""
         stream = self.admission.youngest()
         need = max(stream.need, stream.slots.owned + first_need(stream.request))
         self._decoder.forget(stream)
-        self.admission.give_back(stream, self._stream(stream.request, stream.bound, need))
+        self.admission.give_back(stream, _stream(stream.request, self.backbone, stream.bound, need))
         stream.slots.close()
         stream.running = False
-        self._preempted.append(stream.id)
         return stream
 
     def _plan(self) -> StepPlan:
@@ -226,3 +196,9 @@ class Engine:
     def _release(self, stream: Stream) -> None:
         stream.slots.close()
         self.admission.release(stream)
+
+
+def _stream(request: StreamRequest, backbone: Backbone, bound: int, need: int) -> Stream:
+    """Return the stream before its first turn."""
+    writer = StreamWriter(request.header, request.layout, request.policy, backbone.cursor(request.patch_seconds))
+    return Stream(request, writer, request.source(), bound, min(bound, need))

@@ -67,7 +67,7 @@ class StreamSlots(ABC):
 
     def of(self, indices: np.ndarray) -> np.ndarray:
         """Return the slots of these tokens, by ascending log index."""
-        return self.held[self._rows(indices)]
+        return self.held[_rows(self._columns.column("index"), indices)]
 
     @property
     @abstractmethod
@@ -114,17 +114,17 @@ class StreamSlots(ABC):
     def _take(self, count: int) -> np.ndarray: ...
 
     def _forget(self, indices: np.ndarray) -> np.ndarray:
-        at, slots = self._rows(indices), self.held
+        at, slots = _rows(self._columns.column("index"), indices), self.held
         keep = np.ones(len(slots), bool)
         keep[at] = False
         self._columns.keep(keep)
         return slots[at]
 
-    def _rows(self, indices: np.ndarray) -> np.ndarray:
-        index = self._columns.column("index")
-        at = np.searchsorted(index, indices)
-        assert (index[at] == indices).all(), "only forwarded live tokens have slots"
-        return at
+
+def _rows(index: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    at = np.searchsorted(index, indices)
+    assert (index[at] == indices).all(), "only forwarded live tokens have slots"
+    return at
 
 
 class SlotBook(ABC):

@@ -134,9 +134,10 @@ class StepPlan:
         """Whether the row has the prefill of this turn already, from another stream."""
         return turn.prefix in self._leaders
 
-    def wanted(self, turn: Opened) -> int:
-        """Return how many slots the prefill of a turn takes."""
-        return 0 if self.leads(turn) and not _copies(turn.stream) else turn.coming
+    def has_room(self, turn: Opened) -> bool:
+        """Whether there are slots for a turn beside what is planned."""
+        coming = 0 if self.leads(turn) and not _copies(turn.stream) else turn.coming
+        return turn.stream.slots.has_room(coming, turn.evicted, turn.stream.ahead)
 
     def place(self, turn: Opened) -> None:
         """Give the prefill of a turn slots, and append it to the row or share that of another stream."""
