@@ -12,7 +12,7 @@ SEED ?= 0
 RESUME ?= never
 ARGS ?=
 JOBS ?= 2
-SLOW_JOBS ?= 2
+SLOW_JOBS ?= 3
 
 .PHONY: setup setup-test quickstart gpu-smoke gpu-bench check test test-oldest test-browser lint clean
 

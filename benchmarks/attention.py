@@ -7,7 +7,7 @@ Learner: FlexAttention on the block mask of `rcsm` streams (20 chunks of 192 vid
 stream) against SDPA with the dense mask of the same predicate, and against the same kernel under a plain causal mask: how
 many of the blocks that eviction saves became saved time. Forward and backward on CUDA, forward on CPU. Engine: FlashInfer
 against the torch backend, one decode and one prefill step at the shape of a 3B model (CUDA only). Both sides of a ratio
-are measured in the same run, and exit 1 says that they computed different things.
+are measured in the same run, every row is written as soon as it is there, and exit 1 says that they computed different things.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
-from rollout.attention import Segment, make_backend
+from benchmarks.timing import WARM_UP, medians_ms
+from rollout.attention import Attend, AttentionBackend, Segment, make_backend
 from rollout.engine.kv_pool import KVPool
 from streams.backbone.attention import AttentionPlan
 from streams.backbone.tiny import build_tokenizer
@@ -93,27 +93,6 @@ def stream_rows(tokens: int, kind: str) -> Rows:
     return pack(logs, [list(range(len(logs)))]).padded(BLOCK, at_least=BLOCK)
 
 
-def milliseconds(calls: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
-    """Return the fastest of `repeats` runs of each call, in milliseconds, after one that compiles and warms up.
-
-    The calls take turns, so that all see the same machine.
-    """
-    took: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            _wait(device)
-            began = time.perf_counter()
-            call()
-            _wait(device)
-            took[name].append((time.perf_counter() - began) * 1e3)
-    return {name: min(values[1:]) for name, values in took.items()}
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def visited(expiry: torch.Tensor, lane: torch.Tensor) -> float:
     """Return the share of all blocks that a kernel on this mask must visit."""
     return 1.0 - float(block_mask(expiry, lane).sparsity()) / 100.0
@@ -141,7 +120,7 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
         "blocks_visited_causal": visited(never, rows.lane),
     }
     with torch.no_grad():
-        found |= milliseconds({"block_mask_ms": lambda: block_mask(rows.expiry, rows.lane)}, device, repeats)
+        found |= medians_ms({"block_mask_ms": lambda: block_mask(rows.expiry, rows.lane)}, device, repeats)
         outs = {name: plan.attend(0, q, k, v, heads.dim**-0.5) for name, plan in plans.items()}
         found["max_difference"] = float((outs["flex"] - outs["sdpa"]).abs().max())
         found["relative_difference"] = relative([outs["flex"]], [outs["sdpa"]])
@@ -149,7 +128,7 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
             f"{name}_forward_ms": lambda plan=plan: plan.attend(0, q, k, v, heads.dim**-0.5)
             for name, plan in plans.items()
         }
-        found |= milliseconds(calls, device, repeats)
+        found |= medians_ms(calls, device, repeats)
     found |= ratios(found, "forward")
     if device == "cuda":
         for tensor in (q, k, v):
@@ -162,7 +141,7 @@ def learner_row(tokens: int, kind: str, device: str, dtype: torch.dtype, heads: 
             f"{name}_backward_ms": lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
             for name, out in kept.items()
         }
-        found |= milliseconds(calls, device, repeats)
+        found |= medians_ms(calls, device, repeats)
         found |= ratios(found, "backward")
     return found
 
@@ -196,55 +175,89 @@ def ratios(found: dict[str, Any], which: str) -> dict[str, float]:
     }
 
 
-def paged_step(name: str, rows: int, streams: int, live: int, heads: Heads, repeats: int) -> dict[str, Any]:
-    """Measure one engine step of one layer: `streams` segments of `rows` tokens over `live` slots each, with planning."""
-    pool = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=torch.bfloat16, device="cuda")
-    pool.kv.normal_(generator=torch.Generator("cuda").manual_seed(0))
-    order = np.random.default_rng(0).permutation(streams * live).reshape(streams, live)
-    segments = [Segment(i * rows, rows, order[i]) for i in range(streams)]
-    new = np.concatenate([s.slots[-rows:] for s in segments])
-    q, k, v = (
-        torch.randn((1, n, streams * rows, heads.dim), device="cuda", dtype=torch.bfloat16)
-        for n in (heads.query, heads.kv, heads.kv)
-    )
+def paged_step(
+    name: str,
+    rows: int,
+    streams: int,
+    live: int,
+    heads: Heads,
+    repeats: int,
+    device: str = "cuda",
+    kernels: tuple[str, ...] = ("torch", "flashinfer"),
+) -> dict[str, Any]:
+    """Measure one forward of one layer: `streams` segments of `rows` tokens over `live` slots each, and its planning.
+
+    One row each is a decode step over a table of slots. The torch kernel reads blocks, FlashInfer the same keys and values
+    from pages in no order.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    blocks = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=dtype, device=device)
+    blocks.kv.normal_(generator=torch.Generator(device).manual_seed(0))
+    tables = {"torch": np.arange(streams * live).reshape(streams, live)}
+    pools = {"torch": blocks}
+    if "flashinfer" in kernels:
+        pages = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=dtype, device=device, paged=True)
+        tables["flashinfer"] = np.random.default_rng(0).permutation(streams * live).reshape(streams, live)
+        pages.kv[:, torch.from_numpy(tables["flashinfer"].ravel()).to(device)] = blocks.kv.permute(0, 3, 1, 2, 4)[
+            :, :-1
+        ]
+        pools["flashinfer"] = pages
+    plans = {
+        kernel: _plan(make_backend(kernel, pools[kernel], heads.query // heads.kv), tables[kernel], rows, device)
+        for kernel in kernels
+    }
+    q = torch.randn((heads.query, streams * rows, heads.dim), device=device, dtype=dtype)
     found: dict[str, Any] = {"step": name, "segments": streams, "rows": rows, "live": live}
-    kernels = ("torch", "flashinfer")
-    backends = {kernel: make_backend(kernel, pool, heads.query // heads.kv) for kernel in kernels}
-    calls = {f"{kernel}_plan_ms": lambda b=b: b.plan(new, segments) for kernel, b in backends.items()}
-    found |= milliseconds(calls, "cuda", repeats)
-    plans = {kernel: backend.plan(new, segments) for kernel, backend in backends.items()}
-    outs = {kernel: plan.attend(0, q, k, v, heads.dim**-0.5).float() for kernel, plan in plans.items()}
-    calls = {f"{n}_layer_ms": lambda p=p: p.attend(0, q, k, v, heads.dim**-0.5) for n, p in plans.items()}
-    found |= milliseconds(calls, "cuda", repeats)
-    found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
-    found["relative_difference"] = relative([outs["flashinfer"]], [outs["torch"]])
-    found["layer_speedup"] = found["torch_layer_ms"] / found["flashinfer_layer_ms"]
+    found |= medians_ms({f"{kernel}_plan_ms": plan for kernel, plan in plans.items()}, device, repeats)
+    attends = {kernel: plan() for kernel, plan in plans.items()}
+    outs = {kernel: attend(0, q, heads.dim**-0.5).float() for kernel, attend in attends.items()}
+    calls = {f"{n}_layer_ms": lambda attend=attend: attend(0, q, heads.dim**-0.5) for n, attend in attends.items()}
+    found |= medians_ms(calls, device, repeats)
+    if "flashinfer" in kernels:
+        found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
+        found["relative_difference"] = relative([outs["flashinfer"]], [outs["torch"]])
+        found["layer_speedup"] = found["torch_layer_ms"] / found["flashinfer_layer_ms"]
     return found
 
 
-def measure(device: str, quick: bool) -> dict[str, Any]:
-    """Measure everything. quick: fewer heads, two lengths, few repeats."""
+def _plan(backend: AttentionBackend, table: np.ndarray, rows: int, device: str) -> Callable[[], Attend]:
+    """Return what plans the forward: of a table of slots where each stream has one row, else of segments."""
+    if rows > 1:
+        segments = [Segment(i * rows, rows, slots) for i, slots in enumerate(table)]
+        return lambda: backend.segments(segments)
+    there, lanes = torch.from_numpy(table).to(device), torch.arange(len(table), device=device)
+    lengths = torch.full((len(table),), table.shape[1], device=device)
+    return lambda: backend.decode(there, lanes, lengths)
+
+
+def measure(device: str, quick: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measure everything and `save` what there is after every row. quick: fewer heads, two lengths, few repeats."""
     heads = Heads(2, 1, 128) if quick else Heads()
     repeats = 2 if quick else 10
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    lengths = TOKENS[:2] if quick else TOKENS
-    learner = [
-        learner_row(tokens, kind, device, dtype, heads, repeats) for tokens in lengths for kind in ("packed", "long")
-    ]
     measured: dict[str, Any] = {
+        "complete": False,
         "memory": f"{MEMORY.name}, window {MEMORY.window}",
         "heads": vars(heads),
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": repeats,
-        "learner": learner,
-        "compiles": compile_count(),
+        "statistic": f"median after {WARM_UP} calls",
+        "learner": [],
     }
+
+    def add(part: str, row: dict[str, Any]) -> None:
+        measured.setdefault(part, []).append(row)
+        print(f"benchmarks.attention: {part}: {json.dumps(row)}", file=sys.stderr, flush=True)
+        save(measured | {"compiles": compile_count()})
+
     if device == "cuda":
-        measured["engine"] = [
-            paged_step("decode", 1, 64, 2048, Heads(), repeats),
-            paged_step("prefill", 206, 16, 2048, Heads(), repeats),
-        ]
-    return measured
+        # First: two rows, and they are the engine's.
+        add("engine", paged_step("decode", 1, 64, 2048, Heads(), repeats))
+        add("engine", paged_step("prefill", 206, 16, 2048, Heads(), repeats))
+    for tokens in TOKENS[:2] if quick else TOKENS:
+        for kind in ("packed", "long"):
+            add("learner", learner_row(tokens, kind, device, dtype, heads, repeats))
+    return measured | {"complete": True, "compiles": compile_count()}
 
 
 def main(arguments: list[str]) -> int:
@@ -257,7 +270,12 @@ def main(arguments: list[str]) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.attention: --device cuda, but this machine has no CUDA device", file=sys.stderr)
         return 2
-    measured = {"note": options.note, **measure(options.device, options.quick)}
+
+    def save(found: dict[str, Any]) -> None:
+        if options.json != "-":
+            write_result(Path(options.json), {"note": options.note, **found})
+
+    measured = {"note": options.note, **measure(options.device, options.quick, save)}
     if options.json == "-":
         print(json.dumps({"hardware": hardware(), "versions": versions(), **measured}, indent=2))
     else:

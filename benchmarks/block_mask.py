@@ -1,12 +1,12 @@
-"""The block mask of packed rows: built from the log's intervals, against evaluating the predicate at every pair of tokens.
+"""Time the block mask of packed rows: built from the log's intervals, beside torch's evaluation of every pair of tokens.
 
     python -m benchmarks.block_mask --json benchmarks/results/block_mask_cpu.json
     python -m benchmarks.block_mask --tokens 4096 --json -
 
-Both are measured on the CPU, in turns in one run, median of several; `create_block_mask` runs eagerly, as torch ships it, on
-the whole row. Rows are streams of 20 chunks of 192 video tokens, written by a StreamWriter under each policy and packed end
-to end; those of `text_memory` have two lanes. Exit 1: a mask differs from torch's in any block, or at 32,768 tokens it is
-built less than 50 times faster.
+Both run on the CPU and alternate within one run; figures are medians. `create_block_mask` runs eagerly, as torch ships it, on
+the whole row. A row packs streams of 20 chunks of 192 video tokens end to end. A StreamWriter writes them under each policy;
+those of `text_memory` have two lanes. Exit status 1: a mask differs from torch's in any block, or a mask of 32,768 tokens is
+built less than 50 times as fast.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ POLICIES = {
     "text_memory": MemoryConfig("text_memory"),
 }
 BAR, BAR_TOKENS = 50.0, 32768
-"""How many times faster it must be, from which length on."""
+"""The least speedup that passes, and the row length from which it is required."""
 CHEAP = 5
-"""How often ours is built for each time that torch's is: its own time is that of a few interruptions."""
+"""Builds of ours for each of torch's: a single one is so short that one interruption would dominate it."""
 BYTES_PER_PAIR = 12
-"""What the eager reference holds at its peak: the mask's 64-bit sum over blocks beside a few masks of one byte."""
+"""Peak memory of the eager reference: the mask's 64-bit sum over blocks, and a few masks of one byte."""
 
 
 def packed(tokens: int, policy: str) -> Rows:
-    """One row of exactly `tokens` tokens: as many streams as fit, and padding."""
+    """Return one row of exactly `tokens` tokens: as many streams as fit, and padding."""
     layout = plain_layout()
     stream = written(layout, CHUNKS, "one", POLICIES[policy])
     if len(stream) > tokens:
@@ -66,14 +66,14 @@ def equal(found: BlockMask, wanted: BlockMask) -> bool:
 
 
 def taken(call: Callable[[], BlockMask]) -> tuple[BlockMask, float]:
-    """What `call` makes, and the milliseconds that it took."""
+    """Return the result of `call`, and the milliseconds that it took."""
     began = time.perf_counter()
     mask = call()
     return mask, (time.perf_counter() - began) * 1e3
 
 
 def measure_row(tokens: int, policy: str, repeats: int) -> dict[str, Any]:
-    """One length under one policy; both ways in turns, after one mask that is not timed."""
+    """Measure one length under one policy. Both ways alternate, after one warm-up that is not timed."""
     rows = packed(tokens, policy)
     length = rows.ids.shape[1]
     block_mask(rows.expiry, rows.lane)
@@ -102,7 +102,7 @@ def measure_row(tokens: int, policy: str, repeats: int) -> dict[str, Any]:
 
 
 def missed(row: dict[str, Any]) -> str | None:
-    """Why this row fails, or None."""
+    """Return why this row fails, or None."""
     if not row["equal"]:
         return f"{row['tokens']} tokens, {row['policy']}: the block mask differs from create_block_mask's"
     if row["tokens"] >= BAR_TOKENS and row["speedup"] < BAR:
@@ -111,7 +111,7 @@ def missed(row: dict[str, Any]) -> str | None:
 
 
 def available_bytes() -> int:
-    """Memory that a process may still take, by Linux's own estimate."""
+    """Return the memory in bytes that a process may still allocate, by Linux's own estimate."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 

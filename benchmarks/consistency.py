@@ -1,11 +1,11 @@
-"""Exactness measured: are the learner's log-probs those that the engine sampled with, for every memory policy?
+"""Measure exactness: are the learner's log-probs those that the engine sampled with, for every memory policy?
 
     python -m benchmarks.consistency --quick
     python -m benchmarks.consistency --json benchmarks/results/consistency_cpu.json
 
-For each policy, backbone and dtype: random streams run through the real engine on tiny models with loud weights and scored
-again by the learner's own function. Then the same with a defect planted, one column for each. docs/exactness.md says how to
-read the table. Exit 1: a bar is missed.
+For each policy, backbone and dtype, the real engine runs random streams on a tiny model with loud weights, and the learner's
+own function scores them again. The same is done with each of several defects planted, one column per defect.
+docs/exactness.md explains the table. Exit status 1: a bar is missed.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ COLUMNS = ("policy", "backbone", "positions", "dtype", "tokens", "evicted", "vid
 def measure_all(
     policies: list[Policy], backbones: list[str], dtypes: list[str], device: str, size: Size
 ) -> list[Measured]:
-    """All rows, backbone by backbone, with a line on stderr for each."""
+    """Return all rows, backbone by backbone, and report each on stderr."""
     rows = []
     count = len(policies) * len(backbones) * len(dtypes)
     for family in backbones:
         for dtype in dtypes:
-            # Half of a proof in fp64 is that nothing inside is rounded to fp32.
+            # A proof in fp64 is void if anything inside is rounded to fp32, as the norms are by default.
             norms = norms_in_input_dtype() if dtype == "fp64" else nullcontext()
             attention = "sdpa" if dtype == "fp64" else choose_learner_attention("auto", device).name
             with norms, tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def measure_all(
 
 
 def missed(rows: list[Measured], size: Size) -> list[str]:
-    """Every bar that is not reached, by row. No rows reach none."""
+    """Return every missed bar, by row. An empty measurement is a miss, too."""
     if not rows:
         return ["nothing was measured"]
     return [
@@ -77,7 +77,7 @@ def missed(rows: list[Measured], size: Size) -> list[str]:
 
 
 def table(rows: list[Measured]) -> str:
-    """For people: one line a row, the bars above, what is null below."""
+    """Return the table for people: the bars, one line per row, and the reasons for cells without a figure."""
     lines = [
         "Largest |behaviour - re-scored| log-prob of a sampled token, and the same with a defect planted.",
         *(
@@ -118,7 +118,7 @@ def _short(value: float | None) -> str:
 
 
 def strict(value: Any) -> Any:
-    """The same for JSON, which has neither NaN nor infinity: they become null (and have missed their bar)."""
+    """Return `value` for strict JSON: NaN and infinity become null (they have missed their bar)."""
     if isinstance(value, dict):
         return {key: strict(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -127,7 +127,7 @@ def strict(value: Any) -> Any:
 
 
 def chosen(asked: str, known: list[str], option: str) -> list[str]:
-    """Names out of a comma-separated list; raises ValueError for one that there is not."""
+    """Return the names in a comma-separated list. Raises ValueError for an unknown one."""
     names = asked.split(",") if asked else known
     for name in names:
         if name not in known:

@@ -1,6 +1,6 @@
 """A stream without end: does an old turn cost what a young one costs, in KV slots, in time, in memory?
 
-    python -m benchmarks.endless [--turns 10000] [--policies rcsm sink_window] [--json PATH|-]
+    python -m benchmarks.endless [--turns 10000] [--policies rcsm sink_window] [--device cpu|cuda] [--json PATH|-]
 
 A real engine runs a tiny random backbone. Turns are pushed one by one into a turn queue, and the log is written in pieces.
 Every turn shows one chunk and generates the same number of tokens (the end is forced). Now and then a query arrives that
@@ -103,9 +103,9 @@ def turn_input(turn: int) -> TurnInput:
     return TurnInput(chunk, QueryInput(tuple(range(65, 75)), turn + 3 if turn % (2 * QUERY_EVERY) else None))
 
 
-def backbone(folder: Path) -> Backbone:
+def backbone(folder: Path, device: str = "cpu") -> Backbone:
     """Tiny, and it may not end a turn by itself: then all turns take the same number of steps."""
-    made = Backbone.load(build_tiny(folder, SPEC, seed=7), LAYOUT, dtype=torch.float32)
+    made = Backbone.load(build_tiny(folder, SPEC, seed=7), LAYOUT, dtype=torch.float32, device=device)
     layout = made.layout
     tokens = layout.tokens
     words = {tokens.silent, tokens.response, *made.tokenizer.encode("red green blue")}
@@ -138,10 +138,10 @@ def process_memory() -> dict[str, int]:
     return {"rss": resident_bytes(), "objects": len(gc.get_objects())}
 
 
-def measure(name: str, turns: int, folder: Path, piece_tokens: int = 4096) -> dict[str, Any]:
+def measure(name: str, turns: int, folder: Path, piece_tokens: int = 4096, device: str = "cpu") -> dict[str, Any]:
     """One policy; `turns` of the old stream, the last block of them in turns with the young one."""
     block = min(1000, turns // 4)
-    engine = Engine(backbone(folder / "model"), kv_slots=4096, max_streams=2)
+    engine = Engine(backbone(folder / "model", device), kv_slots=4096, max_streams=2)
     old, young = (
         live_stream(engine, MEMORIES[name], f"{name}-{age}", folder, piece_tokens) for age in ("old", "young")
     )
@@ -209,24 +209,31 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--turns", type=int, default=10_000)
     parser.add_argument("--policies", nargs="+", choices=sorted(MEMORIES), default=sorted(MEMORIES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=result_target, default="", help="a path, or - for standard output")
     given = parser.parse_args(arguments)
     if given.turns < 1000:
         parser.error(f"--turns {given.turns}: at least 1000, or young and old are the same")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device")
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    measured: dict[str, Any] = {"device": given.device, "rows": rows, "missed": wrong}
     for name in given.policies:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(name, given.turns, Path(folder)))
+            rows.append(measure(name, given.turns, Path(folder), device=given.device))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    wrong = [text for row in rows for text in missed(row)]
-    for text in wrong:
-        print(text, file=sys.stderr)
-    measured = {"rows": rows, "missed": wrong, "ok": not wrong}
+        for text in missed(rows[-1]):
+            wrong.append(text)
+            print(text, file=sys.stderr)
+        complete = len(rows) == len(given.policies)
+        measured |= {"complete": complete, "ok": complete and not wrong}
+        # After every policy: a run that is cut off keeps those before.
+        if given.json not in ("", "-"):
+            write_result(Path(given.json), measured)
     if given.json == "-":
         print(json.dumps({"hardware": hardware(), "versions": versions(), **measured}))
-    elif given.json:
-        write_result(Path(given.json), measured)
     return 1 if wrong else 0
 
 

@@ -7,15 +7,20 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from streams.support.files import write_atomic
 from streams.support.paths import user_path
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "flashinfer-python", "flash-attn", "triton", "av", "decord2")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ASK_S = 120.0
+"""How long a process may take to say what hardware there is: it imports torch."""
 
 
 def versions() -> dict[str, str]:
@@ -83,7 +88,23 @@ def result_target(text: str) -> str:
 
 
 def write_result(path: Path, measured: dict[str, Any]) -> None:
-    """Write `measured`, with the hardware and versions it was measured on, as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"hardware": hardware(), "versions": versions(), **measured}
-    path.write_text(json.dumps(whole, indent=2) + "\n")
+    """Write `measured`, with the hardware and versions it was measured on, as JSON; the file is the old one or the new one."""
+    whole = {"hardware": hardware_apart(), "versions": versions(), **measured}
+    write_atomic(path, json.dumps(whole, indent=2) + "\n")
+
+
+@cache
+def hardware_apart() -> dict[str, Any]:
+    """Return `hardware()`, asked once and in a process of its own unless this one uses CUDA already.
+
+    Half a gigabyte of the card would be this process's until its end, beside a run that needs all of it.
+    """
+    import torch
+
+    if torch.cuda.is_initialized() or not torch.cuda.is_available():
+        return hardware()
+    code = "import json; from benchmarks.environment import hardware; print(json.dumps(hardware()))"
+    asked = [sys.executable, "-c", code]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=ASK_S, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

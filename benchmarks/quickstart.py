@@ -1,12 +1,12 @@
-"""The quickstart's bars, checked on its summaries.
+"""Check the quickstart's bars on its summaries.
 
     make quickstart SEED=0 && cp outputs/quickstart/summary.json benchmarks/results/quickstart_cpu_seed0.json
     python -m benchmarks.quickstart benchmarks/results/quickstart_cpu_*.json
 
-Variants carry other names: `make quickstart ARGS="model=tiny_qwen3_vl"` -> quickstart_cpu_tiny_qwen3_vl.json,
-`ARGS="learner.ranks=2 learner.zero_stage=3 sft.learner.threads=1"` -> quickstart_cpu_zero3_two_ranks.json; of those the wall
-time is only reported.
-Prints a table and writes it beside the first file as quickstart_cpu.md. Exit 1 when a bar is missed.
+Variants have other names: `make quickstart ARGS="model=tiny_qwen3_vl"` -> quickstart_cpu_tiny_qwen3_vl.json,
+`ARGS="learner.ranks=2 learner.zero_stage=3 sft.learner.threads=1"` -> quickstart_cpu_zero3_two_ranks.json. Their wall time is
+reported without a bar.
+The table is printed, and written beside the first file as quickstart_cpu.md. Exit status 1: a bar is missed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def missed_bars(s: dict[str, Any], *, timed: bool) -> list[str]:
-    """Names of the bars that one summary misses. timed: wall time is a bar, too."""
+    """Return the names of the bars that one summary misses. timed: wall time is a bar, too."""
     gap = (s["heldout_reward_rl"] - s["heldout_reward_sft"]) / (1 - s["heldout_reward_sft"])
     modes = ("now", "recall", "alert")
     bars = {

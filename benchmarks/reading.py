@@ -1,13 +1,13 @@
-"""Reading clips: `streams.video.decode` against the reader that it replaced, decord read forwards from its first frame.
+"""Time the reading of clips: `streams.video.decode` beside the reader that it replaced, decord read from the first frame.
 
     python -m benchmarks.reading --json benchmarks/results/reading_cpu.json
     python -m benchmarks.reading --quick --json -
 
-Whole clips at 2 frames a second out of ordinary H.264 films (textured, moving; B-frames), as a decode process reads them:
-open, find the length, decode, convert, resize. Both in turns in one process, the least of several: other processes only add
-to it. "first" reads a file that the process has not seen, "again" one whose length it knows, as in the next epoch. Pixels
-must be equal, bit for bit. Exit 1: pixels differ, or ours takes more than 1.1 times as long in any row. Needs decord2 (extra
-`dev`).
+Both read whole clips at 2 frames a second from ordinary H.264 films (textured, moving, with B-frames), as a decode process
+does: open, find the length, decode, convert, resize. They alternate in one process; the minimum of several runs counts, since
+other processes only add time. "first" reads a file that is new to the process, "again" one whose length it knows, as in the
+next epoch. Pixels must be equal, bit for bit. Exit status 1: pixels differ, or ours takes more than 1.1 times as long in any
+row. Needs decord2 (extra `dev`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SECONDS = (10, 60)
 QUICK = ((56, 56, 10),)
 BAR = 1.1
 CHEAP_MS = 200
-"""Short clips are read more often: their time is that of a few interruptions."""
+"""Clips that take less are read more often: one interruption would dominate their time."""
 
 
 def write_film(path: Path, width: int, height: int, rate: int, seconds: int) -> None:
-    """Noise that moves, encoded with the B-frames of a common preset."""
+    """Write moving noise as H.264, with the B-frames of a common preset."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (height // 8 + 9, width // 8 + 9, 3), dtype=np.uint8)
     noise = coarse.repeat(8, axis=0).repeat(8, axis=1)
@@ -59,7 +59,7 @@ def write_film(path: Path, width: int, height: int, rate: int, seconds: int) -> 
 
 
 def former(request: ClipRequest) -> np.ndarray:
-    """The reader before: decord's index tells which frames to keep; every frame up to the last of them is converted."""
+    """Read as the former reader did: decord's index selects frames; every frame up to the last of them is converted."""
     import decord
 
     reader = decord.VideoReader(request.video, num_threads=1)
@@ -80,14 +80,14 @@ def former(request: ClipRequest) -> np.ndarray:
 
 
 def taken(read: Callable[[ClipRequest], np.ndarray], request: ClipRequest) -> tuple[np.ndarray, float]:
-    """The clip, and the milliseconds that reading it took."""
+    """Return the clip, and the milliseconds that reading it took."""
     began = time.perf_counter()
     clip = read(request)
     return clip, (time.perf_counter() - began) * 1e3
 
 
 def measure(folder: Path, width: int, height: int, rate: int, seconds: int, repeats: int) -> dict[str, Any]:
-    """One film: all three ways in turns, after one round that is not timed."""
+    """Measure one film. All three ways alternate, after one warm-up that is not timed."""
     path = folder / f"{width}x{height}_{seconds}.mp4"
     write_film(path, width, height, rate, seconds)
     request = ClipRequest(str(path), 0.0, math.inf, seconds, 1, 1.0, 2, 28 * 28, 56 * 56, 28, 60.0)
@@ -110,7 +110,7 @@ def measure(folder: Path, width: int, height: int, rate: int, seconds: int, repe
 
 
 def missed(row: dict[str, Any]) -> list[str]:
-    """Why this row fails."""
+    """Return why this row fails; [] if it passes."""
     found = [] if row["equal"] else [f"{row['film']}: the pixels differ from the former reader's"]
     slow = [name for name in ("first_ratio", "again_ratio") if row[name] > BAR]
     return found + [f"{row['film']}: {name} {row[name]} is above {BAR}" for name in slow]

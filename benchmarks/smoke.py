@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT, write_result
+from benchmarks.parts import run_part
 from runtime.planning.usage import USAGE_FILE
 from runtime.store.journal import journal_path, read_lines
 from streams.log.mismatch import LogpDiff
 
 STEPS = 3
 RUN_ROOT = ROOT / "outputs" / "gpu_smoke"
+COLOCATED = "cluster.placement=colocated"
+WRITE_EVERY_S = 5.0
+"""Least time between two writings of a result while the run goes on."""
 STEP_VALUES = ("step/wall_s", "train/step_s", "train/compiles", "rollout/tokens_per_s", "swap/pause_s", "age/max")
 
 
@@ -39,7 +42,7 @@ def result_of(run_root: Path) -> dict[str, Any]:
         )
     processes = usage["rl"]["processes"]
     by_kind = usage["rl"]["mismatch_by_kind"]
-    steps = [line for line in read_lines(journal_path(run_root, "rl")) if line.kind == "step"]
+    steps = steps_of(run_root)
     mismatch = LogpDiff.merge([LogpDiff(**diff) for diff in by_kind.values()])
     swaps = sum(process["phases"].get("swap", {"calls": 0})["calls"] for process in processes.values())
     return {
@@ -48,25 +51,48 @@ def result_of(run_root: Path) -> dict[str, Any]:
         "processes": processes,
         "mismatch": vars(mismatch),
         "mismatch_by_kind": by_kind,
-        "steps": [{"step": line.step, **{name: line.values.get(name) for name in STEP_VALUES}} for line in steps],
+        "steps": steps,
     }
 
 
-def run_smoke(path: Path, overrides: tuple[str, ...] = ("cluster.placement=colocated",)) -> bool:
-    """Run the experiment from its beginning and write its result, also that of a run that failed."""
+def steps_of(run_root: Path) -> list[dict[str, Any]]:
+    """Return what each optimiser step of the RL stage cost, of those taken so far."""
+    lines = [line for line in read_lines(journal_path(run_root, "rl")) if line.kind == "step"]
+    return [{"step": line.step, **{name: line.values.get(name) for name in STEP_VALUES}} for line in lines]
+
+
+def run_smoke(path: Path, overrides: tuple[str, ...] = (COLOCATED,), *, limit_s: float | None = None) -> bool:
+    """Run the experiment from its beginning; return whether it passed.
+
+    The result is written while it runs, so that a run that fails or is cut off keeps the steps that it took.
+    limit_s: seconds after which it is stopped; None: never.
+    """
     # Files of an earlier run must not be taken for this one's.
-    (RUN_ROOT / USAGE_FILE).unlink(missing_ok=True)
-    began = time.monotonic()
+    for left in (RUN_ROOT / USAGE_FILE, journal_path(RUN_ROOT, "rl")):
+        left.unlink(missing_ok=True)
     command = [sys.executable, "launch.py", "experiment=gpu_smoke", f"run_root={RUN_ROOT}", "resume=never", *overrides]
-    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
-    seconds = round(time.monotonic() - began, 1)
-    print(done.stderr, file=sys.stderr)
-    if done.returncode:
+    written = 0.0
+    chosen: list[str] = []
+
+    def write(measured: dict[str, Any]) -> None:
+        write_result(path, {"command": command[1:], "memory": chosen, **measured})
+
+    def on_line(line: str) -> None:
+        nonlocal written
+        if "memory choice:" in line or "memory estimate:" in line:
+            chosen.append(line)
+        if time.monotonic() - written >= WRITE_EVERY_S:
+            write({"passed": False, "complete": False, "steps": steps_of(RUN_ROOT), "last": line})
+            written = time.monotonic()
+
+    done = run_part(command, ROOT, limit_s, on_line)
+    if done.status or done.cut_off:
         # A mismatch ends the run after its usage was written, but never with status 0.
-        measured: dict[str, Any] = {"passed": False, "status": done.returncode, "error": done.stderr.splitlines()[-20:]}
+        ended = {"status": done.status, "cut_off": done.cut_off, "error": list(done.last)}
+        measured: dict[str, Any] = {"passed": False, "complete": False, **ended, "steps": steps_of(RUN_ROOT)}
     else:
         measured = result_of(RUN_ROOT)
-    write_result(path, {"command": command[1:], "wall_s": seconds, **measured})
+    write({"wall_s": done.seconds, **measured})
     return bool(measured["passed"])
 
 

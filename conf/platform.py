@@ -24,13 +24,13 @@ class WeightsConfig:
     `algorithm.groups_in_flight`).
     """
     staging: str = "device"
-    """Where fetched weights wait for the swap: `device`, beside the running ones (shortest pause), or `host`
-    (less GPU memory).
+    """Where fetched weights wait for the swap: `device`, beside the running ones (shortest pause), `host` (less GPU
+    memory), or `auto` = the device, unless the KV pool is larger without.
     """
 
     def __post_init__(self) -> None:
-        if self.staging not in ("device", "host"):
-            raise ValueError(f"weights.staging={self.staging!r} is not one of device, host")
+        if self.staging not in ("auto", "device", "host"):
+            raise ValueError(f"weights.staging={self.staging!r} is not one of auto, device, host")
         if self.max_lag < 0:
             raise ValueError(f"weights.max_lag={self.max_lag} must not be negative")
 

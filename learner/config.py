@@ -69,7 +69,9 @@ class LearnerConfig:
     row_tokens: int = 1024
     """Tokens that streams are packed into rows of; a longer stream has a row of its own."""
     micro_batch_tokens: int = 16384
-    """Tokens of one forward, padding included; at least one row."""
+    """Tokens of one forward, padding included; at least one row. 0 = the most of 16384, 8192, 4096 and 2048 that the
+    device holds: then losses of different GPUs differ in rounding.
+    """
     head_chunk: int = 4096
     """Target positions whose logits (positions x vocabulary) exist at once."""
     threads: int = 1
@@ -107,7 +109,11 @@ class LearnerConfig:
             raise ValueError(f"learner.weight_decay={self.weight_decay} must be 0 or a positive number")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"learner.betas={list(self.betas)} must be two numbers in [0, 1)")
-        for key in ("row_tokens", "micro_batch_tokens", "head_chunk", "threads"):
+        if self.micro_batch_tokens < 0:
+            raise ValueError(
+                f"learner.micro_batch_tokens={self.micro_batch_tokens} must be a number of tokens, 0 for what the device holds"
+            )
+        for key in ("row_tokens", "head_chunk", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"learner.{key}={getattr(self, key)} must be at least 1")
         if self.warmup_steps < 0:

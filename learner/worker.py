@@ -21,6 +21,7 @@ from learner.messages import TrainBatch
 from learner.setup import LearnerSetup, RankPlace
 from streams.messages import MESSAGES_VERSION, GroupPayload, ScoreReport, TrainReport, WeightsUpdate
 from streams.support.actor_log import open_actor_log
+from streams.support.imports import large_imports
 from streams.support.usage import DeviceInfo, ProcessUsage
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ class Learner:
     def warm_up(self) -> int:
         """Import the slow modules while the driver makes data; return the pid."""
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("CUDA_VISIBLE_DEVICES") else "cuda")
-        import deepspeed  # noqa: F401
+        with large_imports():
+            import deepspeed  # noqa: F401
 
-        import learner.engine  # noqa: F401
+            import learner.engine  # noqa: F401
 
         return os.getpid()
 

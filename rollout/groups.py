@@ -118,8 +118,7 @@ class Groups:
         """
         if not self._engine.busy:
             return
-        # One of thousands: outside CUDA, where reading the peak is not free, only its time is taken.
-        with self._meter.phase("engine step", peak=self._meter.cuda):
+        with self._meter.repeated("engine step"):
             finished = self._engine.step()
         for stream in finished:
             name = stream.header.stream_id.rsplit("/", 1)[0]

@@ -39,6 +39,7 @@ from streams.messages import (
     WorkerStats,
 )
 from streams.support.actor_log import open_actor_log
+from streams.support.imports import large_imports
 from streams.support.usage import DeviceInfo, ProcessUsage
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ class RolloutWorker:
 
     def __init__(self, worker: int, threads: int, cache_mb: int) -> None:
         open_actor_log()
-        import torch
+        with large_imports():
+            import torch
+
+            import rollout.service  # noqa: F401
 
         torch.set_num_threads(threads)
         self._worker = worker

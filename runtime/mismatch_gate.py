@@ -74,7 +74,7 @@ def _explain(where: str, diff: LogpDiff, off: OffToken | None, key: str, limit: 
 def _named(off: OffToken | None) -> str:
     if off is None:
         return ""
-    which = "First token that is off" if off.above else "The token furthest off"
+    which = "First token that deviates" if off.above else "Token that deviates most"
     return (
         f"{which}: stream {off.stream}, index {off.index} (id {off.id}, {off.kind}, turn {off.turn}, memory {off.policy}, "
         f"weights version {off.version}): sampled at log-prob {off.behaviour:.6g}, re-scored {off.rescored:.6g} "

@@ -292,15 +292,16 @@ class Run:
                 attention=config.learner.attention,
             ),
             version=version,
-            staging=config.weights.staging,
+            staging=self._plan.staging,
             vision_attention=config.model.vision_attention,
         )
 
     def learner_setup(self, checkpoint: Path, learner: LearnerConfig, steps: int) -> LearnerSetup:
+        assert self._plan is not None
         return LearnerSetup(
             checkpoint=str(checkpoint),
             layout=self.config.layout,
-            learner=learner,
+            learner=self._plan.settled(learner),
             total_steps=steps,
             seed=self.config.seed,
             outlier_above=self.gate.limits.token,

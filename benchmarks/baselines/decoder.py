@@ -168,9 +168,10 @@ class DenseDecoder:
             q, k = (torch.addcmul(t * cos, t.roll(half, -1), sin) for t in (q, k))
             watch("cache copies", write, index, k.transpose(1, 2), v.transpose(1, 2))
             mixed = watch("attention", self._attend, q, kv[index], mask)
-            x = x + linear(attention.o_proj, mixed)
+            x = watch("linear", _added, x, attention.o_proj, mixed)
             y = _norm(x, layer.post_attention_layernorm)
-            x = x + linear(mlp.down_proj, F.silu(linear(mlp.gate_proj, y), inplace=True).mul_(linear(mlp.up_proj, y)))
+            gated = F.silu(linear(mlp.gate_proj, y), inplace=True).mul_(linear(mlp.up_proj, y))
+            x = watch("linear", _added, x, mlp.down_proj, gated)
         return x
 
     def _attend(self, q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -185,6 +186,11 @@ class DenseDecoder:
         head = self._backbone.model.lm_head
         logits = self._watch("linear", F.linear, _norm(x, self._norm), head.weight, head.bias)
         return logits.float().index_fill_(-1, self._banned, float("-inf"))
+
+
+def _added(x: torch.Tensor, module: Any, y: torch.Tensor) -> torch.Tensor:
+    """Return x + module(y), the sum within the matrix product; both are [..., width], and the module has no bias."""
+    return torch.addmm(x.flatten(0, -2), y.flatten(0, -2), module.weight.t()).view(x.shape)
 
 
 def _norm(x: torch.Tensor, module: Any) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """Engine and baselines in turns: seconds per stream, what each cause of the difference is worth, and whether tokens agree.
 
-Invariant: what is compared ran in one process, on the same clips and weights, one after the other, round by round; every figure
-is the median of the rounds.
+Invariants:
+* what is compared ran in one process, on the same clips and weights, one after the other, round by round; every figure is the
+  median of the rounds;
+* on a CPU the baselines, too, run on weights as an engine lays them out: a ratio does not measure that.
 """
 
 from __future__ import annotations
@@ -16,13 +18,7 @@ import torch
 
 from benchmarks.baselines.rebuild import Rebuild
 from benchmarks.rollout.presets import World
-from benchmarks.rollout.runs import (
-    EngineRun,
-    run_copy_evict,
-    run_engine,
-    takes_decode_steps,
-    written,
-)
+from benchmarks.rollout.runs import EngineRun, run_copy_evict, run_engine, written
 from streams.log.record import Kind
 
 Row = dict[str, Any]
@@ -89,7 +85,7 @@ def side_by_side(world: World, rounds: int, baseline_prompts: int, *, one_step: 
     """Time all cases.
 
     baseline_prompts: prompts that `copy_evict` is timed on. It runs them one by one: their number changes no stream's time.
-    one_step: also the engine with one decode step a visit, if it takes several.
+    one_step: also the engine with one decode step a visit.
     """
     preset = world.preset
     everyone, some = range(preset.prompts), range(baseline_prompts)
@@ -103,7 +99,7 @@ def side_by_side(world: World, rounds: int, baseline_prompts: int, *, one_step: 
         ),
         "engine_one_group": (lambda: run_engine(world, [0]), group),
     }
-    if one_step and takes_decode_steps():
+    if one_step:
         cases["engine_one_decode_step"] = (lambda: run_engine(world, everyone, decode_steps=1), streams)
     warm = min(2, world.chunks)
     run_engine(world, [0], chunks=warm)
@@ -141,15 +137,20 @@ def causes(world: World, timed: Timed) -> Row:
     }
 
 
-def throughput(world: World, chunks: int) -> Row:
-    """Prefill and decode tokens a second: from what some more generated tokens a turn add to the time of a few turns."""
+def throughput(world: World, chunks: int, first: int = 0) -> Row:
+    """Prefill and decode tokens a second: from what some more generated tokens a turn add to the time of a few turns.
+
+    first: turn from which decode steps are timed. live_kv_bytes: what a decode step of the last turns reads.
+    """
     short, more = world.preset.max_new_tokens, world.preset.max_new_tokens
     runs = [
         run_engine(world, range(world.preset.prompts), chunks=chunks, max_new_tokens=tokens)
         for tokens in (short, short + more)
     ]
     run = runs[0]
-    per_step = max(runs[1].seconds - run.seconds, 1e-9) / (chunks * more)
+    took = [float(np.median([sum(seconds[first:]) for seconds in one.turn_seconds])) for one in runs]
+    per_step = max(took[1] - took[0], 1e-9) / ((chunks - first) * more)
+    live = [live_kv_bytes(one, world) for one in runs]
     # A turn's first token comes from the prefill, and two of the last go together.
     decode = per_step * chunks * (short - 3)
     prefill = max(run.seconds - run.vision_seconds - decode, 1e-9)
@@ -157,6 +158,8 @@ def throughput(world: World, chunks: int) -> Row:
         "decode_step_ms": 1e3 * per_step,
         "decode_tokens_per_s": world.preset.streams / per_step,
         "prefill_tokens_per_s": run.prefilled / prefill,
+        # The longer run has twice the steps over more text: the difference of both costs as steps over twice that more.
+        "live_kv_bytes": 2 * live[1] - live[0],
     }
 
 

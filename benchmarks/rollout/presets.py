@@ -24,7 +24,7 @@ from tests.support.exactness.streams import chunk_record, stream_header
 
 PATCH_SECONDS = 0.5
 FRAMES = 2
-"""Of one chunk: one temporal patch."""
+"""Frames of a chunk: one temporal patch."""
 
 
 @dataclass(frozen=True)

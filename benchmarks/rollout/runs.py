@@ -7,7 +7,6 @@ Invariants:
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,17 +24,12 @@ from streams.log.record import GENERATED, StreamLog
 from tests.support.one_step import OneStepEngine
 
 
-def takes_decode_steps(engine_type: type = Engine) -> bool:
-    """Whether the engine runs several decode steps for one visit of the host."""
-    return "decode_steps" in inspect.signature(engine_type).parameters
-
-
 def make_engine(
     world: World, requests: Sequence[StreamRequest], *, engine_type: type = Engine, decode_steps: int | None = None
 ) -> Any:
-    """An engine with room for all these streams at once; decode_steps where it takes that, None: its own default."""
+    """Return an engine with room for all these streams at once. decode_steps: of `Engine`; None: its own default."""
     slots = sum(stream_bound(request) for request in requests)
-    given = {"decode_steps": decode_steps} if decode_steps and takes_decode_steps(engine_type) else {}
+    given = {"decode_steps": decode_steps} if decode_steps else {}
     return engine_type(world.backbone, slots, len(requests), **given)
 
 
@@ -47,7 +41,7 @@ class EngineRun:
         seconds: in all; vision_seconds: of them, encoding.
         turn_seconds: [stream][turn], from where a turn began to where the next one did.
         chunks_encoded: by the tower.
-        kv_copied: bytes of keys and values that the engine says it copied; None where it does not count.
+        kv_copied: bytes of keys and values that the engine says it copied; None for the one-step engine, which does not count.
     """
 
     logs: list[StreamLog]

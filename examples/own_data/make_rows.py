@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import sightline  # an installed Sightline: makes its packages importable
 from streams.data.dataset import write_tasks
 from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 

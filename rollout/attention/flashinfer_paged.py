@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ import torch
 
 from rollout.attention.segments import Segment
 from rollout.engine.kv_pool import KVPool
-from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE
+from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, find_ninja, missing_for_flashinfer
 
 if TYPE_CHECKING:
     from rollout.attention import Attend
@@ -33,7 +32,7 @@ class FlashInferBackend:
 
     def __init__(self, pool: KVPool, groups: int) -> None:
         assert pool.paged, "a page is a slot"
-        find_ninja()
+        prepare_compiler()
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
         self.pool = pool
@@ -90,12 +89,14 @@ class FlashInferBackend:
         return _offsets(counts), pages, torch.ones(len(counts), dtype=torch.int32)
 
 
-def find_ninja() -> None:
-    """FlashInfer runs `ninja` by name to compile its kernels, and pip puts it beside the interpreter: not on the PATH of a
-    virtual environment that nobody has activated.
-    """
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+def prepare_compiler() -> None:
+    """Put ninja on the PATH, by which FlashInfer calls it. Raises ValueError naming everything that compiling lacks here."""
+    missing = missing_for_flashinfer()
+    if missing:
+        raise ValueError(f"rollout.attention=flashinfer cannot run here: {missing}; use rollout.attention=torch")
+    ninja = find_ninja()
+    if ninja is not None and shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(ninja).parent)])
 
 
 class _FlashInferAttention:

@@ -1,9 +1,11 @@
-"""The portable backend: SDPA over each stream's block of the pool, where it lies.
+"""The portable backend: SDPA over the streams' blocks of the pool, where they lie.
 
 Invariants:
 * no key or value is copied: a stream's block is read as a view;
 * a segment's keys may lie in any order; its mask says which of the block it sees, and is built once per forward;
-* nothing is padded: a short stream does not pay for a long one beside it.
+* a short stream does not pay for a long one beside it: rows that are batched have nearly as many keys each (MOST_PADDING);
+* what a batch reads beyond a row's own keys, its neighbours' or what earlier streams left, has weight 0: any finite value there
+  is without effect. A key or value that is not finite, which only a broken model makes, would spoil the rows of its batch.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ import torch.nn.functional as F
 
 from rollout.attention.segments import Segment
 from rollout.engine.kv_pool import KVPool
+
+MOST_PADDING = 0.1
+"""Keys that a batch may read beyond those of its rows, as a share of all that it reads."""
 
 
 class TorchBackend:
@@ -34,17 +39,26 @@ class TorchBackend:
             ranges.append(_Range(segment.start, segment.rows, first, stop, self._mask(segment, first, stop)))
         return _Ranges(self._pool, self._groups, ranges)
 
-    def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Ranges:
+    def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Batches:
         # A block's slots follow one another, so its first and the length say it all. No copy on a CPU; elsewhere one a step.
-        firsts, counts = table[seats, 0].tolist(), lengths.tolist()
-        return _Ranges(
+        firsts, counts = table[seats, 0].cpu().numpy(), lengths.cpu().numpy()
+        order = firsts.argsort(kind="stable")
+        batches = _batched(firsts[order].tolist(), counts[order].tolist(), self._pool.trash + 1)
+        seen = lengths[torch.from_numpy(order).to(lengths.device)]
+        return _Batches(
             self._pool,
             self._groups,
-            [
-                _Range(i, 1, first, first + count, None)
-                for i, (first, count) in enumerate(zip(firsts, counts, strict=True))
-            ],
+            [(batch, self._padding(batch, seen[batch.start : batch.stop])) for batch in batches],
+            None if (order[1:] > order[:-1]).all() else torch.from_numpy(order).to(lengths.device),
         )
+
+    def _padding(self, batch: _Batch, lengths: torch.Tensor) -> torch.Tensor | None:
+        """Return what to add to the scores of a batch, [rows, 1, 1, keys]; None where all rows see as many keys."""
+        if not batch.ragged:
+            return None
+        kv = self._pool.kv
+        behind = torch.arange(batch.keys, device=kv.device) >= lengths[:, None]
+        return kv.new_zeros(behind.shape).masked_fill_(behind, -torch.inf)[:, None, None]
 
     def _mask(self, segment: Segment, first: int, stop: int) -> torch.Tensor | None:
         """Return what to add to the scores, [1, 1, rows, stop - first]; None where every row sees the whole range."""
@@ -93,15 +107,87 @@ class _Ranges:
         for r in self._ranges:
             keys, values = kv[:, :, None, r.first : r.stop].unbind(0)
             rows = grouped[:, :, r.start : r.start + r.rows]
-            if r.rows == 1 and r.mask is None:
-                # The query heads of one KV head as the queries of one head: their keys are read once.
-                mixed = F.scaled_dot_product_attention(rows.transpose(1, 2), keys, values, scale=scaling).transpose(
-                    1, 2
-                )
-            else:
-                shared = (-1, self._groups, -1, -1)
-                mixed = F.scaled_dot_product_attention(
-                    rows, keys.expand(shared), values.expand(shared), attn_mask=r.mask, scale=scaling
-                )
-            out[:, :, r.start : r.start + r.rows] = mixed
+            shared = (-1, self._groups, -1, -1)
+            out[:, :, r.start : r.start + r.rows] = F.scaled_dot_product_attention(
+                rows, keys.expand(shared), values.expand(shared), attn_mask=r.mask, scale=scaling
+            )
         return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows [start, stop), each of which attends to slots of its own: row `start + i` to those from `first + i * stride` on.
+
+    Attributes:
+        keys: slots that each row reads. ragged: some see fewer.
+    """
+
+    start: int
+    stop: int
+    first: int
+    stride: int
+    keys: int
+    ragged: bool
+
+
+def _batched(firsts: list[int], counts: list[int], slots: int) -> list[_Batch]:
+    """Put neighbouring rows together whose blocks lie at equal distances and which have nearly as many keys.
+
+    Args:
+        firsts: the first slot of each row, ascending; counts: how many it sees.
+        slots: of the pool; no row reads beyond.
+    """
+    batches = []
+    start, total = 0, 0
+    stride, longest, shortest = 0, 0, 0
+    for row, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+        if row > start:
+            apart = first - firsts[row - 1]
+            most = max(longest, count)
+            read = (row + 1 - start) * most
+            if (
+                (row == start + 1 or apart == stride)
+                and read - total - count <= MOST_PADDING * read
+                and first + most <= slots
+            ):
+                stride, longest, shortest, total = apart, most, min(shortest, count), total + count
+                continue
+            batches.append(_Batch(start, row, firsts[start], stride, longest, shortest < longest))
+        start, total = row, count
+        stride, longest, shortest = 0, count, count
+    batches.append(_Batch(start, len(firsts), firsts[start], stride, longest, shortest < longest))
+    return batches
+
+
+class _Batches:
+    """One row per stream. order: what row comes where in the batches, int64 [n]; None: as they are."""
+
+    def __init__(
+        self,
+        pool: KVPool,
+        groups: int,
+        batches: list[tuple[_Batch, torch.Tensor | None]],
+        order: torch.Tensor | None,
+    ) -> None:
+        self._pool, self._groups, self._batches, self._order = pool, groups, batches, order
+
+    def __call__(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
+        heads, _, dim = q.shape
+        kv = self._pool.kv[layer]
+        if self._order is not None:
+            q = q[:, self._order]
+        # [N, H_kv, G, D]: the query heads of one KV head as the queries of one head, so that their keys are read once.
+        grouped = q.transpose(0, 1).unflatten(1, (heads // self._groups, self._groups))
+        outs = []
+        for batch, mask in self._batches:
+            # [2, rows, H_kv, keys, D], where they lie.
+            seen = kv[:, None, :, batch.first :].as_strided(
+                (2, batch.stop - batch.start, heads // self._groups, batch.keys, dim),
+                (kv.stride(0), batch.stride * dim, kv.stride(1), dim, 1),
+            )
+            rows = grouped[batch.start : batch.stop]
+            outs.append(F.scaled_dot_product_attention(rows, seen[0], seen[1], attn_mask=mask, scale=scaling))
+        mixed = (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1, 2)
+        if self._order is None:
+            return mixed
+        return torch.empty_like(mixed).index_copy_(0, self._order, mixed)

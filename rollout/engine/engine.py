@@ -70,6 +70,8 @@ class Engine:
         self._backend = make_backend(self.attention.name, self.pool, groups)
         self._decoder = Decoder(backbone, self.pool, self._backend, max_streams, decode_steps)
         self._failed: list[StreamFailure] = []
+        if backbone.device.type == "cpu":
+            backbone.lay_out_for_few_rows()
 
     @property
     def busy(self) -> bool:

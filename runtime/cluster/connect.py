@@ -43,6 +43,9 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
         "logging_level": logging.WARNING,
     }
     if not cluster.existing:
+        # Ray would start a process per core that no actor can use, as actors bring an environment of their own.
+        os.environ.setdefault("RAY_enable_worker_prestart", "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # "local" rather than nothing: Ray would look for a cluster that runs already.
         environment = {"PYTHONPATH": local_path(), "TOKENIZERS_PARALLELISM": "false"}
         try:

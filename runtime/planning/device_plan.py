@@ -42,6 +42,9 @@ from streams.task import StreamTask
 MARGIN = 0.06
 """Share of a device's free memory that is left free, for the allocator's fragments and libraries' workspaces."""
 
+MICRO_BATCHES = (16384, 8192, 4096, 2048)
+"""What learner.micro_batch_tokens=0 is chosen from."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -78,12 +81,27 @@ class DevicePlan:
         lines: the arithmetic, for the terminal.
         footprints: the different ones among the processes.
         devices: of the learner ranks, then of the workers.
+        wanted_slots: of a pool that holds all that it could be asked to hold.
+        staging: weights.staging, chosen where that is auto.
+        micro_batch_tokens: chosen for the learners whose own is 0.
     """
 
     kv_slots: int
     lines: tuple[str, ...]
     footprints: tuple[Footprint, ...]
     devices: tuple[DeviceInfo, ...] = ()
+    wanted_slots: int = 0
+    staging: str = "device"
+    micro_batch_tokens: int = MICRO_BATCHES[0]
+
+    def settled(self, learner: LearnerConfig) -> LearnerConfig:
+        """Return a learner's settings with what was chosen for them."""
+        return settle(learner, self.micro_batch_tokens)
+
+
+def settle(learner: LearnerConfig, tokens: int) -> LearnerConfig:
+    """Return the settings with micro-batches of `tokens` tokens where their own are open."""
+    return learner if learner.micro_batch_tokens else replace(learner, micro_batch_tokens=tokens)
 
 
 def plan_device_memory(
@@ -125,7 +143,7 @@ def plan_device_memory(
         )
     found = [describe_pool(slots * need.slot) if p.kv else p.footprint for p in processes]
     distinct = tuple(dict.fromkeys(found))
-    return DevicePlan(slots, tuple(_lines(processes, found)), distinct)
+    return DevicePlan(slots, tuple(_lines(processes, found)), distinct, wanted_slots=wanted)
 
 
 def _by_device(processes: list[Process]) -> dict[DeviceInfo, list[Process]]:
@@ -220,13 +238,78 @@ def plan_devices(
 ) -> DevicePlan:
     """Return one plan for all stages: the learner that needs the most memory, and one size of KV pools.
 
-    stages: name -> settings of its learner; `eval` only scores. devices: of the learner ranks, and of the workers.
-    Raises ValueError if something does not fit.
+    stages: name -> settings of its learner; `eval` only scores. devices: of the learner ranks, and of the workers. What the
+    configuration leaves open (weights.staging=auto, learner.micro_batch_tokens=0) is chosen here: the first choice under
+    which the pool holds all its streams, or else the one with the largest pool. Streams that wait cost more than a longer
+    pause at the swap or one more forward. Raises ValueError if something does not fit.
     """
     _check_kernels(config, stages, devices, geometry.head_dim)
+    check_text_tells_time(make_policy(config.memory), geometry.family.timestamps)
+    choices = _choices(config, stages, devices[1])
+    # (plan, what was tried before it and came to less)
+    fits: list[tuple[DevicePlan, tuple[str, ...]]] = []
+    less: list[str] = []
+    refused: ValueError | None = None
+    for staging, tokens in choices:
+        said = _said(config, stages, staging, tokens)
+        chosen = replace(config, weights=replace(config.weights, staging=staging))
+        settled = {stage: settle(learner, tokens) for stage, learner in stages.items()}
+        try:
+            plan = _plan_as_set(chosen, settled, geometry, tasks, devices)
+        except ValueError as error:
+            refused = error
+            less.append(f"{said} does not fit")
+            continue
+        fits.append((replace(plan, staging=staging, micro_batch_tokens=tokens), tuple(less)))
+        if plan.kv_slots >= plan.wanted_slots:
+            break
+        less.append(f"{said} leaves {plan.kv_slots:,}")
+    if not fits:
+        assert refused is not None
+        if len(choices) == 1:
+            raise refused
+        raise ValueError(f"{refused} (with {_said(config, stages, *choices[-1])}, the least of what is chosen from)")
+    # Of equal ones the first.
+    best, before = max(fits, key=lambda fit: fit[0].kv_slots)
+    if len(choices) == 1:
+        return best
+    because = f" ({'; '.join(before)})" if before else ""
+    line = (
+        f"memory choice: {_said(config, stages, best.staging, best.micro_batch_tokens)}: {best.kv_slots:,} KV slots of the "
+        f"{best.wanted_slots:,} that a worker's streams can fill{because}"
+    )
+    return replace(best, lines=(line, *best.lines))
+
+
+def _choices(config: RunConfig, stages: dict[str, LearnerConfig], workers: list[DeviceInfo]) -> list[tuple[str, int]]:
+    """What may be chosen, (staging, tokens of a micro-batch), the fastest first; one entry where nothing is open."""
+    stagings: tuple[str, ...] = (config.weights.staging,)
+    if config.weights.staging == "auto":
+        # Without a GPU both are the same memory.
+        stagings = ("device", "host") if any(device.cuda for device in workers) and "rl" in stages else ("device",)
+    open_sizes = any(learner.micro_batch_tokens == 0 for learner in stages.values())
+    sizes = MICRO_BATCHES if open_sizes else MICRO_BATCHES[:1]
+    return [(staging, tokens) for tokens in sizes for staging in stagings]
+
+
+def _said(config: RunConfig, stages: dict[str, LearnerConfig], staging: str, tokens: int) -> str:
+    """The open settings, as they are chosen."""
+    words = [f"weights.staging={staging}"] if config.weights.staging == "auto" else []
+    if any(learner.micro_batch_tokens == 0 for learner in stages.values()):
+        words.append(f"learner.micro_batch_tokens={tokens}")
+    return " ".join(words)
+
+
+def _plan_as_set(
+    config: RunConfig,
+    stages: dict[str, LearnerConfig],
+    geometry: ModelGeometry,
+    tasks: tuple[StreamTask, ...],
+    devices: tuple[list[DeviceInfo], list[DeviceInfo]],
+) -> DevicePlan:
+    """`plan_devices` with nothing left open."""
     learner_devices, worker_devices = devices
     stream, positions = StreamSize.largest(config, tasks, geometry), config.memory.positions
-    check_text_tells_time(make_policy(config.memory), geometry.family.timestamps)
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
         flex = _scores_by_flex(learner, device)

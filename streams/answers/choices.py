@@ -7,7 +7,7 @@ Pure, and blind to case. The rules for a lone letter, in order:
 - A and I count where they cannot be the article or the pronoun: directly before punctuation or the end of a
   line ("A.", "A)", "**A**"), before a spaced dash ("A - red"), before "or", "nor", "and", "but", "not",
   "is", "because", "since", or directly after "option", "choice" or "letter". "A red car" mentions no letter.
-  "I," is a pronoun;
+  "I," is a pronoun, "I，" is not: English has no fullwidth comma;
 - in scripts without spaces a letter beside another character stands alone ("选B", "Bです", "B번"), and A and I count before
   such a character ("选A吧") and after 选项 and the like; a few words that begin or end with a letter are words (T恤, 维生素C).
 A letter that such a script denies ("不是B", "Bではない") is mentioned, but chosen by nobody: see `denied`.
@@ -49,7 +49,8 @@ _EXPECTED_TAIL = re.compile(r"[项項]|选项|選項|번")
 
 def letters(text: str) -> frozenset[str]:
     """Return the option letters that `text` mentions, in lower case."""
-    folded = _ABBREVIATION.sub(" ", _CJK_WORDS.sub(EDGE, fold(text)))
+    # Folded, a fullwidth comma would be the one after an English pronoun; "、" stays what it is.
+    folded = _ABBREVIATION.sub(" ", _CJK_WORDS.sub(EDGE, fold(text.replace("，", "、"))))
     parted = apart(folded)
     return frozenset(m[1] for m in _LONE_LETTER.finditer(parted) if _is_letter(folded, parted, m))
 

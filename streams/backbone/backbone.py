@@ -300,6 +300,19 @@ class Backbone:
                 )
         return tower.merge(self.model.model.visual, rows)
 
+    @torch.no_grad()
+    def lay_out_for_few_rows(self) -> None:
+        """Store the text model's matrices input by input: a CPU multiplies a few rows by them up to twice as fast.
+
+        Names, shapes and values stay; copies into the parameters keep the layout. Not for a model that trains: optimisers
+        flatten parameters.
+        """
+        embedding = self.model.get_input_embeddings().weight
+        for module in (*self.model.model.language_model.modules(), self.model.lm_head):
+            # A tied head is also read row by row, as the embedding.
+            if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
+                module.weight.data = module.weight.data.t().contiguous().t()
+
     def freeze(self, mode: str, patterns: Sequence[str] = ()) -> None:
         """Set which parameters train: those that neither `learner.freeze` nor a pattern of `learner.freeze_names` names."""
         parameters = dict(self.model.named_parameters())

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass
+from glob import glob
 from importlib.util import find_spec
+from pathlib import Path
 
 LEARNER_ATTENTION = ("auto", "sdpa", "flex")
 ROLLOUT_ATTENTION = ("auto", "torch", "flashinfer")
@@ -21,6 +24,10 @@ FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_WORKSPACE = 384 * 2**20
 """Bytes for partial results where keys are split over thread blocks: query heads x (2 x multiprocessors / KV heads) x 128 x
 head dimension x 4 bytes, 138 MB with 16 query and 2 KV heads of 128 on 132 multiprocessors."""
+
+DEFAULT_CUDA = "/usr/local/cuda"
+LINKER_FOLDERS = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr/lib64", "/usr/lib", "/usr/local/lib")
+"""Where GNU's linker looks for libraries by itself, as patterns."""
 
 REGION_SCORES = 2**26
 """Attention scores of contiguous streams that exist at once where no backward needs them and FlexAttention does not run."""
@@ -59,8 +66,8 @@ def choose_rollout_attention(asked: str, device: str, dtype: str, head_dim: int)
         missing = f"heads of {head_dim} are not among {', '.join(map(str, FLASHINFER_HEAD_DIMS))}"
     if not missing and asked == "auto":
         # Only for `auto`: the driver plans with this, too, and its machine need not have the compiler. A worker that
-        # is told to use FlashInfer hears from FlashInfer itself what is missing.
-        missing = _no_flashinfer_compiler()
+        # is told to use FlashInfer says itself what is missing (`rollout.attention.flashinfer_paged`).
+        missing = missing_for_flashinfer()
     return _chosen("rollout.attention", asked, fast="flashinfer", plain="torch", missing=missing)
 
 
@@ -81,18 +88,54 @@ def _missing(device: str, dtype: str, module: str, package: str) -> str:
     return "" if has_module(module) else f"the package {package} is not installed"
 
 
-def _no_flashinfer_compiler() -> str:
-    """Return what FlashInfer lacks to compile its kernels at first use, searched where it searches; empty: nothing."""
-    if has_module("flashinfer_jit_cache"):
+def find_ninja() -> str | None:
+    """Return ninja's path: on the PATH, or beside the interpreter, where pip puts it, which is not on the PATH of a virtual
+    environment that nobody has activated.
+    """
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+
+
+def missing_for_flashinfer() -> str:
+    """What keeps FlashInfer from compiling its kernels at their first use, everything at once; empty = nothing.
+
+    It looks where FlashInfer itself does (`flashinfer/jit/cpp_ext.py` of 0.6.18). Kernels that came compiled, in a package or
+    in FlashInfer's own folder, need nothing.
+    """
+    if has_module("flashinfer_jit_cache") or _came_compiled():
         return ""
+    home, nvcc = _cuda_toolkit()
+    missing = [] if shutil.which(nvcc) else [f"no nvcc ({nvcc}: the CUDA toolkit, or CUDA_HOME)"]
+    if find_ninja() is None:
+        missing.append("no ninja (pip install ninja)")
+    folders = [f"{home}/lib64", f"{home}/lib64/stubs", *_library_folders()]
+    # The driver brings libcuda.so.1, which a program loads but `-lcuda` does not find.
+    for name, where in (("libcuda", "a stub in the toolkit's lib64/stubs"), ("libcudart", "the toolkit's lib64")):
+        if not any(Path(folder, f"{name}.so").exists() for folder in folders):
+            missing.append(f"no {name}.so to link with ({where}, or a folder of LIBRARY_PATH)")
+    if not missing:
+        return ""
+    return f"flashinfer compiles its kernels, and there is {'; '.join(missing)}; or install flashinfer-jit-cache"
+
+
+def _cuda_toolkit() -> tuple[str, str]:
+    """Return (folder of the toolkit, path of its nvcc), whether or not they exist."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    named = os.environ.get("FLASHINFER_NVCC") or (f"{home}/bin/nvcc" if home else None)
-    if any(shutil.which(nvcc) for nvcc in ([named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"])):
-        return ""
-    return (
-        f"flashinfer compiles its kernels and there is no {named or 'nvcc'}: install the CUDA toolkit or the package "
-        "flashinfer-jit-cache"
-    )
+    if not home:
+        found = shutil.which("nvcc")
+        home = str(Path(found).parent.parent) if found else DEFAULT_CUDA
+    return home, os.environ.get("FLASHINFER_NVCC") or f"{home}/bin/nvcc"
+
+
+def _came_compiled() -> bool:
+    """Whether FlashInfer's package holds kernels that were compiled ahead."""
+    spec = find_spec("flashinfer")
+    return any(any(Path(folder).glob("data/aot/*/*.so")) for folder in (spec and spec.submodule_search_locations) or ())
+
+
+def _library_folders() -> list[str]:
+    """Where a linker looks by itself."""
+    given = [folder for folder in os.environ.get("LIBRARY_PATH", "").split(os.pathsep) if folder]
+    return given + [folder for pattern in LINKER_FOLDERS for folder in sorted(glob(pattern))]
 
 
 def _chosen(key: str, asked: str, *, fast: str, plain: str, missing: str) -> Choice:

@@ -12,9 +12,16 @@ Invariants:
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, Qwen2Tokenizer
@@ -23,6 +30,13 @@ from transformers.utils import logging as transformers_logging
 
 from streams.backbone.tiny_spec import TinySpec
 from streams.checkpoint.families import FAMILIES, MERGE, QWEN2_5_VL, TEMPORAL_PATCH
+
+LARGE = 2**27
+"""Numbers from which on a model's weights are drawn by all cores."""
+DRAWN_AT_ONCE = 2**22
+"""Numbers that one generator draws of a large model."""
+
+Draw = Callable[..., torch.Tensor]
 
 QWEN_CONTROL_TOKENS = (
     "<|endoftext|>",
@@ -158,19 +172,44 @@ def build_config(spec: TinySpec, tokenizer: Any) -> PretrainedConfig:
 
 
 def initialise(model: torch.nn.Module, seed: int, *, gain: float = 1.0, embedding_std: float = 0.5) -> None:
-    """Set every parameter: Xavier on matrices, normal embeddings, small random biases; norms to 1, their biases to 0."""
-    generator = torch.Generator().manual_seed(seed)
+    """Set every parameter: Xavier on matrices, normal embeddings, small random biases; norms to 1, their biases to 0.
+
+    A model of LARGE numbers or more is drawn by all cores, each slice of DRAWN_AT_ONCE numbers from a generator of its own:
+    the numbers depend on the seed and not on the number of cores. A smaller one is drawn by one generator, parameter by
+    parameter: the models that runs and figures began with must stay what they are.
+    """
+    drawn: list[tuple[torch.Tensor, Draw]] = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_q" in name:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            if "embed_tokens" in name:
-                parameter.normal_(0.0, embedding_std, generator=generator)
+            elif "embed_tokens" in name:
+                drawn.append((parameter, partial(torch.nn.init.normal_, mean=0.0, std=embedding_std)))
             elif parameter.ndim >= 2:
-                torch.nn.init.xavier_uniform_(parameter.flatten(1), gain=gain, generator=generator)
+                rows, columns = parameter.flatten(1).shape
+                bound = math.sqrt(3.0) * gain * math.sqrt(2.0 / (rows + columns))
+                drawn.append((parameter, partial(torch.nn.init.uniform_, a=-bound, b=bound)))
             else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                drawn.append((parameter, partial(torch.nn.init.normal_, mean=0.0, std=0.02)))
+        if sum(tensor.numel() for tensor, _ in drawn) < LARGE:
+            generator = torch.Generator().manual_seed(seed)
+            for tensor, draw in drawn:
+                draw(tensor, generator=generator)
+        else:
+            _draw_by_all_cores(drawn, seed)
+
+
+def _draw_by_all_cores(drawn: list[tuple[torch.Tensor, Draw]], seed: int) -> None:
+    slices = [(part, draw) for tensor, draw in drawn for part in tensor.view(-1).split(DRAWN_AT_ONCE)]
+    seeds = np.random.SeedSequence(seed).generate_state(len(slices), np.uint64).astype(np.int64).tolist()
+
+    def fill(work: tuple[tuple[torch.Tensor, Draw], int]) -> None:
+        (part, draw), own = work
+        # Torch holds no lock of Python's while it draws: the threads run side by side.
+        draw(part, generator=torch.Generator().manual_seed(own))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        deque(threads.map(fill, zip(slices, seeds, strict=True)), maxlen=0)
 
 
 def build_tiny(

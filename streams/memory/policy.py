@@ -106,7 +106,7 @@ def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
     """bool [n]: video that is not of the last `window` video turns. A turn without video moves nothing."""
     old = np.zeros(len(live), bool)
     if start.has_video:
-        # Both lists of turns ascend. Of the turns before `turn`, `window` or more video turns have passed since.
+        # Both lists of turns ascend. `window` or more video turns have passed since every turn before `turn`.
         turn = start.video_turns.searchsorted(start.video_turns[start.turn] - window, side="right")
         before = tokens_before(live, turn)
         old[:before] = live.kind[:before] == _VIDEO

@@ -24,6 +24,7 @@ from streams.backbone.kernel_choice import REGION_SCORES
 from streams.positions.rotary import Rotary, Tables, rotated
 from streams.scoring.compiled import can_compile, compiled
 from streams.scoring.contiguous_rows import RegionRows
+from streams.scoring.flex_kernels import Heads, Options, flex_options
 from streams.scoring.mask import dense_mask, interval_block_mask
 from streams.scoring.packing import Rows
 
@@ -34,7 +35,9 @@ def region_plan(rows: Rows, regions: RegionRows, backbone: Backbone, kind: str) 
     there = regions.to(device)
     angles = _Angles.of(there, backbone.rotary, backbone.dtype)
     if kind == "flex":
-        return FlexRegionPlan(angles, there, region_block_mask(rows, regions, device))
+        options = flex_options(Heads.of(backbone, lse=True))
+        if options is not None:
+            return FlexRegionPlan(angles, there, region_block_mask(rows, regions, device), options)
     return DenseRegionPlan(angles, there, _dense_mask(rows.to(device), there))
 
 
@@ -141,6 +144,7 @@ class FlexRegionPlan:
     angles: _Angles
     regions: RegionRows
     mask: BlockMask
+    options: Options = ()
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         rows, heads, length, _ = q.shape
@@ -155,6 +159,7 @@ class FlexRegionPlan:
             scale=scaling,
             enable_gqa=heads != k.shape[1],
             return_aux=AuxRequest(lse=True),
+            kernel_options=dict(self.options) or None,
         )
         # [H, regions, R * L, D] and [H, regions, R * L]
         parts = out[0].unflatten(1, (-1, rows * length))

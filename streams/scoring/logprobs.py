@@ -19,6 +19,7 @@ from streams.backbone.backbone import Backbone, VideoTokens
 from streams.log.record import StreamLog
 from streams.scoring.block_mask import BLOCK
 from streams.scoring.contiguous import region_plan
+from streams.scoring.flex_kernels import Heads, flex_options
 from streams.scoring.mask import MIN_FLEX_TOKENS, DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import Rows, pack, plan_micro_batches
 
@@ -37,7 +38,9 @@ def attention_plan(rows: Rows, kind: str, backbone: Backbone) -> AttentionPlan:
     if rows.regions is not None:
         return region_plan(rows, rows.regions, backbone, kind)
     if kind == "flex":
-        return FlexPlan(block_mask(rows.expiry, rows.lane, device))
+        options = flex_options(Heads.of(backbone, lse=False))
+        if options is not None:
+            return FlexPlan(block_mask(rows.expiry, rows.lane, device), options)
     return DensePlan(dense_mask(rows.expiry.to(device), rows.lane.to(device)))
 
 

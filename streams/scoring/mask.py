@@ -116,9 +116,13 @@ class DensePlan:
 
 @dataclass(frozen=True)
 class FlexPlan:
-    """FlexAttention with the block mask of the same predicate, over the rows end to end. On CPU it has no backward."""
+    """FlexAttention with the block mask of the same predicate, over the rows end to end. On CPU it has no backward.
+
+    options: of the kernel, see `streams.scoring.flex_kernels`.
+    """
 
     mask: BlockMask
+    options: tuple[tuple[str, Any], ...] = ()
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         rows, heads, length, _ = q.shape
@@ -128,6 +132,7 @@ class FlexPlan:
             block_mask=self.mask,
             scale=scaling,
             enable_gqa=heads != k.shape[1],
+            kernel_options=dict(self.options) or None,
         )
         return out[0].transpose(0, 1).unflatten(0, (rows, length))
 

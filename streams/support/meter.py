@@ -5,7 +5,8 @@ Python and its libraries.
 
 Invariants:
 * phases of one meter do not nest;
-* a meter is used by one thread.
+* a meter is used by one thread (`usage` apart, which may be asked by another);
+* a phase that repeats costs no synchronisation and no reset, so throughput may be measured around it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,34 +86,66 @@ class Meter:
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
         self._phases: dict[str, PhaseUsage] = {}
+        self._repeated: set[str] = set()
 
     @contextmanager
-    def phase(self, name: str, *, peak: bool = True) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Add the time and memory of the block to phase `name`.
 
-        On CUDA it synchronises at both ends, so the time is that of the device.
-        peak: also measure the largest number of bytes allocated meanwhile (costs 0.1 ms on a CPU).
+        On CUDA it synchronises at both ends, so the time is that of the device; finding the peak costs 0.1 ms on a CPU. For
+        what runs thousands of times see `repeated`.
         """
-        if peak:
-            self._reset()
+        self._phases |= self._of_repeated()
+        self._repeated.clear()
+        self._synchronise()
+        self._reset()
         began = time.monotonic()
         try:
             yield
         finally:
+            self._synchronise()
+            self._add(name, time.monotonic() - began, self._peak())
+            # What is held at most from here on belongs to the repeated phases.
             if self.cuda:
-                torch.cuda.synchronize()
-            before = self._phases.get(name, PhaseUsage(0.0, 0, 0))
-            held = self._peak() if peak else 0
-            self._phases[name] = PhaseUsage(
-                before.seconds + time.monotonic() - began, before.calls + 1, max(before.peak, held)
-            )
+                self._reset()
+
+    @contextmanager
+    def repeated(self, name: str) -> Iterator[None]:
+        """Add the time of a block that runs thousands of times to phase `name`: nothing waits and nothing is reset.
+
+        The time is the host's, as long as the device's wherever the block reads what the device made. On CUDA the peak is the
+        largest number of bytes allocated since the phase before, read once, when the next one begins or `usage` is asked;
+        elsewhere it is not measured.
+        """
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._add(name, time.monotonic() - began, 0)
+            self._repeated.add(name)
 
     def usage(self) -> dict[str, PhaseUsage]:
-        return dict(self._phases)
+        """Return what was counted so far. Changes nothing, so another thread than the meter's may ask."""
+        return self._phases | self._of_repeated()
+
+    def _add(self, name: str, seconds: float, peak: int) -> None:
+        before = self._phases.get(name, PhaseUsage(0.0, 0, 0))
+        self._phases[name] = PhaseUsage(before.seconds + seconds, before.calls + 1, max(before.peak, peak))
+
+    def _of_repeated(self) -> dict[str, PhaseUsage]:
+        """Return the repeated phases since the last reset, with their peak. The allocator counts on the host: no waiting."""
+        names = tuple(self._repeated)
+        if not self.cuda or not names:
+            return {}
+        held = self._peak()
+        return {name: replace(self._phases[name], peak=max(self._phases[name].peak, held)) for name in names}
+
+    def _synchronise(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
 
     def _reset(self) -> None:
         if self.cuda:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return
         try:

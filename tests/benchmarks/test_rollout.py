@@ -147,6 +147,32 @@ def test_the_result_has_the_keys_that_are_promised(monkeypatch, capsys):
     assert set(found["threads"]) == {"1"}
 
 
+def test_every_part_is_saved_when_it_is_there(world, monkeypatch):
+    """A run that is cut off keeps what it had, and what it had not is null."""
+
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+
+    saved = []
+    monkeypatch.setattr(command, "make_world", lambda *_: world)
+    monkeypatch.setattr(command, "measure_threads", cut)
+    with pytest.raises(KeyboardInterrupt):
+        command.measure(world.preset, "cpu", True, save=lambda found: saved.append(dict(found)))
+    assert len(saved) == 2
+    assert set(KEYS) <= saved[0].keys()
+    assert saved[0]["agreement"]["copy_evict"]
+    assert saved[0]["turn_p99_ms_b1"] is None
+    assert saved[1]["turn_p99_ms_b1"] > 0
+    assert saved[1]["ratio_vs_copy_evict"] is None
+    assert not saved[1]["complete"]
+
+
+def test_greedy_tokens_must_agree_in_float32_only():
+    found = {"agreement": {"copy_evict": False, "rebuild": True}}
+    assert not command.agreed(found, PRESETS["small"])
+    assert command.agreed(found, PRESETS["qwen2.5-vl-3b"])
+
+
 HOST = ("before", "now", "before_256", "now_256", "before_cpu", "now_cpu")
 
 

@@ -4,7 +4,7 @@ import string
 import time
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from rewards import correct_answers, is_correct
@@ -155,6 +155,8 @@ LETTERS = st.sampled_from(string.ascii_uppercase)
 
 
 @given(LETTERS, LETTERS, PLAIN, PLAIN, PLAIN)
+@example("I", "B", "", "", "，")
+@example("I", "A", "选", "，", "，因为")
 def test_such_text_around_a_letter_changes_nothing_and_two_letters_are_wrong(said, other, before, between, after):
     text = before + said + after
     assert letters(text) == {said.lower()}

@@ -124,3 +124,18 @@ def test_attention_without_a_plan_raises_instead_of_seeing_everything(backbone):
         backbone.model.model.language_model(
             inputs_embeds=embeds, position_ids=positions, attention_mask=torch.zeros(1, 1, 1, 1), use_cache=False
         )
+
+
+def test_the_layout_for_few_rows_keeps_values_and_outlives_a_swap_in_place(tmp_path):
+    model = loud_backbone(tmp_path, torch.float32, MODEL_TYPES[0])
+    before = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
+    Engine(model, kv_slots=40, max_streams=1)
+    parameters = dict(model.model.named_parameters())
+    assert parameters.keys() == before.keys()
+    up = parameters["model.language_model.layers.0.mlp.up_proj.weight"]
+    assert up.stride() == (1, up.shape[0])
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, before[name]), name
+    with torch.no_grad():
+        up.copy_(before["model.language_model.layers.0.mlp.up_proj.weight"] + 1)
+    assert up.stride() == (1, up.shape[0])

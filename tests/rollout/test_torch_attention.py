@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rollout.attention import Segment, make_backend
+from rollout.attention.torch_sdpa import MOST_PADDING, _batched
 from rollout.engine.kv_pool import KVPool
 
 HEADS, KV_HEADS, DIM, SLOTS = 6, 2, 8, 90
@@ -58,3 +61,44 @@ def test_a_seat_sees_the_first_slots_of_its_block(pool):
     for i in range(3):
         seen = table[seats[i], : lengths[i]].numpy()
         torch.testing.assert_close(out[i], plain(pool, 1, q[:, i], seen))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rows_at_equal_distances_share_a_call_and_see_their_own_keys_only(pool, monkeypatch, reverse):
+    """Lengths that differ little are batched under a mask; what lies behind a stream's keys counts for nothing."""
+    calls = 0
+
+    def counted(*args, **named):
+        nonlocal calls
+        calls += 1
+        return sdpa(*args, **named)
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    lengths = [20, 19, 20, 18]
+    table = torch.arange(80).view(4, 20)
+    seats = torch.tensor([3, 2, 1, 0] if reverse else [0, 1, 2, 3])
+    q = queries(4)
+    out = make_backend("torch", pool, HEADS // KV_HEADS).decode(table, seats, torch.tensor(lengths)[seats])(1, q, SCALE)
+    assert calls == 1
+    for i, seat in enumerate(seats.tolist()):
+        torch.testing.assert_close(out[i], plain(pool, 1, q[:, i], table[seat, : lengths[seat]].numpy()))
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=12))
+def test_batches_hold_every_row_and_read_little_more_than_it_sees(blocks):
+    firsts, counts, at = [], [], 0
+    for width, count in blocks:
+        firsts.append(at)
+        counts.append(count)
+        at += 10 * width + 40
+    batches = _batched(firsts, counts, at)
+    assert [row for batch in batches for row in range(batch.start, batch.stop)] == list(range(len(blocks)))
+    for batch in batches:
+        rows = range(batch.start, batch.stop)
+        assert [batch.first + (row - batch.start) * batch.stride for row in rows] == firsts[batch.start : batch.stop]
+        assert batch.keys == max(counts[row] for row in rows)
+        assert batch.ragged == (len({counts[row] for row in rows}) > 1)
+        read = batch.keys * len(rows)
+        assert read - sum(counts[row] for row in rows) <= MOST_PADDING * read
+        assert firsts[batch.stop - 1] + batch.keys <= at

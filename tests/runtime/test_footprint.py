@@ -38,9 +38,9 @@ from streams.scoring.contiguous_rows import RegionRows
 from streams.scoring.logprobs import attention_plan
 from streams.scoring.mask import DensePlan, dense_mask
 from streams.support.usage import DeviceInfo
-from streams.task import ExpectedAnswer, StreamTask, TimedQuery
+from streams.task import ExpectedAnswer
 from tests.support.configs import composed
-from tests.support.geometries import THREE_B
+from tests.support.one_gpu import AS_SET, GIB, H200, TASKS, planned, smoke, three_b
 
 SPECS = {"qwen2_5_vl": TinySpec(tie_embeddings=True), "qwen3_vl": replace(QWEN3_SPEC, head_dim=48)}
 
@@ -147,28 +147,6 @@ def test_the_bytes_of_a_pool_with_unrotated_keys_are_exact(checkpoint, dtype):
 
 # ---- fitting ---------------------------------------------------------------------------------------------------
 
-GIB = 2**30
-H200 = DeviceInfo("n/gpu", "GPU on n", True, 140 * GIB, 139 * GIB)
-
-
-def three_b(total=3_754_622_976):
-    """Qwen2.5-VL-3B, by its published sizes."""
-    parts = {"model.visual.blocks": 668_683_264, "model.language_model": total - 668_683_264}
-    return replace(THREE_B, parameters=parts)
-
-
-def smoke(*overrides):
-    """experiment=gpu_smoke as it is composed: twenty chunks of 192 video tokens."""
-    return composed("experiment=gpu_smoke", *overrides)
-
-
-QUESTION = TimedQuery(0.0, "What colour is the shape now?")
-TASKS = (StreamTask("a", "a.mp4", 0.0, 20.0, (QUESTION,), (ExpectedAnswer(1.0, "red"),), (), "now"),)
-
-
-def planned(config, device=H200):
-    return plan_devices(config, {"rl": config.learner}, three_b(), TASKS, ([device], [device]))
-
 
 def test_a_3b_loop_fits_one_large_gpu_with_the_pools_at_their_largest():
     plan = planned(smoke())
@@ -181,18 +159,18 @@ def test_a_3b_loop_fits_one_large_gpu_with_the_pools_at_their_largest():
 
 
 def test_a_smaller_gpu_gets_smaller_pools_and_then_none():
-    large = planned(smoke())
+    large = planned(smoke(*AS_SET))
     others = sum(f.total for f in large.footprints) - dict(large.footprints[0].parts)["KV pool"]
     tight = replace(H200, free=int((others + GIB // 2) / (1 - MARGIN)))
-    assert 0 < planned(smoke(), tight).kv_slots * 36 * 1024 <= GIB // 2
+    assert 0 < planned(smoke(*AS_SET), tight).kv_slots * 36 * 1024 <= GIB // 2
     with pytest.raises(
         ValueError, match=r"largest stream may hold [\d,]+ tokens .* but what is left of the device gives"
     ):
-        planned(smoke(), replace(H200, free=int((others + 20 * 2**20) / (1 - MARGIN))))
+        planned(smoke(*AS_SET), replace(H200, free=int((others + 20 * 2**20) / (1 - MARGIN))))
     with pytest.raises(
         ValueError, match=r"GiB too many\. Ways out: learner\.offload=cpu, a smaller learner.*weights\.staging=host"
     ):
-        planned(smoke(), replace(H200, free=40 * GIB))
+        planned(smoke(*AS_SET), replace(H200, free=40 * GIB))
 
 
 def test_offload_and_host_staging_take_their_bytes_off_the_device():
@@ -254,7 +232,7 @@ def test_a_memory_that_keeps_less_needs_less_room(overrides):
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
-    config, geometry = smoke(), three_b()
+    config, geometry = smoke(*AS_SET), three_b()
     stream = StreamSize.largest(config, TASKS, geometry)
 
     def total(checkpointing):
@@ -298,7 +276,7 @@ def test_a_plan_fits_and_every_refusal_says_by_how_much(free, learners, workers,
 
 
 def test_a_worker_counts_its_weights_twice_while_an_update_waits():
-    config, geometry = smoke(), three_b()
+    config, geometry = smoke(*AS_SET), three_b()
     stream = StreamSize.largest(config, TASKS, geometry)
     parts = dict(worker_footprint(geometry, "bfloat16", geometry.total, stream, config, 0).parts)
     assert parts["weights"] == parts["staged weights"] == 2 * geometry.total

@@ -119,7 +119,7 @@ def test_the_first_token_after_an_eviction_that_the_scorer_forgot_is_named(engin
     with pytest.raises(RuntimeError) as stopped:
         observe([replace(log, expiry=np.full_like(log.expiry, NEVER)) for log in logs])
     said = str(stopped.value)
-    index = int(re.search(r"First token that is off: stream s0, index (\d+) ", said).group(1))
+    index = int(re.search(r"First token that deviates: stream s0, index (\d+) ", said).group(1))
     # No later than the first token that was sampled after the eviction.
     assert index == np.flatnonzero(logs[0].sampled & (np.arange(len(logs[0])) >= first_eviction))[0]
     assert f"(id {logs[0].ids[index]}, " in said
@@ -241,7 +241,7 @@ def test_a_mismatch_stops_a_real_run_and_the_same_command_goes_on_once_it_is_men
         said = found.group(0)
         assert re.search(rf"monitor\.max=\S+ \({where}", said), said
         assert re.search(
-            r"First token that is off: stream \S+, index \d+ \(id \d+, \w+, turn \d+, memory rcsm, weights version 2\): "
+            r"First token that deviates: stream \S+, index \d+ \(id \d+, \w+, turn \d+, memory rcsm, weights version 2\): "
             r"sampled at log-prob -\S+, re-scored -",
             said,
         ), said

@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
 from learner.config import LearnerConfig
-from rollout.attention.flashinfer_paged import find_ninja
+from rollout.attention.flashinfer_paged import prepare_compiler
 from rollout.config import RolloutConfig
+from streams.backbone import kernel_choice
 from streams.backbone.config import ModelConfig
 from streams.backbone.kernel_choice import (
     FLASHINFER_HEAD_DIMS,
@@ -21,6 +21,7 @@ from streams.backbone.kernel_choice import (
     choose_rollout_attention,
     choose_vision_attention,
     has_module,
+    missing_for_flashinfer,
 )
 
 
@@ -31,13 +32,26 @@ def installed(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
+    for tool in ("cuda/bin/nvcc", "bin/ninja"):
+        program(tmp_path / tool)
+    for library in ("cuda/lib64/libcudart.so", "cuda/lib64/stubs/libcuda.so"):
+        (tmp_path / library).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / library).touch()
+    # Nothing that this machine has may count.
+    for name in ("FLASHINFER_NVCC", "CUDA_PATH", "LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    monkeypatch.delenv("FLASHINFER_NVCC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python" / "bin" / "python"))
+    monkeypatch.setattr(kernel_choice, "DEFAULT_CUDA", str(tmp_path / "usr" / "local" / "cuda"))
+    monkeypatch.setattr(kernel_choice, "LINKER_FOLDERS", (str(tmp_path / "usr" / "lib" / "*-linux-gnu"),))
     return tmp_path
+
+
+def program(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
 
 
 def test_the_fast_kernels_are_chosen_where_they_run(installed):
@@ -63,32 +77,93 @@ def test_flashinfer_gives_way_to_torch_and_says_why(installed, device, dtype, he
         choose_rollout_attention("flashinfer", device, dtype, head_dim)
 
 
-def test_flashinfer_without_a_compiler_gives_way_unless_its_kernels_came_compiled(installed, monkeypatch):
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [
+        ("cuda/bin/nvcc", "no nvcc ({root}/cuda/bin/nvcc"),
+        ("bin/ninja", "no ninja (pip install ninja)"),
+        ("cuda/lib64/stubs/libcuda.so", "no libcuda.so to link with"),
+        ("cuda/lib64/libcudart.so", "no libcudart.so to link with"),
+    ],
+)
+def test_flashinfer_gives_way_where_its_kernels_cannot_be_compiled_and_names_what_is_missing(installed, gone, named):
     """It would be found out in the first step of the first group, by every worker."""
-    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert missing_for_flashinfer() == ""
+    (installed / gone).unlink()
     choice = choose_rollout_attention("auto", "cuda", "bfloat16", 128)
     assert choice.name == "torch"
-    assert choice.why.startswith("flashinfer compiles its kernels and there is no /nowhere/bin/nvcc: install")
+    assert named.format(root=installed) in choice.why
+    assert choice.why.count("no ") == 1
+    # By name it is the worker's to refuse: the driver's machine may lack a compiler.
     assert choose_rollout_attention("flashinfer", "cuda", "bfloat16", 128).name == "flashinfer"
+    with pytest.raises(ValueError, match=re.escape(named.format(root=installed))):
+        prepare_compiler()
+
+
+def test_everything_that_flashinfer_lacks_is_named_at_once(installed):
+    for gone in ("cuda/bin/nvcc", "bin/ninja", "cuda/lib64/stubs/libcuda.so", "cuda/lib64/libcudart.so"):
+        (installed / gone).unlink()
+    assert [word for word in ("nvcc", "ninja", "libcuda", "libcudart") if f"no {word}" in missing_for_flashinfer()] == [
+        "nvcc",
+        "ninja",
+        "libcuda",
+        "libcudart",
+    ]
+
+
+def test_the_driver_alone_brings_nothing_to_link_with_but_a_folder_of_library_path_does(installed, monkeypatch):
+    (installed / "cuda/lib64/stubs/libcuda.so").unlink()
+    system = installed / "usr/lib/x86_64-linux-gnu"
+    system.mkdir(parents=True)
+    (system / "libcuda.so.1").touch()
+    assert "no libcuda.so to link with" in missing_for_flashinfer()
+    (installed / "links").mkdir()
+    (installed / "links" / "libcuda.so").symlink_to(system / "libcuda.so.1")
+    monkeypatch.setenv("LIBRARY_PATH", f":{installed / 'links'}")
+    assert missing_for_flashinfer() == ""
+    monkeypatch.delenv("LIBRARY_PATH")
+    (system / "libcuda.so").touch()
+    assert missing_for_flashinfer() == ""
+
+
+def test_the_toolkit_is_looked_for_where_flashinfer_looks(installed, monkeypatch):
     monkeypatch.delenv("CUDA_HOME")
-    monkeypatch.setenv("PATH", str(installed / "cuda" / "bin"))
-    assert choose_rollout_attention("auto", "cuda", "bfloat16", 128).name == "flashinfer"
+    assert f"no nvcc ({installed}/usr/local/cuda/bin/nvcc" in missing_for_flashinfer()
+    monkeypatch.setenv("PATH", f"{installed}/bin:{installed}/cuda/bin")
+    assert missing_for_flashinfer() == ""
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    (installed / "flashinfer_jit_cache").mkdir()
-    (installed / "flashinfer_jit_cache" / "__init__.py").touch()
+    assert "no nvcc (/nowhere/bin/nvcc" in missing_for_flashinfer()
+    monkeypatch.setenv("CUDA_HOME", str(installed / "cuda"))
+    monkeypatch.setenv("FLASHINFER_NVCC", "/nowhere/nvcc")
+    assert "no nvcc (/nowhere/nvcc" in missing_for_flashinfer()
+
+
+@pytest.mark.parametrize("how", ["package", "folder"])
+def test_kernels_that_came_compiled_need_no_compiler(installed, monkeypatch, how):
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert choose_rollout_attention("auto", "cuda", "bfloat16", 128).name == "torch"
+    if how == "package":
+        (installed / "flashinfer_jit_cache").mkdir()
+        (installed / "flashinfer_jit_cache" / "__init__.py").touch()
+    else:
+        kernel = installed / "flashinfer" / "data" / "aot" / "batch_prefill"
+        kernel.mkdir(parents=True)
+        (kernel / "batch_prefill.so").touch()
     importlib.invalidate_caches()
     assert choose_rollout_attention("auto", "cuda", "bfloat16", 128).name == "flashinfer"
+    prepare_compiler()
 
 
-@pytest.mark.skipif(not Path(sys.executable).with_name("ninja").is_file(), reason="ninja is not beside the interpreter")
-def test_ninja_is_found_in_a_virtual_environment_that_nobody_activated(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_ninja_is_found_in_a_virtual_environment_that_nobody_activated(installed, monkeypatch):
+    (installed / "bin/ninja").unlink()
+    program(installed / "python/bin/ninja")
     assert shutil.which("ninja") is None
-    find_ninja()
-    assert shutil.which("ninja")
+    assert missing_for_flashinfer() == ""
+    prepare_compiler()
+    assert shutil.which("ninja") == str(installed / "python/bin/ninja")
     before = os.environ["PATH"]
-    assert before.startswith(str(tmp_path))
-    find_ninja()
+    assert before.startswith(str(installed / "bin"))
+    prepare_compiler()
     assert os.environ["PATH"] == before
 
 

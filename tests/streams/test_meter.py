@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch
 
 from runtime.planning.device_plan import DevicePlan
 from runtime.planning.footprint import Footprint
@@ -52,3 +55,68 @@ def test_every_peak_is_beyond_what_the_process_held_before():
     assert usage_lines(report) == [
         "usage: rollout worker 1: load 2.0 s (100.0 MiB), step 9.0 s; peak 100.0 MiB, estimated 0.20 GiB"
     ]
+
+
+class Allocator:
+    """torch.cuda's counters, as its allocator keeps them on the host; every wait and every reset is counted."""
+
+    def __init__(self, monkeypatch):
+        self.held = self.most = self.waits = self.resets = 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.most)
+
+    def wait(self):
+        self.waits += 1
+
+    def reset(self):
+        self.resets += 1
+        self.most = self.held
+
+    def use(self, size):
+        """Allocate beside what is held, and free it again."""
+        self.most = max(self.most, self.held + size)
+
+
+def test_a_repeated_phase_neither_waits_nor_resets_and_has_its_peak_all_the_same(monkeypatch):
+    device = Allocator(monkeypatch)
+    measured = meter.Meter()
+    with measured.phase("load"):
+        device.held = 100
+        device.use(900)
+    before = (device.waits, device.resets)
+    for size in (5, 70, 30):
+        with measured.repeated("engine step"):
+            device.use(size)
+    assert (device.waits, device.resets) == before
+    with measured.phase("swap"):
+        device.use(400)
+    with measured.repeated("engine step"):
+        device.use(20)
+    found = measured.usage()
+    assert {name: (phase.calls, phase.peak) for name, phase in found.items()} == {
+        "load": (1, 1000),
+        "engine step": (4, 170),
+        "swap": (1, 500),
+    }
+    assert measured.usage() == found
+    with measured.repeated("engine step"):
+        device.use(80)
+    assert measured.usage()["engine step"].peak == 180
+    assert (device.waits, device.resets) == (before[0] + 2, before[1] + 2)
+
+
+def test_on_a_cpu_a_repeated_phase_takes_its_time_and_no_peak():
+    measured = meter.Meter()
+    measured.cuda = False
+    with measured.repeated("engine step"):
+        time.sleep(0.02)
+    with pytest.raises(OSError, match="gone"), measured.repeated("engine step"):
+        raise OSError("gone")
+    with measured.phase("swap"):
+        time.sleep(0.01)
+    found = measured.usage()
+    assert (found["engine step"].calls, found["engine step"].peak) == (2, 0)
+    assert 0.02 <= found["engine step"].seconds < 5
+    assert found["swap"].seconds >= 0.01

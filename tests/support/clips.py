@@ -18,13 +18,13 @@ def solid(colour: tuple[int, int, int], count: int, height: int, width: int) -> 
 
 
 def grey_ramp(count: int, height: int = 56, width: int = 56) -> np.ndarray:
-    """Frame i has the grey level 10 + 2 i, so that a decoded frame tells its index (at most 120 frames)."""
+    """Return frames uint8 [count, height, width, 3]: frame i has the grey level 10 + 2 i, which tells its index (up to 120)."""
     levels = (10 + GREY_STEP * np.arange(count)).astype(np.uint8)
     return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
 
 
 def frame_number(frame: np.ndarray) -> float:
-    """Which frame of a grey ramp this is, to about +-0.5."""
+    """Return which frame of a grey ramp this is, to about +-0.5."""
     return (float(frame.mean()) - 10) / GREY_STEP
 
 

@@ -1,4 +1,4 @@
-"""`launch.py` as a user starts it: run to its end or interrupted, and what it kept of its words.
+"""`launch.py` as a user starts it: run to its end or interrupted, and what it logged.
 
 Invariant: no process that was started here outlives the call that started it.
 """
@@ -31,7 +31,7 @@ class Finished:
 
 
 def launch(*overrides: str, limit_s: float = LIMIT_S, env: dict[str, str] | None = None) -> Finished:
-    """`python launch.py OVERRIDES`, ended with everything it started if it takes longer than `limit_s`."""
+    """Run `python launch.py OVERRIDES`; after `limit_s` it is ended with everything it started."""
     process = subprocess.Popen(
         [sys.executable, "launch.py", *overrides],
         cwd=ROOT,
@@ -52,7 +52,7 @@ def launch(*overrides: str, limit_s: float = LIMIT_S, env: dict[str, str] | None
 
 
 def interrupted(*words, after=0.0, ready=""):
-    """(status, output, error output) of `launch.py WORDS` after SIGINT, and that nothing of it is left."""
+    """Interrupt `launch.py WORDS` and check that no process of it is left. Returns (status, output, error output)."""
     process = subprocess.Popen(
         [sys.executable, "launch.py", *words],
         cwd=ROOT,
@@ -88,7 +88,7 @@ STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 
 
 def kept(root) -> list[str]:
-    """The lines of the log, without their times."""
+    """Return the lines of the log, without their times."""
     lines = (root / "logs" / "driver.log").read_text().splitlines()
     assert all(STAMP.match(line) for line in lines)
     return [STAMP.sub("", line) for line in lines]

@@ -21,7 +21,7 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def reward_preset(name: str) -> RewardConfig:
-    """The reward of `reward=NAME`."""
+    """Return the reward of `reward=NAME`."""
     return composed(f"reward={name}").reward
 
 

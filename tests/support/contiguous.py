@@ -1,4 +1,4 @@
-"""Contiguous positions by their definition: where each key stands, and a slow engine that lays every turn out anew.
+"""Contiguous positions by their definition: the position of each key, and a slow engine that lays every turn out anew.
 
 No code shared with the book-keeping, the pool or the learner's plans: regions from the policy's words, positions by counting,
 and keys rotated anew, all of them, by absolute positions.
@@ -21,7 +21,7 @@ from tests.support.exactness.backbones import forward_as
 
 
 def angles_in_float64():
-    """The model's own rotary module computes float32 angles: for fp64 proofs it computes them in fp64."""
+    """Make the model's own rotary module, which computes float32 angles, compute them in fp64 for fp64 proofs."""
 
     def forward(self, x, position_ids):
         angles = position_ids.expand(3, -1, -1)[..., None].double() * self.inv_freq.double()
@@ -32,7 +32,7 @@ def angles_in_float64():
 
 
 def region_of(log: StreamLog, turns: tuple[TurnInput, ...], memory: MemoryConfig, turn: int) -> dict[int, Region]:
-    """log index -> region, of every token of earlier turns that is live in `turn`."""
+    """Return log index -> region of every token of earlier turns that is live in `turn`."""
     start = int(np.flatnonzero(log.turn == turn)[0])
     spoken = [i for i in range(len(log)) if log.kind[i] in GENERATED_TEXT]
     with_video = [t for t in range(turn + 1) if turns[t].chunk is not None]
@@ -55,7 +55,7 @@ def region_of(log: StreamLog, turns: tuple[TurnInput, ...], memory: MemoryConfig
 
 
 def layout_of(log: StreamLog, turns: tuple[TurnInput, ...], memory: MemoryConfig) -> list[dict[int, np.ndarray]]:
-    """For each turn: log index -> contiguous position int [3] of every live key, the turn's own included."""
+    """Return, for each turn, log index -> contiguous position int [3] of every live key, the turn's own included."""
     made, pinned = [], {}
     for turn in range(log.num_turns):
         region = region_of(log, turns, memory, turn)
@@ -63,7 +63,7 @@ def layout_of(log: StreamLog, turns: tuple[TurnInput, ...], memory: MemoryConfig
         for r in (Region.SYSTEM, Region.PINNED, Region.SINK, Region.TAIL, Region.TEXT):
             members = [i for i in sorted(region) if region[i] == r]
             if r == Region.PINNED:
-                # The only region that others may leave from the middle: who stays keeps its distances.
+                # The only region that tokens may leave from the middle: those that stay keep their distances.
                 pinned = {i: at for i, at in pinned.items() if i in members}
                 for i in members:
                     pinned.setdefault(i, max(pinned.values(), default=-1) + 1)
@@ -97,7 +97,7 @@ class SlowPlan:
         self.query = tuple(t[-len(span) :] for t in self.key)
 
     def angles(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """By the model's own module; to be called with its angles in fp64."""
+        """Return the angles by the model's own module. Call it with that module's angles in fp64."""
         rotary = self.backbone.model.model.language_model.rotary_emb
         cos, sin = rotary(torch.zeros(1, dtype=torch.float64), torch.from_numpy(positions).long()[:, None])
         return cos[0], sin[0]
@@ -120,7 +120,7 @@ def _turned(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch
 def slow_logps(
     backbone: Backbone, log: StreamLog, request: StreamRequest, memory: MemoryConfig, cut: int = 0, swap=None
 ) -> torch.Tensor:
-    """Log-probs of the sampled tokens, in order, with gradient; `swap` is called when token `cut` is to be forwarded."""
+    """Return the log-probs of the sampled tokens, in order, with gradient. `swap` is called before token `cut` is forwarded."""
     plan = SlowPlan(backbone, backbone.num_layers)
     features = torch.cat(request.features)
     video_before = np.concatenate([[0], np.cumsum(log.kind == Kind.VIDEO)])

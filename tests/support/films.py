@@ -1,4 +1,4 @@
-"""Made films for tests of the clock: what encoders, muxers and cutting tools do to times, in a few small frames each."""
+"""Generated films for tests of the clock: what encoders, muxers and cutting tools do to times, in a few small frames each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCREEN = [0, 700, 1900, 2000, 2050, 2600, 5000]
 
 @functools.cache
 def pictures(count: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """uint8 [count, height, width, 3]: coloured noise that moves; every picture differs from every other."""
+    """Return moving coloured noise, uint8 [count, height, width, 3]; no two pictures are equal."""
     rng = np.random.default_rng(0)
     noise = rng.integers(30, 200, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     plain = noise.repeat(4, axis=0).repeat(4, axis=1)[:height, :width]
@@ -48,7 +48,7 @@ def write_film(
     title: str = "",
     more: Callable[[av.container.OutputContainer], list[av.Packet]] | None = None,
 ) -> Path:
-    """A film whose pictures appear at `times` (milliseconds).
+    """Write a film whose pictures appear at `times` (milliseconds).
 
     size: (height, width). colour: (colorspace, range). sound_s: seconds of silence beside it. more: other streams.
     """
@@ -97,7 +97,7 @@ def copied(
     muxer: dict[str, str] | None = None,
     rotation: int | None = None,
 ) -> Path:
-    """`source` in another file without encoding it again: packets that `keep` names, all times later by `shift_s`."""
+    """Copy `source` without encoding it again: the packets that `keep` names, all times later by `shift_s`."""
     with av.open(str(source)) as read, av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream_from_template(read.streams.video[0], opaque=True)
         if rotation is not None:
@@ -114,14 +114,14 @@ def copied(
 
 
 def from_key(source: Path, path: Path, number: int, more: int = 0) -> Path:
-    """`source` from its key frame `number` on, or from `more` packets after it."""
+    """Copy `source` from its key frame `number` on, or from `more` packets after it."""
     with av.open(str(source)) as read:
         keys = [i for i, packet in enumerate(read.demux(video=0)) if packet.is_keyframe]
     return copied(source, path, keep=lambda index, _: index >= keys[number] + more)
 
 
 def cut(source: Path, path: Path, at_s: float, muxer: dict[str, str] | None = None) -> Path:
-    """What `ffmpeg -ss AT -i SOURCE -c copy` leaves: from the key frame before, the beginning hidden by an edit list."""
+    """Write what `ffmpeg -ss AT -i SOURCE -c copy` leaves: from the key frame before, the beginning hidden by an edit list."""
     with av.open(str(source)) as read:
         packets = [packet for packet in read.demux(video=0) if packet.size]
         first = max(
@@ -131,7 +131,7 @@ def cut(source: Path, path: Path, at_s: float, muxer: dict[str, str] | None = No
 
 
 def joined(first: Path, second: Path, path: Path) -> Path:
-    """Two H.264 MP4s one after the other, the second with its parameter sets in its first packet."""
+    """Join two H.264 MP4s; the second has its parameter sets in its first packet."""
     with av.open(str(first)) as one, av.open(str(second)) as two, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(one.streams.video[0])
         end = 0
@@ -150,7 +150,7 @@ def joined(first: Path, second: Path, path: Path) -> Path:
 
 
 def parameter_sets(extradata: bytes) -> bytes:
-    """The sequence and the picture parameters out of an `avcC` box, each with its length in front."""
+    """Return the sequence and picture parameter sets of an `avcC` box, each with its length in front."""
     size = int.from_bytes(extradata[6:8], "big")
     sequence, rest = extradata[8 : 8 + size], extradata[9 + size :]
     picture = rest[2 : 2 + int.from_bytes(rest[:2], "big")]
@@ -163,7 +163,7 @@ PARENTS = (b"moov", b"trak", b"mdia", b"edts", b"minf", b"stbl")
 
 
 def boxes(data: bytes, start: int, stop: int) -> Iterable[tuple[bytes, int, int]]:
-    """(name, start, end) of every box, parents before their children."""
+    """Yield (name, start, end) of every box, parents before their children."""
     while start < stop:
         size, name = struct.unpack_from(">I4s", data, start)
         yield name, start, start + size
@@ -173,7 +173,7 @@ def boxes(data: bytes, start: int, stop: int) -> Iterable[tuple[bytes, int, int]
 
 
 def with_edits(source: Path, path: Path, edits: Sequence[tuple[float, float]]) -> Path:
-    """An MP4 (its index at the end) under another edit list: (seconds, seconds into the media; -1 = nothing to see)."""
+    """Give an MP4 (its index at the end) another edit list: (seconds, seconds into the media; -1 = nothing to see)."""
     data = source.read_bytes()
     found = list(boxes(data, 0, len(data)))
     assert [name for name, _, _ in found].index(b"moov") > [name for name, _, _ in found].index(b"mdat")
@@ -197,7 +197,7 @@ def with_edits(source: Path, path: Path, edits: Sequence[tuple[float, float]]) -
 
 
 def with_durations(source: Path, path: Path, factor: float) -> Path:
-    """An MP4 whose headers lie about its length; the edit list stays."""
+    """Make the headers of an MP4 lie about its length; the edit list stays."""
     data = bytearray(source.read_bytes())
     for name, start, _ in list(boxes(bytes(data), 0, len(data))):
         if name in (b"mvhd", b"mdhd", b"tkhd"):
@@ -208,7 +208,7 @@ def with_durations(source: Path, path: Path, factor: float) -> Path:
 
 
 def with_matrix(source: Path, path: Path, a: int, b: int, c: int, d: int) -> Path:
-    """An MP4 under another display matrix: a point (x, y) of the picture is shown at (ax + cy, bx + dy)."""
+    """Give an MP4 another display matrix: a point (x, y) of the picture is shown at (ax + cy, bx + dy)."""
     data = bytearray(source.read_bytes())
     for name, start, _ in list(boxes(bytes(data), 0, len(data))):
         if name == b"tkhd":
@@ -218,7 +218,7 @@ def with_matrix(source: Path, path: Path, a: int, b: int, c: int, d: int) -> Pat
 
 
 def earlier(source: Path, path: Path, by_s: float) -> Path:
-    """An MP4 without an edit list whose pictures appear earlier than they did, the first ones before 0 s."""
+    """Make the pictures of an MP4 without an edit list appear earlier, the first ones before 0 s."""
     data = bytearray(source.read_bytes())
     found = {name: start for name, start, _ in boxes(bytes(data), 0, len(data))}
     ticks = round(by_s * struct.unpack_from(">I", data, found[b"mdhd"] + 20)[0])
@@ -231,7 +231,7 @@ def earlier(source: Path, path: Path, by_s: float) -> Path:
 
 
 def without_picture(source: Path, path: Path, index: int) -> Path:
-    """An HEVC film in which a decoder passes over packet `index`: its unit is of a type without a meaning."""
+    """Change packet `index` of an HEVC film so that decoders skip it: its unit gets a type without a meaning."""
     with av.open(str(source)) as read:
         packet = [packet for packet in read.demux(video=0) if packet.size][index]
     data = bytearray(source.read_bytes())
@@ -241,7 +241,7 @@ def without_picture(source: Path, path: Path, index: int) -> Path:
 
 
 def unshown(source: Path, path: Path, index: int) -> Path:
-    """A VP8 film whose packet `index` is decoded but not shown, as encoders make them for others to refer to."""
+    """Change packet `index` of a VP8 film so that it is decoded but not shown, as a reference frame for others."""
     with av.open(str(source)) as read, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(read.streams.video[0])
         for i, packet in enumerate(read.demux(video=0)):
@@ -256,7 +256,7 @@ def unshown(source: Path, path: Path, index: int) -> Path:
 
 
 def cover(container: av.container.OutputContainer) -> list[av.Packet]:
-    """A picture of the film's box beside the film."""
+    """Add a cover picture beside the film."""
     stream = container.add_stream("mjpeg", rate=1)
     stream.width, stream.height, stream.pix_fmt = 320, 240, "yuvj420p"
     stream.disposition = Disposition.attached_pic
@@ -264,7 +264,7 @@ def cover(container: av.container.OutputContainer) -> list[av.Packet]:
 
 
 def second_film(container: av.container.OutputContainer) -> list[av.Packet]:
-    """Another, smaller film of one picture."""
+    """Add another, smaller film of one picture."""
     stream = container.add_stream("libx264", rate=10)
     stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
     return one_picture(stream, 32, 32)

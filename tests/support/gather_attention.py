@@ -1,6 +1,6 @@
-"""Attention over a pool of pages on any device: each row gathers the slots that it sees. Plain, and slow.
+"""Attention over a paged pool on any device: each row gathers the slots that it sees. Simple and slow.
 
-The engine runs on pages only with FlashInfer, which needs a GPU; with this it runs on them anywhere.
+The engine uses pages only with FlashInfer, which needs a GPU; with this backend it uses them anywhere.
 """
 
 from __future__ import annotations

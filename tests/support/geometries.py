@@ -1,4 +1,4 @@
-"""Shapes of real checkpoints, for estimates that no weights are at hand for."""
+"""Shapes of real checkpoints, for estimates without their weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from streams.checkpoint.model_shape import ModelGeometry
 
 
 def qwen2_5_vl(**language_model: Any) -> ModelGeometry:
-    """The vision tower is the same in all sizes."""
+    """Return the shape of a Qwen2.5-VL. The vision tower is the same in all sizes."""
     return ModelGeometry(
         model_type="qwen2_5_vl",
         vision_layers=32,

@@ -13,13 +13,13 @@ from streams.writing.writer import TurnInput
 
 
 def brute_force_lanes(log: StreamLog, memory: MemoryConfig) -> np.ndarray:
-    """What was asked and what was copied is lane 0; one lane holds everything under any other policy; int [L]."""
+    """Return the lane of every token, int [L]: 1 under text_memory except for system message, queries and copies; else 0."""
     above = (Kind.SYSTEM, Kind.QUERY, Kind.MEMORY)
     return np.array([int(memory.name == "text_memory" and kind not in above) for kind in log.kind])
 
 
 def brute_force_positions(log: StreamLog, turns: tuple[TurnInput, ...], lane: np.ndarray, layout: Layout) -> np.ndarray:
-    """Qwen2.5-VL's, at two positions a second and a second between patches; int [3, L]."""
+    """Return Qwen2.5-VL's positions, int [3, L], at two positions a second and a second between patches."""
     positions = np.zeros((3, len(log)), np.int64)
     above, here = 0, 0
     cells: list[tuple[int, int, int]] = []
@@ -47,7 +47,7 @@ def brute_force_positions(log: StreamLog, turns: tuple[TurnInput, ...], lane: np
 
 
 def brute_force_copy(log: StreamLog, turn: int, turns: tuple[TurnInput, ...], layout: Layout) -> list[int]:
-    """Ids that follow a turn under text_memory."""
+    """Return the ids that follow a turn under text_memory."""
     added = set(layout.tokenizer.added_tokens_decoder)
     mine = [(int(i), Kind(int(k))) for i, k, t in zip(log.ids, log.kind, log.turn, strict=True) if t == turn]
     thought = [i for i, kind in mine if kind == Kind.THINK and i not in added]

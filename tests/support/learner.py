@@ -15,6 +15,6 @@ GRPO = PolicyGradientConfig(clip_low=0.2, clip_high=0.2)
 
 
 def even(payload: GroupPayload, advantages: Sequence[float]) -> TrainItem:
-    """A group of which all targets of a stream have that stream's advantage."""
+    """Return a group in which all targets of a stream have that stream's advantage."""
     logs = payload.logs[: len(advantages)]
     return TrainItem(payload, tuple(np.full(int(log.target.sum()), a) for log, a in zip(logs, advantages, strict=True)))

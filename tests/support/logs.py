@@ -1,4 +1,4 @@
-"""Logs compared field for field, and a disk that is full while they are written."""
+"""Comparison of logs field by field, and a disk that is full while they are written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streams.positions.regions import RegionLog
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond `size` bytes: a full disk, as far as it can be had."""
+    """Keep every file of this process from growing beyond `size` bytes: the nearest thing to a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -25,7 +25,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def assert_same_log(got: StreamLog | RegionLog, wanted: StreamLog | RegionLog) -> None:
-    """Field for field, dtypes and shapes included."""
+    """Assert that two logs are equal field by field, dtypes and shapes included."""
     for field in dataclasses.fields(wanted):
         a, b = getattr(got, field.name), getattr(wanted, field.name)
         if isinstance(b, np.ndarray):

@@ -1,6 +1,6 @@
-"""The writer by its definition: one token at a time, lists and Python's numbers, none of the writer's code.
+"""The writer by its definition: one token at a time, with lists and Python's numbers and none of the writer's code.
 
-It asks the policy for what leaves and for its regions, and nothing else: `tests/streams/test_policies.py` has the policies'
+It asks the policy what leaves and for its regions, and nothing else. `tests/streams/test_policies.py` has the policies'
 own definitions.
 """
 
@@ -74,7 +74,7 @@ class PlainWriter:
     # A turn begins.
 
     def begin_turn(self, shown: TurnInput, version: int) -> list[int]:
-        """Returns the log indices that were evicted."""
+        """Begin a turn. Returns the log indices that were evicted."""
         t = self.layout.tokens
         if (t.response, Kind.DECISION) in self.said:
             for turn in self.open:
@@ -178,7 +178,7 @@ class PlainWriter:
             self.counter[1] = self.policy.lane_one_begins(*self.counter)
 
     def _video(self, chunk: ChunkRecord, version: int) -> None:
-        """Every cell in order; a block is the chunk, or with times in the text one of its patches."""
+        """Append every cell in order; a block is the chunk, or one of its patches if the text has times."""
         t, (patches, height, width) = self.layout.tokens, chunk.grid
         timed = self.layout.timestamps
         for block in range(patches) if timed else [None]:
@@ -239,7 +239,7 @@ class PlainWriter:
     # Contiguous positions.
 
     def _move(self, regions: np.ndarray) -> None:
-        """Tokens that enter a region stand behind those that stay there."""
+        """Place tokens that enter a region after those that stay there."""
         entering = [(token, Region(int(r))) for token, r in zip(self.live, regions, strict=True)]
         staying = [token for token, r in entering if token.region == r]
         moving = [(token, r) for token, r in entering if token.region != r]
@@ -257,7 +257,7 @@ class PlainWriter:
             if here:
                 offsets[r] = (extent, min(here))
                 extent += max(here) - min(here) + 1
-        # What a query's native position is short of its distance to a key at its coordinate.
+        # What to add to a query's native position, so that subtracting a key's coordinate gives their distance.
         added = {r: extent - native - base + first for r, (base, first) in offsets.items()}
         self.offsets.append([added.get(r, 0) for r in list(Region)[: Region.RETAINED]])
         self.turned = []

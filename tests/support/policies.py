@@ -73,7 +73,7 @@ def header(memory: MemoryConfig) -> LogHeader:
 
 
 def generate(writer: StreamWriter, layout: Layout, rng: np.random.Generator) -> None:
-    """One turn as an engine writes it: forced tokens where they are due, otherwise anything."""
+    """Write one turn as an engine does: forced tokens where they are due, otherwise anything."""
     t = layout.tokens
     choices = [t.think, t.think_end, t.silent, t.response, t.im_end, 65, 66, 67]
     while not writer.state.over:

@@ -1,4 +1,4 @@
-"""Where the repository is: for tests that start its commands or read its documents."""
+"""The repository's folder, for tests that start its commands or read its documents."""
 
 from pathlib import Path
 

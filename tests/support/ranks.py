@@ -85,7 +85,7 @@ def checkpoint(folder: Path, seed: int = 2, **spec: Any) -> Path:
 
 
 def groups(path: Path, turns: list[int], *, media: str, streams: int = 2, seed: int = 0) -> list[TrainItem]:
-    """Sampled groups, one per entry of `turns` (its number of turns), in float64; with media of the kind `media`."""
+    """Return sampled groups in float64, one per entry of `turns` (its number of turns), with media of the kind `media`."""
     items = []
     with norms_in_input_dtype():
         backbone = Backbone.load(path, LAYOUT, dtype=torch.float64)
@@ -117,7 +117,7 @@ def groups(path: Path, turns: list[int], *, media: str, streams: int = 2, seed: 
 
 
 def float64(stack: ExitStack) -> None:
-    """Everything that DeepSpeed and the backbone would compute in float32 is computed in float64."""
+    """Compute in float64 all that DeepSpeed and the backbone would compute in float32."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -165,7 +165,7 @@ def float64(stack: ExitStack) -> None:
 
 
 class RankProcesses:
-    """The ranks of a run, as processes that play one job after another: starting them takes longer than most jobs."""
+    """The ranks of a run, as processes that run one job after another: starting them takes longer than most jobs."""
 
     def __init__(self, folder: Path, world: int, timeout_s: float = 60.0) -> None:
         self.folder, self.world, self.jobs = folder, world, 0
@@ -187,7 +187,7 @@ class RankProcesses:
                 self.processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=err, stderr=err))
 
     def run(self, job: Job) -> list[list[Any]]:
-        """The replies of every call, by rank. Raises RuntimeError with a rank's stderr; the processes have then ended."""
+        """Return the replies of every call, by rank. Raises RuntimeError with a rank's stderr once the processes have ended."""
         number, self.jobs = self.jobs, self.jobs + 1
         publish(self.folder / f"{number}.job", pickle.dumps(job))
         outs = [self.folder / f"{number}.{rank}.out" for rank in range(self.world)]
@@ -216,14 +216,14 @@ def run(job: Job, ranks: int, folder: Path) -> list[list[Any]]:
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Write a file that whoever waits for it only ever sees whole."""
+    """Write a file aside and rename it, so that a reader never sees a part of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.rename(partial, path)
 
 
 def main(folder: Path, rank: int, world: int, timeout_s: float) -> None:
-    """The process of one rank. It ends when its launcher kills it, or is gone."""
+    """Run the process of one rank until its launcher kills it, or is gone."""
     from learner.parallel.ranks import Ranks, open_store
     from learner.setup import RankPlace
 
@@ -251,7 +251,7 @@ def wait_for(path: Path) -> None:
     launcher = os.getppid()
     while not path.exists():
         if os.getppid() != launcher:
-            # No orderly farewell: a rank whose peers are gone would wait for them.
+            # No orderly shutdown: a rank whose peers are gone would wait for them.
             os._exit(0)
         time.sleep(0.02)
 
@@ -263,7 +263,7 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
     plain = module.deepspeed_config
 
     def everything_partitioned(config: LearnerConfig, trained: int) -> dict[str, Any]:
-        """Tiny parameters too: by default DeepSpeed keeps those below 100,000 elements whole."""
+        """Partition tiny parameters too: by default DeepSpeed keeps those below 100,000 elements whole."""
         made = plain(config, trained)
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
@@ -282,7 +282,10 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
 
 
 def moments(engine: Any) -> dict[str, torch.Tensor]:
-    """Adam's first moments, whole: unlike parameters, which Adam moves by about the learning rate whatever the scale."""
+    """Return Adam's first moments, gathered from all ranks.
+
+    They scale with the gradient, whereas Adam moves a parameter by about the learning rate whatever the gradient's scale.
+    """
     return {name: moment(engine, p).clone() for name, p in engine.backbone.trainable().items()}
 
 

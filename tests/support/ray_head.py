@@ -71,12 +71,12 @@ class RayHead:
         self._await_nodes(len(self._processes))
 
     def run(self, *command: str, cwd: Path, limit_s: float = 120) -> subprocess.CompletedProcess:
-        """A command with the token, on this machine, outside of any job."""
+        """Run a command with the token, on this machine, outside of any job."""
         environment = self.environment | {"RAY_ADDRESS": self.address}
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=limit_s)
 
     def submit(self, folder: Path, *command: str) -> str:
-        """`ray job submit` of a folder; returns the job's id."""
+        """Submit a folder with `ray job submit`; return the job's id."""
         done = subprocess.run(
             [
                 self._ray,
@@ -102,7 +102,7 @@ class RayHead:
         return Jobs(self.url, self.environment["RAY_AUTH_TOKEN"])
 
     def close(self) -> None:
-        """`ray start --block` ends its children on SIGTERM; whatever does not listen is killed with its group."""
+        """End the cluster: `ray start --block` ends its children on SIGTERM; what does not react is killed with its group."""
         for process in reversed(self._processes):
             process.terminate()
         for process in self._processes:
@@ -121,7 +121,7 @@ class RayHead:
             )
 
     def _await_nodes(self, count: int) -> None:
-        """Until so many nodes are alive and the dashboard answers."""
+        """Wait until that many nodes are alive and the dashboard answers."""
         deadline = time.monotonic() + START_S
         while not (self._answers() and self._alive() == count):
             said = "".join((self.folder / f"start-{i}.txt").read_text() for i in range(len(self._processes)))

@@ -8,7 +8,7 @@ from streams.turns import ParsedTurn
 
 
 def make_task(queries, answers, end=20.0, start=0.0):
-    """queries: times. answers: (time, text, kind, query)."""
+    """Return a task. queries: times. answers: (time, text, kind, query)."""
     return StreamTask(
         id="task-7",
         video="clip.mp4",

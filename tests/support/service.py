@@ -22,7 +22,7 @@ LAYOUT = LayoutConfig(system_prompt="Watch.", think_budget=5, max_new_tokens=9)
 
 
 def worker_setup(checkpoint: Path, *, max_streams: int = 16, monitor_every: int = 1, **given: Any) -> WorkerSetup:
-    """A small worker; what is `given` differs."""
+    """Return the setup of a small worker, with the values in `given` in place of its own."""
     values: dict[str, Any] = {
         "dtype": "float32",
         "layout": LAYOUT,
@@ -38,7 +38,7 @@ def worker_setup(checkpoint: Path, *, max_streams: int = 16, monitor_every: int 
 
 
 def open_service(setup: WorkerSetup, worker: int = 0, cache_mb: int = 256) -> RolloutService:
-    """To be closed by whoever opened it."""
+    """Open a service. The caller closes it."""
     return RolloutService(worker, setup, cache_mb, put=lambda array: array, get=lambda array: array)
 
 

@@ -1,4 +1,4 @@
-"""A stage's surroundings without actors: what a loop keeps is real, the session holds only what is given."""
+"""A stage's context without actors: the files that a loop writes are real, the session has only what is given."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stage_context(
     resume: CheckpointState | None = None,
     **session: Any,
 ) -> tuple[StageContext, Told]:
-    """A context under `config.root`, and what the stage tells through it."""
+    """Return a context under `config.root`, and what the stage tells through it."""
     told = Told()
     context = StageContext(
         stage=stage,

@@ -26,7 +26,7 @@ def store(run, said=None):
 
 
 def begun(run, stage, **finished):
-    """What a stage leaves behind: a manifest, finished if a result is given."""
+    """Write the manifest that a stage leaves behind, finished if a result is given."""
     kept = store(run)
     kept.plan()
     kept.begin(stage)

@@ -16,7 +16,7 @@ from tests.support.streams import random_turns, request
 
 
 def for_layout(memory: MemoryConfig, layout: Layout) -> MemoryConfig:
-    """The policy as that layout takes it: text that tells the time of video stays as long as the video."""
+    """Return the policy as that layout accepts it: text that tells the time of video stays as long as the video."""
     short = memory.text_window and memory.text_window < memory.window
     if layout.timestamps and "text_window" in memory.takes and short:
         return dataclasses.replace(memory, text_window=memory.window)
@@ -24,13 +24,13 @@ def for_layout(memory: MemoryConfig, layout: Layout) -> MemoryConfig:
 
 
 def for_backbone(memory: MemoryConfig, backbone: Backbone) -> MemoryConfig:
-    """The policy as that backbone takes it."""
+    """Return the policy as that backbone accepts it."""
     return for_layout(memory, backbone.layout)
 
 
 @st.composite
 def contiguous(draw) -> MemoryConfig:
-    """A `sink_window` with positions that follow what is live."""
+    """Draw a `sink_window` with contiguous positions."""
     window = draw(st.integers(1, 5) | st.just(40))
     return MemoryConfig(
         "sink_window",
@@ -43,14 +43,14 @@ def contiguous(draw) -> MemoryConfig:
 
 
 EVERY_MEMORY = {**MEMORIES, "sink_window, contiguous": contiguous()}
-"""What a stream may run under: every policy, and the positions that are not native."""
+"""What a stream may run under: every policy, and `sink_window` also with contiguous positions."""
 
 ANY_MEMORY = st.sampled_from(sorted(EVERY_MEMORY)).flatmap(EVERY_MEMORY.get)
 
 
 @st.composite
 def layouts(draw, backbone: Backbone):
-    """Budgets that force ends of thoughts early or late; or thoughts that are forced empty."""
+    """Draw budgets that force thoughts to end early or late, or thoughts that are forced empty."""
     config = dataclasses.replace(
         backbone.layout.config, force_empty_thoughts=draw(st.booleans()), think_budget=draw(st.integers(2, 5))
     )
@@ -61,7 +61,7 @@ def layouts(draw, backbone: Backbone):
 def watched(
     draw, backbone: Backbone, memories: st.SearchStrategy[MemoryConfig], name: str, turns: int = 8
 ) -> tuple[MemoryConfig, StreamRequest]:
-    """One stream of up to `turns` turns under one of these memories: (its knobs, the stream)."""
+    """Draw one stream of up to `turns` turns under one of these memories: (its knobs, the stream)."""
     memory = for_backbone(draw(memories), backbone)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shown = random_turns(backbone, rng, draw(st.integers(1, turns)))

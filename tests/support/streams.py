@@ -49,7 +49,7 @@ __all__ = [
 def brute_force_expiry(
     log: StreamLog, turns: tuple[TurnInput, ...], memory: MemoryConfig, layout: Layout
 ) -> np.ndarray:
-    """Expiry from the policy's definition, token by token, with no code shared with the writer; int64 [L]."""
+    """Return the expiry by the policy's definition, int64 [L], token by token, with no code shared with the writer."""
     count = log.num_turns
     start = [int(np.flatnonzero(log.turn == t)[0]) for t in range(count)]
     spoken = [i for i in range(len(log)) if log.kind[i] in (Kind.THINK, Kind.DECISION, Kind.RESPONSE)]
@@ -68,14 +68,14 @@ def brute_force_expiry(
         return start[later[n - 1]] if len(later) >= n else NEVER
 
     def closing_turn(turn: int) -> int:
-        """The last turn in which the query of `turn` is open."""
+        """Return the last turn in which the query of `turn` is open."""
         closes = turns[turn].query.until_turn
         if closes is None:
             closes = next((t for t in range(turn, count) if responded[t]), NEVER)
         return closes
 
     def outside_sink_and_tail(i: int, turn: int) -> int:
-        """The first turn by which a generated token has left the text window and is neither sink nor tail."""
+        """Return where the first turn starts by which a generated token is outside text window, sink and tail."""
         ordinal = spoken.index(i)
         for t in range(turn + memory.text_window, count):
             gone = sum(int(log.turn[j]) <= t - memory.text_window for j in spoken)
@@ -121,7 +121,7 @@ def brute_force_expiry(
 
 
 def budget_expiry(turns: tuple[TurnInput, ...], budget: int) -> dict[int, int]:
-    """turn of a chunk -> turn at which it leaves, by doing what the rule says: the oldest go until the new one fits."""
+    """Return turn of a chunk -> turn at which it leaves, following the rule: the oldest leave until the new one fits."""
     kept: list[tuple[int, int]] = []
     leaves = {}
     for turn, shown in enumerate(turns):

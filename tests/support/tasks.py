@@ -6,7 +6,7 @@ from streams.task import ExpectedAnswer, StreamTask, TimedQuery
 
 
 def clip_task(name: str) -> StreamTask:
-    """A task called `name`, with one question that is due at once."""
+    """Return a task called `name`, with one question whose answer is due at once."""
     return StreamTask(
         name,
         f"{name}.mp4",

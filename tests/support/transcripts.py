@@ -55,14 +55,14 @@ class Made:
 
 
 def write_seconds(path: Path, seconds: int) -> Path:
-    """A clip that changes its colour every second."""
+    """Write a clip that changes its colour every second."""
     frames = np.concatenate([solid(COLOURS[i % len(COLOURS)], 2, 56, 72) for i in range(seconds)])
     write_clip(path, frames, 2)
     return path
 
 
 def one_question(folder: Path, name: str, category: str, text: str = "What colour comes now?") -> StreamTask:
-    """Asked in turn 2, due in turn 6 of 12."""
+    """Return a task of 12 turns with one question, asked in turn 2 and due in turn 6."""
     return StreamTask(
         id=name,
         video=str(write_seconds(folder / f"{len(list(folder.glob('*.mp4')))}.mp4", 12)),
@@ -92,7 +92,7 @@ def script(turns: int, says: dict[int, str], thought: str = "nothing new") -> tu
 
 
 def make(folder: Path) -> dict[str, Made]:
-    """Results `rl`, `sft` and `recent_frames`. The clip of stream gone-0 is deleted in the end."""
+    """Make the results `rl`, `sft` and `recent_frames`. The clip of stream gone-0 is deleted at the end."""
     folder.mkdir()
     alert, recall = one_question(folder, "alert-0", "alert"), one_question(folder, "recall-0", "recall")
     now, early = one_question(folder, "now-0", "now"), one_question(folder, "now-1", "now")
@@ -137,7 +137,7 @@ def make(folder: Path) -> dict[str, Made]:
 
 
 def build_page(folder: Path, budget_mb: float = 8.0) -> Path:
-    """The page of `make`'s results."""
+    """Write the page of `make`'s results."""
     results = make(folder / "streams")
     path = folder / "rl.html"
     totals = {name: (made.result().n, len(made.streams), made.result().reward) for name, made in results.items()}

@@ -1,7 +1,7 @@
 """The project's wheel, and a fresh virtual environment that has it installed and does not see the repository.
 
-The third-party packages come from the environment that runs the tests, by a path in a `.pth` file: Python does not read the
-`.pth` files of a folder that is named so, and thus not the one of an editable install either.
+The third-party packages come from the environment that runs the tests, by a path in a `.pth` file. Python does not read the
+`.pth` files of a folder that is added this way, so an editable install there has no effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _COMMAND = "#!{python}\nimport sys\nfrom {module} import main\nsys.exit(main())\
 
 
 def build_wheel(folder: Path) -> Path:
-    """`pip wheel` of the repository. Needs hatchling: the `dev` extra has it, else pip fetches it from the package index."""
+    """Build the wheel of the repository with pip. Needs hatchling: from the `dev` extra, else pip fetches it from the index."""
     isolation = [] if importlib.util.find_spec("hatchling") is None else ["--no-build-isolation"]
     _run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *isolation, "-w", str(folder), str(ROOT))
     (wheel,) = folder.glob("*.whl")
@@ -43,7 +43,7 @@ class Installed:
         return Path(sysconfig.get_path("purelib", vars={"base": str(self.folder), "platbase": str(self.folder)}))
 
     def run(self, *words: str, cwd: Path, limit_s: float = 240) -> subprocess.CompletedProcess[str]:
-        """One of its commands, without a PYTHONPATH of the tests."""
+        """Run one of its commands, without the tests' PYTHONPATH."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
         command = [str(self.bin / words[0]), *words[1:]]
         environment["OMP_NUM_THREADS"] = "1"
@@ -51,7 +51,7 @@ class Installed:
 
 
 def install(wheel: Path, folder: Path) -> Installed:
-    """A fresh environment with the wheel and a `ray` command; the wheel is installed before it sees any other package."""
+    """Make a fresh environment with the wheel and a `ray` command; the wheel is installed before it sees other packages."""
     _run(sys.executable, "-m", "venv", "--without-pip", str(folder))
     made = Installed(folder)
     python = str(made.bin / "python")

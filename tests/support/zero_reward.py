@@ -8,5 +8,5 @@ from rewards.outcome import StreamOutcome
 
 
 def nothing(outcome: StreamOutcome) -> np.ndarray:
-    """Float64 zeros, one per expected answer."""
+    """Return float64 zeros, one per expected answer."""
     return np.zeros(len(outcome.task.answers))

@@ -35,7 +35,7 @@ def loud_backbone(
     layout: LayoutConfig | None = None,
     device: str = "cpu",
 ) -> Backbone:
-    """A loud tiny backbone that may only write a few words and the layout's tokens.
+    """Return a loud tiny backbone that may only write a few words and the layout's tokens.
 
     With the whole vocabulary open, random weights hardly ever end a turn or decide anything by themselves.
     """
@@ -51,7 +51,7 @@ def loud_backbone(
 
 
 def with_ban_list(backbone: Backbone, banned: tuple[int, ...]) -> Backbone:
-    """The same model under another ban list."""
+    """Return the same model under another ban list."""
     layout = replace(backbone.layout)
     layout.banned = banned
     return Backbone(backbone.model, backbone.tokenizer, layout, backbone.image, backbone.source, backbone.processors)
@@ -59,7 +59,7 @@ def with_ban_list(backbone: Backbone, banned: tuple[int, ...]) -> Backbone:
 
 @contextmanager
 def forward_as(classes: Sequence[Any], forward: Callable[..., Any]) -> Iterator[None]:
-    """These modules compute `forward` instead of their own, until the context ends."""
+    """Replace the forward of these modules by `forward` until the context ends."""
     before = [module.forward for module in classes]
     for module in classes:
         module.forward = forward
@@ -71,7 +71,7 @@ def forward_as(classes: Sequence[Any], forward: Callable[..., Any]) -> Iterator[
 
 
 def norms_in_input_dtype() -> AbstractContextManager[None]:
-    """Qwen's RMSNorm computes in fp32 whatever its input: for fp64 proofs it computes in the input's dtype.
+    """Make Qwen's RMSNorm, which computes in fp32 whatever its input, compute in the input's dtype for fp64 proofs.
 
     Qwen3-VL's class also normalises queries and keys.
     """

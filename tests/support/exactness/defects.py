@@ -23,7 +23,7 @@ from tests.support.exactness.backbones import with_ban_list
 from tests.support.exactness.streams import differences, run
 
 WINDOW_KNOBS = ("window", "text_window", "sink_tokens", "tail_tokens", "video_tokens")
-"""What bounds how much stays. A budget is off by one token, the size of the smallest chunk."""
+"""Knobs that bound how much stays. A budget is off by one token, the size of the smallest chunk."""
 
 _NOTHING_LEAVES = "nothing leaves, the mask is causal"
 _NO_WINDOW = "what leaves is drawn by luck: there is no window, and no turn's start, that could be meant"
@@ -42,7 +42,7 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
 
 class _LateEndPlan(StepPlan):
     def _end_turn(self, stream: Stream) -> None:
-        """Leave END to the next turn's part."""
+        """Leave END to be forwarded with the next turn."""
 
 
 class LateEnd(Engine):
@@ -53,17 +53,17 @@ class LateEnd(Engine):
 
 
 def causal(log: StreamLog) -> StreamLog:
-    """The log as a plain causal mask reads it: nothing ever left, and there is one lane."""
+    """Return the log as a plain causal mask reads it: nothing was ever evicted, and there is one lane."""
     return replace(log, expiry=np.full_like(log.expiry, NEVER), lane=np.zeros_like(log.lane))
 
 
 def _starts(log: StreamLog) -> list[int]:
-    """Index of each turn's first prefilled token."""
+    """Return the index of each turn's first prefilled token."""
     return [int(np.flatnonzero(log.turn == turn)[0]) for turn in range(log.num_turns)]
 
 
 def turn_start_at_video(log: StreamLog) -> StreamLog:
-    """Eviction at the first video token of a turn: what comes between the turn before and it still sees what left."""
+    """Evict at the first video token of a turn: what is prefilled before it still sees the evicted tokens."""
     expiry = log.expiry.copy()
     generated = np.isin(log.kind, GENERATED)
     for turn in range(1, log.num_turns):
@@ -75,7 +75,7 @@ def turn_start_at_video(log: StreamLog) -> StreamLog:
 
 
 def a_turn_late(log: StreamLog) -> StreamLog:
-    """Whatever left stays for one turn more."""
+    """Evict every token one turn late."""
     starts = np.array([*_starts(log), NEVER, NEVER])
     left = log.expiry < len(log)
     expiry = log.expiry.copy()
@@ -84,7 +84,7 @@ def a_turn_late(log: StreamLog) -> StreamLog:
 
 
 def written_again(backbone: Backbone, log: StreamLog, request: StreamRequest, memory: MemoryConfig) -> StreamLog:
-    """The log's tokens written again under `memory`, by a learner that derives its mask instead of reading the record."""
+    """Write the log's tokens again under `memory`, as a learner would that derives its mask instead of reading the record."""
     writer = StreamWriter(log.header, request.layout, make_policy(memory), backbone.cursor(request.patch_seconds))
     generated = np.isin(log.kind, GENERATED)
     for turn in range(log.num_turns):
@@ -103,7 +103,7 @@ def written_again(backbone: Backbone, log: StreamLog, request: StreamRequest, me
 
 
 def off_by_one(memory: MemoryConfig) -> list[MemoryConfig]:
-    """`memory` with one of its knobs one too small or too large."""
+    """Return variants of `memory`, each with one of its knobs one too small or too large."""
     taken = [knob for knob in WINDOW_KNOBS if knob in memory.takes and getattr(memory, knob)]
     return [replace(memory, **{knob: getattr(memory, knob) + by}) for knob in taken for by in (-1, 1)]
 
@@ -116,7 +116,7 @@ def _causal_mask(b: Backbone, memory: MemoryConfig, requests: list[StreamRequest
 
 
 def _window(b: Backbone, memory: MemoryConfig, requests: list[StreamRequest], logs: list[StreamLog]) -> float:
-    """The least noticed of all windows that are off by one; without such a knob, everything leaves a turn late."""
+    """Plant the least noticed of all windows that are off by one; without such a knob, evict everything one turn late."""
     pairs = list(zip(logs, requests, strict=True))
     variants = [[written_again(b, log, r, wrong) for log, r in pairs] for wrong in off_by_one(memory)]
     return float(np.min([_largest(b, again, requests) for again in variants or [[a_turn_late(log) for log in logs]]]))
@@ -146,7 +146,7 @@ DEFECTS: dict[str, Plant] = {
 def planted(
     backbone: Backbone, memory: MemoryConfig, requests: list[StreamRequest], logs: list[StreamLog]
 ) -> dict[str, float | None]:
-    """Largest difference under each defect; None where it does not apply (`NOT_APPLICABLE` says why)."""
+    """Return the largest difference under each defect; None where it does not apply (`NOT_APPLICABLE` says why)."""
     skipped = NOT_APPLICABLE.get(memory.name, {})
     return {
         name: None if name in skipped else plant(backbone, memory, requests, logs) for name, plant in DEFECTS.items()

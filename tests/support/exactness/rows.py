@@ -62,8 +62,10 @@ VIDEO_EVICTED_BAR = 0.3
 
 @dataclass(frozen=True)
 class Size:
-    """How much of a row is run. tokens: sampled ones, at least; turns of a stream from `low` to `high` - 1; `streams` run
-    at once; the defects are planted in the first `defect_streams`.
+    """How much of a row is run.
+
+    tokens: sampled ones, at least. low, high: a stream has `low` to `high` - 1 turns. streams: how many run at once.
+    defect_streams: the defects are planted in so many of the first streams.
     """
 
     tokens: int
@@ -79,9 +81,12 @@ QUICK = Size(tokens=300, streams=5, low=9, high=13, defect_streams=2)
 
 @dataclass(frozen=True)
 class Measured:
-    """One row. mean, p99, max, k3: of |behaviour - re-scored| log-prob (k3 an estimate of the KL divergence).
+    """What was measured of one row.
 
-    evicted: tokens of any kind that left; video_evicted: share of the video tokens. by_kind: p99 and max by kind of token.
+    mean, p99, max, k3: of |behaviour - re-scored| log-prob (k3 estimates the KL divergence).
+
+    evicted: evicted tokens of any kind. video_evicted: evicted share of the video tokens. by_kind: p99 and max by kind of
+    token.
     """
 
     policy: str
@@ -99,12 +104,12 @@ class Measured:
     by_kind: dict[str, dict[str, float]]
 
     def named(self) -> dict[str, Any]:
-        """The keys of the report."""
+        """Return the row by the keys of the report."""
         beside = ("k3", "video_evicted", "by_kind")
         return {key: value for key, value in asdict(self).items() if key not in beside}
 
     def misses(self, size: Size, evicts: bool) -> list[str]:
-        """What falls short of a bar, in words. Every comparison is written so that NaN and None fail."""
+        """Return, in words, what misses its bar. Every comparison is written so that NaN and None fail."""
         wrong = []
         for figure, bar in BARS[self.dtype].items():
             value = getattr(self, figure)
@@ -156,7 +161,7 @@ def measure(backbone: Backbone, policy: Policy, dtype: str, size: Size, attentio
 
 
 def check_counted_once(logs: list[StreamLog], found: np.ndarray) -> None:
-    """Raises ValueError if a stream, or a token of it, was counted twice or not at all."""
+    """Raise ValueError if a stream, or a token of it, was counted twice or not at all."""
     sampled = sum(int(log.sampled.sum()) for log in logs)
     if len(found) != sampled:
         raise ValueError(f"{len(found)} differences for {sampled} sampled tokens")
@@ -166,7 +171,7 @@ def check_counted_once(logs: list[StreamLog], found: np.ndarray) -> None:
 
 
 def check_positions(logs: list[StreamLog], positions: str) -> None:
-    """Raises ValueError if the streams did not have the positions that their row is named after."""
+    """Raise ValueError if the streams did not have the positions that their row is named after."""
     for log in logs:
         moved = log.regions is not None and len(log.regions.token) > 0
         if moved != (positions == CONTIGUOUS):
@@ -176,7 +181,7 @@ def check_positions(logs: list[StreamLog], positions: str) -> None:
 
 
 def figures(logs: list[StreamLog], found: np.ndarray) -> dict[str, Any]:
-    """What the differences of these logs come to; None where there was nothing to measure."""
+    """Return the figures of these logs' differences; None where there was nothing to measure."""
     stats, sizes = LogpDiff.of(found), np.abs(found)
     none = np.zeros(0)
     kinds = np.concatenate([log.kind[log.sampled] for log in logs]) if logs else none

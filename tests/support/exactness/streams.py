@@ -27,7 +27,7 @@ GRIDS = ((1, 1, 1), (1, 2, 2), (1, 1, 2), (1, 2, 1), (2, 2, 2))
 
 
 def chunk_record(turn: int, grid: tuple[int, int, int], keep: tuple[int, ...] | None = None) -> ChunkRecord:
-    """A chunk of one second whose temporal patches hold two frames each."""
+    """Return a chunk of one second whose temporal patches hold two frames each."""
     frames = 2 * grid[0]
     times = turn + (np.arange(frames) + 0.5) / frames
     patches = times.reshape(grid[0], 2).mean(axis=1)
@@ -37,7 +37,7 @@ def chunk_record(turn: int, grid: tuple[int, int, int], keep: tuple[int, ...] | 
 
 
 def random_turns(backbone: Backbone, rng: np.random.Generator, count: int) -> tuple[TurnInput, ...]:
-    """Uneven turns: some text-only, grids of several shapes, late, doubled, staying and unanswered queries."""
+    """Return uneven turns: some text-only, grids of several shapes, late, doubled, staying and unanswered queries."""
     turns = []
     for turn in range(count):
         chunk = None
@@ -78,7 +78,7 @@ def request(
     temperature: float = 1.0,
     feature_seed: int | None = None,
 ) -> StreamRequest:
-    """A stream over `turns` with random features, the same ones for the same feature seed."""
+    """Return the request for a stream over `turns` with random features, equal for equal feature seeds."""
     generator = torch.Generator().manual_seed(stream_seed(0, name) % 2**31 if feature_seed is None else feature_seed)
     features = tuple(
         torch.randn(t.chunk.num_tokens, backbone.feature_width, generator=generator, dtype=torch.float64).to(
@@ -94,7 +94,7 @@ def request(
 def random_requests(
     backbone: Backbone, memory: MemoryConfig, count: int, seed: int = 0, low: int = 5, high: int = 14
 ) -> list[StreamRequest]:
-    """Streams of `low` to `high` - 1 random turns."""
+    """Return requests for streams of `low` to `high` - 1 random turns."""
     rng = np.random.default_rng(seed)
     return [
         request(backbone, memory, random_turns(backbone, rng, int(rng.integers(low, high))), f"{memory.name}{seed}/{i}")
@@ -110,7 +110,7 @@ def run(
     kv_slots: int = 20000,
     engine_type: type[Engine] = Engine,
 ) -> list[StreamLog]:
-    """Run to the end; logs in the order of the requests. Checks that every slot came back."""
+    """Run the streams to their end and check that every slot came back. Returns logs in the order of the requests."""
     engine = engine_type(backbone, kv_slots=kv_slots, max_streams=max_streams)
     for r in requests:
         engine.add(r)
@@ -129,13 +129,13 @@ def joined_features(r: StreamRequest) -> torch.Tensor:
 def signed_differences(
     backbone: Backbone, logs: list[StreamLog], requests: list[StreamRequest], attention: str = "sdpa"
 ) -> np.ndarray:
-    """Re-scored minus behaviour log-prob of every sampled token, log by log; float64 [N]."""
+    """Return re-scored minus behaviour log-prob of every sampled token, log by log; float64 [N]."""
     features = [joined_features(r) for r in requests]
     return np.concatenate(behaviour_differences(backbone, logs, features, attention=attention))
 
 
 def differences(backbone: Backbone, logs: list[StreamLog], requests: list[StreamRequest]) -> np.ndarray:
-    """Their sizes."""
+    """Return the absolute values of `signed_differences`."""
     return np.abs(signed_differences(backbone, logs, requests))
 
 
@@ -146,6 +146,6 @@ CAUGHT = 1000 * FP64_BAR
 
 
 def run_to_the_end(engine: Engine) -> None:
-    """Step until nothing is left to do."""
+    """Step the engine until nothing is left to do."""
     while engine.busy:
         engine.step()

@@ -24,7 +24,7 @@ class Admission:
 
     @property
     def possible(self) -> bool:
-        """Whether the stream at the head of the queue could run now."""
+        """Return whether the stream at the head of the queue could run now."""
         room = self._capacity - self._reserved
         return bool(self._waiting) and len(self.running) < self._max_streams and self._waiting[0].reserved <= room
 
@@ -39,12 +39,12 @@ class Admission:
             self.running.append(stream)
 
     def release(self, stream: Stream) -> None:
-        """Take a running stream out and give up its reservation. Its slots are the caller's to free."""
+        """Remove a running stream and give up its reservation. The caller frees its slots."""
         self.running.remove(stream)
         self._reserved -= stream.reserved
 
     def cancel(self, stream_ids: set[str]) -> list[Stream]:
-        """Forget these streams where they wait; return those of them that run."""
+        """Forget those of these streams that wait; return those that run."""
         self._waiting = deque(stream for stream in self._waiting if stream.id not in stream_ids)
         return [stream for stream in self.running if stream.id in stream_ids]
 

@@ -55,7 +55,7 @@ class OneStepEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything; False while every stream waits for its feed."""
+        """Return whether a step would do anything; False while every stream waits for its feed."""
         return self.admission.possible or any(not stream.idle for stream in self.admission.running)
 
     def add(self, request: StreamRequest) -> StreamWriter:
@@ -85,7 +85,7 @@ class OneStepEngine:
 
     @torch.no_grad()
     def step(self) -> list[StreamLog]:
-        """Forward once; returns the streams that finished, but for those whose log went out in pieces."""
+        """Forward once; return the streams that finished, except those whose log was handed out in pieces."""
         self.admission.admit()
         step = self._gather()
         if step.rows:
@@ -110,7 +110,7 @@ class OneStepEngine:
     def drop_all(self) -> None:
         """Forget every stream (after an error inside a step) and free all slots."""
         self.admission.clear()
-        # Of the pool and not by stream: slots that the failed step was about to free are in no stream's list any more.
+        # Empty the pool, not stream by stream: slots that the failed step was about to free are in no stream's list any more.
         self.pool.free_all()
 
     def _gather(self) -> StepPlan:

@@ -54,7 +54,7 @@ class Stream:
 
     @property
     def between_turns(self) -> bool:
-        """Whether no turn has begun, or the last one that has is over."""
+        """Return whether no turn has begun, or the latest is over."""
         return self.writer.state is None or self.writer.state.over
 
     @property
@@ -63,12 +63,12 @@ class Stream:
 
     @property
     def idle(self) -> bool:
-        """Whether this is a live stream whose next turn has not come."""
+        """Return whether this is a live stream whose next turn has not come."""
         return self.between_turns and not self.source.ready and not self.source.ended
 
     @property
     def contiguous(self) -> bool:
-        """Whether its positions are contiguous, so that the engine rotates its keys."""
+        """Return whether its positions are contiguous, so that the engine rotates its keys."""
         return self.writer.regions is not None
 
     def write_piece(self) -> None:

@@ -18,7 +18,7 @@ class SlotList:
 
     @property
     def held(self) -> np.ndarray:
-        """Slots int64 [n], a view that later changes leave alone: `drop` makes new columns, `add` writes behind its end."""
+        """Return slots int64 [n]. Later changes leave this view alone: `drop` makes new columns, `add` writes after its end."""
         return self._columns.column("slot")
 
     @property

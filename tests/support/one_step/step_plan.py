@@ -132,7 +132,7 @@ class StepPlan:
 
 
 def _seen(stream: Stream, begin: int, end: int) -> np.ndarray:
-    """Slots int64 [n] that the segment [begin, end) of one lane attends to, its own included: live, of its lane or below."""
+    """Return slots int64 [n] that the segment [begin, end) of one lane attends to: live, of its lane or below, and its own."""
     held = stream.writer.held
     # `held` and `slots` both list the live tokens in log order. What is logged behind this segment is not for it to see.
     seen = slice(0, int(np.searchsorted(held.column("index"), end)))

@@ -25,7 +25,7 @@ class TurnState:
     over: bool = False
 
     def forced(self) -> int | None:
-        """The id that must come next, or None if the model chooses."""
+        """Return the id that must come next, or None if the model chooses."""
         if self.config.force_empty_thoughts and self.count < 2:
             return self.tokens.think if self.count == 0 else self.tokens.think_end
         if self.count == self.config.max_new_tokens - 1:

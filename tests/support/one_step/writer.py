@@ -44,7 +44,7 @@ class StreamWriter:
     generated: int = 0
     state: TurnState | None = None
     _generation_begun: bool = False
-    # Of the turn that runs: where generation goes on, of which time it is, ids and kinds that it generated.
+    # The running turn: where generation goes on, its time, the ids and kinds that it generated.
     _lane: int = 0
     _span: Span | None = None
     _wrote: list[tuple[int, Kind]] = field(default_factory=list)
@@ -56,16 +56,16 @@ class StreamWriter:
 
     @property
     def regions(self) -> RegionBook | None:
-        """Where the live tokens stand; None if positions are native."""
+        """Return the positions of the live tokens; None if positions are native."""
         return self.log.regions
 
     @property
     def live(self) -> np.ndarray:
-        """Log indices of the tokens that are still visible, in order."""
+        """Return the log indices of the tokens that are still visible, in order."""
         return self.held.column("index")
 
     def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
-        """Evict, then append the prefill. Returns (evicted log indices, where the prefill stands)."""
+        """Evict, then append the prefill. Returns (evicted log indices, log indices of the prefill)."""
         assert self.state is None or self.state.over, "the turn before has not ended"
         if self.state is not None and self.state.spoke:
             self.history.answered()
@@ -90,7 +90,7 @@ class StreamWriter:
         return left, slice(start, self.log.length)
 
     def forced(self) -> int | None:
-        """The id that must come next in this turn, None if the model chooses."""
+        """Return the id that must come next in this turn, None if the model chooses."""
         assert self.state is not None
         return self.state.forced()
 
@@ -147,7 +147,7 @@ class StreamWriter:
             self.held.append(at, part.ids, positions, kind=part.kind, turn=turn, lane=part.lane)
 
     def _remember(self, version: int) -> None:
-        """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
+        """Append the copy of the turn before to that turn. The eviction for the turn that begins comes first."""
         if self.policy.lanes is not Lanes.MEMORY or not self._wrote:
             return
         ids, kinds = np.asarray(self._wrote, np.int32).T
@@ -156,7 +156,7 @@ class StreamWriter:
             self._append([copy], self.turn - 1, version)
 
     def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
-        """Let go what the policy names; returns its log indices."""
+        """Evict the tokens that the policy names; return their log indices."""
         start = self.history.begin(
             has_video=chunk is not None,
             video_tokens=0 if chunk is None else chunk.num_tokens,
