@@ -111,3 +111,4 @@ class Admission:
         """Forget every stream."""
         self._waiting.clear()
         self.running.clear()
+        self._preempted.clear()
