@@ -1,11 +1,13 @@
-"""Admission alone, without a model: streams that keep their bound never have more than the pool, and nobody is overtaken."""
+"""Admission alone, without a model: who runs fits, nobody is overtaken, and who is given back is the youngest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.engine.admission import Admission
@@ -21,12 +23,12 @@ class Wanted:
     id: str
     bound: int
     keeps: bool = True
+    need: int = 0
     number: int = 0
     slots: StreamSlots = field(init=False)
 
-    @property
-    def need(self) -> int:
-        return self.bound
+    def __post_init__(self) -> None:
+        self.need = self.need or self.bound
 
 
 @pytest.mark.parametrize("book_type", [PagedBook, BlockBook])
@@ -71,3 +73,77 @@ def test_what_runs_fits_and_comes_in_the_order_in_which_it_was_queued(book_type,
     assert not admission.running
     admission.add(Wanted("whole", CAPACITY))
     assert admission.possible, "nothing stays reserved"
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=100)
+def test_on_pages_the_youngest_that_does_not_keep_its_bound_is_given_back_and_comes_again_first(seed):
+    """Streams are admitted by what they need, and grow to their bound; where that is too much, the youngest go."""
+    book = PagedBook(CAPACITY)
+    luck = Random(seed)
+    admission, alive, given_back = Admission(book, 2 * MAX_STREAMS), {}, []
+
+    def end(stream):
+        stream.slots.close()
+        admission.release(stream)
+        del alive[stream.id]
+
+    def give_back():
+        youngest = admission.youngest()
+        loose = [stream for stream in admission.running if not stream.keeps]
+        assert youngest is loose[-1]
+        assert len(loose) > 1, "alone with what is kept it has room"
+        again = Wanted(youngest.id, youngest.bound, False, min(youngest.bound, youngest.slots.owned + 1))
+        youngest.slots.close()
+        admission.give_back(youngest, again)
+        alive[again.id] = again
+        given_back.append(again.id)
+        return youngest
+
+    def grow(stream):
+        """One token more, as far as its bound goes."""
+        nothing = np.zeros(0, np.int64)
+        if stream.slots.owned == stream.bound:
+            return
+        while not stream.slots.has_room(1, nothing, 0):
+            if give_back() is stream:
+                return
+        stream.slots.add(len(stream.slots.held), 1)
+
+    for number in range(60):
+        event = luck.choice(["come"] * 4 + ["grow"] * 9 + ["end first", "end last", "cancel"])
+        if event == "come":
+            bound = luck.randint(4, 12)
+            stream = Wanted(f"s{number}", bound, luck.random() < 0.2, luck.randint(1, 3))
+            alive[stream.id] = stream
+            admission.add(stream)
+        elif event == "cancel" and luck.random() < 0.5:
+            gone = set(list(alive)[::3])
+            for stream in admission.cancel(gone):
+                end(stream)
+            alive = {name: stream for name, stream in alive.items() if name not in gone}
+        elif event == "grow":
+            for stream in list(admission.running):
+                if stream in admission.running:
+                    grow(stream)
+        elif admission.running and event.startswith("end"):
+            end(admission.running[0 if event == "end first" else -1])
+        admitted = iter(admission.admit, None)
+        for stream in admitted:
+            assert stream.slots.has_room(stream.need, np.zeros(0, np.int64), 0)
+            stream.slots.add(0, stream.need)
+        numbers = [stream.number for stream in admission.running]
+        assert numbers == sorted(numbers), "the oldest first"
+        waiting = [stream for stream in alive.values() if stream not in admission.running]
+        for stream in waiting:
+            loose = [other.number for other in admission.running if not other.keeps]
+            assert all(stream.number > number for number in loose), "nobody is overtaken but by what keeps its bound"
+        kept = [stream for stream in admission.running if stream.keeps]
+        assert book.kept == sum(stream.bound - stream.slots.owned for stream in kept) <= book.available
+        assert len(admission.running) <= 2 * MAX_STREAMS
+        assert not waiting or admission.running, "somebody runs"
+    assert admission.take_preempted() == given_back
+    assert admission.take_preempted() == []
+    for stream in list(admission.running):
+        end(stream)
+    assert book.available == CAPACITY

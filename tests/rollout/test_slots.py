@@ -17,13 +17,13 @@ TURNS = st.lists(
 )
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("paged", "keeps"), [(False, False), (True, True), (True, False)])
 @given(TURNS)
 @settings(max_examples=150)
-def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns):
+def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, keeps, turns):
     """Three streams take turns; each writes its tokens' names into a pool and finds them again under its slots."""
     pool = KVPool(CAPACITY, layers=1, kv_heads=1, head_dim=1, paged=paged)
-    streams = [pool.book.open(20, keeps=True) for _ in range(3)]
+    streams = [pool.book.open(20, keeps=keeps) for _ in range(3)]
     tokens: list[list[int]] = [[], [], []]
     lengths = [0, 0, 0]
 
@@ -38,11 +38,13 @@ def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns)
         leaving = sorted(luck.sample(tokens[which], luck.randint(0, len(tokens[which]))))
         room = 20 - len(tokens[which])
         coming, generated = min(coming, room), min(generated, max(0, room - coming))
+        assert streams[which].has_room(coming, np.array(leaving, np.int64), generated), "three bounds are the pool"
         dropped = streams[which].drop(np.array(leaving, np.int64), coming)
         tokens[which] = [token for token in tokens[which] if token not in leaving]
         assert not set(dropped.source.tolist()) & set(dropped.target.tolist())
         pool.move(0, torch.from_numpy(dropped.source), torch.from_numpy(dropped.target))
         write(which, coming)
+        streams[which].expect(generated)
         streams[which].give_back(dropped.freed)
         row = streams[which].row(generated)
         assert len(row) == len(tokens[which]) + generated
@@ -114,6 +116,30 @@ def test_pages_that_are_not_there_are_an_error_of_the_engine():
         book.free(slots)
 
 
+def test_a_page_that_others_hold_does_not_come_back_when_one_drops_it():
+    """Two hold six slots together; what one of them evicts is no room for its next turn until the other has left."""
+    book = PagedBook(8)
+    first, second = (book.open(8, keeps=False) for _ in range(2))
+    first.add(0, 6)
+    assert [len(slots) for slots in second.share(first, 0, 6, copy=False)] == [0, 0], "nothing is copied"
+    assert book.available == 2
+    evicted = np.arange(6)
+    assert second.has_room(2, evicted, 0)
+    assert not second.has_room(2, evicted, 1)
+    first.close()
+    assert book.available == 2, "the other still holds them"
+    assert second.has_room(2, evicted, 6)
+    dropped = second.drop(evicted, 2)
+    assert not len(dropped.source)
+    second.add(6, 2)
+    second.expect(6)
+    assert book.available == 0
+    second.give_back(dropped.freed)
+    assert len(set(second.row(6).tolist())) == 8
+    second.close()
+    assert book.available == 8
+
+
 def test_a_pool_without_a_single_slot_is_refused_by_its_config_key():
     with pytest.raises(ValueError, match=r"rollout\.kv_memory_mb"):
         KVPool(0, layers=1, kv_heads=1, head_dim=1)
@@ -125,9 +151,9 @@ def test_bytes_per_slot_is_what_the_pool_allocates_and_one_slot_for_nobody(paged
     assert pool.kv.nbytes == 6 * KVPool.bytes_per_slot(3, 2, 8, torch.bfloat16)
 
 
-@pytest.mark.parametrize("book_type", [PagedBook, BlockBook])
-def test_slots_stay_parallel_to_the_live_tokens(book_type):
-    slots = book_type(20).open(10, keeps=True)
+@pytest.mark.parametrize(("book_type", "keeps"), [(PagedBook, True), (PagedBook, False), (BlockBook, False)])
+def test_slots_stay_parallel_to_the_live_tokens(book_type, keeps):
+    slots = book_type(20).open(10, keeps=keeps)
     a, b, c = slots.add(0, 3).tolist()
     before = slots.held
     slots.drop(np.array([1]), coming=1)
