@@ -14,7 +14,7 @@ from rollout.engine.request import StreamRequest, stream_bound
 from rollout.engine.slots import PagedBook
 from streams.log.pieces import PieceFolder, join_pieces, read_pieces
 from streams.log.record import StreamLog
-from streams.memory import MemoryConfig
+from streams.memory import MemoryConfig, make_policy
 from tests.support.logs import assert_same_log
 from tests.support.pages import use_pages
 from tests.support.streams import (
@@ -25,6 +25,7 @@ from tests.support.streams import (
     norms_in_input_dtype,
     random_turns,
     request,
+    run,
 )
 
 MEMORIES = (
@@ -166,3 +167,23 @@ def test_streams_that_do_not_fit_beside_what_is_kept_wait_for_its_end(backbone, 
     assert ended == [r.header.stream_id for r in both]
     assert engine.admission.take_preempted() == []
     assert engine.pool.available == slots
+
+
+def test_a_stream_whose_log_is_out_in_pieces_is_not_given_back_although_it_is_the_youngest(backbone, tmp_path):
+    rng = np.random.default_rng(4)
+    full = MemoryConfig("full")
+    older = [request(backbone, full, random_turns(backbone, rng, 8), f"known/{i}") for i in range(2)]
+    plain = request(backbone, MEMORIES[0], random_turns(backbone, rng, 8), "pieces")
+    wanted = run(backbone, [plain])[0]
+    youngest = replace(plain, policy=make_policy(MEMORIES[0]), pieces=PieceFolder(tmp_path), piece_tokens=20)
+    engine = Engine(backbone, stream_bound(youngest) + max(stream_bound(r) for r in older), 4)
+    for r in (*older, youngest):
+        engine.add(r)
+    engine.step()
+    assert [stream.id for stream in engine.admission.running] == ["known/0", "known/1", "pieces"]
+    while engine.busy:
+        engine.step()
+    assert set(engine.admission.take_preempted()) == {"known/1"}
+    joined = join_pieces(read_pieces(tmp_path))
+    np.testing.assert_array_equal(joined.ids, wanted.ids)
+    np.testing.assert_allclose(joined.behaviour_logp, wanted.behaviour_logp, rtol=0, atol=FP64_BAR)

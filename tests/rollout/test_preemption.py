@@ -12,15 +12,16 @@ import torch
 from rollout.engine.engine import Engine
 from rollout.engine.request import StreamRequest, stream_bound
 from streams.backbone.backbone import Backbone
-from streams.layout.layout import LayoutConfig
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig, make_policy
+from streams.writing.writer import QueryInput, TurnInput
 from tests.support.exactness.rows import POLICIES
 from tests.support.logs import assert_same_log
 from tests.support.pages import use_pages
 from tests.support.streams import (
     FP64_BAR,
     MODEL_TYPES,
+    chunk_record,
     differences,
     loud_backbone,
     norms_in_input_dtype,
@@ -45,6 +46,13 @@ def backbone(request, tmp_path_factory):
 @pytest.fixture
 def pages(monkeypatch):
     use_pages(monkeypatch)
+
+
+@pytest.fixture(params=[False, True], ids=["blocks", "pages"])
+def paged(request, monkeypatch):
+    if request.param:
+        use_pages(monkeypatch)
+    return request.param
 
 
 def group(backbone, memory, count, seed, turns=5):
@@ -203,11 +211,8 @@ def test_what_begins_anew_after_a_swap_is_of_the_new_weights_alone(backbone, pag
         assert scored.max() <= FP64_BAR
 
 
-@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("policy", [POLICIES[1], POLICIES[5], POLICIES[6]], ids=[NAMES[1], NAMES[5], NAMES[6]])
-def test_a_group_prefills_its_first_turn_once_and_writes_the_same_logs(backbone, request, policy, paged):
-    if paged:
-        request.getfixturevalue("pages")
+def test_a_group_prefills_its_first_turn_once_and_writes_the_same_logs(backbone, policy, paged):
     requests = group(backbone, policy.memory, 4, 3)
     apart, wanted, _ = run(backbone, alone(requests), ROOM)
     together, found, _ = run(backbone, requests, ROOM)
@@ -221,26 +226,31 @@ def test_a_group_prefills_its_first_turn_once_and_writes_the_same_logs(backbone,
         assert_same(log, wanted[name])
 
 
-@pytest.mark.parametrize("paged", [False, True])
-def test_only_what_is_equal_to_the_last_number_is_shared(backbone, request, paged):
-    """Other features, another question, another layout: first prefills that look alike and are not."""
-    if paged:
-        request.getfixturevalue("pages")
+def test_only_what_is_equal_to_the_last_number_is_shared(backbone, paged):
+    """First prefills that look alike and are not: in one word, the shape of a chunk, its features, or a forced thought."""
     memory = POLICIES[1].memory
-    first, *_ = group(backbone, memory, 1, 3)
-    same = replace(first, header=replace(first.header, stream_id="same"), policy=make_policy(memory))
-    other_film = replace(same, header=replace(same.header, stream_id="film"), features=alone([first])[0].features)
-    prompt = backbone.layout.with_config(LayoutConfig("Watch.", think_budget=5, max_new_tokens=10))
-    prompt.banned = backbone.layout.banned
-    other_words = replace(same, header=replace(same.header, stream_id="words"), layout=prompt)
+
+    def asked(name: str, grid=(1, 1, 2), words=(65, 66, 67)) -> StreamRequest:
+        turns = tuple(TurnInput(chunk_record(i, grid), QueryInput(words) if i == 0 else None) for i in range(3))
+        return request(backbone, memory, turns, name, feature_seed=0)
+
     silent = backbone.layout.with_config(replace(backbone.layout.config, force_empty_thoughts=True))
     silent.banned = backbone.layout.banned
-    other_thought = replace(same, header=replace(same.header, stream_id="thought"), layout=silent)
-    alike = [first, other_film, other_words, other_thought]
-    engine, _, _ = run(backbone, [replace(r, policy=make_policy(memory)) for r in alike], ROOM)
+    first = asked("first")
+    different = [
+        asked("words", words=(65, 66, 68)),
+        asked("shape", grid=(1, 2, 1)),
+        asked("film"),
+        replace(asked("thought"), layout=silent),
+    ]
+    # All but the film with the very same features.
+    alike = [first, *(r if r.header.stream_id == "film" else replace(r, features=first.features) for r in different)]
+    engine, _, _ = run(backbone, alike, ROOM)
     assert engine.shared == 0
-    engine, _, _ = run(backbone, [replace(r, policy=make_policy(memory)) for r in (*alike, same)], ROOM)
-    assert engine.shared > 0
+    same = replace(asked("same"), features=first.features)
+    again = [replace(r, policy=make_policy(memory)) for r in alike]
+    engine, logs, _ = run(backbone, [*again, same], ROOM)
+    assert engine.shared == int(np.flatnonzero(logs["same"].sampled)[0])
 
 
 def test_a_pool_too_small_for_one_stream_is_refused_with_the_arithmetic_and_the_others_run(backbone, pages):
