@@ -130,7 +130,7 @@ def page() -> str:
 
 
 def _contents() -> Iterator[str]:
-    """One line per section, with the string under the field that holds it."""
+    """Yield one line per section, with the string under the field that holds it."""
     owners = dict(sections())
     for key in owners:
         above, _, name = key.rpartition(".")
@@ -184,7 +184,7 @@ def _groups() -> Iterator[str]:
 
 
 def _listed(sets: list[str]) -> str:
-    """The words that an option stands for: in the sentence if they are few, else a block with a line per section."""
+    """Tell the words that an option stands for: in the sentence if they are few, else a block with a line per section."""
     if len(sets) <= MANY:
         return f"Sets {', '.join(f'`{word}`' for word in sets) or 'nothing'}."
     by_section: dict[str, list[str]] = {}
@@ -195,7 +195,7 @@ def _listed(sets: list[str]) -> str:
 
 
 def _chosen(text: str) -> dict[str, str]:
-    """Group -> option of a defaults list; an override is listed by its group, too."""
+    """Return group -> option of a defaults list; an override is listed by its group, too."""
     given = (yaml.safe_load(text) or {}).get("defaults", [])
     pairs = {group: name for entry in given if isinstance(entry, dict) for group, name in entry.items()}
     return {re.sub(r"^override /?", "", group): name for group, name in pairs.items()}
@@ -219,7 +219,7 @@ def option(file: Path) -> tuple[str, list[str]]:
 
 
 def _comment(line: str) -> str:
-    """A line of a comment as Markdown: one that is indented is a command."""
+    """Write a line of a comment as Markdown: one that is indented is a command."""
     return f"`{' '.join(line.split())}`" if line.startswith("    ") else line.strip()
 
 
@@ -247,7 +247,7 @@ def _code(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a command line or YAML takes it."""
+    """Write a value as a command line or YAML takes it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):

@@ -159,7 +159,7 @@ class RunConfig:
 
 
 def register_schema() -> None:
-    """The typed defaults of every key, for Hydra; and Hydra's own settings, for any --config-name."""
+    """Give Hydra the typed defaults of every key, and its own settings, which hold for any --config-name."""
     store = ConfigStore.instance()
     store.store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(RunConfig)))
     # Hydra writes nothing and sets up no logging: everything is under run_root.
@@ -192,7 +192,7 @@ def load_config(raw: DictConfig) -> RunConfig:
 
 @cache
 def _schema() -> DictConfig:
-    """The writable schema, made once: a merge copies what it merges into."""
+    """Return the writable schema, made once: a merge copies what it merges into."""
     schema = OmegaConf.structured(RunConfig)
     _unlock(schema)
     return schema

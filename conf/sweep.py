@@ -25,7 +25,7 @@ _ODD = re.compile(r"[^\w.@+-]+")
 
 
 def sweep_root(run_root: str, typed: Sequence[str], params: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """The run_root of one job of a sweep: `run_root/KEY-VALUE+KEY-VALUE`; as it is if the sweep varies run_root itself.
+    """Return the run_root of one job of a sweep: `run_root/KEY-VALUE+KEY-VALUE`, or as it is if the sweep varies run_root.
 
     typed: the words of the command line, options and `model=` rewritten. params: hydra.sweeper.params, which may vary keys,
     too. overrides: the words of this job.
@@ -50,7 +50,7 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 def _part(key: str, value: str) -> str:
-    """`KEY-VALUE`; with a digest of what was meant where that had to be changed."""
+    """Return `KEY-VALUE`, with a digest of what was meant where that had to be changed."""
     bare = key.lstrip("+~")
     plain = f"{bare}-{value}"
     name = _ODD.sub("-", f"{bare}-{public_setting(bare, value)}")[:LONGEST]

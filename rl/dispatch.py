@@ -1,9 +1,8 @@
 """Which worker rolls out which group, and what happens to the groups of a lost worker. Pure: it calls no actor.
 
 A group gets a ticket of the buffer when it is admitted, and an assignment to a worker each time it is sent. When a
-worker
-is lost, so is all that it had in memory: groups under way, and the media of groups that it has finished. Those that are
-not trained yet are assigned again, under their old tickets.
+worker is lost, so is all that it had in memory: groups under way, and the media of groups that it has finished. Those
+that are not trained yet are assigned again, under their old tickets.
 
 Invariants:
 * every ticket is fulfilled or dropped exactly once, by its latest assignment; replies to earlier ones are ignored;

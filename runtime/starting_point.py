@@ -68,7 +68,7 @@ class StartingPoint:
 
     @cached_property
     def token_side(self) -> int:
-        """Pixels along one side of a video token. A hub id that is not at hand yet counts as its family's."""
+        """Return the pixels along one side of a video token. A hub id that is not at hand yet counts as its family's."""
         if self.folder is not None:
             return token_side(self.folder)
         model = self.config.model
@@ -76,7 +76,7 @@ class StartingPoint:
 
     @cached_property
     def family(self) -> Family | None:
-        """Family of the model; None if it cannot be told yet, or is none that can be trained."""
+        """Return the model's family; None if it cannot be told yet, or is none that can be trained."""
         if self.folder is not None:
             return FAMILIES.get(model_type(self.folder))
         return None if self.config.model.path else self.config.model.tiny.family

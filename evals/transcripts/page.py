@@ -86,7 +86,7 @@ def write_page(
 
 
 def _by_task(records: Records) -> dict[str, dict[str, Any]]:
-    """Task -> its runs (result -> record), in the order of the first result that has it."""
+    """Return task -> its runs (result -> record), in the order of the first result that has it."""
     streams: dict[str, dict[str, Any]] = {}
     for name, lines in records.items():
         for line in lines:
@@ -159,7 +159,7 @@ def _escaped(text: str) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON that cannot end its script block, whatever its strings hold."""
+    """Write JSON that cannot end its script block, whatever its strings hold."""
     text = dumps(data, ensure_ascii=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

@@ -282,7 +282,7 @@ def plan_devices(
 
 
 def _choices(config: RunConfig, stages: dict[str, LearnerConfig], workers: list[DeviceInfo]) -> list[tuple[str, int]]:
-    """What may be chosen, (staging, tokens of a micro-batch), the fastest first; one entry where nothing is open."""
+    """Return what may be chosen as (staging, tokens of a micro-batch), the fastest first; one entry where nothing is open."""
     stagings: tuple[str, ...] = (config.weights.staging,)
     if config.weights.staging == "auto":
         # Without a GPU both are the same memory.
@@ -293,7 +293,7 @@ def _choices(config: RunConfig, stages: dict[str, LearnerConfig], workers: list[
 
 
 def _said(config: RunConfig, stages: dict[str, LearnerConfig], staging: str, tokens: int) -> str:
-    """The open settings, as they are chosen."""
+    """Write the open settings as they are chosen."""
     words = [f"weights.staging={staging}"] if config.weights.staging == "auto" else []
     if any(learner.micro_batch_tokens == 0 for learner in stages.values()):
         words.append(f"learner.micro_batch_tokens={tokens}")
@@ -307,7 +307,7 @@ def _plan_as_set(
     tasks: tuple[StreamTask, ...],
     devices: tuple[list[DeviceInfo], list[DeviceInfo]],
 ) -> DevicePlan:
-    """`plan_devices` with nothing left open."""
+    """Plan as `plan_devices` does, with nothing left open."""
     learner_devices, worker_devices = devices
     stream, positions = StreamSize.largest(config, tasks, geometry), config.memory.positions
 

@@ -2,8 +2,7 @@
 
 Weights, KV pool, optimiser and feature sizes are exact. The memory of a forward and a backward is a count of the
 tensors that autograd keeps (the tests check it against autograd) and of the largest temporaries besides. CUDA's own
-context is not
-included: devices are asked for their free memory once every process has opened its context.
+context is not included: devices are asked for their free memory once every process has opened its context.
 """
 
 from __future__ import annotations

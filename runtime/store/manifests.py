@@ -231,8 +231,10 @@ class StageStore:
 
     @property
     def charts_go_on(self) -> bool:
-        """Whether the tracker continues the MLflow run of an earlier attempt: that one trained something, or the same
-        settings start again. Parameters of a failed start must not appear beside what corrected ones train.
+        """Whether the tracker continues the MLflow run of an earlier attempt.
+
+        It does if that one trained something, or if the same settings start again. Parameters of a failed start must not
+        appear beside what corrected ones train.
         """
         resumed = any(plan.resume for plan in self.plans.values())
         # A stage that this job runs brings its steps into a new MLflow run by its journal.
