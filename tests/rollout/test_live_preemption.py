@@ -187,3 +187,18 @@ def test_a_stream_whose_log_is_out_in_pieces_is_not_given_back_although_it_is_th
     joined = join_pieces(read_pieces(tmp_path))
     np.testing.assert_array_equal(joined.ids, wanted.ids)
     np.testing.assert_allclose(joined.behaviour_logp, wanted.behaviour_logp, rtol=0, atol=FP64_BAR)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_is_kept_is_shared_with_nobody(backbone, first, tmp_path):
+    """Slots that others hold would not come back when it drops them."""
+    turns = random_turns(backbone, np.random.default_rng(5), 4)
+    known, plain = (request(backbone, MEMORIES[0], turns, name, feature_seed=0) for name in ("known", "pieces"))
+    pieces = replace(plain, features=known.features, pieces=PieceFolder(tmp_path), piece_tokens=20)
+    engine = Engine(backbone, ROOM, 4)
+    for r in (known, pieces)[:: 1 if first == 0 else -1]:
+        engine.add(r)
+    while engine.busy:
+        engine.step()
+    assert engine.shared == 0
+    assert engine.pool.available == engine.pool.book.spare == ROOM

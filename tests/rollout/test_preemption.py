@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from rollout.engine.admission import Admission
 from rollout.engine.engine import Engine
-from rollout.engine.request import StreamRequest, stream_bound
+from rollout.engine.request import Stream, StreamRequest, stream_bound
 from streams.backbone.backbone import Backbone
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig, make_policy
@@ -124,7 +125,7 @@ def test_streams_that_begin_anew_write_the_logs_of_a_pool_with_room(backbone, pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_so_they_do_for_many_seeds(backbone, pages, policy, seed):
     assert_a_small_pool_changes_nothing(backbone, policy.memory, seed)
@@ -148,6 +149,24 @@ def test_streams_of_all_policies_share_a_small_pool(backbone, pages, decode_step
     assert found.keys() == wanted.keys()
     for name, log in found.items():
         assert_same(log, wanted[name])
+
+
+def test_whoever_was_given_back_waits_for_more_room_than_it_had(backbone, pages, monkeypatch):
+    """So it comes further each time, and streams at the brim do not take turns."""
+    needs: dict[str, list[int]] = {}
+
+    def give_back(admission: Admission, stream: Stream, again: Stream) -> None:
+        assert again.need > stream.slots.owned or again.need == again.bound
+        needs.setdefault(stream.id, []).append(again.need)
+        given_back(admission, stream, again)
+
+    given_back = Admission.give_back
+    monkeypatch.setattr(Admission, "give_back", give_back)
+    requests = group(backbone, POLICIES[2].memory, 8, 1, turns=10)
+    run(backbone, requests, max(stream_bound(r) for r in requests))
+    assert any(len(found) > 1 for found in needs.values())
+    for found in needs.values():
+        assert found == sorted(found)
 
 
 @pytest.fixture
