@@ -162,7 +162,7 @@ def test_whoever_was_given_back_waits_for_more_room_than_it_had(backbone, pages,
 
     given_back = Admission.give_back
     monkeypatch.setattr(Admission, "give_back", give_back)
-    requests = group(backbone, POLICIES[2].memory, 8, 1, turns=10)
+    requests = group(backbone, POLICIES[0].memory, 6, 1, turns=7)
     run(backbone, requests, max(stream_bound(r) for r in requests))
     assert any(len(found) > 1 for found in needs.values())
     for found in needs.values():
