@@ -1,8 +1,10 @@
 """Which streams wait and which run.
 
-A stream is admitted when the slots are free that it needs now: those of its first turn. As streams grow the pool may run
-full; then the youngest is given back: its slots are free again, and it waits to begin anew, from its seed. Streams that may
-not begin anew (`Stream.keeps`) wait until their whole bound is free, keep it, and are never given back.
+A stream is admitted when the slots are free that it needs now, those of its first turn, and those that it and the running
+ones are expected to grow by: to the share of their bounds that streams which have ended needed, on average. Before the first
+has ended nothing is expected. So the pool may run full; then the youngest is given back: its slots are free again, and it
+waits to begin anew, from its seed. Streams that may not begin anew (`Stream.keeps`) wait until their whole bound is free,
+keep it, and are never given back.
 
 Invariants:
 * streams are admitted in the order in which they came, those given back in the order of their first coming: a large one at
@@ -18,6 +20,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
@@ -30,6 +33,15 @@ def _age(stream: Stream) -> int:
     return stream.number
 
 
+def _expected(stream: Stream, share: float) -> int:
+    """Return how many slots a stream will come to need, if it needs this share of its bound."""
+    return min(stream.bound, math.ceil(share * stream.bound))
+
+
+REMEMBERED = 32
+"""Streams that have ended, by which the growth of others is judged. Few: what a policy writes changes as it is trained."""
+
+
 class Admission:
     """The queue of one engine. It opens the slots of streams that run; the engine closes them.
 
@@ -40,6 +52,7 @@ class Admission:
         """max_streams: streams that may run at once."""
         self._book, self._max_streams = book, max_streams
         self._waiting: deque[Stream] = deque()
+        self._shares: deque[float] = deque(maxlen=REMEMBERED)
         self._came = 0
         self._preempted: list[str] = []
         self.running: list[Stream] = []
@@ -50,7 +63,9 @@ class Admission:
         if not self._waiting or len(self.running) >= self._max_streams:
             return False
         head = self._waiting[0]
-        return self._book.fits(head.need, head.bound, keeps=head.keeps)
+        share = sum(self._shares) / len(self._shares) if self._shares else 0.0
+        growth = sum(max(0, _expected(s, share) - s.slots.owned) for s in self.running if not s.keeps)
+        return self._book.fits(max(head.need, _expected(head, share)) + growth, head.bound, keeps=head.keeps)
 
     def add(self, stream: Stream) -> None:
         stream.number = self._came
@@ -101,6 +116,8 @@ class Admission:
     def release(self, stream: Stream) -> None:
         """Take a running stream out. Its slots are the caller's to close."""
         self.running.remove(stream)
+        if stream.finished and not stream.keeps:
+            self._shares.append(stream.peak / stream.bound)
 
     def cancel(self, stream_ids: set[str]) -> list[Stream]:
         """Forget these streams where they wait; return those of them that run."""

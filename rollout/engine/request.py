@@ -93,6 +93,7 @@ class Stream:
     Attributes:
         bound: KV slots that it may hold at once.
         need: KV slots that must be free before it begins.
+        peak: the most KV slots that a turn of it has needed so far.
         number: its place among all that came.
         slots: the slots of its forwarded tokens that are still visible; set when it is admitted.
         forwarded: the log index of the first token that was not forwarded yet.
@@ -105,6 +106,7 @@ class Stream:
     source: KnownTurns | TurnFeed
     bound: int
     need: int
+    peak: int = 0
     number: int = 0
     slots: StreamSlots = field(init=False)
     forwarded: int = 0

@@ -72,7 +72,7 @@ class StreamSlots(ABC):
     @property
     @abstractmethod
     def owned(self) -> int:
-        """How many slots it has taken from the book and not given back."""
+        """How many slots it has taken from the book and not given back, and will take for a turn that is planned."""
 
     @abstractmethod
     def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
@@ -247,7 +247,7 @@ class _PagedSlots(StreamSlots):
 
     @property
     def owned(self) -> int:
-        return self._owned
+        return self._owned + self._due
 
     def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
         if self.keeps:

@@ -200,10 +200,11 @@ class StepPlan:
         while (token := writer.forced()) is not None:
             writer.extend_generated([token], self._version)
         # What is evicted counts, too: its slots are not free before this row's forward.
-        held, live = len(writer.held) + len(evicted), len(writer.held) + stream.ahead
-        if max(held, live) > stream.bound:  # more than the pool may have for it
+        most = len(writer.held) + max(len(evicted), stream.ahead)
+        stream.peak = max(stream.peak, most)
+        if most > stream.bound:  # more than the pool may have for it
             raise ValueError(
-                f"stream {stream.id}: memory {stream.request.header.memory} may hold {max(held, live)} tokens in "
+                f"stream {stream.id}: memory {stream.request.header.memory} may hold {most} tokens in "
                 f"turn {writer.turn}, more than its max_live_tokens said ({stream.bound}): correct that bound"
             )
         # What a stream keeps must come back when it drops it: it shares with nobody.

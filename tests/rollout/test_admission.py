@@ -25,6 +25,8 @@ class Wanted:
     keeps: bool = True
     need: int = 0
     number: int = 0
+    peak: int = 0
+    finished: bool = False
     slots: StreamSlots = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,3 +149,37 @@ def test_on_pages_the_youngest_that_does_not_keep_its_bound_is_given_back_and_co
     for stream in list(admission.running):
         end(stream)
     assert book.available == CAPACITY
+
+
+def test_streams_are_expected_to_grow_as_those_did_that_have_ended():
+    """Of bounds of 10, the one that has ended needed 6: beside three that may grow to 6, a pool of 20 has no room for more."""
+    admission = Admission(PagedBook(20), 16)
+
+    def come(names, **given):
+        for name in names:
+            admission.add(Wanted(name, 10, keeps=False, need=2, **given))
+        for stream in iter(admission.admit, None):
+            stream.slots.add(0, 2)
+        return [stream.id for stream in admission.running]
+
+    def end(stream):
+        stream.slots.close()
+        admission.release(stream)
+
+    assert come("abcdefghijk") == list("abcdefghij"), "nothing is known yet: as many as can begin"
+    first, *others = admission.running
+    first.peak, first.finished = 6, True
+    end(first)
+    for stream in others:  # cancelled: that says nothing
+        stream.peak = 2
+        end(stream)
+    assert come("lmn") == ["k", "l", "m"]
+    admission.running[0].slots.add(2, 6)
+    assert come("") == ["k", "l", "m"]
+    end(admission.running[0])
+    assert come("") == ["l", "m", "n"]
+    for stream in list(admission.running):
+        stream.peak, stream.finished = 10, True
+        end(stream)
+    assert come("op") == ["o", "p"], "9 each are expected now"
+    assert come("q") == ["o", "p"]

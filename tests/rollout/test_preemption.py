@@ -46,7 +46,9 @@ def backbone(request, tmp_path_factory):
 
 @pytest.fixture
 def pages(monkeypatch):
+    """Pages, and an admission that expects no growth: so many streams are given back."""
     use_pages(monkeypatch)
+    monkeypatch.setattr("rollout.engine.admission._expected", lambda stream, share: 0)
 
 
 @pytest.fixture(params=[False, True], ids=["blocks", "pages"])
@@ -167,6 +169,23 @@ def test_whoever_was_given_back_waits_for_more_room_than_it_had(backbone, pages,
     assert any(len(found) > 1 for found in needs.values())
     for found in needs.values():
         assert found == sorted(found)
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2]], ids=[NAMES[0], NAMES[2]])
+def test_fewer_are_given_back_once_some_have_ended(backbone, monkeypatch, policy):
+    use_pages(monkeypatch)
+
+    def made() -> list[StreamRequest]:
+        return alone(group(backbone, policy.memory, 10, 1, turns=6))
+
+    slots = 2 * max(stream_bound(r) for r in made())
+    expecting, found, fewer = run(backbone, made(), slots)
+    monkeypatch.setattr("rollout.engine.admission._expected", lambda stream, share: 0)
+    careless, wanted, more = run(backbone, made(), slots)
+    assert 0 < len(fewer) < len(more) / 1.5
+    assert expecting.prefilled < careless.prefilled
+    for name, log in found.items():
+        assert_same(log, wanted[name])
 
 
 @pytest.fixture
