@@ -25,9 +25,10 @@ import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
 from benchmarks.timing import WARM_UP, medians_ms
-from rollout.attention import Attend, AttentionBackend, Segment, make_backend
+from rollout.attention import Attend, AttentionBackend, Segment, make_backend, with_decode
 from rollout.engine.kv_pool import KVPool
 from streams.backbone.attention import AttentionPlan
+from streams.backbone.kernel_choice import Choice, choose_decode_attention
 from streams.backbone.tiny import build_tokenizer
 from streams.layout.layout import STREAMING_TOKENS, Layout, LayoutConfig
 from streams.log.record import ChunkRecord, LogHeader, StreamLog
@@ -188,7 +189,7 @@ def paged_step(
     """Measure one forward of one layer: `streams` segments of `rows` tokens over `live` slots each, and its planning.
 
     One row each is a decode step over a table of slots. The torch kernel reads blocks, FlashInfer the same keys and values
-    from pages in no order.
+    from pages in no order, and Triton, which only decodes, those of the last kernel.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     blocks = KVPool(streams * live, 1, heads.kv, heads.dim, dtype=dtype, device=device)
@@ -202,10 +203,15 @@ def paged_step(
             :, :-1
         ]
         pools["flashinfer"] = pages
-    plans = {
-        kernel: _plan(make_backend(kernel, pools[kernel], heads.query // heads.kv), tables[kernel], rows, device)
-        for kernel in kernels
-    }
+    groups = heads.query // heads.kv
+    backends = {kernel: make_backend(kernel, pools[kernel], groups) for kernel in kernels}
+    if rows == 1:
+        last = kernels[-1]
+        choice = choose_decode_attention("auto", device, last)
+        decode, choice = with_decode(choice, Choice(last, ""), backends[last], pools[last], groups)
+        if choice.name == "triton":
+            backends["triton"], pools["triton"], tables["triton"] = decode, pools[last], tables[last]
+    plans = {kernel: _plan(backend, tables[kernel], rows, device) for kernel, backend in backends.items()}
     q = torch.randn((heads.query, streams * rows, heads.dim), device=device, dtype=dtype)
     found: dict[str, Any] = {"step": name, "segments": streams, "rows": rows, "live": live}
     found |= medians_ms({f"{kernel}_plan_ms": plan for kernel, plan in plans.items()}, device, repeats)
@@ -213,6 +219,8 @@ def paged_step(
     outs = {kernel: attend(0, q, heads.dim**-0.5).float() for kernel, attend in attends.items()}
     calls = {f"{n}_layer_ms": lambda attend=attend: attend(0, q, heads.dim**-0.5) for n, attend in attends.items()}
     found |= medians_ms(calls, device, repeats)
+    if "triton" in backends:
+        found["triton_relative_difference"] = relative([outs["triton"]], [outs["torch"]])
     if "flashinfer" in kernels:
         found["mean_difference"] = float((outs["torch"] - outs["flashinfer"]).abs().mean())
         found["relative_difference"] = relative([outs["flashinfer"]], [outs["torch"]])

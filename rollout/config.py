@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streams.backbone.kernel_choice import ROLLOUT_ATTENTION
+from streams.backbone.kernel_choice import CUDA_GRAPHS, ROLLOUT_ATTENTION
 
 PREFILL_ROWS = 2048
 """Tokens of one prefill forward, about: more in a row fall out of the caches, fewer leave the cores waiting."""
@@ -43,9 +43,12 @@ class RolloutConfig:
     threads: int = 1
     """Torch CPU threads of a worker."""
     attention: str = "auto"
-    """Attention kernel of the engine: `flashinfer`, `torch`, or `auto` = flashinfer where it runs (CUDA, half
-    precision, installed), else torch.
+    """Attention kernel of the engine: `flashinfer`, `torch`, `triton`, or `auto`. With `auto`, turns begin with flashinfer
+    where it runs (CUDA, half precision, installed), else with torch; on CUDA they decode with triton, which can be a CUDA
+    graph. `triton` is the same, but refuses a machine where it cannot decode.
     """
+    cuda_graphs: str = "auto"
+    """Replay decode steps as CUDA graphs: `auto` = on CUDA, where triton decodes; `off` launches kernel by kernel."""
 
     def __post_init__(self) -> None:
         for key in ("workers", "max_streams", "decode_steps", "threads"):
@@ -55,6 +58,8 @@ class RolloutConfig:
             raise ValueError(f"rollout.kv_memory_mb={self.kv_memory_mb} must be a number of MiB, 0 for what is left")
         if self.attention not in ROLLOUT_ATTENTION:
             raise ValueError(f"rollout.attention={self.attention!r} is not one of {', '.join(ROLLOUT_ATTENTION)}")
+        if self.cuda_graphs not in CUDA_GRAPHS:
+            raise ValueError(f"rollout.cuda_graphs={self.cuda_graphs!r} is not one of {', '.join(CUDA_GRAPHS)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"rollout.temperature={self.temperature} must be a positive number: greedy streams cannot be trained on"

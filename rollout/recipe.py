@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from rollout.engine.sampler import stream_seed
+from rollout.decode.sampler import stream_seed
 from rollout.setup import WorkerSetup
 from streams.backbone.backbone import Backbone
 from streams.layout.layout import Layout

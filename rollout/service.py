@@ -88,12 +88,20 @@ class RolloutService:
             )
         rollout = setup.rollout
         self.engine = Engine(
-            self.backbone, setup.kv_slots, rollout.max_streams, rollout.attention, rollout.decode_steps
+            self.backbone,
+            setup.kv_slots,
+            rollout.max_streams,
+            rollout.attention,
+            rollout.decode_steps,
+            rollout.cuda_graphs,
         )
         # The learner may be asked for a kernel that its device has and this one lacks.
         scoring = choose_learner_attention(setup.self_check.attention if device == "cuda" else "auto", device)
-        kernels = (self.engine.attention, vision, scoring)
-        log.info("worker %d: attention %s, vision attention %s, self-check %s", worker, *kernels)
+        engine = self.engine
+        kernels = (engine.attention, engine.decode_attention, engine.graphs, vision, scoring)
+        log.info(
+            "worker %d: attention %s, decode %s, decode steps %s, vision attention %s, self-check %s", worker, *kernels
+        )
         self.engine.version = setup.version
         self._check_memory()
         image, budget = self.backbone.image, cache_mb * 2**20

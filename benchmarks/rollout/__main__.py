@@ -27,6 +27,7 @@ import torch
 from benchmarks.environment import hardware, in_words, result_target, versions, write_result
 from benchmarks.rollout import compare, floors
 from benchmarks.rollout.host import draw_us, growth, host
+from benchmarks.rollout.lengths import mixed_lengths
 from benchmarks.rollout.presets import PRESETS, Preset, World, make_world
 from benchmarks.rollout.runs import EngineRun, run_engine
 
@@ -190,6 +191,10 @@ def measure(
             turns = min(chunks, preset.window + 2)
             add({"throughput": compare.throughput(world, turns, first=turns - 2)})
         add({"decode_over_floor": decode_over_floor(world, found["throughput"])})
+        add({"mixed_lengths": mixed_lengths(world, 1 if quick else 3)})
+        say(
+            f"one long stream beside short ones: {found['mixed_lengths']['ratio']:.3f} of a step with as many keys, all alike"
+        )
         beside = measure_host(device, world, quick)
     add(
         {

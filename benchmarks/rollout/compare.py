@@ -100,7 +100,9 @@ def side_by_side(world: World, rounds: int, baseline_prompts: int, *, one_step: 
         "engine_one_group": (lambda: run_engine(world, [0]), group),
     }
     if one_step:
-        cases["engine_one_decode_step"] = (lambda: run_engine(world, everyone, decode_steps=1), streams)
+        cases["engine_one_decode_step"] = (lambda: run_engine(world, everyone, settings={"decode_steps": 1}), streams)
+    if world.backbone.device.type == "cuda":
+        cases["engine_no_graphs"] = (lambda: run_engine(world, everyone, settings={"cuda_graphs": "off"}), streams)
     warm = min(2, world.chunks)
     run_engine(world, [0], chunks=warm)
     run_copy_evict(world, [0], chunks=warm)
@@ -134,6 +136,7 @@ def causes(world: World, timed: Timed) -> Row:
         "decode_steps": timed.ratio("engine_one_decode_step", "engine")
         if "engine_one_decode_step" in timed.wall
         else None,
+        "cuda_graphs": timed.ratio("engine_no_graphs", "engine") if "engine_no_graphs" in timed.wall else None,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from benchmarks.rollout.presets import PATCH_SECONDS, World
 from benchmarks.rollout.ready_made import ready_made
 from benchmarks.rollout.runs import make_engine, step_through
-from rollout.engine import sampler
+from rollout.decode import sampler
 from rollout.engine.engine import Engine
 from rollout.engine.request import StreamRequest
 from streams.log.record import ChunkRecord
@@ -30,21 +31,6 @@ GRID = (1, 8, 8)
 """Video tokens of a chunk here: 64, whatever the preset."""
 MEMORY = MemoryConfig("rcsm", 6, text_window=8)
 EARLY, LATE = 20, 1000
-
-
-class SameTurns(Sequence[TurnInput]):
-    """Turns made when they are indexed, one like the other."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, turn: Any) -> TurnInput:
-        if not 0 <= turn < self._count:
-            raise IndexError(turn)
-        return TurnInput(_chunk(turn))
 
 
 class SameFeatures(Sequence[torch.Tensor]):
@@ -64,13 +50,19 @@ def _chunk(turn: int) -> ChunkRecord:
     return chunk_record(turn, GRID)
 
 
+@lru_cache
+def _turns(count: int) -> tuple[TurnInput, ...]:
+    """Return turns, one like the other. Made once, as nobody but a run's reader of videos makes any."""
+    return tuple(TurnInput(_chunk(turn)) for turn in range(count))
+
+
 def _requests(world: World, streams: int, turns: int) -> list[StreamRequest]:
     backbone = world.backbone
     features = torch.zeros((_chunk(0).num_tokens, backbone.feature_width), dtype=backbone.dtype, device=backbone.device)
     return [
         StreamRequest(
             stream_header(backbone, MEMORY, f"host/{i}"),
-            SameTurns(turns),
+            _turns(turns),
             SameFeatures(features, turns),
             make_policy(MEMORY),
             backbone.layout,
@@ -83,8 +75,8 @@ def _requests(world: World, streams: int, turns: int) -> list[StreamRequest]:
 def us_per_token(world: World, streams: int, turns: int, engine_type: type = Engine) -> tuple[float, float]:
     """Microseconds per sampled token of so many streams at once: of wall time, and of the thread's CPU time."""
     requests = _requests(world, streams, turns)
-    engine = make_engine(world, requests, engine_type=engine_type)
     with ready_made(world.backbone, _word(world)):
+        engine = make_engine(world, requests, engine_type=engine_type)
         began = time.thread_time()
         run = step_through(engine, requests)
         cpu = time.thread_time() - began

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from rollout.engine import sampler
+from rollout.decode import sampler
 from streams.backbone.backbone import Backbone
 from tests.support.one_step import choose as one_step_choose
 

@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -24,13 +24,10 @@ from streams.log.record import GENERATED, StreamLog
 from tests.support.one_step import OneStepEngine
 
 
-def make_engine(
-    world: World, requests: Sequence[StreamRequest], *, engine_type: type = Engine, decode_steps: int | None = None
-) -> Any:
-    """Return an engine with room for all these streams at once. decode_steps: of `Engine`; None: its own default."""
+def make_engine(world: World, requests: Sequence[StreamRequest], *, engine_type: type = Engine, **settings: Any) -> Any:
+    """Return an engine with room for all these streams at once. settings: of `Engine`, beside its defaults."""
     slots = sum(stream_bound(request) for request in requests)
-    given = {"decode_steps": decode_steps} if decode_steps else {}
-    return engine_type(world.backbone, slots, len(requests), **given)
+    return engine_type(world.backbone, slots, len(requests), **settings)
 
 
 @dataclass
@@ -90,17 +87,18 @@ def run_engine(
     prompts: Sequence[int],
     *,
     engine_type: type = Engine,
-    decode_steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     encode_per_stream: bool = False,
     **streams: Any,
 ) -> EngineRun:
     """Encode and run the groups of these prompts together. streams: as `World.requests` takes them.
 
+    settings: of the engine, beside its defaults.
     encode_per_stream: the tower encodes every chunk once per stream, as without sharing.
     """
     empty = [[torch.empty(0)] * world.chunks] * len(prompts)
     shape = list(world.requests(prompts, empty, **streams))
-    engine = make_engine(world, shape, engine_type=engine_type, decode_steps=decode_steps)
+    engine = make_engine(world, shape, engine_type=engine_type, **(settings or {}))
     encode = world.backbone.encode_video
     encoded = 0
 

@@ -65,7 +65,8 @@ def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Itera
     slot_bytes = KVPool.bytes_per_slot(backbone.num_layers, *backbone.kv_shape, backbone.dtype, raw=raw)
     given = config.rollout.kv_memory_mb * 2**20 // slot_bytes
     slots = given or stream_bound(request)
-    engine = Engine(backbone, slots, 1, config.rollout.attention, config.rollout.decode_steps)
+    rollout = config.rollout
+    engine = Engine(backbone, slots, 1, rollout.attention, rollout.decode_steps, rollout.cuda_graphs)
     writer = engine.add(request)
     return _turns(engine, writer, shown, seconds)
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class FlashInferBackend:
     """Attention over one engine's pool, which must keep pages; owns the workspace. groups: query heads per KV head."""
 
+    captures = False
+
     def __init__(self, pool: KVPool, groups: int) -> None:
         assert pool.paged, "a page is a slot"
         prepare_compiler()

@@ -27,16 +27,24 @@ MOST_PADDING = 0.1
 class TorchBackend:
     """Attention over one engine's pool, which must keep blocks. groups: query heads per KV head."""
 
+    captures = False
+
     def __init__(self, pool: KVPool, groups: int) -> None:
         assert not pool.paged, "SDPA reads blocks"
         self._pool, self._groups = pool, groups
 
     def segments(self, segments: list[Segment]) -> _Ranges:
         ranges = []
+        # Streams that began together have their tokens at the same places of their blocks: one mask serves them all.
+        masks: dict[tuple[int, int, bytes], torch.Tensor | None] = {}
         for segment in segments:
             first = int(segment.slots.min())
             stop = int(segment.slots.max()) + 1
-            ranges.append(_Range(segment.start, segment.rows, first, stop, self._mask(segment, first, stop)))
+            columns = segment.slots - first
+            key = segment.rows, stop - first, columns.tobytes()
+            if key not in masks:
+                masks[key] = self._mask(segment.rows, columns, stop - first)
+            ranges.append(_Range(segment.start, segment.rows, first, stop, masks[key]))
         return _Ranges(self._pool, self._groups, ranges)
 
     def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Batches:
@@ -60,20 +68,22 @@ class TorchBackend:
         behind = torch.arange(batch.keys, device=kv.device) >= lengths[:, None]
         return kv.new_zeros(behind.shape).masked_fill_(behind, -torch.inf)[:, None, None]
 
-    def _mask(self, segment: Segment, first: int, stop: int) -> torch.Tensor | None:
-        """Return what to add to the scores, [1, 1, rows, stop - first]; None where every row sees the whole range."""
-        if segment.rows == 1 and len(segment.slots) == stop - first:
+    def _mask(self, rows: int, columns: np.ndarray, width: int) -> torch.Tensor | None:
+        """Return what to add to the scores, [1, 1, rows, width]; None where every row sees the whole range.
+
+        columns: where in the range the segment's slots lie, int64 [n]; the last are those of its own tokens.
+        """
+        if rows == 1 and len(columns) == width:
             return None
-        columns = segment.slots - first
         kv = self._pool.kv
         # Numbers and not bool, which SDPA would turn into numbers in every layer.
         number = np.float64 if kv.dtype == torch.float64 else np.float32
-        mask = np.zeros((segment.rows, stop - first), number)
-        if len(columns) < stop - first:  # what lies between belongs to nobody, or to another lane
-            unseen = np.ones(stop - first, bool)
+        mask = np.zeros((rows, width), number)
+        if len(columns) < width:  # what lies between belongs to nobody, or to another lane
+            unseen = np.ones(width, bool)
             unseen[columns] = False
             mask[:, unseen] = -np.inf
-        mask[:, columns[len(columns) - segment.rows :]] = _later(segment.rows)
+        mask[:, columns[len(columns) - rows :]] = _later(rows)
         return torch.from_numpy(mask).to(kv.device, kv.dtype)[None, None]
 
 

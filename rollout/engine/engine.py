@@ -5,8 +5,8 @@ One visit of the host, read top to bottom in `Engine.step`:
     begin     turns: the end of one and the prefill of the next,
               packed into rows, and their first tokens                  step_plan.py, forward.py
     admit     waiting streams that fit, whose turns begin with them     admission.py
-    decode    several tokens of every stream, without the host          decode.py, decode_state.py
-    collect   what was drawn, into the logs                             decode.py
+    decode    several tokens of every stream, without the host          rollout.decode
+    collect   what was drawn, into the logs                             rollout.decode
     finish    logs of the streams that are over
 
 Invariants:
@@ -21,16 +21,21 @@ from __future__ import annotations
 
 import torch
 
-from rollout.attention import make_backend
+from rollout.attention import make_backend, with_decode
 from rollout.config import PREFILL_ROWS
+from rollout.decode.decoder import Decoder
 from rollout.engine.admission import Admission
-from rollout.engine.decode import Decoder
 from rollout.engine.forward import forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream, StreamFailure, StreamRequest, first_need, stream_bound
 from rollout.engine.step_plan import StepPlan
 from streams.backbone.backbone import Backbone
-from streams.backbone.kernel_choice import choose_rollout_attention
+from streams.backbone.kernel_choice import (
+    Choice,
+    choose_cuda_graphs,
+    choose_decode_attention,
+    choose_rollout_attention,
+)
 from streams.log.record import StreamLog
 from streams.writing.writer import StreamWriter
 
@@ -42,18 +47,29 @@ class Engine:
         version: of the weights that the backbone has; every token is logged with it.
         steps: forwards since the engine was made.
         prefilled: tokens that turns have begun with, forwarded; shared: those whose forward another stream's saved.
-        attention: the attention backend, and why that one.
+        attention, decode_attention: the attention backends of prefill and of decoding, and why those.
+        graphs: how decode steps are launched, `graphs` or `eager`, and why.
     """
 
     def __init__(
-        self, backbone: Backbone, kv_slots: int, max_streams: int, attention: str = "auto", decode_steps: int = 8
+        self,
+        backbone: Backbone,
+        kv_slots: int,
+        max_streams: int,
+        attention: str = "auto",
+        decode_steps: int = 8,
+        cuda_graphs: str = "auto",
     ) -> None:
-        """decode_steps: tokens of a stream between two visits of the host, at most."""
+        """decode_steps: tokens of a stream between two visits of the host, at most.
+
+        Raises ValueError for a kernel that is asked for by name and cannot run here.
+        """
         kv_heads, head_dim = backbone.kv_shape
         self.backbone = backbone
         # "torch.bfloat16" is "bfloat16" in every configuration.
         dtype = str(backbone.dtype).removeprefix("torch.")
-        self.attention = choose_rollout_attention(attention, backbone.device.type, dtype, head_dim)
+        device = backbone.device.type
+        self.attention = choose_rollout_attention(attention, device, dtype, head_dim)
         self.pool = KVPool(
             kv_slots,
             backbone.num_layers,
@@ -67,11 +83,20 @@ class Engine:
         self.version = 0
         self.steps = self.prefilled = self.shared = 0
         groups = int(backbone.model.config.text_config.num_attention_heads) // kv_heads
-        self._backend = make_backend(self.attention.name, self.pool, groups)
+        self._backend, self.decode_attention = with_decode(
+            choose_decode_attention(attention, device, self.attention.name),
+            self.attention,
+            make_backend(self.attention.name, self.pool, groups),
+            self.pool,
+            groups,
+        )
         self._decoder = Decoder(backbone, self.pool, self._backend, max_streams, decode_steps)
         self._failed: list[StreamFailure] = []
-        if backbone.device.type == "cpu":
+        if device == "cpu":
             backbone.lay_out_for_few_rows()
+        self.graphs = choose_cuda_graphs(cuda_graphs, device, self.decode_attention.name)
+        if self.graphs.name == "graphs" and (failure := self._decoder.capture()):
+            self.graphs = Choice("eager", failure)
 
     @property
     def busy(self) -> bool:
@@ -107,7 +132,7 @@ class Engine:
         """Make one visit; returns the streams that finished, but for those whose log went out in pieces."""
         self._begin_turns()
         if self._decoder.running:
-            self.steps += self._decoder.run()
+            self.steps += self._decoder.run(self.version)
             self._decoder.collect(self.version)
         return self._finish()
 

@@ -74,6 +74,10 @@ class KVPool:
         """Return a view of one layer's keys, [slots + 1, kv_heads, head_dim]."""
         return self.kv[layer, :, 0] if self.paged else self.kv[layer, 0].transpose(0, 1)
 
+    def values(self, layer: int) -> torch.Tensor:
+        """Return a view of one layer's values, [slots + 1, kv_heads, head_dim], with the strides of its keys."""
+        return self.kv[layer, :, 1] if self.paged else self.kv[layer, 1].transpose(0, 1)
+
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write keys and values [kv_heads, N, head_dim] into slots int64 [N]."""
         kv = self.kv[layer]

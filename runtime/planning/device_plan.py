@@ -30,6 +30,8 @@ from runtime.planning.footprint import (
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.kernel_choice import (
     HALF,
+    choose_cuda_graphs,
+    choose_decode_attention,
     choose_learner_attention,
     choose_rollout_attention,
     choose_vision_attention,
@@ -220,7 +222,9 @@ def _check_kernels(
                 choose_vision_attention(config.model.vision_attention, device, learner.dtype)
     for device in workers:
         if device == "cpu" or config.model.dtype not in HALF:
-            choose_rollout_attention(config.rollout.attention, device, config.model.dtype, head_dim)
+            prefill = choose_rollout_attention(config.rollout.attention, device, config.model.dtype, head_dim)
+            if device == "cpu":
+                choose_decode_attention(config.rollout.attention, device, prefill.name)
             choose_vision_attention(config.model.vision_attention, device, config.model.dtype)
 
 
@@ -338,10 +342,15 @@ def _plan_as_set(
     )
 
     flex = all(_scores_by_flex(config.learner, device) for device in worker_devices)
+    # Triton comes with a torch for CUDA; whether it can compile is known only where it runs.
+    decode = "triton" if config.rollout.attention in ("auto", "triton") else config.rollout.attention
+    graphs = all(device.cuda for device in worker_devices)
+    graphs = graphs and choose_cuda_graphs(config.rollout.cuda_graphs, "cuda", decode).name == "graphs"
 
     def worker(kv_bytes: int) -> Footprint:
         trained = trained_numbers(geometry, config.learner)
-        return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes, paged=paged, flex=flex)
+        found = {"paged": paged, "flex": flex, "graphs": graphs}
+        return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes, **found)
 
     processes = [Process(worker(0), device, kv=True) for device in worker_devices]
     for device in learner_devices if stages else []:

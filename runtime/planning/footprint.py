@@ -171,12 +171,13 @@ def worker_footprint(
     *,
     paged: bool = False,
     flex: bool = False,
+    graphs: bool = False,
 ) -> Footprint:
     """Return the peak memory of one rollout worker.
 
     trained: parameters that an update replaces. kv_bytes: size of its KV pool. paged: FlashInfer, which has a workspace and
     no masks.
-    flex: streams are re-scored with FlexAttention.
+    flex: streams are re-scored with FlexAttention. graphs: decode steps are CUDA graphs, which keep their memory.
     """
     width = BYTES[dtype]
     features = geometry.pre_merger_width if config.learner.boundary.worker_merges else geometry.feature_width
@@ -200,6 +201,7 @@ def worker_footprint(
             ("weights", geometry.total * width),
             ("staged weights", staged),
             ("KV pool", kv_bytes),
+            ("decode graphs", choosing if graphs else 0),
             ("cached features", min(config.data.cache_mb * 2**20, clips)),
             (SELF_CHECK, check) if config.monitor.every and check > step else ("a step", step),
         ),

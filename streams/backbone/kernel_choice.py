@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 LEARNER_ATTENTION = ("auto", "sdpa", "flex")
-ROLLOUT_ATTENTION = ("auto", "torch", "flashinfer")
+ROLLOUT_ATTENTION = ("auto", "torch", "flashinfer", "triton")
+CUDA_GRAPHS = ("auto", "off")
 VISION_ATTENTION = ("auto", "sdpa", "flash_attn")
 HALF = ("bfloat16", "float16")
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
@@ -58,9 +59,13 @@ def choose_learner_attention(asked: str, device: str) -> Choice:
 
 
 def choose_rollout_attention(asked: str, device: str, dtype: str, head_dim: int) -> Choice:
-    """Choose `flashinfer` or `torch` for a KV pool. Raises ValueError for a kernel that cannot run there."""
+    """Choose `flashinfer` or `torch` for a KV pool and its prefills. Raises ValueError for a kernel that cannot run there.
+
+    With `triton`, which only decodes, as with `auto`.
+    """
     if asked not in ROLLOUT_ATTENTION:
         raise ValueError(f"rollout.attention={asked!r} is not one of {', '.join(ROLLOUT_ATTENTION)}")
+    asked = "auto" if asked == "triton" else asked
     missing = _missing(device, dtype, "flashinfer", "flashinfer-python")
     if not missing and head_dim not in FLASHINFER_HEAD_DIMS:
         missing = f"heads of {head_dim} are not among {', '.join(map(str, FLASHINFER_HEAD_DIMS))}"
@@ -69,6 +74,32 @@ def choose_rollout_attention(asked: str, device: str, dtype: str, head_dim: int)
         # is told to use FlashInfer says itself what is missing (`rollout.attention.flashinfer_paged`).
         missing = missing_for_flashinfer()
     return _chosen("rollout.attention", asked, fast="flashinfer", plain="torch", missing=missing)
+
+
+def choose_decode_attention(asked: str, device: str, prefill: str) -> Choice:
+    """Choose `triton`, or the kernel of the prefill, for decode steps. Raises ValueError for one that cannot run there.
+
+    `auto` prefers Triton: it is the only one that reads nothing back to the host, so that a step can be a CUDA graph.
+    """
+    missing = "" if device == "cuda" else f"no CUDA, the device is {device}"
+    if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        missing = ""  # Triton's interpreter runs on a CPU: slow, for tests
+    if not missing and not has_module("triton"):
+        missing = "the package triton is not installed"
+    return _chosen("rollout.attention", asked, fast="triton", plain=prefill, missing=missing)
+
+
+def choose_cuda_graphs(asked: str, device: str, decode: str) -> Choice:
+    """Choose `graphs` or `eager` for the decode step. decode: the kernel that decodes."""
+    if asked not in CUDA_GRAPHS:
+        raise ValueError(f"rollout.cuda_graphs={asked!r} is not one of {', '.join(CUDA_GRAPHS)}")
+    if asked == "off":
+        return Choice("eager", "rollout.cuda_graphs=off")
+    if device != "cuda":
+        return Choice("eager", f"no CUDA, the device is {device}")
+    if decode != "triton":
+        return Choice("eager", f"{decode} reads lengths back to the host in every step")
+    return Choice("graphs", "auto")
 
 
 def choose_vision_attention(asked: str, device: str, dtype: str) -> Choice:

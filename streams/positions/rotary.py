@@ -45,8 +45,9 @@ class Rotary:
             for of in (1, 2):
                 axis[of : 3 * sections[of] : 3] = of
         else:
-            axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
-        self._axis = axis
+            axis = torch.tensor([of for of, count in enumerate(sections) for _ in range(count)])
+        # Where it is used: a copy per call would wait for the host, and a CUDA graph cannot hold it.
+        self._axis = axis.to(inv_freq.device)
 
     def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> Tables:
         """Return cos and sin [..., D] in that dtype for positions int [3, ...]."""

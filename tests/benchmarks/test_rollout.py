@@ -15,7 +15,7 @@ from benchmarks.baselines import copy_evict
 from benchmarks.baselines.copy_evict import CopyEvict
 from benchmarks.baselines.rebuild import Rebuild
 from benchmarks.rollout import __main__ as command
-from benchmarks.rollout import compare, host
+from benchmarks.rollout import compare, host, lengths
 from benchmarks.rollout.presets import PATCH_SECONDS, PRESETS, World, make_world
 from benchmarks.rollout.ready_made import ready_made
 from benchmarks.rollout.runs import make_engine, run_copy_evict, run_engine, step_through, written
@@ -125,11 +125,22 @@ def test_with_ready_made_answers_no_model_runs_and_logs_are_whole(world, engine_
     assert "hidden" not in vars(world.backbone), "the answers are gone afterwards"
 
 
+def test_mixed_and_even_streams_have_as_many_rows_and_keys(world):
+    mixed, even = (lengths._decoding(world, given) for given in ([10, 10, 10, 90], [30] * 4))
+    held = [[len(stream.writer.held) for stream in engine.admission.running] for engine in (mixed, even)]
+    assert len(held[0]) == len(held[1]) == 4
+    assert sum(held[0]) == sum(held[1])
+    assert max(held[0]) - min(held[0]) == 80
+    assert max(held[1]) == min(held[1])
+    assert all(engine.busy for engine in (mixed, even)), "there are steps left to time"
+
+
 def test_the_result_has_the_keys_that_are_promised(monkeypatch, capsys):
     small = replace(PRESETS["tiny"], prompts=2, group=2, chunks=4, quick_chunks=4)
     monkeypatch.setitem(command.PRESETS, "tiny", small)
     monkeypatch.setattr(command, "host", lambda *_, **__: dict.fromkeys(HOST, 1.0))
     monkeypatch.setattr(command, "growth", lambda world: host.growth(world, streams=1, block=2, late=22))
+    monkeypatch.setattr(lengths, "LONG", 200)
     # A second thread only waits where tests share the cores.
     monkeypatch.setattr(command, "measure", partial(command.measure, threads=(1,)))
     threads = torch.get_num_threads()
@@ -144,6 +155,7 @@ def test_the_result_has_the_keys_that_are_promised(monkeypatch, capsys):
     unmeasured = {key for key in KEYS if found[key] is None}
     assert unmeasured <= {"decode_over_floor", "kv_bytes_copied_per_turn"}
     assert all(np.isfinite(found[key]) for key in KEYS if key.startswith("ratio"))
+    assert found["mixed_lengths"]["ratio"] > 0
     assert set(found["threads"]) == {"1"}
 
 

@@ -26,6 +26,7 @@ from streams.writing.writer import QueryInput, TurnInput
 from tests.support.exactness.rows import POLICIES, Policy
 from tests.support.one_step import OneStepEngine
 from tests.support.pages import use_pages
+from tests.support.recorded_steps import replay_on_pages
 from tests.support.streams import MODEL_TYPES, chunk_record, loud_backbone, norms_in_input_dtype, random_turns, request
 
 STEPS = (1, 3, 8)
@@ -198,6 +199,12 @@ def test_an_engine_on_pages_writes_the_same_logs(backbone, monkeypatch, slots):
     assert engine.pool.paged
     compare(backbone, [p.memory for p in POLICIES], 2 * len(POLICIES), 4, kv_slots=slots, max_streams=11)
     assert shared > 10, "rows in which several turns end and something is evicted"
+
+
+def test_an_engine_that_replays_recorded_steps_writes_the_same_logs(backbone, monkeypatch):
+    """As with CUDA graphs: batches padded with nobody, seats that idle until the visit, and no Python in a step."""
+    replay_on_pages(monkeypatch)
+    compare(backbone, [p.memory for p in POLICIES], 2 * len(POLICIES), 6, kv_slots=20000, max_streams=11)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from streams.writing.writer import QueryInput, TurnInput
 from tests.support.exactness.rows import POLICIES
 from tests.support.logs import assert_same_log
 from tests.support.pages import use_pages
+from tests.support.recorded_steps import replay_on_pages
 from tests.support.streams import (
     FP64_BAR,
     MODEL_TYPES,
@@ -148,6 +149,23 @@ def test_streams_of_all_policies_share_a_small_pool(backbone, pages, decode_step
     _, wanted, _ = run(backbone, made(), ROOM)
     _, found, preempted = run(backbone, made(), max(stream_bound(r) for r in made()), decode_steps)
     assert len(preempted) > 3
+    assert found.keys() == wanted.keys()
+    for name, log in found.items():
+        assert_same(log, wanted[name])
+
+
+def test_decode_steps_that_are_replayed_write_the_same_logs_in_a_small_pool(backbone, monkeypatch):
+    """As with CUDA graphs: the seat of a stream that was given back in its turn stays in the buffers, and does nothing."""
+
+    def made() -> list[StreamRequest]:
+        return group(backbone, POLICIES[2].memory, 3, 1) + group(backbone, POLICIES[6].memory, 3, 2)
+
+    _, wanted, _ = run(backbone, made(), ROOM)
+    replay_on_pages(monkeypatch)
+    monkeypatch.setattr("rollout.engine.admission._expected", lambda stream, share: 0)
+    engine, found, preempted = run(backbone, made(), max(stream_bound(r) for r in made()), 3)
+    assert engine.graphs.name == "graphs"
+    assert preempted
     assert found.keys() == wanted.keys()
     for name, log in found.items():
         assert_same(log, wanted[name])

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.engine import sampler
-from rollout.engine.sampler import draw, stream_seed
+from rollout.decode import sampler
+from rollout.decode.sampler import draw, stream_seed
 from streams.support.byte_cache import ByteBudgetCache
 
 SEEDS = st.integers(0, 2**64 - 1)

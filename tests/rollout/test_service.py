@@ -44,6 +44,18 @@ def test_room_for_unrotated_keys_is_taken_before_any_group(setup, shared):
         service.close()
 
 
+def test_the_keys_of_decoding_reach_the_engine(setup, shared):
+    assert shared.engine.decode_attention.name == "torch"
+    assert shared.engine.graphs.why == "no CUDA, the device is cpu"
+    given = replace(setup.rollout, cuda_graphs="off", attention="torch")
+    service = open_service(replace(setup, rollout=given))
+    service.close()
+    assert str(service.engine.decode_attention) == "torch (rollout.attention=torch)"
+    assert service.engine.graphs.why == "rollout.cuda_graphs=off"
+    with pytest.raises(ValueError, match=r"rollout\.attention=triton cannot run here: no CUDA, the device is cpu"):
+        open_service(replace(setup, rollout=replace(setup.rollout, attention="triton")))
+
+
 def assert_same(first, second):
     for a, b in zip(first.logs, second.logs, strict=True):
         assert np.array_equal(a.ids, b.ids)

@@ -446,12 +446,28 @@ def test_an_evaluation_alone_stages_no_weights_and_makes_room_for_the_learner_th
 
 @pytest.mark.parametrize(
     "override",
-    ["learner.attention=flex", "rollout.attention=flashinfer", "model.vision_attention=flash_attn"],
+    [
+        "learner.attention=flex",
+        "rollout.attention=flashinfer",
+        "rollout.attention=triton",
+        "model.vision_attention=flash_attn",
+    ],
 )
 def test_a_forced_kernel_that_the_device_rules_out_is_refused_before_anything_loads(override):
     host = DeviceInfo("n/host", "the host memory of n", False, 500 * GIB, 400 * GIB)
     with pytest.raises(ValueError, match=rf"{override} cannot run here: .*; use {override.partition('=')[0]}=auto"):
         planned(smoke(override), host)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [((), True), (("rollout.cuda_graphs=off",), False), (("rollout.attention=torch",), False)],
+)
+def test_what_decode_graphs_keep_is_counted_where_there_are_some(overrides, kept):
+    worker = planned(smoke(*overrides), H200).footprints[0]
+    assert bool(dict(worker.parts)["decode graphs"]) == kept
+    host = DeviceInfo("n/host", "the host memory of n", False, 500 * GIB, 400 * GIB)
+    assert dict(planned(smoke(*overrides), host).footprints[0].parts)["decode graphs"] == 0
 
 
 def test_a_checkpoint_without_safetensors_says_what_to_do(tmp_path):

@@ -17,6 +17,8 @@ from streams.backbone import kernel_choice
 from streams.backbone.config import ModelConfig
 from streams.backbone.kernel_choice import (
     FLASHINFER_HEAD_DIMS,
+    choose_cuda_graphs,
+    choose_decode_attention,
     choose_learner_attention,
     choose_rollout_attention,
     choose_vision_attention,
@@ -186,6 +188,59 @@ def test_a_package_that_is_not_installed_is_named():
     assert choose_rollout_attention("auto", "cuda", "bfloat16", 128).name == "torch"
 
 
+@pytest.fixture
+def triton(tmp_path, monkeypatch):
+    """A package of that name can be found, and does not interpret."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("prefill", ["torch", "flashinfer"])
+def test_triton_decodes_on_cuda_whatever_begins_the_turns(triton, prefill):
+    assert str(choose_decode_attention("auto", "cuda", prefill)) == "triton (auto)"
+    assert str(choose_decode_attention("triton", "cuda", prefill)) == "triton (rollout.attention=triton)"
+    assert str(choose_decode_attention(prefill, "cuda", prefill)) == f"{prefill} (rollout.attention={prefill})"
+    assert str(choose_decode_attention("auto", "cpu", prefill)) == f"{prefill} (no CUDA, the device is cpu)"
+
+
+def test_triton_begins_turns_with_what_auto_takes(installed):
+    for device, head_dim in (("cuda", 128), ("cuda", 80), ("cpu", 128)):
+        found = choose_rollout_attention("triton", device, "bfloat16", head_dim)
+        assert found == choose_rollout_attention("auto", device, "bfloat16", head_dim)
+
+
+def test_triton_decodes_on_a_cpu_in_its_interpreter_and_by_name_only(triton, monkeypatch):
+    why = "rollout.attention=triton cannot run here: no CUDA, the device is cpu; use rollout.attention=auto"
+    with pytest.raises(ValueError, match=re.escape(why)):
+        choose_decode_attention("triton", "cpu", "torch")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_decode_attention("triton", "cpu", "torch").name == "triton"
+    assert choose_decode_attention("auto", "cpu", "torch").name == "torch"
+
+
+def test_a_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "has_module", lambda name: name != "triton")
+    assert str(choose_decode_attention("auto", "cuda", "torch")) == "torch (the package triton is not installed)"
+    with pytest.raises(ValueError, match=r"the package triton is not installed; use rollout.attention=auto"):
+        choose_decode_attention("triton", "cuda", "torch")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "decode", "said"),
+    [
+        ("auto", "cuda", "triton", "graphs (auto)"),
+        ("off", "cuda", "triton", "eager (rollout.cuda_graphs=off)"),
+        ("auto", "cpu", "triton", "eager (no CUDA, the device is cpu)"),
+        ("auto", "cuda", "flashinfer", "eager (flashinfer reads lengths back to the host in every step)"),
+        ("auto", "cuda", "torch", "eager (torch reads lengths back to the host in every step)"),
+    ],
+)
+def test_decode_steps_are_graphs_where_nothing_is_read_back(asked, device, decode, said):
+    assert str(choose_cuda_graphs(asked, device, decode)) == said
+
+
 def test_flex_cannot_train_on_the_cpu():
     assert choose_learner_attention("auto", "cpu").name == "sdpa"
     with pytest.raises(
@@ -199,6 +254,7 @@ def test_flex_cannot_train_on_the_cpu():
     [
         (lambda: LearnerConfig(attention="fast"), "learner.attention='fast'"),
         (lambda: RolloutConfig(attention="fast"), "rollout.attention='fast'"),
+        (lambda: RolloutConfig(cuda_graphs="on"), "rollout.cuda_graphs='on'"),
         (lambda: ModelConfig(vision_attention="fast"), "model.vision_attention='fast'"),
     ],
 )

@@ -15,6 +15,8 @@ from rollout.engine.kv_pool import KVPool
 class GatherBackend:
     """groups: query heads per KV head."""
 
+    captures = False
+
     def __init__(self, pool: KVPool, groups: int) -> None:
         assert pool.paged
         self._pool, self._groups = pool, groups
@@ -34,5 +36,23 @@ class GatherBackend:
                 weights = torch.softmax(torch.einsum("hd,nhd->hn", q[:, i], k) * scaling, dim=-1)
                 out.append(torch.einsum("hn,nhd->hd", weights, v))
             return torch.stack(out)
+
+        return attend
+
+
+class WholeTableBackend(GatherBackend):
+    """Decodes over the whole table, what lies behind a row's keys masked: nothing on the host depends on lengths."""
+
+    captures = True
+
+    def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> Attend:
+        slots = table[seats]
+        behind = (torch.arange(slots.shape[1]) >= lengths[:, None])[:, None]
+
+        def attend(layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
+            k, v = self._pool.kv[layer][slots].repeat_interleave(self._groups, dim=3).unbind(2)
+            scores = torch.einsum("hnd,nwhd->nhw", q, k) * scaling
+            weights = torch.softmax(scores.masked_fill(behind, -torch.inf), dim=-1)
+            return torch.einsum("nhw,nwhd->nhd", weights, v)
 
         return attend

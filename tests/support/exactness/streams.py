@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from rollout.decode.sampler import stream_seed
 from rollout.engine.engine import Engine
 from rollout.engine.request import StreamRequest
-from rollout.engine.sampler import stream_seed
 from streams.backbone.backbone import Backbone
 from streams.log.record import NEVER, ChunkRecord, LogHeader, StreamLog
 from streams.memory import MemoryConfig, knobs, make_policy

@@ -5,8 +5,8 @@
     collect   what was drawn since the last visit, read once; turns that are over are written into the logs
 
 Invariants:
-* a step reads and writes buffers of `DecodeState` and the pool only; nothing in `Decoder.step` waits for the device but
-  its attention backend (both that there are read lengths back, and so a step cannot be captured yet);
+* a step reads and writes buffers of `DecodeState` and the pool only, and waits for nothing but what its attention backend
+  reads back. With one that reads nothing (`captures`) it is captured as CUDA graphs (`rollout.decode.graphs`);
 * a token depends on its stream's seed, its index in the log and its logits, and on nothing else in the batch;
 * forced tokens are the layout's (`streams.layout.turn_state`): the end of a thought at its budget, here; the end of a turn at
   its budget, by the host, as nobody attends to it in this turn.
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from rollout.attention import AttentionBackend
-from rollout.engine import sampler
-from rollout.engine.decode_state import DecodeState, Field
+from rollout.decode import sampler
+from rollout.decode.graphs import StepGraphs
+from rollout.decode.state import DecodeState, Field, Kinds
 from rollout.engine.forward import decode_forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
@@ -29,6 +30,8 @@ from streams.backbone.backbone import Backbone
 
 WORTH_A_STEP = 0.5
 """On a CPU a visit comes early once less than this share of the seats that it began with still run."""
+_FORCED = np.array([np.nan])
+"""The log-prob of a token that was not drawn."""
 
 
 @dataclass
@@ -56,11 +59,18 @@ class Decoder:
         self.state = DecodeState(seats, steps + 1, pool.trash, backbone.device)
         self._seats = seats
         self._turns: dict[Stream, _Turn] = {}
+        self._graphs: StepGraphs | None = None
 
     @property
     def running(self) -> bool:
         """Whether a turn is being generated."""
         return bool(self._turns)
+
+    @torch.no_grad()
+    def capture(self) -> str:
+        """Replay steps as CUDA graphs from now on; returns why not, if a step cannot be captured."""
+        self._graphs = StepGraphs(self.step, self.state, self._pool, self._backbone)
+        return self._graphs.prepare()
 
     def first(self, choosing: list[tuple[Stream, int]], hidden: torch.Tensor, version: int) -> None:
         """Give turns that were prefilled a seat and their first token. choosing: streams, and their rows of hidden [N, H]."""
@@ -78,11 +88,15 @@ class Decoder:
         device = hidden.device
         rows = torch.tensor([row for _, row in choosing], device=device)
         at = torch.from_numpy(seats).to(device)
-        self._choose(self.state.ints[:, at], at, hidden[rows])
+        self._choose(self.state.ints[:, at], at, hidden[rows], self._kinds())
 
-    def run(self) -> int:
-        """Decode for one visit; returns the number of steps."""
-        seats = torch.tensor(sorted(turn.seat for turn in self._turns.values()), device=self.state.ints.device)
+    def run(self, version: int) -> int:
+        """Decode for one visit; returns the number of steps. version: of the weights."""
+        running = sorted(turn.seat for turn in self._turns.values())
+        kinds = self._kinds()
+        if self._graphs is not None and self._graphs.replay(running, kinds, self._steps, version):
+            return self._steps
+        seats = torch.tensor(running, device=self.state.ints.device)
         enough = WORTH_A_STEP * len(seats)
         for step in range(self._steps):
             if seats.device.type == "cpu":
@@ -90,10 +104,10 @@ class Decoder:
                 seats = seats[self.state.ints[Field.RUNNING, seats] != 0]
                 if not len(seats) or len(seats) < enough:
                     return step
-            self.step(seats)
+            self.step(seats, kinds)
         return self._steps
 
-    def step(self, seats: torch.Tensor) -> None:
+    def step(self, seats: torch.Tensor, kinds: Kinds) -> None:
         """Forward the last token of seats int64 [n] and choose their next one."""
         state = self.state
         now = state.ints[:, seats]
@@ -101,13 +115,13 @@ class Decoder:
         length = now[Field.LENGTH]
         slots = state.table[seats, length].masked_fill(~running, state.trash)
         attend = self._backend.decode(state.table, seats, length + 1)
-        contiguous = now[Field.CONTIGUOUS] != 0 if self._any_contiguous() else None
+        contiguous = now[Field.CONTIGUOUS] != 0 if kinds.contiguous else None
         hidden = decode_forward(
             now[Field.TOKEN], now[Field.POSITION], contiguous, slots, attend, self._backbone, self._pool
         )
         now[Field.LENGTH] += running
         now[Field.POSITION] += running
-        self._choose(now, seats, hidden)
+        self._choose(now, seats, hidden, kinds)
 
     def collect(self, version: int) -> None:
         """Take over what was drawn since the last visit; turns that are over go into the logs.
@@ -128,10 +142,12 @@ class Decoder:
             turn.logps.append(logps[turn.seat, :emitted])
             turn.length = length
             if not running:
+                if turn.ids[-1][-1] != (end := self._backbone.layout.tokens.im_end):
+                    # The last token that a turn may have is its end, whatever the model would say.
+                    turn.ids.append(np.array([end]))
+                    turn.logps.append(_FORCED)
                 self._write(stream, turn)
-                # The last token that a turn may have is its end, whatever the model would say.
-                if (token := stream.writer.forced() if not stream.between_turns else None) is not None:
-                    stream.writer.extend_generated([token], version)
+                assert stream.between_turns, "a turn has stopped without its end"
                 del self._turns[stream]
         self.state.ints[Field.EMITTED] = 0
 
@@ -156,20 +172,18 @@ class Decoder:
         for stream in list(self._turns):
             self.forget(stream)
 
-    def _any_contiguous(self) -> bool:
-        return any(stream.contiguous for stream in self._turns)
+    def _kinds(self) -> Kinds:
+        greedy = {stream.request.header.temperature == 0 for stream in self._turns}
+        return Kinds(any(stream.contiguous for stream in self._turns), None if len(greedy) > 1 else greedy == {True})
 
-    def _greedy(self, now: torch.Tensor) -> torch.Tensor | bool:
-        kinds = {stream.request.header.temperature == 0 for stream in self._turns}
-        return now[Field.GREEDY] != 0 if len(kinds) > 1 else kinds == {True}
-
-    def _choose(self, now: torch.Tensor, seats: torch.Tensor, hidden: torch.Tensor) -> None:
+    def _choose(self, now: torch.Tensor, seats: torch.Tensor, hidden: torch.Tensor, kinds: Kinds) -> None:
         """Draw the next token of seats int64 [n] from hidden [n, H], and write it and their advanced state."""
         state = self.state
         # One matrix product for all, then each row by its own temperature: the learner scores with the same division.
         logits = self._backbone.logits(hidden, 1.0)
         logits = logits / state.scale[seats].to(logits.dtype)[:, None]
-        drawn, logps = sampler.draw(logits, self._greedy(now), now[Field.SEED], now[Field.INDEX])
+        greedy = now[Field.GREEDY] != 0 if kinds.greedy is None else kinds.greedy
+        drawn, logps = sampler.draw(logits, greedy, now[Field.SEED], now[Field.INDEX])
         tokens = self._backbone.layout.tokens
         running, thinking = now[Field.RUNNING] != 0, now[Field.THINKING] != 0
         # The last token of a thought is its end, as TurnState.forced has it.
