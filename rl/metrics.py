@@ -64,6 +64,7 @@ def step_metrics(
         "rollout/tokens_per_s": sum(g.summary.tokens for g in groups) / clock.wall_s,
         "rollout/log_tokens": float(sum(g.summary.log_tokens for g in groups)),
         "rollout/evicted_tokens": float(sum(g.summary.evicted_tokens for g in groups)),
+        "rollout/preempted": float(sum(g.summary.preempted for g in groups)),
         "rollout/group_s": float(np.mean([g.summary.seconds for g in groups])),
         "rollout/dropped_groups": float(dropped),
         "buffer/ready": float(ready),

@@ -30,7 +30,7 @@ class RolloutConfig:
     """
     kv_memory_mb: int = 0
     """MiB of an engine's KV pool; 0 = what `rollout.max_streams` of the longest streams can fill, or what the
-    device has left.
+    device has left. A smaller pool runs fewer streams at once; with FlashInfer some may begin anew.
     """
     temperature: float = 1.0
     """Sampling temperature, above 0; the learner scores with the same."""

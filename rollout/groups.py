@@ -46,6 +46,7 @@ class Group:
         began, deadline: times of the monotonic clock, in seconds. The deadline is set when the streams are queued.
         clip: set by `read`. encoded: the clip at the boundary, as shipped. features: what its streams embed.
         logs: of the streams that have finished, by stream id. checked: those that were re-scored.
+        preempted: times that a stream was given back and began anew.
     """
 
     task: RolloutTask
@@ -57,6 +58,7 @@ class Group:
     features: torch.Tensor | None = None
     logs: dict[str, StreamLog] = field(default_factory=dict)
     checked: list[Checked] = field(default_factory=list)
+    preempted: int = 0
 
     def stream_ids(self) -> list[str]:
         return [f"{self.task.group}/{i}" for i in range(self.task.streams)]
@@ -120,8 +122,10 @@ class Groups:
             return
         with self._meter.repeated("engine step"):
             finished = self._engine.step()
+        for stream_id in self._engine.admission.take_preempted():
+            self._running[_group_of(stream_id)].preempted += 1
         for stream in finished:
-            name = stream.header.stream_id.rsplit("/", 1)[0]
+            name = _group_of(stream.header.stream_id)
             group = self._running[name]
             group.logs[stream.header.stream_id] = stream
             assert group.features is not None
@@ -192,6 +196,7 @@ class Groups:
             tokens=sum(int(stream.sampled.sum()) for stream in logs),
             log_tokens=sum(len(stream) for stream in logs),
             evicted_tokens=sum(stream.evicted_tokens for stream in logs),
+            preempted=group.preempted,
             seconds=time.monotonic() - group.began,
             clip_seconds=self._recipe.clip_seconds(group.task.task, group.task.plan),
             monitor=LogpDiff.merge([checked.mismatch for checked in group.checked]),
@@ -207,6 +212,10 @@ class Groups:
         task = group.task
         clip_seconds = self._recipe.clip_seconds(task.task, task.plan)
         return failure(self._worker, task.group, task.task.id, clip_seconds, group.began, error)
+
+
+def _group_of(stream_id: str) -> str:
+    return stream_id.rsplit("/", 1)[0]
 
 
 def failure(worker: int, group: str, task_id: str, clip_seconds: float, began: float, error: Exception) -> GroupResult:

@@ -23,7 +23,7 @@ from streams.memory import MemoryConfig
 from streams.task import Plan, Reason, StreamTask
 from streams.turns import ParsedTurn
 
-MESSAGES_VERSION = 10
+MESSAGES_VERSION = 11
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class GroupSummary:
         tokens: sampled tokens.
         log_tokens: all tokens of its logs.
         evicted_tokens: how many of those were evicted.
+        preempted: times that a stream of the group was given back, as the KV pool was full, and began anew.
         seconds: wall time from the start of the group to its end.
         clip_seconds: length of the video that was shown.
         monitor: mismatch of those of its streams that the worker re-scored.
@@ -151,6 +152,7 @@ class GroupSummary:
     tokens: int = 0
     log_tokens: int = 0
     evicted_tokens: int = 0
+    preempted: int = 0
     seconds: float = 0.0
     clip_seconds: float = 0.0
     monitor: LogpDiff = field(default_factory=LogpDiff)

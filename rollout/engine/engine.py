@@ -2,15 +2,17 @@
 
 One visit of the host, read top to bottom in `Engine.step`:
 
-    admit     waiting streams whose bound fits                          admission.py
     begin     turns: the end of one and the prefill of the next,
               packed into rows, and their first tokens                  step_plan.py, forward.py
+    admit     waiting streams that fit, whose turns begin with them     admission.py
     decode    several tokens of every stream, without the host          rollout.decode
     collect   what was drawn, into the logs                             rollout.decode
     finish    logs of the streams that are over
 
 Invariants:
 * freed slots are reused only after the forward that could still see them;
+* a stream is given back between two forwards, and never the oldest (`rollout.engine.admission`). It begins anew from its
+  seed: the same tokens, if the weights are the same;
 * weights, and `version` with them, change only between two visits;
 * one thread calls everything here.
 """
@@ -25,7 +27,7 @@ from rollout.decode.decoder import Decoder
 from rollout.engine.admission import Admission
 from rollout.engine.forward import forward
 from rollout.engine.kv_pool import KVPool
-from rollout.engine.request import Stream, StreamFailure, StreamRequest, stream_bound
+from rollout.engine.request import Stream, StreamFailure, StreamRequest, first_need, stream_bound
 from rollout.engine.step_plan import StepPlan
 from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import (
@@ -44,6 +46,7 @@ class Engine:
     Attributes:
         version: of the weights that the backbone has; every token is logged with it.
         steps: forwards since the engine was made.
+        prefilled: tokens that turns have begun with, forwarded; shared: those whose forward another stream's saved.
         attention, decode_attention: the attention backends of prefill and of decoding, and why those.
         graphs: how decode steps are launched, `graphs` or `eager`, and why.
     """
@@ -78,7 +81,7 @@ class Engine:
         )
         self.admission = Admission(self.pool.book, max_streams)
         self.version = 0
-        self.steps = 0
+        self.steps = self.prefilled = self.shared = 0
         groups = int(backbone.model.config.text_config.num_attention_heads) // kv_heads
         self._backend, self.decode_attention = with_decode(
             choose_decode_attention(attention, device, self.attention.name),
@@ -103,11 +106,9 @@ class Engine:
     def add(self, request: StreamRequest) -> StreamWriter:
         """Queue a stream; returns its writer, which grows as the stream runs (to be read between two steps only).
 
+        A stream that is given back goes on with another writer: the one returned is of use for a live stream, or alone.
         Raises ValueError if it could never fit into the KV pool.
         """
-        writer = StreamWriter(
-            request.header, request.layout, request.policy, self.backbone.cursor(request.patch_seconds)
-        )
         need = stream_bound(request)
         if need > self.pool.capacity:
             raise ValueError(
@@ -115,10 +116,11 @@ class Engine:
                 "raise rollout.kv_memory_mb, shorten the stream or choose a smaller memory.window (a feed has no end: its "
                 "memory must bound video and text)"
             )
-        if writer.regions is not None:
+        stream = _stream(request, self.backbone, need, first_need(request))
+        if stream.contiguous:
             self.hold_unrotated_keys()
-        self.admission.add(Stream(request, writer, request.source(), need))
-        return writer
+        self.admission.add(stream)
+        return stream.writer
 
     def hold_unrotated_keys(self) -> None:
         """Make room for what streams with contiguous positions need. Raises ValueError if the checkpoint cannot have them."""
@@ -128,7 +130,6 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[StreamLog]:
         """Make one visit; returns the streams that finished, but for those whose log went out in pieces."""
-        self.admission.admit()
         self._begin_turns()
         if self._decoder.running:
             self.steps += self._decoder.run(self.version)
@@ -156,13 +157,37 @@ class Engine:
     def _begin_turns(self) -> None:
         """Prefill the next turn of every stream that has one, in rows of about PREFILL_ROWS tokens."""
         plan = self._plan()
-        for stream in self.admission.running:
-            if stream.between_turns and stream.source.ready:
-                plan.gather(stream)
-                if plan.rows >= PREFILL_ROWS:
-                    self._prefill(plan)
-                    plan = self._plan()
+        for stream in self.admission.due():
+            plan = self._begin(stream, plan)
         self._prefill(plan)
+
+    def _begin(self, stream: Stream, plan: StepPlan) -> StepPlan:
+        """Plan the next turn of a stream; returns the plan that later ones go into.
+
+        Where there is no room, what is planned is forwarded, which frees what it evicts; then the youngest are given back.
+        """
+        turn = plan.open(stream)
+        if turn is None:
+            return plan
+        full = plan.rows >= PREFILL_ROWS and not plan.leads(turn)
+        if full or not plan.has_room(turn):
+            self._prefill(plan)
+            plan = self._plan()
+            while not plan.has_room(turn):
+                if self._give_back() is stream:
+                    return plan
+        plan.place(turn)
+        return plan
+
+    def _give_back(self) -> Stream:
+        """Give the youngest stream back, to begin anew; returns it. Nothing of it may be in a plan."""
+        stream = self.admission.youngest()
+        need = max(stream.need, stream.slots.owned + first_need(stream.request))
+        self._decoder.forget(stream)
+        self.admission.give_back(stream, _stream(stream.request, self.backbone, stream.bound, need))
+        stream.slots.close()
+        stream.running = False
+        return stream
 
     def _plan(self) -> StepPlan:
         return StepPlan(self.version)
@@ -172,9 +197,13 @@ class Engine:
             return
         hidden = forward(plan, self.backbone, self._backend, self.pool)
         self.steps += 1
+        self.prefilled += plan.turns.rows
+        self.shared += plan.shared
+        plan.copy_shared(self.pool)
         for stream, slots in plan.freed:
             stream.slots.give_back(slots)
-        self._decoder.first(plan.choosing, hidden[plan.ends.rows :], self.version)
+        if plan.choosing:
+            self._decoder.first(plan.choosing, hidden[plan.ends.rows :], self.version)
 
     def _finish(self) -> list[StreamLog]:
         """Write what goes out in pieces and release the streams that are over; returns the logs that were kept."""
@@ -194,3 +223,9 @@ class Engine:
     def _release(self, stream: Stream) -> None:
         stream.slots.close()
         self.admission.release(stream)
+
+
+def _stream(request: StreamRequest, backbone: Backbone, bound: int, need: int) -> Stream:
+    """Return the stream before its first turn."""
+    writer = StreamWriter(request.header, request.layout, request.policy, backbone.cursor(request.patch_seconds))
+    return Stream(request, writer, request.source(), bound, min(bound, need))

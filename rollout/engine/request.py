@@ -1,7 +1,8 @@
 """One stream: as it is requested, as it runs, and how it may fail.
 
 Invariants:
-* what a stream may hold (`reserved`) is known before its first turn and never grows;
+* what a stream may hold (`bound`) is known before its first turn and never grows;
+* a stream that begins anew is a new `Stream`, with a new writer: nothing of its former run is left;
 * `forwarded` counts the log's tokens whose keys are in the pool; `slots` has those of them that are still visible.
 
 Live streams only (`TurnFeed`, `pieces`, `StreamFailure`): no stage of a run uses them. They serve a program that drives an
@@ -66,6 +67,16 @@ def stream_bound(request: StreamRequest) -> int:
     )
 
 
+def first_need(request: StreamRequest) -> int:
+    """Return the number of KV slots that a stream takes in its first turn, at most; 0 where that is not known yet."""
+    if isinstance(request.turns, TurnFeed) or not len(request.turns):
+        return 0
+    layout, turn = request.layout, request.turns[0]
+    asked = None if turn.query is None else list(turn.query.ids)
+    runs = layout.runs(turn.chunk, asked, request.policy.lanes, first=True)
+    return sum(len(run.ids) for run in runs) + layout.config.max_new_tokens
+
+
 @dataclass(frozen=True)
 class StreamFailure:
     """A live stream that ended early, and why. The others ran on."""
@@ -80,23 +91,36 @@ class Stream:
     """A stream that waits or runs.
 
     Attributes:
-        reserved: KV slots that no other stream may count on.
+        bound: KV slots that it may hold at once.
+        need: KV slots that must be free before it begins.
+        peak: the most KV slots that a turn of it has needed so far.
+        number: its place among all that came.
         slots: the slots of its forwarded tokens that are still visible; set when it is admitted.
         forwarded: the log index of the first token that was not forwarded yet.
         failure: why it cannot go on; empty while it can.
+        running: False once it was given back.
     """
 
     request: StreamRequest
     writer: StreamWriter
     source: KnownTurns | TurnFeed
-    reserved: int
+    bound: int
+    need: int
+    peak: int = 0
+    number: int = 0
     slots: StreamSlots = field(init=False)
     forwarded: int = 0
     failure: str = ""
+    running: bool = True
 
     @property
     def id(self) -> str:
         return self.request.header.stream_id
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it cannot begin anew: its turns are taken from a feed, or parts of its log are out of the house."""
+        return isinstance(self.source, TurnFeed) or self.request.pieces is not None
 
     @property
     def between_turns(self) -> bool:

@@ -1,13 +1,16 @@
 """Slots of the KV pool: which are free, and which a stream's tokens have.
 
-Two books keep them. `PagedBook` gives a stream any free slots, and nothing is ever moved. `BlockBook` gives it one block
-when it is admitted, so that its live keys are one range of memory. New tokens then take the places of evicted ones (the order
-of keys means nothing to attention), and only where more leave than come are some moved to close the gap.
+Two books keep them. `PagedBook` gives a stream any free slots, turn by turn as it needs them, and nothing is ever moved.
+`BlockBook` gives it one block of all that it may ever need when it is admitted, so that its live keys are one range of
+memory: a block that grew would have to move. New tokens then take the places of evicted ones (the order of keys means
+nothing to attention), and only where more leave than come are some moved to close the gap.
 
 Invariants:
-* a slot is free or belongs to one stream, never both;
+* a slot is free or has holders: one stream, or with pages those that share a prefix, and is free when the last drops it;
+* a slot that is shared is not written again;
 * a stream has a slot for every live token that was forwarded, in the order of the log;
 * paged: slots of evicted tokens are given back after the forward that may still see them;
+* paged: the slots that a stream keeps (`open`) are there for it whenever it wants them;
 * blocks: whenever a stream decodes, its tokens fill the first slots of its block.
 """
 
@@ -64,11 +67,36 @@ class StreamSlots(ABC):
 
     def of(self, indices: np.ndarray) -> np.ndarray:
         """Return the slots of these tokens, by ascending log index."""
-        return self.held[self._rows(indices)]
+        return self.held[_rows(self._columns.column("index"), indices)]
+
+    @property
+    @abstractmethod
+    def owned(self) -> int:
+        """How many slots it has taken from the book and not given back, and will take for a turn that is planned."""
+
+    @abstractmethod
+    def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
+        """Whether its next turn can begin now.
+
+        coming: tokens of its prefill. leaving: log indices of the tokens that it evicts; their slots come back after the
+        prefill, before those of the `ahead` tokens that it may generate are taken.
+        """
 
     @abstractmethod
     def drop(self, indices: np.ndarray, coming: int) -> Dropped:
         """Forget these tokens, by ascending log index, as `coming` new ones are about to be added."""
+
+    @abstractmethod
+    def share(self, leader: StreamSlots, start: int, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Hold the `count` tokens from log index `start` on as `leader` does, whose tokens there are the same.
+
+        Returns the slots to copy from and to, once the leader's are written: none where both hold one slot. copy: each
+        needs keys of its own.
+        """
+
+    @abstractmethod
+    def expect(self, ahead: int) -> None:
+        """Say that `row` will ask for the slots of `ahead` tokens: nobody else may count on them."""
 
     @abstractmethod
     def row(self, ahead: int) -> np.ndarray:
@@ -86,17 +114,17 @@ class StreamSlots(ABC):
     def _take(self, count: int) -> np.ndarray: ...
 
     def _forget(self, indices: np.ndarray) -> np.ndarray:
-        at, slots = self._rows(indices), self.held
+        at, slots = _rows(self._columns.column("index"), indices), self.held
         keep = np.ones(len(slots), bool)
         keep[at] = False
         self._columns.keep(keep)
         return slots[at]
 
-    def _rows(self, indices: np.ndarray) -> np.ndarray:
-        index = self._columns.column("index")
-        at = np.searchsorted(index, indices)
-        assert (index[at] == indices).all(), "only forwarded live tokens have slots"
-        return at
+
+def _rows(index: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    at = np.searchsorted(index, indices)
+    assert (index[at] == indices).all(), "only forwarded live tokens have slots"
+    return at
 
 
 class SlotBook(ABC):
@@ -110,12 +138,16 @@ class SlotBook(ABC):
     def available(self) -> int: ...
 
     @abstractmethod
-    def fits(self, count: int) -> bool:
-        """Whether a stream of at most `count` slots could be opened now."""
+    def fits(self, need: int, bound: int, *, keeps: bool) -> bool:
+        """Whether a stream could be opened now.
+
+        need: slots that it takes at first. bound: the most that it will hold at once. keeps: it never waits for one of them,
+        and no other stream may count on them.
+        """
 
     @abstractmethod
-    def open(self, count: int) -> StreamSlots:
-        """Return the slots of a new stream, which may hold `count` at once; `fits` was asked."""
+    def open(self, bound: int, *, keeps: bool) -> StreamSlots:
+        """Return the slots of a new stream; `fits` was asked."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -123,7 +155,11 @@ class SlotBook(ABC):
 
 
 class PagedBook(SlotBook):
-    """Any slot for any token; what streams may still need is counted as promised."""
+    """Any slot for any token, as turns need them.
+
+    What streams keep is given to nobody else: `spare` is what the others may have. Each of those others fits into the pool
+    beside all that is kept (`fits`), so it can always go on once it is alone with it.
+    """
 
     def __init__(self, slots: int) -> None:
         super().__init__(slots)
@@ -132,69 +168,154 @@ class PagedBook(SlotBook):
     def clear(self) -> None:
         self._free = np.arange(self.capacity - 1, -1, -1, dtype=np.int64)
         self._count = self.capacity
-        self._taken = np.zeros(self.capacity, bool)
-        self._promised = 0
+        self._holders = np.zeros(self.capacity, np.int32)
+        self._open: set[_PagedSlots] = set()
+        self._bounds = 0  # of the streams that keep theirs
+        self.kept = 0  # slots that streams which keep their bound have not taken yet
+        self.due = 0  # slots that `row` will take for turns whose prefill is planned
+        self.leaving = 0  # slots that such prefills will give back before
 
     @property
     def available(self) -> int:
         return self._count
 
-    def fits(self, count: int) -> bool:
-        return self._promised + count <= self.capacity
+    @property
+    def spare(self) -> int:
+        """Free slots that no stream keeps."""
+        return self._count - self.kept
 
-    def open(self, count: int) -> StreamSlots:
-        self._promised += count
-        return _PagedSlots(self, count)
+    def fits(self, need: int, bound: int, *, keeps: bool) -> bool:
+        together = bound + self._bounds
+        if keeps:
+            together += max((stream.bound for stream in self._open if not stream.keeps), default=0)
+        return together <= self.capacity and (bound if keeps else need) <= self.spare - self.due
+
+    def open(self, bound: int, *, keeps: bool) -> StreamSlots:
+        stream = _PagedSlots(self, bound, keeps)
+        self._open.add(stream)
+        if keeps:
+            self.kept += bound
+            self._bounds += bound
+        return stream
+
+    def shut(self, stream: _PagedSlots) -> None:
+        """Forget a stream that has given all its slots back."""
+        self._open.remove(stream)
+        if stream.keeps:
+            self.kept -= stream.bound
+            self._bounds -= stream.bound
 
     def allocate(self, count: int) -> np.ndarray:
         """Return free slots, int64 [count].
 
-        Raises RuntimeError if there are fewer: streams are promised slots before they run, so that is an error in the engine.
+        Raises RuntimeError if there are fewer: a turn begins only with room for it, so that is an error in the engine.
         """
         if count > self._count:
             raise RuntimeError(f"KV pool exhausted: {count} slots wanted, {self._count} of {self.capacity} free")
         slots = self._free[self._count - count : self._count].copy()
         self._count -= count
-        assert not self._taken[slots].any(), "a slot was given out twice"
-        self._taken[slots] = True
+        assert not self._holders[slots].any(), "a slot was given out twice"
+        self._holders[slots] = 1
         return slots
 
-    def free(self, slots: np.ndarray) -> None:
-        """Take slots int64 [n] back."""
-        assert self._taken[slots].all(), "a slot was freed that nobody holds"
-        self._taken[slots] = False
-        self._free[self._count : self._count + len(slots)] = slots
-        self._count += len(slots)
+    def hold(self, slots: np.ndarray) -> None:
+        """Count one holder more of slots int64 [n]."""
+        assert self._holders[slots].all(), "only a slot that somebody holds is shared"
+        self._holders[slots] += 1
 
-    def forgo(self, count: int) -> None:
-        """Take back what a stream was promised."""
-        self._promised -= count
+    def alone(self, slots: np.ndarray) -> int:
+        """Return how many of these slots have one holder only."""
+        return int(np.count_nonzero(self._holders[slots] == 1))
+
+    def free(self, slots: np.ndarray) -> None:
+        """Drop one holder of slots int64 [n]; those that have no other are free."""
+        assert self._holders[slots].all(), "a slot was freed that nobody holds"
+        self._holders[slots] -= 1
+        gone = slots[self._holders[slots] == 0]
+        self._free[self._count : self._count + len(gone)] = gone
+        self._count += len(gone)
 
 
 class _PagedSlots(StreamSlots):
-    def __init__(self, book: PagedBook, promised: int) -> None:
+    def __init__(self, book: PagedBook, bound: int, keeps: bool) -> None:
         super().__init__()
-        self._book, self._promised = book, promised
+        self.bound, self.keeps = bound, keeps
+        self._book = book
+        self._owned = 0
         self._ahead = _NONE  # taken from the book for tokens that are not there yet
+        self._due = self._leaving = 0  # its part of the book's
+
+    @property
+    def owned(self) -> int:
+        return self._owned + self._due
+
+    def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
+        if self.keeps:
+            return True
+        book, own = self._book, len(self._ahead)
+        now = max(0, coming - own)
+        later = max(0, coming + ahead - own) - now
+        if now + later <= book.spare - book.due:
+            return True
+        back = book.leaving + book.alone(self.of(leaving))
+        return now <= book.spare and now + later <= book.spare - book.due + back
 
     def drop(self, indices: np.ndarray, coming: int) -> Dropped:
-        return Dropped(freed=self._forget(indices)) if len(indices) else Dropped()
+        if not len(indices):
+            return Dropped()
+        freed = self._forget(indices)
+        if not self.keeps:
+            self._count(0, self._book.alone(freed))
+        return Dropped(freed=freed)
+
+    def share(self, leader: StreamSlots, start: int, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
+        source = leader.of(np.arange(start, start + count))
+        if copy:
+            return source, self.add(start, count)
+        assert not self.keeps, "a slot that others hold does not come back when it is dropped"
+        self._book.hold(source)
+        self._owned += count
+        self._columns.append(count, index=np.arange(start, start + count), slot=source)
+        return _NONE, _NONE
+
+    def expect(self, ahead: int) -> None:
+        if not self.keeps:
+            self._count(max(0, ahead - len(self._ahead)), self._leaving)
 
     def row(self, ahead: int) -> np.ndarray:
-        self._ahead = np.append(self._ahead, self._book.allocate(max(0, ahead - len(self._ahead))))
+        self._count(0, self._leaving)
+        self._ahead = np.append(self._ahead, self._allocate(max(0, ahead - len(self._ahead))))
         return np.append(self.held, self._ahead[:ahead])
 
     def give_back(self, slots: np.ndarray) -> None:
-        self._book.free(slots)
+        self._count(self._due, 0)
+        self._free(slots)
 
     def close(self) -> None:
-        self._book.free(self.held)
-        self._book.free(self._ahead)
-        self._book.forgo(self._promised)
+        self._count(0, 0)
+        self._free(self.held)
+        self._free(self._ahead)
+        self._book.shut(self)
 
     def _take(self, count: int) -> np.ndarray:
         taken, self._ahead = self._ahead[:count], self._ahead[count:]
-        return np.append(taken, self._book.allocate(count - len(taken)))
+        return np.append(taken, self._allocate(count - len(taken)))
+
+    def _allocate(self, count: int) -> np.ndarray:
+        self._owned += count
+        self._book.kept -= count if self.keeps else 0
+        return self._book.allocate(count)
+
+    def _free(self, slots: np.ndarray) -> None:
+        self._owned -= len(slots)
+        self._book.kept += len(slots) if self.keeps else 0
+        self._book.free(slots)
+
+    def _count(self, due: int, leaving: int) -> None:
+        """Set its part of what the book expects to be taken and given back."""
+        self._book.due += due - self._due
+        self._book.leaving += leaving - self._leaving
+        self._due, self._leaving = due, leaving
 
 
 class BlockBook(SlotBook):
@@ -212,14 +333,14 @@ class BlockBook(SlotBook):
     def available(self) -> int:
         return sum(size for _, size in self._free)
 
-    def fits(self, count: int) -> bool:
-        return any(size >= count for _, size in self._free)
+    def fits(self, need: int, bound: int, *, keeps: bool) -> bool:
+        return any(size >= bound for _, size in self._free)
 
-    def open(self, count: int) -> StreamSlots:
-        at = next(i for i, (_, size) in enumerate(self._free) if size >= count)
+    def open(self, bound: int, *, keeps: bool) -> StreamSlots:
+        at = next(i for i, (_, size) in enumerate(self._free) if size >= bound)
         first, size = self._free[at]
-        self._free[at : at + 1] = [(first + count, size - count)] if size > count else []
-        return _BlockSlots(self, first, count)
+        self._free[at : at + 1] = [(first + bound, size - bound)] if size > bound else []
+        return _BlockSlots(self, first, bound)
 
     def free(self, first: int, count: int) -> None:
         """Take a block back."""
@@ -244,6 +365,20 @@ class _BlockSlots(StreamSlots):
         self._holes = _NONE
         self._block = np.arange(first, first + size)
         self._used = 0  # slots of the block that hold tokens or are holes
+
+    @property
+    def owned(self) -> int:
+        return self._size
+
+    def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
+        return True  # its block has room for all that it may hold
+
+    def share(self, leader: StreamSlots, start: int, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
+        # Always copied: SDPA reads one range.
+        return leader.of(np.arange(start, start + count)), self.add(start, count)
+
+    def expect(self, ahead: int) -> None:
+        pass
 
     def drop(self, indices: np.ndarray, coming: int) -> Dropped:
         if not len(indices):

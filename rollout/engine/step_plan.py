@@ -4,11 +4,14 @@ Invariants:
 * END, as any token not yet forwarded, attends over its own turn's slots: it is in a part of its own, before the part of the
   turns that begin, and before any key moves;
 * slots freed here are only collected: they may be given out again only after this row's forward;
+* a first turn with the prefill of one that is in the row already is not forwarded: it shares that one's keys, and samples
+  from its hidden state;
 * every segment ends with its own tokens' slots (see `rollout.attention.segments`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -17,6 +20,7 @@ import torch
 
 from rollout.attention.segments import Segment
 from rollout.engine.contiguous import MovedKeys
+from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
@@ -56,6 +60,25 @@ class Part:
         stream.forwarded = stop
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A turn that its stream's log has begun, and that has no slots yet.
+
+    Attributes:
+        evicted: log indices int64 [n] of what left.
+        start: log index of its first token that is not forwarded; coming: how many there are.
+        features: its chunk's, None without one.
+        prefix: what its prefill is: a turn with the same one has the same keys. None: not to be shared.
+    """
+
+    stream: Stream
+    evicted: np.ndarray
+    start: int
+    coming: int
+    features: torch.Tensor | None
+    prefix: Hashable | None
+
+
 class StepPlan:
     """The row of one forward.
 
@@ -65,6 +88,8 @@ class StepPlan:
         freed: slots to give back after the forward, by stream.
         moved_from, moved_to: keys that move to other slots between the two parts, int64 [n] each.
         moved_keys: keys that get other positions then.
+        copied_from, copied_to: keys of shared prefills, from slots to slots once the row is forwarded, int64 [n] each.
+        shared: tokens whose forward was saved so.
         choosing: the streams that sample a token, with the index in `turns` of the hidden state they sample from.
     """
 
@@ -78,7 +103,12 @@ class StepPlan:
         self.moved_from: list[np.ndarray] = []
         self.moved_to: list[np.ndarray] = []
         self.moved_keys = MovedKeys()
+        self.copied_from: list[np.ndarray] = []
+        self.copied_to: list[np.ndarray] = []
+        self.shared = 0
         self.choosing: list[tuple[Stream, int]] = []
+        # Prefills that others may share: their stream, and the row they sample from.
+        self._leaders: dict[Hashable, tuple[Stream, int]] = {}
 
     @property
     def rows(self) -> int:
@@ -88,51 +118,114 @@ class StepPlan:
     def contiguous(self) -> bool:
         return any(self.turns.contiguous)
 
-    def gather(self, stream: Stream) -> None:
-        """End the turn of a stream and begin its next one, which must be ready; a stream that its source refuses fails."""
+    def open(self, stream: Stream) -> Opened | None:
+        """End the turn of a stream and begin its next one, which must be ready, in its log.
+
+        Returns None if its source refuses the turn: the stream fails.
+        """
         queries = int(np.count_nonzero(stream.writer.held.column("kind") == Kind.QUERY))
         stream.failure = stream.source.refuses(queries)
         if stream.failure:
-            return
+            return None
         self._end_turn(stream)
-        self._begin_turn(stream)
-        self.turns.add(stream)
-        self.choosing.append((stream, self.turns.rows - 1))
+        return self._begin_turn(stream)
+
+    def leads(self, turn: Opened) -> bool:
+        """Whether the row has the prefill of this turn already, from another stream."""
+        return turn.prefix in self._leaders
+
+    def has_room(self, turn: Opened) -> bool:
+        """Whether there are slots for a turn beside what is planned."""
+        coming = 0 if self.leads(turn) and not _copies(turn.stream) else turn.coming
+        return turn.stream.slots.has_room(coming, turn.evicted, turn.stream.ahead)
+
+    def place(self, turn: Opened) -> None:
+        """Give the prefill of a turn slots, and append it to the row or share that of another stream."""
+        stream, log = turn.stream, turn.stream.writer.log
+        dropped = stream.slots.drop(turn.evicted, turn.coming)
+        if len(dropped.freed):
+            self.freed.append((stream, dropped.freed))
+        if len(dropped.source):
+            self.moved_from.append(dropped.source)
+            self.moved_to.append(dropped.target)
+        if stream.writer.regions is not None:
+            moved, positions = stream.writer.regions.turned
+            self.moved_keys.move(stream.slots.of(moved), positions)
+        if self.leads(turn):
+            self._share(turn)
+        else:
+            if turn.features is not None:
+                video = np.flatnonzero(log.column("kind", turn.start) == Kind.VIDEO)
+                self.video.append(self.turns.rows + video)
+                self.features.append(turn.features)
+            self.turns.add(stream)
+            self.choosing.append((stream, self.turns.rows - 1))
+            if turn.prefix is not None:
+                self._leaders[turn.prefix] = self.choosing[-1]
+        stream.slots.expect(stream.ahead)
+
+    def copy_shared(self, pool: KVPool) -> None:
+        """Copy the keys of shared prefills to whoever needs its own; after the forward."""
+        if self.copied_from:
+            device = pool.kv.device
+            source, target = (
+                torch.from_numpy(np.concatenate(s)).to(device) for s in (self.copied_from, self.copied_to)
+            )
+            for layer in range(len(pool.kv)):
+                pool.move(layer, source, target)
+
+    def _share(self, turn: Opened) -> None:
+        """Hold the keys that the leader's prefill writes, and sample from its hidden state."""
+        leader, row = self._leaders[turn.prefix]
+        stream = turn.stream
+        copied = stream.slots.share(leader.slots, turn.start, turn.coming, copy=_copies(stream))
+        for slots, all_slots in zip(copied, (self.copied_from, self.copied_to), strict=True):
+            if len(slots):
+                all_slots.append(slots)
+        self.shared += turn.coming
+        self.choosing.append((stream, row))
+        stream.forwarded = turn.start + turn.coming
 
     def _end_turn(self, stream: Stream) -> None:
         """Append what the turn that is over has left to forward: now, as END still sees what the next turn evicts."""
         if stream.forwarded < stream.writer.log.length:
             self.ends.add(stream)
 
-    def _begin_turn(self, stream: Stream) -> None:
+    def _begin_turn(self, stream: Stream) -> Opened:
         """Evict, and log the next turn's prefill and the forced tokens behind it."""
         writer = stream.writer
         start = stream.forwarded
         turn_input, features = stream.source.take()
         evicted, _ = writer.begin_turn(turn_input, self._version)
-        if features is not None:
-            # The prefill's segments are the next to be added.
-            video = np.flatnonzero(writer.log.column("kind", start) == Kind.VIDEO)
-            self.video.append(self.turns.rows + video)
-            self.features.append(features)
         while (token := writer.forced()) is not None:
             writer.extend_generated([token], self._version)
         # What is evicted counts, too: its slots are not free before this row's forward.
-        held, live = len(writer.held) + len(evicted), len(writer.held) + stream.ahead
-        if max(held, live) > stream.reserved:  # slots that other streams were promised
+        most = len(writer.held) + max(len(evicted), stream.ahead)
+        stream.peak = max(stream.peak, most)
+        if most > stream.bound:  # more than the pool may have for it
             raise ValueError(
-                f"stream {stream.id}: memory {stream.request.header.memory} may hold {max(held, live)} tokens in "
-                f"turn {writer.turn}, more than its max_live_tokens said ({stream.reserved}): correct that bound"
+                f"stream {stream.id}: memory {stream.request.header.memory} may hold {most} tokens in "
+                f"turn {writer.turn}, more than its max_live_tokens said ({stream.bound}): correct that bound"
             )
-        dropped = stream.slots.drop(evicted, writer.log.length - start)
-        if len(dropped.freed):
-            self.freed.append((stream, dropped.freed))
-        if len(dropped.source):
-            self.moved_from.append(dropped.source)
-            self.moved_to.append(dropped.target)
-        if writer.regions is not None:
-            moved, positions = writer.regions.turned
-            self.moved_keys.move(stream.slots.of(moved), positions)
+        # What a stream keeps must come back when it drops it: it shares with nobody.
+        prefix = _prefix(stream, features) if writer.turn == 0 and not stream.keeps else None
+        return Opened(stream, evicted, start, writer.log.length - start, features, prefix)
+
+
+def _copies(stream: Stream) -> bool:
+    """Whether a stream that shares a prefill needs keys of its own: its later turns rotate them anew."""
+    return stream.contiguous
+
+
+def _prefix(stream: Stream, features: torch.Tensor | None) -> Hashable:
+    """Return what the keys of a stream's first prefill depend on: ids, positions, lanes, and the very same features."""
+    log = stream.writer.log
+    shown = None
+    if features is not None:
+        # By place and shape: two that are alive in one place are one.
+        shown = (features.data_ptr(), features.shape, features.stride(), features.dtype)
+    columns = tuple(log.column(name).tobytes() for name in ("ids", "kind", "lane", "positions"))
+    return (*columns, stream.contiguous, shown)
 
 
 def _seen(stream: Stream, begin: int, end: int) -> np.ndarray:

@@ -19,14 +19,13 @@ from rollout.engine.feed import TurnFeed
 from rollout.engine.forward import forward
 from rollout.engine.request import StreamRequest
 from rollout.engine.step_plan import StepPlan
-from streams.backbone.kernel_choice import Choice
 from streams.layout.layout import LayoutConfig
 from streams.log.record import StreamLog
 from streams.memory import MemoryConfig
 from streams.writing.writer import QueryInput, TurnInput
 from tests.support.exactness.rows import POLICIES, Policy
-from tests.support.gather_attention import GatherBackend
 from tests.support.one_step import OneStepEngine
+from tests.support.pages import use_pages
 from tests.support.recorded_steps import replay_on_pages
 from tests.support.streams import MODEL_TYPES, chunk_record, loud_backbone, norms_in_input_dtype, random_turns, request
 
@@ -195,10 +194,7 @@ def test_an_engine_on_pages_writes_the_same_logs(backbone, monkeypatch, slots):
         return forward(plan, *given)
 
     monkeypatch.setattr("rollout.engine.engine.forward", checked)
-    monkeypatch.setattr(
-        "rollout.engine.engine.choose_rollout_attention", lambda *_: Choice("flashinfer", "for the test")
-    )
-    monkeypatch.setattr("rollout.engine.engine.make_backend", lambda name, pool, groups: GatherBackend(pool, groups))
+    use_pages(monkeypatch)
     engine = Engine(backbone, 10, 1)
     assert engine.pool.paged
     compare(backbone, [p.memory for p in POLICIES], 2 * len(POLICIES), 4, kv_slots=slots, max_streams=11)

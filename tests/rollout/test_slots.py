@@ -17,13 +17,13 @@ TURNS = st.lists(
 )
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("paged", "keeps"), [(False, False), (True, True), (True, False)])
 @given(TURNS)
 @settings(max_examples=150)
-def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns):
+def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, keeps, turns):
     """Three streams take turns; each writes its tokens' names into a pool and finds them again under its slots."""
     pool = KVPool(CAPACITY, layers=1, kv_heads=1, head_dim=1, paged=paged)
-    streams = [pool.book.open(20) for _ in range(3)]
+    streams = [pool.book.open(20, keeps=keeps) for _ in range(3)]
     tokens: list[list[int]] = [[], [], []]
     lengths = [0, 0, 0]
 
@@ -38,11 +38,13 @@ def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns)
         leaving = sorted(luck.sample(tokens[which], luck.randint(0, len(tokens[which]))))
         room = 20 - len(tokens[which])
         coming, generated = min(coming, room), min(generated, max(0, room - coming))
+        assert streams[which].has_room(coming, np.array(leaving, np.int64), generated), "three bounds are the pool"
         dropped = streams[which].drop(np.array(leaving, np.int64), coming)
         tokens[which] = [token for token in tokens[which] if token not in leaving]
         assert not set(dropped.source.tolist()) & set(dropped.target.tolist())
         pool.move(0, torch.from_numpy(dropped.source), torch.from_numpy(dropped.target))
         write(which, coming)
+        streams[which].expect(generated)
         streams[which].give_back(dropped.freed)
         row = streams[which].row(generated)
         assert len(row) == len(tokens[which]) + generated
@@ -60,12 +62,12 @@ def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, turns)
     for stream in streams:
         stream.close()
     assert pool.available == pool.capacity == CAPACITY
-    assert pool.book.fits(CAPACITY)
+    assert pool.book.fits(CAPACITY, CAPACITY, keeps=True)
 
 
 def test_new_tokens_take_the_places_of_old_ones_and_nothing_moves():
     pool = KVPool(30, layers=1, kv_heads=1, head_dim=1)
-    slots = pool.book.open(20)
+    slots = pool.book.open(20, keeps=True)
     slots.add(0, 10)
     dropped = slots.drop(np.arange(2, 6), coming=4)
     assert not len(dropped.source)
@@ -75,7 +77,7 @@ def test_new_tokens_take_the_places_of_old_ones_and_nothing_moves():
 def test_what_moves_is_counted_in_bytes():
     pool = KVPool(30, layers=3, kv_heads=2, head_dim=4)
     pool.keep_raw()
-    slots = pool.book.open(20)
+    slots = pool.book.open(20, keeps=True)
     slots.add(0, 10)
     dropped = slots.drop(np.arange(6), coming=3)
     assert len(dropped.source) == 3
@@ -88,8 +90,8 @@ def test_what_moves_is_counted_in_bytes():
 def test_blocks_never_overlap_and_all_come_back(events):
     book, blocks = BlockBook(24), []
     for opens, size in events:
-        if opens and book.fits(size):
-            stream = book.open(size)
+        if opens and book.fits(size, size, keeps=True):
+            stream = book.open(size, keeps=True)
             blocks.append((size, stream))
         elif blocks:
             blocks.pop(size % len(blocks))[1].close()
@@ -114,6 +116,30 @@ def test_pages_that_are_not_there_are_an_error_of_the_engine():
         book.free(slots)
 
 
+def test_a_page_that_others_hold_does_not_come_back_when_one_drops_it():
+    """Two hold six slots together; what one of them evicts is no room for its next turn until the other has left."""
+    book = PagedBook(8)
+    first, second = (book.open(8, keeps=False) for _ in range(2))
+    first.add(0, 6)
+    assert [len(slots) for slots in second.share(first, 0, 6, copy=False)] == [0, 0], "nothing is copied"
+    assert book.available == 2
+    evicted = np.arange(6)
+    assert second.has_room(2, evicted, 0)
+    assert not second.has_room(2, evicted, 1)
+    first.close()
+    assert book.available == 2, "the other still holds them"
+    assert second.has_room(2, evicted, 6)
+    dropped = second.drop(evicted, 2)
+    assert not len(dropped.source)
+    second.add(6, 2)
+    second.expect(6)
+    assert book.available == 0
+    second.give_back(dropped.freed)
+    assert len(set(second.row(6).tolist())) == 8
+    second.close()
+    assert book.available == 8
+
+
 def test_a_pool_without_a_single_slot_is_refused_by_its_config_key():
     with pytest.raises(ValueError, match=r"rollout\.kv_memory_mb"):
         KVPool(0, layers=1, kv_heads=1, head_dim=1)
@@ -125,9 +151,9 @@ def test_bytes_per_slot_is_what_the_pool_allocates_and_one_slot_for_nobody(paged
     assert pool.kv.nbytes == 6 * KVPool.bytes_per_slot(3, 2, 8, torch.bfloat16)
 
 
-@pytest.mark.parametrize("book_type", [PagedBook, BlockBook])
-def test_slots_stay_parallel_to_the_live_tokens(book_type):
-    slots = book_type(20).open(10)
+@pytest.mark.parametrize(("book_type", "keeps"), [(PagedBook, True), (PagedBook, False), (BlockBook, False)])
+def test_slots_stay_parallel_to_the_live_tokens(book_type, keeps):
+    slots = book_type(20).open(10, keeps=keeps)
     a, b, c = slots.add(0, 3).tolist()
     before = slots.held
     slots.drop(np.array([1]), coming=1)
