@@ -149,13 +149,18 @@ class RolloutWorker:
         """Give back the last stage's model and KV pool before the next one's are made: a GPU need not hold both."""
         if self._service is None:
             return
-        await asyncio.to_thread(self._service.close)
-        self._service = None
+        await asyncio.to_thread(self._end_service)
         gc.collect()
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _end_service(self) -> None:
+        """Close the service and let go of it here: the thread that runs this may keep what it was given a little longer."""
+        service = self._ready()
+        service.close()
+        self._service = None
 
     def _ready(self) -> RolloutService:
         if self._service is None:

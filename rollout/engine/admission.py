@@ -63,9 +63,12 @@ class Admission:
         if not self._waiting or len(self.running) >= self._max_streams:
             return False
         head = self._waiting[0]
-        share = sum(self._shares) / len(self._shares) if self._shares else 0.0
-        growth = sum(max(0, _expected(s, share) - s.slots.owned) for s in self.running if not s.keeps)
-        return self._book.fits(max(head.need, _expected(head, share)) + growth, head.bound, keeps=head.keeps)
+        need = head.need
+        if self._shares:
+            share = sum(self._shares) / len(self._shares)
+            growth = sum(max(0, _expected(s, share) - s.slots.owned) for s in self.running if not s.keeps)
+            need = max(need, _expected(head, share)) + growth
+        return self._book.fits(need, head.bound, keeps=head.keeps)
 
     def add(self, stream: Stream) -> None:
         stream.number = self._came

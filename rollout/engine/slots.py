@@ -44,6 +44,9 @@ class Dropped:
     target: np.ndarray = field(default_factory=_none)
 
 
+_NOTHING = Dropped()
+
+
 class StreamSlots(ABC):
     """The slots of one stream, by log index."""
 
@@ -262,7 +265,7 @@ class _PagedSlots(StreamSlots):
 
     def drop(self, indices: np.ndarray, coming: int) -> Dropped:
         if not len(indices):
-            return Dropped()
+            return _NOTHING
         freed = self._forget(indices)
         if not self.keeps:
             self._count(0, self._book.alone(freed))
@@ -382,12 +385,12 @@ class _BlockSlots(StreamSlots):
 
     def drop(self, indices: np.ndarray, coming: int) -> Dropped:
         if not len(indices):
-            return Dropped()
+            return _NOTHING
         holes = np.sort(np.append(self._holes, self._forget(indices)))
         end = self._first + len(self.held) + coming
         if self._first + self._used <= end:  # the new tokens fill every hole
             self._holes = holes
-            return Dropped()
+            return _NOTHING
         # More leave than come: what lies behind the new end moves into the first holes before it.
         slots = self.held
         behind = np.flatnonzero(slots >= end)

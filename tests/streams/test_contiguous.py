@@ -304,7 +304,7 @@ class TestEngine:
         done = []
         while engine.busy:
             done += engine.step()
-            available = [s.reserved for s in engine.admission.running]
+            available = [s.bound for s in engine.admission.running]
             assert engine.pool.capacity - engine.pool.available <= sum(available)
         return {log.header.stream_id: log for log in done}
 
