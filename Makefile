@@ -11,8 +11,10 @@ SEED ?= 0
 # `make quickstart` starts over; RESUME=auto goes on where an interrupted one stood.
 RESUME ?= never
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 SLOW_JOBS ?= 3
+# Compiled modules are kept where the environment says not to: tests start hundreds of processes that import them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup setup-test quickstart gpu-smoke gpu-bench check test test-oldest test-browser lint clean
 

@@ -133,8 +133,9 @@ class Scene:
         return logs | {"pieces": join_pieces(read_pieces(self.folder))}, preempted
 
 
-@pytest.mark.parametrize("decode_steps", [1, 8])
-@pytest.mark.parametrize("memory", MEMORIES, ids=["native", "contiguous"])
+@pytest.mark.parametrize(
+    ("memory", "decode_steps"), list(zip(MEMORIES, (1, 8), strict=True)), ids=["native", "contiguous"]
+)
 def test_live_streams_among_those_that_are_given_back_write_the_same_logs(backbone, memory, decode_steps, tmp_path):
     wanted, none = Scene(backbone, memory, tmp_path / "room").run(Engine(backbone, ROOM, 16))
     assert none == []

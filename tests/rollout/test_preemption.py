@@ -128,10 +128,9 @@ def test_streams_that_begin_anew_write_the_logs_of_a_pool_with_room(backbone, pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
-def test_so_they_do_for_many_seeds(backbone, pages, policy, seed):
-    assert_a_small_pool_changes_nothing(backbone, policy.memory, seed)
+def test_so_they_do_for_another_seed(backbone, pages, policy):
+    assert_a_small_pool_changes_nothing(backbone, policy.memory, 1)
 
 
 @pytest.mark.parametrize("decode_steps", STEPS)
@@ -220,7 +219,7 @@ def louder(backbone):
     change(0)
 
 
-@pytest.mark.parametrize("decode_steps", STEPS)
+@pytest.mark.parametrize("decode_steps", [1, 8])
 @pytest.mark.parametrize("policy", [POLICIES[2], POLICIES[6]], ids=[NAMES[2], NAMES[6]])
 def test_what_begins_anew_after_a_swap_is_of_the_new_weights_alone(backbone, pages, louder, policy, decode_steps):
     """Weights change while streams that were given back wait; each token is recorded under those that made it."""

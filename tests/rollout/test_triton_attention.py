@@ -31,7 +31,7 @@ def lines(module: str, **environment: str) -> list[str]:
 @pytest.mark.slow
 def test_every_row_gets_the_softmax_over_its_own_slots_whatever_the_batch():
     cases = [json.loads(line) for line in lines("tests.support.triton_cases", TRITON_INTERPRET="1")]
-    assert len(cases) == 20
+    assert len(cases) == 14
     for case in cases:
         assert case["error"] <= BARS[case["dtype"]], case
         assert case["error_with_a_key_less"] > 2 * BARS[case["dtype"]], case
