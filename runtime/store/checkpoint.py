@@ -1,4 +1,4 @@
-"""Checkpoints: atomic directories with everything a stage made.
+"""Checkpoints: directories with everything a stage made, completed by a rename, verified, and found again by a resume.
 
 Layout of one: `hf/` (an exported checkpoint that `from_pretrained` loads, with tokenizer, processors, chat
 template and streaming.json), `deepspeed/` (model, optimiser, scheduler and RNG state), `state.json` (CheckpointState),

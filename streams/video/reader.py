@@ -1,4 +1,4 @@
-"""Video clips as pixels: causal frame grid, resizing to a pixel budget, patches for the vision tower.
+"""Video clips as pixels, asked of the decode process under a deadline: causal frame grid, resizing to a pixel budget.
 
 Decoding happens in a child process (`streams.video.decode`) under a deadline, so that no file can stop a job.
 
