@@ -44,7 +44,11 @@ class Columns:
 
     def column(self, name: str) -> np.ndarray:
         """Return a read-only view of one column."""
-        return self._views[name][: self.length]
+        view = self._views.get(name)
+        if view is None:
+            view = self._views[name] = self._data[name].view()
+            view.setflags(write=False)
+        return view[: self.length]
 
     def append(self, count: int, **values: Any) -> None:
         """Append `count` rows. Every column must be given, as one value for all rows or as an array."""
@@ -98,9 +102,6 @@ class Columns:
         self._name()
 
     def _name(self) -> None:
-        """Find the columns in the blocks, which are new."""
-        self._data, self._views = {}, {}
-        for name, (base, at) in self._places.items():
-            self._data[name] = self._blocks[base][at].T
-            self._views[name] = self._data[name].view()
-            self._views[name].setflags(write=False)
+        """Find the columns in the blocks, which are new. Views are made when they are asked for: few columns are read."""
+        self._data = {name: self._blocks[base][at].T for name, (base, at) in self._places.items()}
+        self._views: dict[str, np.ndarray] = {}
