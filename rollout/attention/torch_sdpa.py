@@ -87,7 +87,7 @@ class TorchBackend:
         return torch.from_numpy(mask).to(kv.device, kv.dtype)[None, None]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _later(rows: int) -> np.ndarray:
     """Return [rows, rows] with -inf where a segment's own token comes after the row's."""
     return np.triu(np.full((rows, rows), -np.inf), 1)

@@ -102,7 +102,8 @@ class Decoder:
             if seats.device.type == "cpu":
                 # Rows cost as much as they are many, and looking costs nothing.
                 seats = seats[self.state.ints[Field.RUNNING, seats] != 0]
-                if not len(seats) or len(seats) < enough:
+                # One step at least: or turns would wait as long as others are over with their first token.
+                if not len(seats) or (step and len(seats) < enough):
                     return step
             self.step(seats, kinds)
         return self._steps

@@ -144,7 +144,6 @@ class Engine:
     def cancel(self, stream_ids: set[str]) -> None:
         """Forget these streams, waiting or running, and free their slots. Call between two steps."""
         for stream in self.admission.cancel(stream_ids):
-            self._decoder.forget(stream)
             self._release(stream)
 
     def drop_all(self) -> None:
@@ -221,6 +220,8 @@ class Engine:
         return logs
 
     def _release(self, stream: Stream) -> None:
+        # A stream whose log cannot be written may be in the middle of a turn.
+        self._decoder.forget(stream)
         stream.slots.close()
         self.admission.release(stream)
 

@@ -18,6 +18,7 @@ from streams.memory import MemoryConfig
 from streams.scoring.logprobs import behaviour_differences
 from streams.writing.writer import QueryInput, TurnInput
 from tests.support.logs import assert_same_log, file_size_limit
+from tests.support.pages import use_pages
 from tests.support.streams import (
     MODEL_TYPES,
     chunk_record,
@@ -146,6 +147,30 @@ def test_a_disk_that_is_full_ends_that_stream_by_name_and_no_other(fp32, tmp_pat
     assert "piece 0 of its log could not be written: OSError" in failed.cause
     assert engine.take_failed() == []
     assert [log.header.stream_id for log in logs] == ["s1"]
+    assert engine.pool.available == engine.pool.capacity
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["blocks", "pages"])
+def test_a_stream_that_ends_in_the_middle_of_a_turn_leaves_seat_and_slots_to_others(fp64, tmp_path, monkeypatch, paged):
+    wanted = {log.header.stream_id: log for log in run(fp64, streams(fp64, 4))}
+    if paged:
+        use_pages(monkeypatch)
+    first, *others = streams(fp64, 4)
+    engine = Engine(fp64, kv_slots=4000, max_streams=1, decode_steps=1)
+    writer = engine.add(dataclasses.replace(first, pieces=PieceFolder(tmp_path / "full"), piece_tokens=1))
+    for other in others:
+        engine.add(other)
+    with file_size_limit(200):
+        engine.step()
+    assert [failed.stream_id for failed in engine.take_failed()] == ["s0"]
+    assert writer.state is not None
+    assert not writer.state.over, "it ended in the middle of its first turn"
+    logs = run_dry(engine)
+    assert [log.header.stream_id for log in logs] == ["s1", "s2", "s3"]
+    for log in logs:
+        other = wanted[log.header.stream_id]
+        np.testing.assert_allclose(log.behaviour_logp, other.behaviour_logp, rtol=0, atol=1e-10)
+        assert_same_log(dataclasses.replace(log, behaviour_logp=other.behaviour_logp), other)
     assert engine.pool.available == engine.pool.capacity
 
 
