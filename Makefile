@@ -13,7 +13,7 @@ RESUME ?= never
 ARGS ?=
 JOBS ?= 3
 SLOW_JOBS ?= 3
-# Compiled modules are kept where the environment says not to: tests start hundreds of processes that import them.
+# Compiled modules are kept where the environment says not to: each process of pytest would rewrite every test anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup setup-test quickstart gpu-smoke gpu-bench check test test-oldest test-browser lint clean

@@ -52,7 +52,7 @@ def _chunk(turn: int) -> ChunkRecord:
 
 @lru_cache
 def _turns(count: int) -> tuple[TurnInput, ...]:
-    """Return turns, one like the other. Made once, as nobody but a run's reader of videos makes any."""
+    """Return turns, one like the other; made before the clock starts, as those of a run are."""
     return tuple(TurnInput(_chunk(turn)) for turn in range(count))
 
 

@@ -198,15 +198,7 @@ def decode_attention(
 
 
 @decode_attention.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    table: torch.Tensor,
-    seats: torch.Tensor,
-    lengths: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
+def _(q: torch.Tensor, *_: object) -> torch.Tensor:
     """What comes out, for tensors without memory: the kernels read nothing but their arguments."""
     heads, rows, dim = q.shape
     return q.new_empty((rows, heads, dim))
