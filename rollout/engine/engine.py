@@ -129,7 +129,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[StreamLog]:
-        """Make one visit; returns the streams that finished, but for those whose log went out in pieces."""
+        """Make one visit; returns the streams that finished, but for those whose log went out in pieces.
+
+        After an error in here turns may be half begun: call `drop_all` before anything else.
+        """
         self._begin_turns()
         if self._decoder.running:
             self.steps += self._decoder.run(self.version)
