@@ -159,7 +159,7 @@ class Decoder:
         logps = np.concatenate(turn.logps)
         stream.writer.extend_generated(np.concatenate(turn.ids), turn.version, logps=logps, target=~np.isnan(logps))
         forwarded = turn.length - len(stream.slots.held)
-        stream.slots.add(stream.forwarded, forwarded)
+        stream.slots.add(forwarded)
         stream.forwarded += forwarded
 
     def forget(self, stream: Stream) -> None:

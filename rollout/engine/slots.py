@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from streams.log.columns import Columns
+from streams.log.columns import Columns, Spec
 
 _NONE = np.zeros(0, np.int64)
+_SLOT = Spec({"slot": np.dtype(np.int64)})
 
 
 def _none() -> np.ndarray:
@@ -48,29 +49,28 @@ _NOTHING = Dropped()
 
 
 class StreamSlots(ABC):
-    """The slots of one stream, by log index."""
+    """The slots of one stream. Row i is that of its i-th live token: the last of those may have no slot yet."""
 
     def __init__(self) -> None:
-        self._columns = Columns({"index": np.dtype(np.int64), "slot": np.dtype(np.int64)})
+        self._slots = Columns(_SLOT)
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
     @property
     def held(self) -> np.ndarray:
-        """Slots int64 [n], a view that later changes leave alone: `drop` makes new columns, `add` writes behind its end."""
-        return self._columns.column("slot")
+        """Slots int64 [n], a view that later changes leave alone: `drop` makes a new column, `add` writes behind its end."""
+        return self._slots.column("slot")
 
     @property
     def nbytes(self) -> int:
-        return self._columns.nbytes
+        return self._slots.nbytes
 
-    def add(self, start: int, count: int) -> np.ndarray:
-        """Give slots to the `count` tokens from log index `start` on; returns them."""
+    def add(self, count: int) -> np.ndarray:
+        """Give slots to the next `count` tokens; returns them."""
         slots = self._take(count)
-        self._columns.append(count, index=np.arange(start, start + count), slot=slots)
+        self._slots.append(count, slot=slots)
         return slots
-
-    def of(self, indices: np.ndarray) -> np.ndarray:
-        """Return the slots of these tokens, by ascending log index."""
-        return self.held[_rows(self._columns.column("index"), indices)]
 
     @property
     @abstractmethod
@@ -81,17 +81,17 @@ class StreamSlots(ABC):
     def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
         """Whether its next turn can begin now.
 
-        coming: tokens of its prefill. leaving: log indices of the tokens that it evicts; their slots come back after the
-        prefill, before those of the `ahead` tokens that it may generate are taken.
+        coming: tokens of its prefill. leaving: rows of the tokens that it evicts; their slots come back after the prefill,
+        before those of the `ahead` tokens that it may generate are taken.
         """
 
     @abstractmethod
-    def drop(self, indices: np.ndarray, coming: int) -> Dropped:
-        """Forget these tokens, by ascending log index, as `coming` new ones are about to be added."""
+    def drop(self, rows: np.ndarray, coming: int) -> Dropped:
+        """Forget the tokens in these rows, int64 [n] ascending, as `coming` new ones are about to be added."""
 
     @abstractmethod
-    def share(self, leader: StreamSlots, start: int, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Hold the `count` tokens from log index `start` on as `leader` does, whose tokens there are the same.
+    def share(self, leader: StreamSlots, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Hold the first `count` tokens as `leader` does, whose first ones are the same.
 
         Returns the slots to copy from and to, once the leader's are written: none where both hold one slot. copy: each
         needs keys of its own.
@@ -116,18 +116,13 @@ class StreamSlots(ABC):
     @abstractmethod
     def _take(self, count: int) -> np.ndarray: ...
 
-    def _forget(self, indices: np.ndarray) -> np.ndarray:
-        at, slots = _rows(self._columns.column("index"), indices), self.held
+    def _forget(self, rows: np.ndarray) -> np.ndarray:
+        slots = self.held
+        assert rows[0] >= 0 and rows[-1] < len(slots), "only tokens that have slots leave"
         keep = np.ones(len(slots), bool)
-        keep[at] = False
-        self._columns.keep(keep)
-        return slots[at]
-
-
-def _rows(index: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    at = np.searchsorted(index, indices)
-    assert (index[at] == indices).all(), "only forwarded live tokens have slots"
-    return at
+        keep[rows] = False
+        self._slots.keep(keep)
+        return slots[rows]
 
 
 class SlotBook(ABC):
@@ -260,25 +255,25 @@ class _PagedSlots(StreamSlots):
         later = max(0, coming + ahead - own) - now
         if now + later <= book.spare - book.due:
             return True
-        back = book.leaving + book.alone(self.of(leaving))
+        back = book.leaving + book.alone(self.held[leaving])
         return now <= book.spare and now + later <= book.spare - book.due + back
 
-    def drop(self, indices: np.ndarray, coming: int) -> Dropped:
-        if not len(indices):
+    def drop(self, rows: np.ndarray, coming: int) -> Dropped:
+        if not len(rows):
             return _NOTHING
-        freed = self._forget(indices)
+        freed = self._forget(rows)
         if not self.keeps:
             self._count(0, self._book.alone(freed))
         return Dropped(freed=freed)
 
-    def share(self, leader: StreamSlots, start: int, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
-        source = leader.of(np.arange(start, start + count))
+    def share(self, leader: StreamSlots, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
+        source = leader.held[:count]
         if copy:
-            return source, self.add(start, count)
+            return source, self.add(count)
         assert not self.keeps, "a slot that others hold does not come back when it is dropped"
         self._book.hold(source)
         self._owned += count
-        self._columns.append(count, index=np.arange(start, start + count), slot=source)
+        self._slots.append(count, slot=source)
         return _NONE, _NONE
 
     def expect(self, ahead: int) -> None:
@@ -376,17 +371,17 @@ class _BlockSlots(StreamSlots):
     def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
         return True  # its block has room for all that it may hold
 
-    def share(self, leader: StreamSlots, start: int, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
+    def share(self, leader: StreamSlots, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
         # Always copied: SDPA reads one range.
-        return leader.of(np.arange(start, start + count)), self.add(start, count)
+        return leader.held[:count], self.add(count)
 
     def expect(self, ahead: int) -> None:
         pass
 
-    def drop(self, indices: np.ndarray, coming: int) -> Dropped:
-        if not len(indices):
+    def drop(self, rows: np.ndarray, coming: int) -> Dropped:
+        if not len(rows):
             return _NOTHING
-        holes = np.sort(np.append(self._holes, self._forget(indices)))
+        holes = np.sort(np.append(self._holes, self._forget(rows)))
         end = self._first + len(self.held) + coming
         if self._first + self._used <= end:  # the new tokens fill every hole
             self._holes = holes
@@ -396,7 +391,7 @@ class _BlockSlots(StreamSlots):
         behind = np.flatnonzero(slots >= end)
         target, self._holes = np.split(holes[holes < end], [len(behind)])
         source = slots[behind]
-        self._columns.write("slot", behind, target)
+        self._slots.write("slot", behind, target)
         self._used = end - self._first
         return Dropped(source=source, target=target)
 

@@ -46,7 +46,7 @@ class Part:
         """Append all logged tokens of a stream that are not forwarded."""
         log = stream.writer.log
         start, stop = stream.forwarded, log.length
-        self.slots.append(stream.slots.add(start, stop - start))
+        self.slots.append(stream.slots.add(stop - start))
         self.ids.append(log.column("ids", start))
         self.positions.append(log.positions_between(start, stop))
         self.contiguous.append(stream.contiguous)
@@ -65,7 +65,7 @@ class Opened:
     """A turn that its stream's log has begun, and that has no slots yet.
 
     Attributes:
-        evicted: log indices int64 [n] of what left.
+        evicted: rows int64 [n], among the live tokens before, of what left.
         start: log index of its first token that is not forwarded; coming: how many there are.
         features: its chunk's, None without one.
         prefix: what its prefill is: a turn with the same one has the same keys. None: not to be shared.
@@ -150,7 +150,8 @@ class StepPlan:
             self.moved_to.append(dropped.target)
         if stream.writer.regions is not None:
             moved, positions = stream.writer.regions.turned
-            self.moved_keys.move(stream.slots.of(moved), positions)
+            # Every live token before the prefill has a slot, so the rows of both are the same.
+            self.moved_keys.move(stream.slots.held[np.searchsorted(stream.writer.live, moved)], positions)
         if self.leads(turn):
             self._share(turn)
         else:
@@ -178,7 +179,7 @@ class StepPlan:
         """Hold the keys that the leader's prefill writes, and sample from its hidden state."""
         leader, row = self._leaders[turn.prefix]
         stream = turn.stream
-        copied = stream.slots.share(leader.slots, turn.start, turn.coming, copy=_copies(stream))
+        copied = stream.slots.share(leader.slots, turn.coming, copy=_copies(stream))
         for slots, all_slots in zip(copied, (self.copied_from, self.copied_to), strict=True):
             if len(slots):
                 all_slots.append(slots)
@@ -196,7 +197,7 @@ class StepPlan:
         writer = stream.writer
         start = stream.forwarded
         turn_input, features = stream.source.take()
-        evicted, _ = writer.begin_turn(turn_input, self._version)
+        evicted = writer.begin_turn(turn_input, self._version).rows
         while (token := writer.forced()) is not None:
             writer.extend_generated([token], self._version)
         # What is evicted counts, too: its slots are not free before this row's forward.
@@ -230,11 +231,11 @@ def _prefix(stream: Stream, features: torch.Tensor | None) -> Hashable:
 
 def _seen(stream: Stream, begin: int, end: int) -> np.ndarray:
     """Slots int64 [n] that the segment [begin, end) of one lane attends to, its own included: live, of its lane or below."""
-    held = stream.writer.held
-    # `held` and `slots` both list the live tokens in log order. What is logged behind this segment is not for it to see.
-    seen = slice(0, int(np.searchsorted(held.column("index"), end)))
     # A view that stays as it is when the next turn drops slots: END keeps seeing what its turn saw.
-    slots = stream.slots.held[seen]
+    slots = stream.slots.held
     if stream.writer.policy.lanes is Lanes.ONE:
         return slots
-    return slots[held.column("lane")[seen] <= stream.writer.log.column("lane", begin)[0]]
+    held = stream.writer.held
+    # What is logged behind this segment is not for it to see.
+    seen = slice(0, int(np.searchsorted(held.column("index"), end)))
+    return slots[seen][held.column("lane")[seen] <= stream.writer.log.column("lane", begin)[0]]

@@ -1,22 +1,34 @@
 """Builds a StreamLog token by token, whole or in pieces.
 
-Invariants (asserted):
+Invariants:
 * tokens are only appended, and turns and segments never decrease;
 * an expiry is only lowered, and only to the start of a segment that has not begun;
-* a token has a log-prob exactly if it was sampled;
+* what tokens that were appended together have in common is kept once for all of them;
+* a token was sampled exactly if it has a log-prob;
 * pieces are consecutive, and what was handed out is no longer held.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from streams.log.columns import Columns
+from streams.log.columns import Columns, Spec
 from streams.log.record import _COLUMNS, NEVER, ChunkRecord, LogHeader, StreamLog
 from streams.positions.regions import RegionBook, RegionLog
+
+_IN_COMMON = ("turn", "segment", "lane", "version")
+"""What all tokens of one append have alike."""
+_OWN = Spec(
+    {name: dtype for name, dtype in _COLUMNS.items() if name not in (*_IN_COMMON, "sampled")},
+    {"expiry": NEVER, "target": False, "behaviour_logp": np.nan},
+)
+"""What each token has for itself. Whether it was sampled is told by its log-prob."""
+_APPEND_BYTES = 160
+"""What an append takes for what its tokens have in common, about: five numbers and the tuple of four of them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,10 @@ class LogBuilder:
     regions: RegionBook | None = None
     length: int = 0
     first: int = 0
-    _columns: Columns = field(default_factory=lambda: Columns(_COLUMNS))
+    _columns: Columns = field(default_factory=lambda: Columns(_OWN))
+    # Of every append: the log index of its first token, and what its tokens have in common.
+    _firsts: list[int] = field(default_factory=list)
+    _common: list[tuple[int, int, int, int]] = field(default_factory=list)
     _chunks: list[ChunkRecord] = field(default_factory=list)
     _segment: int = -1
     _turn: int = 0
@@ -76,11 +91,16 @@ class LogBuilder:
     def nbytes(self) -> int:
         """Bytes allocated for tokens, amendments and regions."""
         regions = 0 if self.regions is None else self.regions.nbytes
-        return self._columns.nbytes + sum(indices.nbytes for indices, _ in self._amended) + regions
+        amended = sum(indices.nbytes for indices, _ in self._amended)
+        return self._columns.nbytes + _APPEND_BYTES * len(self._firsts) + amended + regions
 
     def column(self, name: str, start: int = 0) -> np.ndarray:
-        """Return a read-only view of one column from log index `start` on, which must not have been handed out."""
+        """Return one column from log index `start` on, which must not have been handed out; to be read only."""
         assert start >= self.first, f"tokens before {self.first} were handed out"
+        if name in _IN_COMMON:
+            return self._repeated(start, self.length)[name]
+        if name == "sampled":
+            return ~np.isnan(self.column("behaviour_logp", start))
         return self._columns.column(name)[start - self.first :]
 
     def positions_between(self, start: int, stop: int) -> np.ndarray:
@@ -104,34 +124,25 @@ class LogBuilder:
         turn: int,
         version: int,
         lane: int = 0,
-        sampled: np.ndarray | bool = False,
         target: np.ndarray | bool = False,
-        logp: np.ndarray | float = float("nan"),
+        logp: np.ndarray | float | None = None,
     ) -> slice:
-        """Append tokens to the current segment; positions int [3, n]; others [n], or one for all. Returns their log indices."""
+        """Append tokens to the current segment; positions int [3, n]; others [n], or one for all. Returns their log indices.
+
+        logp: NaN for a token that was not sampled; None: none was.
+        """
         assert self._segment >= 0, "append before begin_segment"
         assert turn >= self._turn, "turns never decrease"
-        # logp == logp is False for NaN alone.
-        wrong = sampled != (logp == logp)
-        assert not (wrong if isinstance(wrong, bool) else wrong.any()), (
-            "a sampled token has a log-prob, any other has none"
-        )
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
-        self._columns.append(
-            len(ids),
-            ids=ids,
-            kind=kind,
-            turn=turn,
-            segment=self._segment,
-            lane=lane,
-            positions=positions.T,
-            expiry=NEVER,
-            sampled=sampled,
-            target=target,
-            behaviour_logp=logp,
-            version=version,
-        )
+        own: dict[str, np.ndarray | float] = {}
+        if target is not False:
+            own["target"] = target
+        if logp is not None:
+            own["behaviour_logp"] = logp
+        self._columns.append(len(ids), ids=ids, kind=kind, positions=positions.T, **own)
+        self._firsts.append(self.length)
+        self._common.append((turn, self._segment, lane, version))
         self.length = at.stop
         return at
 
@@ -161,7 +172,7 @@ class LogBuilder:
             first=self.first,
             last=last,
             header=None if self._pieces else self.header,
-            columns=_as_logged(self._columns.cut(stop - self.first)),
+            columns=self._hand_out(stop),
             chunks=tuple(self._chunks),
             amended=np.concatenate([np.zeros(0, np.int64), *(indices for indices, _ in amended)]),
             amended_expiry=np.repeat(
@@ -176,11 +187,29 @@ class LogBuilder:
 
     def finish(self) -> StreamLog:
         """Return the whole log; nothing may have been handed out."""
-        columns = _as_logged({name: self.column(name).copy() for name in _COLUMNS})
+        columns = _as_logged(
+            {name: self.column(name).copy() for name in _OWN} | self._repeated(self.first, self.length)
+        )
         regions = None if self.regions is None else self.regions.log()
         return StreamLog(header=self.header, chunks=tuple(self._chunks), regions=regions, **columns)
+
+    def _hand_out(self, stop: int) -> dict[str, np.ndarray]:
+        """Return the columns of the held tokens before log index `stop`, and drop them."""
+        common = self._repeated(self.first, stop)
+        # An append that was cut in two is still needed for the tokens that stay.
+        gone = bisect_right(self._firsts, stop) - (stop < self.length)
+        del self._firsts[:gone], self._common[:gone]
+        return _as_logged(self._columns.cut(stop - self.first) | common)
+
+    def _repeated(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Return the columns that tokens have in common, for those in [start, stop)."""
+        first, last = max(0, bisect_right(self._firsts, start) - 1), bisect_left(self._firsts, stop)
+        counts = np.diff([start, *self._firsts[first + 1 : last], stop])[: last - first]
+        values = np.array(self._common[first:last], np.int32).reshape(-1, len(_IN_COMMON)).repeat(counts, axis=0)
+        return {name: values[:, i].astype(_COLUMNS[name]) for i, name in enumerate(_IN_COMMON)}
 
 
 def _as_logged(columns: dict[str, np.ndarray]) -> dict[str, Any]:
     # Columns grow along their first axis, [n, 3]; a StreamLog has positions as [3, n].
-    return columns | {"positions": np.ascontiguousarray(columns["positions"].T)}
+    positions = np.ascontiguousarray(columns["positions"].T)
+    return columns | {"positions": positions, "sampled": ~np.isnan(columns["behaviour_logp"])}

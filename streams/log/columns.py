@@ -3,6 +3,8 @@
 The log of a stream and its live tokens are such columns. Those of one dtype lie in one block, column by column: what is done
 to all columns costs a call a block.
 
+A column may have a default, which stands behind the rows that were appended: what most rows have need not be written.
+
 Invariants:
 * `append` costs amortised O(appended);
 * a view that `column` returned cannot be written through, and does not change when rows are appended, kept or cut; only
@@ -16,23 +18,44 @@ from typing import Any
 
 import numpy as np
 
-Spec = Mapping[str, np.dtype[Any]]
+
+class Spec(dict[str, np.dtype[Any]]):
+    """The dtypes of columns by name, and where each lies. A dtype with a shape, (k,), makes a column of [n, k].
+
+    Attributes:
+        heights: rows of each dtype's block.
+        places: the block of each column, and its row there; with a shape, its rows.
+        fills: what every row of a block has by default, [rows, 1], for blocks with a column that has a default.
+        required: the columns that have no default.
+        empty: the blocks of columns without rows.
+    """
+
+    def __init__(self, dtypes: Mapping[str, np.dtype[Any]], defaults: Mapping[str, Any] | None = None) -> None:
+        super().__init__(dtypes)
+        self.heights: dict[np.dtype[Any], int] = {}
+        self.places: dict[str, tuple[np.dtype[Any], int | slice]] = {}
+        for name, dtype in dtypes.items():
+            first = self.heights.get(dtype.base, 0)
+            self.heights[dtype.base] = first + (dtype.shape[0] if dtype.shape else 1)
+            self.places[name] = dtype.base, slice(first, self.heights[dtype.base]) if dtype.shape else first
+        self.fills: dict[np.dtype[Any], np.ndarray] = {}
+        for name, value in (defaults or {}).items():
+            base, at = self.places[name]
+            self.fills.setdefault(base, np.zeros((self.heights[base], 1), base))[at] = value
+        self.required = dtypes.keys() - (defaults or {}).keys()
+        self.empty = {base: np.empty((height, 0), base) for base, height in self.heights.items()}
 
 
 class Columns:
-    """Columns by name. A dtype with a shape, (k,), makes a column of [n, k]."""
+    """Columns by name."""
 
-    def __init__(self, dtypes: Spec) -> None:
-        self.length = self._capacity = 0
-        heights: dict[np.dtype[Any], int] = {}
-        # Column -> (its block's dtype, its row there; with a shape, its rows).
-        self._places: dict[str, tuple[np.dtype[Any], int | slice]] = {}
-        for name, dtype in dtypes.items():
-            first = heights.get(dtype.base, 0)
-            heights[dtype.base] = first + (dtype.shape[0] if dtype.shape else 1)
-            self._places[name] = dtype.base, slice(first, heights[dtype.base]) if dtype.shape else first
-        self._blocks = {base: np.zeros((height, 0), base) for base, height in heights.items()}
-        self._name()
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self.length = 0
+        self._capacity = -1  # below any length: the first append allocates
+        self._blocks = dict(spec.empty)
+        self._data: dict[str, np.ndarray] = {}
+        self._views: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -46,13 +69,14 @@ class Columns:
         """Return a read-only view of one column."""
         view = self._views.get(name)
         if view is None:
-            view = self._views[name] = self._data[name].view()
+            base, at = self._spec.places[name]
+            view = self._views[name] = self._blocks[base][at].T
             view.setflags(write=False)
         return view[: self.length]
 
     def append(self, count: int, **values: Any) -> None:
-        """Append `count` rows. Every column must be given, as one value for all rows or as an array."""
-        assert len(values) == len(self._data), "every column grows"
+        """Append `count` rows. Every column without a default must be given, as one value for all rows or as an array."""
+        assert self._spec.required <= values.keys(), "every column grows"
         stop = self.length + count
         if stop > self._capacity:
             self._fill(slice(0, self.length), self.length, max(stop, 2 * self._capacity, 64))
@@ -73,6 +97,7 @@ class Columns:
 
     def remove(self, rows: np.ndarray) -> None:
         """Drop these rows, int [n] ascending. What lies behind the first moves up in place: views of it change."""
+        assert not self._spec.fills, "rows that move up leave others than defaults behind"
         first, last = int(rows[0]), int(rows[-1]) + 1
         stop = self.length - len(rows)
         if last - first == len(rows):
@@ -88,7 +113,7 @@ class Columns:
 
     def cut(self, count: int) -> dict[str, np.ndarray]:
         """Remove the first `count` rows and return them as copies."""
-        head = {name: column[:count].copy() for name, column in self._data.items()}
+        head = {name: self.column(name)[:count].copy() for name in self._spec}
         rest = self.length - count
         self._fill(slice(count, self.length), rest, rest)
         return head
@@ -96,12 +121,11 @@ class Columns:
     def _fill(self, rows: np.ndarray | slice, count: int, capacity: int) -> None:
         """Copy these rows, `count` of them, to the beginning of new blocks."""
         for base, block in self._blocks.items():
-            self._blocks[base] = np.empty((len(block), capacity), base)
-            self._blocks[base][:, :count] = block[:, rows] if isinstance(rows, slice) else block.take(rows, axis=1)
+            grown = self._blocks[base] = np.empty((len(block), capacity), base)
+            grown[:, :count] = block[:, rows] if isinstance(rows, slice) else block.take(rows, axis=1)
+            if base in self._spec.fills:
+                grown[:, count:] = self._spec.fills[base]
         self.length, self._capacity = count, capacity
-        self._name()
-
-    def _name(self) -> None:
-        """Find the columns in the blocks, which are new. Views are made when they are asked for: few columns are read."""
-        self._data = {name: self._blocks[base][at].T for name, (base, at) in self._places.items()}
-        self._views: dict[str, np.ndarray] = {}
+        # By name; views are made when they are asked for: few columns are read.
+        self._data = {name: self._blocks[base][at].T for name, (base, at) in self._spec.places.items()}
+        self._views = {}

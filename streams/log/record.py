@@ -11,12 +11,13 @@ Invariants (asserted by LogBuilder):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
-from streams.log.columns import Spec
 from streams.positions.regions import RegionLog
 
 NEVER = np.iinfo(np.int32).max
@@ -171,7 +172,7 @@ class StreamLog:
         return own + (0 if self.regions is None else self.regions.nbytes)
 
 
-_COLUMNS: Spec = {
+_COLUMNS: Mapping[str, np.dtype[Any]] = {
     "ids": np.dtype(np.int32),
     "kind": np.dtype(np.int8),
     "turn": np.dtype(np.int32),

@@ -15,25 +15,29 @@ from streams.log.columns import Columns, Spec
 from streams.log.record import NEVER
 from streams.memory import LiveTokens, TurnStart
 
-_LIVE: Spec = {
-    "index": np.dtype(np.int64),
-    "kind": np.dtype(np.int8),
-    "turn": np.dtype(np.int32),
-    "ids": np.dtype(np.int32),
-    "ordinal": np.dtype(np.int64),
-    "lane": np.dtype(np.int8),
-    "position": np.dtype(np.int64),
-}
+_LIVE = Spec(
+    {
+        "index": np.dtype(np.int64),
+        "kind": np.dtype(np.int8),
+        "turn": np.dtype(np.int32),
+        "ids": np.dtype(np.int32),
+        "ordinal": np.dtype(np.int64),
+        "lane": np.dtype(np.int8),
+    }
+)
+_PLACED = Spec(_LIVE | {"position": np.dtype(np.int64)})
 
 
 class LiveSet:
     """The tokens that the next one may attend to, its lane permitting.
 
-    Columns are those of LiveTokens, `lane`, and `position`: the smallest of a token's three native position ids.
+    Columns are those of LiveTokens, `lane`, and for contiguous streams `position`: the smallest of a token's three native
+    position ids.
     """
 
-    def __init__(self) -> None:
-        self._columns = Columns(_LIVE)
+    def __init__(self, *, positions: bool = False) -> None:
+        self._columns = Columns(_PLACED if positions else _LIVE)
+        self._positions = positions
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -61,15 +65,10 @@ class LiveSet:
 
         ordinal: int [n], place among the stream's generated text; -1 for any other token.
         """
+        placed = {"position": np.minimum.reduce(positions)} if self._positions else {}
+        index = np.arange(at.start, at.stop)
         self._columns.append(
-            at.stop - at.start,
-            index=np.arange(at.start, at.stop),
-            kind=kind,
-            turn=turn,
-            ids=ids,
-            ordinal=ordinal,
-            lane=lane,
-            position=np.minimum.reduce(positions),
+            len(index), index=index, kind=kind, turn=turn, ids=ids, ordinal=ordinal, lane=lane, **placed
         )
 
     def tokens(self) -> LiveTokens:
@@ -77,16 +76,15 @@ class LiveSet:
         column = self._columns.column
         return LiveTokens(column("kind"), column("turn"), column("ids"), column("index"), column("ordinal"))
 
-    def drop(self, leaving: np.ndarray) -> np.ndarray:
-        """Drop the tokens where `leaving`, bool [n]. Returns their log indices."""
-        rows = leaving.nonzero()[0]
+    def drop(self, rows: np.ndarray) -> np.ndarray:
+        """Drop the tokens in these rows, int64 [n] ascending. Returns their log indices."""
         left = self._columns.column("index")[rows]
         if len(rows):
             self._columns.remove(rows)
         return left
 
 
-_TURNS: Spec = {name: np.dtype(np.int64) for name in ("video_turns", "generated", "closed_in")}
+_TURNS = Spec({name: np.dtype(np.int64) for name in ("video_turns", "generated", "closed_in")})
 
 
 class TurnHistory:

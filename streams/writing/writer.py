@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,6 +47,19 @@ class TurnInput:
     span: Span | None = None
 
 
+class Begun(NamedTuple):
+    """What a turn has begun with.
+
+    Attributes:
+        left: int64 [n], the log indices of what was evicted. rows: their places among the tokens that were live before.
+        prefill: of the log; a preceding copy is no part of it.
+    """
+
+    left: np.ndarray
+    rows: np.ndarray
+    prefill: slice
+
+
 def check_timestamps_kept(layout: Layout, policy: MemoryPolicy) -> None:
     """Raise ValueError if text would be evicted before the video whose time it tells."""
     check_text_tells_time(policy, layout.timestamps)
@@ -70,7 +84,7 @@ class StreamWriter:
     positions: PositionCursor
     log: LogBuilder = field(init=False)
     _cursors: tuple[PositionCursor, PositionCursor] = field(init=False)
-    held: LiveSet = field(default_factory=LiveSet)
+    held: LiveSet = field(init=False)
     history: TurnHistory = field(default_factory=TurnHistory)
     turn: int = -1
     generated: int = 0
@@ -84,7 +98,9 @@ class StreamWriter:
     def __post_init__(self) -> None:
         check_timestamps_kept(self.layout, self.policy)
         self._cursors = (self.positions, replace(self.positions))
-        self.log = LogBuilder(self.header, RegionBook() if self.policy.positions == CONTIGUOUS else None)
+        contiguous = self.policy.positions == CONTIGUOUS
+        self.held = LiveSet(positions=contiguous)
+        self.log = LogBuilder(self.header, RegionBook() if contiguous else None)
 
     @property
     def regions(self) -> RegionBook | None:
@@ -101,18 +117,17 @@ class StreamWriter:
         """The position id of the next generated token."""
         return self._cursors[self._lane].offset
 
-    def begin_turn(self, turn_input: TurnInput, version: int) -> tuple[np.ndarray, slice]:
+    def begin_turn(self, turn_input: TurnInput, version: int) -> Begun:
         """Evict, then append the prefill. version: of the weights that will forward it.
 
-        Returns the evicted log indices int64 [n], and the slice of the log that is the prefill, a preceding copy left
-        out. Raises ValueError if the policy answers something that it may not.
+        Raises ValueError if the policy answers something that it may not.
         """
         assert self.state is None or self.state.over, "the turn before has not ended"
         if self.state is not None and self.state.spoke:
             self.history.answered()
         self.turn += 1
         chunk, query = turn_input.chunk, turn_input.query
-        left = self._evict(chunk)
+        left, rows = self._evict(chunk)
         self._remember(version)
         start = self.log.length
         asked = None if query is None else list(query.ids)
@@ -126,7 +141,7 @@ class StreamWriter:
             self.history.ask(query.until_turn)
         self.state = TurnState(self.layout.tokens, self.layout.config)
         self._generation_begun = False
-        return left, slice(start, self.log.length)
+        return Begun(left, rows, slice(start, self.log.length))
 
     def forced(self) -> int | None:
         """Return the id that must come next in this turn, None if the model chooses."""
@@ -164,9 +179,8 @@ class StreamWriter:
             turn=self.turn,
             version=version,
             lane=self._lane,
-            sampled=False if logps is None else ~np.isnan(logps),
             target=target,
-            logp=np.nan if logps is None else logps,
+            logp=logps,
         )
         # END, which comes last, is no text.
         text = count - self.state.over
@@ -203,17 +217,18 @@ class StreamWriter:
         if copy is not None:
             self._append(joined([copy]), self.turn - 1, version)
 
-    def _evict(self, chunk: ChunkRecord | None) -> np.ndarray:
-        """Evict the tokens that the policy names and return their log indices."""
+    def _evict(self, chunk: ChunkRecord | None) -> tuple[np.ndarray, np.ndarray]:
+        """Evict the tokens that the policy names; returns their log indices, and their rows among the live tokens."""
         start = self.history.begin(
             has_video=chunk is not None,
             video_tokens=0 if chunk is None else chunk.num_tokens,
             generated=self.generated,
         )
         leaving = evicted(self.policy, self.held.tokens(), start)
-        left = self.held.drop(leaving)
+        rows = leaving.nonzero()[0]
+        left = self.held.drop(rows)
         self.log.expire(left)
         if self.regions is not None:
             before = self.regions.leave(~leaving)
             self.regions.move(self.live, placed(self.policy, self.held.tokens(), start, before), self.log.length)
-        return left
+        return left, rows

@@ -110,7 +110,7 @@ def test_on_pages_the_youngest_that_does_not_keep_its_bound_is_given_back_and_co
         while not stream.slots.has_room(1, nothing, 0):
             if give_back() is stream:
                 return
-        stream.slots.add(len(stream.slots.held), 1)
+        stream.slots.add(1)
 
     for number in range(60):
         event = luck.choice(["come"] * 4 + ["grow"] * 9 + ["end first", "end last", "cancel"])
@@ -133,7 +133,7 @@ def test_on_pages_the_youngest_that_does_not_keep_its_bound_is_given_back_and_co
         admitted = iter(admission.admit, None)
         for stream in admitted:
             assert stream.slots.has_room(stream.need, np.zeros(0, np.int64), 0)
-            stream.slots.add(0, stream.need)
+            stream.slots.add(stream.need)
         numbers = [stream.number for stream in admission.running]
         assert numbers == sorted(numbers), "the oldest first"
         waiting = [stream for stream in alive.values() if stream not in admission.running]
@@ -159,7 +159,7 @@ def test_streams_are_expected_to_grow_as_those_did_that_have_ended():
         for name in names:
             admission.add(Wanted(name, 10, keeps=False, need=2, **given))
         for stream in iter(admission.admit, None):
-            stream.slots.add(0, 2)
+            stream.slots.add(2)
         return [stream.id for stream in admission.running]
 
     def end(stream):
@@ -174,7 +174,7 @@ def test_streams_are_expected_to_grow_as_those_did_that_have_ended():
         stream.peak = 2
         end(stream)
     assert come("lmn") == ["k", "l", "m"]
-    admission.running[0].slots.add(2, 6)
+    admission.running[0].slots.add(6)
     assert come("") == ["k", "l", "m"]
     end(admission.running[0])
     assert come("") == ["l", "m", "n"]

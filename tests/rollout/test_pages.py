@@ -26,14 +26,16 @@ class Paged:
         self.number, self.bound, self.keeps = number, bound, keeps
         self.slots = book.open(bound, keeps=keeps)
         self.live: list[int] = []
+        self.slot_of: dict[int, int] = {}
         self.length = self.ahead = 0
         self.in_turn = False
         self.ahead_slots: list[int] = []  # taken for tokens that are not there yet
 
     def add(self, count: int) -> list[int]:
         """Forward `count` more tokens; returns their slots."""
-        slots = self.slots.add(self.length, count).tolist()
+        slots = self.slots.add(count).tolist()
         self.live += range(self.length, self.length + count)
+        self.slot_of |= zip(range(self.length, self.length + count), slots, strict=True)
         self.length += count
         self.ahead_slots = self.ahead_slots[count:]
         return slots
@@ -118,7 +120,7 @@ class Pages(RuleBasedStateMachine):
         self._forward()
 
     def _begin(self, stream: Paged, coming: int, leaving: list[int], ahead: int) -> None:
-        evicted = np.array(leaving, np.int64)
+        evicted = np.searchsorted(stream.live, leaving)
         if not stream.slots.has_room(coming, evicted, ahead):
             self._forward()
             while not stream.slots.has_room(coming, evicted, ahead):
@@ -141,7 +143,7 @@ class Pages(RuleBasedStateMachine):
     def _place(
         self, stream: Paged, coming: int, leaving: list[int], ahead: int, *, lead: bool = True, copy: bool = False
     ) -> None:
-        dropped = stream.slots.drop(np.array(leaving, np.int64), coming)
+        dropped = stream.slots.drop(np.searchsorted(stream.live, leaving), coming)
         assert not len(dropped.source), "pages never move"
         stream.live = [token for token in stream.live if token not in leaving]
         self.freed.append((stream, dropped.freed))
@@ -151,8 +153,9 @@ class Pages(RuleBasedStateMachine):
         else:
             assert self.leader is not None
             leader, count = self.leader
-            source, target = stream.slots.share(leader.slots, 0, count, copy=copy)
+            source, target = stream.slots.share(leader.slots, count, copy=copy)
             stream.live, stream.length = list(range(count)), count
+            stream.slot_of |= enumerate(stream.slots.held.tolist())
             assert source.tolist() == (leader.slots.held.tolist() if copy else [])
             assert len(target) == len(source)
             assert not set(source.tolist()) & set(target.tolist())
@@ -188,7 +191,7 @@ class Pages(RuleBasedStateMachine):
         for stream in self.running:
             assert len(set(stream.holds)) == len(stream.holds), "nobody has a slot twice"
             assert stream.slots.owned == len(stream.holds)
-            assert stream.slots.of(np.array(stream.live, np.int64)).tolist() == stream.slots.held.tolist()
+            assert [stream.slot_of[token] for token in stream.live] == stream.slots.held.tolist()
         assert self.book.available == CAPACITY - len(set(held)), "free and held slots are all slots"
         for slot, holders in Counter(held).items():
             assert self.book.alone(np.array([slot])) == (holders == 1)

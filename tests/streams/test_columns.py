@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streams.log.columns import Columns
+from streams.log.columns import Columns, Spec
 from streams.log.record import NEVER, Kind
 from streams.memory.live import LiveSet, TurnHistory
 
 
 def columns() -> Columns:
-    return Columns({"a": np.dtype(np.int64), "b": np.dtype((np.int32, 3))})
+    return Columns(Spec({"a": np.dtype(np.int64), "b": np.dtype((np.int32, 3))}))
 
 
 def test_growth_keeps_what_was_written_and_costs_amortised():
@@ -27,6 +27,25 @@ def test_growth_keeps_what_was_written_and_costs_amortised():
 def test_every_column_grows():
     with pytest.raises(AssertionError, match="every column grows"):
         columns().append(1, a=1)
+
+
+def test_what_is_not_given_has_its_default_however_the_columns_grew():
+    spec = Spec({"a": np.dtype(np.int32), "b": np.dtype((np.int32, 3)), "c": np.dtype(np.float64)}, {"b": 7, "c": np.nan})
+    made = Columns(spec)
+    for i in range(200):
+        made.append(2, a=i, **({"c": 0.5} if i % 10 == 0 else {}))
+    made.keep(made.column("a") >= 20)
+    made.append(1, a=-1)
+    head = made.cut(100)
+    made.append(1, a=-2, b=3)
+    assert (head["b"] == 7).all()
+    assert made.column("b").tolist() == [[7] * 3] * (len(made) - 1) + [[3] * 3]
+    tens = np.concatenate([head["a"], made.column("a")]) % 10 == 0
+    assert (np.isnan(np.concatenate([head["c"], made.column("c")])) == ~tens).all()
+    with pytest.raises(AssertionError, match="every column grows"):
+        made.append(1, b=1)
+    with pytest.raises(AssertionError, match="defaults"):
+        made.remove(np.array([0]))
 
 
 def test_a_view_can_only_be_read_and_stays_as_it_was():
@@ -60,11 +79,11 @@ def test_rows_are_removed_in_place_and_what_is_before_them_stays_as_it_was(rows)
 
 
 def test_live_tokens_leave_by_their_place_and_are_named_by_their_index():
-    live = LiveSet()
+    live = LiveSet(positions=True)
     positions = np.array([[10, 11, 12, 13, 14], [20, 11, 12, 13, 13], [30, 11, 12, 13, 15]])
     live.append(slice(0, 3), [5, 6, 7], positions[:, :3], kind=Kind.SYSTEM, turn=0)
     live.append(slice(3, 4), [8], positions[:, 3:4], kind=Kind.THINK, turn=0, ordinal=0)
-    assert live.drop(np.array([False, True, False, True])).tolist() == [1, 3]
+    assert live.drop(np.array([1, 3])).tolist() == [1, 3]
     live.append(slice(4, 5), [9], positions[:, 4:], kind=Kind.THINK, turn=1, ordinal=1, lane=1)
     tokens = live.tokens()
     assert tokens.index.tolist() == [0, 2, 4]

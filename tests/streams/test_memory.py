@@ -36,7 +36,7 @@ def test_an_open_query_is_pinned_and_leaves_once_answered_and_old(layout):
     gone = {}
     for turn in range(8):
         query = QueryInput((65, 66)) if turn == 1 else None
-        evicted, _ = writer.begin_turn(TurnInput(ChunkRecord(turn, "v", (0.0,), (1, 1, 1)), query), 0)
+        evicted, *_ = writer.begin_turn(TurnInput(ChunkRecord(turn, "v", (0.0,), (1, 1, 1)), query), 0)
         writer.extend_generated(layout.demonstration("red", "red" if turn == 5 else None), 0, target=True)
         if (writer.log.column("kind")[evicted] == Kind.QUERY).any():
             gone[turn] = True
@@ -73,12 +73,10 @@ class TestLogBuilder:
         log.expire(np.array([1]))
         assert log.finish().expiry.tolist() == [NEVER, 3, NEVER]
 
-    def test_a_sampled_token_needs_a_log_prob_and_no_other_has_one(self):
+    def test_a_token_with_a_log_prob_was_sampled_and_no_other(self):
         log = self.builder()
-        with pytest.raises(AssertionError, match="log-prob"):
-            log.append([4], Kind.THINK, np.zeros((3, 1)), turn=0, version=0, sampled=True)
-        with pytest.raises(AssertionError, match="log-prob"):
-            log.append([4], Kind.THINK, np.zeros((3, 1)), turn=0, version=0, logp=-1.0)
+        log.append([4, 5], Kind.THINK, np.zeros((3, 2)), turn=0, version=0, logp=np.array([-1.0, np.nan]))
+        assert log.column("sampled").tolist() == log.finish().sampled.tolist() == [False] * 3 + [True, False]
 
     def test_turns_never_decrease(self):
         log = self.builder()
@@ -90,7 +88,7 @@ class TestLogBuilder:
         log = LogBuilder(header())
         log.begin_segment()
         for i in range(1000):
-            log.append([i], Kind.THINK, np.full((3, 1), i), turn=i, version=i, sampled=True, logp=-float(i))
+            log.append([i], Kind.THINK, np.full((3, 1), i), turn=i, version=i, logp=-float(i))
         finished = log.finish()
         assert finished.ids.tolist() == list(range(1000))
         assert (finished.positions == np.arange(1000)).all()

@@ -39,8 +39,9 @@ class Pair:
     def begin(self, shown: TurnInput, version: int) -> None:
         first = len(self.plain.tokens)
         wanted = self.plain.begin_turn(shown, version)
-        left, prefilled = self.writer.begin_turn(shown, version)
-        assert left.tolist() == wanted
+        before = self.writer.live.copy()
+        left, rows, prefilled = self.writer.begin_turn(shown, version)
+        assert left.tolist() == before[rows].tolist() == wanted
         # The copy of the turn before, if there is one, is no part of the prefill.
         mine = [token.index for token in self.plain.tokens[first:] if token.turn == self.plain.turn]
         assert prefilled == slice(mine[0], mine[-1] + 1)
@@ -78,14 +79,16 @@ class Pair:
         """What is live, as policies, the engine and the regions see it."""
         live, held = self.plain.live, self.writer.held
         assert self.writer.live.tolist() == [token.index for token in live]
-        for column, wanted in {
+        columns = {
             "kind": [token.kind for token in live],
             "turn": [token.turn for token in live],
             "ids": [token.id for token in live],
             "ordinal": [token.ordinal for token in live],
             "lane": [token.lane for token in live],
-            "position": [min(token.position) for token in live],
-        }.items():
+        }
+        if self.writer.regions is not None:
+            columns["position"] = [min(token.position) for token in live]
+        for column, wanted in columns.items():
             assert held.column(column).tolist() == wanted, column
         if self.writer.regions is not None:
             keys, positions = self.writer.regions.turned
