@@ -7,13 +7,12 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """`rows` query tokens that start at `start` in the packed forward; slots int64 [n >= rows] they may see."""
 
     start: int

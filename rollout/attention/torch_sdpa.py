@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,8 +94,7 @@ def _later(rows: int) -> np.ndarray:
     return np.triu(np.full((rows, rows), -np.inf), 1)
 
 
-@dataclass(frozen=True)
-class _Range:
+class _Range(NamedTuple):
     """Rows [start, start + rows) of the row attend to slots [first, stop)."""
 
     start: int

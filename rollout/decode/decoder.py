@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import torch
 from rollout.attention import AttentionBackend
 from rollout.decode import sampler
 from rollout.decode.graphs import StepGraphs
-from rollout.decode.state import DecodeState, Field, Kinds
+from rollout.decode.state import DecodeState, Field, Kinds, Seat
 from rollout.engine.forward import decode_forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
@@ -57,8 +58,9 @@ class Decoder:
     def __init__(self, backbone: Backbone, pool: KVPool, backend: AttentionBackend, seats: int, steps: int) -> None:
         self._backbone, self._pool, self._backend, self._steps = backbone, pool, backend, steps
         self.state = DecodeState(seats, steps + 1, pool.trash, backbone.device)
-        self._seats = seats
         self._turns: dict[Stream, _Turn] = {}
+        self._free = list(range(seats))  # a heap: the lowest is taken first
+        self._greedy = self._contiguous = 0  # how many of the turns
         self._graphs: StepGraphs | None = None
 
     @property
@@ -74,20 +76,20 @@ class Decoder:
 
     def first(self, choosing: list[tuple[Stream, int]], hidden: torch.Tensor, version: int) -> None:
         """Give turns that were prefilled a seat and their first token. choosing: streams, and their rows of hidden [N, H]."""
-        taken = {turn.seat for turn in self._turns.values()}
-        seats = np.array([seat for seat in range(self._seats) if seat not in taken][: len(choosing)])
-        ints = np.empty((len(Field), len(choosing)), np.int64)
-        slots = []
-        for i, (stream, _) in enumerate(choosing):
-            ints[:, i], row = _entry(stream)
-            slots.append(row)
-            self._turns[stream] = _Turn(int(seats[i]), version, len(stream.slots.held))
-        scale = np.array([stream.request.header.score_temperature for stream, _ in choosing], np.float64)
+        seats, slots = [], []
+        for stream, _ in choosing:
+            seats.append(heappop(self._free))
+            slots.append(stream.slots.row(stream.ahead))
+            self._turns[stream] = _Turn(seats[-1], version, len(stream.slots))
+            self._greedy += stream.greedy
+            self._contiguous += stream.contiguous
         self.state.widen(max(len(row) for row in slots))
-        self.state.write(seats, ints, scale, slots)
+        taken = np.array(seats)
+        scale = [stream.request.header.score_temperature for stream, _ in choosing]
+        self.state.write(taken, [_seat(stream) for stream, _ in choosing], scale, slots)
         device = hidden.device
         rows = torch.tensor([row for _, row in choosing], device=device)
-        at = torch.from_numpy(seats).to(device)
+        at = torch.from_numpy(taken).to(device)
         self._choose(self.state.ints[:, at], at, hidden[rows], self._kinds())
 
     def run(self, version: int) -> int:
@@ -149,7 +151,7 @@ class Decoder:
                     turn.logps.append(_FORCED)
                 self._write(stream, turn)
                 assert stream.between_turns, "a turn has stopped without its end"
-                del self._turns[stream]
+                self._leave(stream)
         self.state.ints[Field.EMITTED] = 0
 
     def _write(self, stream: Stream, turn: _Turn) -> None:
@@ -158,24 +160,31 @@ class Decoder:
             return
         logps = np.concatenate(turn.logps)
         stream.writer.extend_generated(np.concatenate(turn.ids), turn.version, logps=logps, target=~np.isnan(logps))
-        forwarded = turn.length - len(stream.slots.held)
+        forwarded = turn.length - len(stream.slots)
         stream.slots.add(forwarded)
         stream.forwarded += forwarded
 
     def forget(self, stream: Stream) -> None:
         """Stop a stream that was cancelled, wherever it is in its turn."""
-        turn = self._turns.pop(stream, None)
-        if turn is not None:
-            self.state.stop([turn.seat])
+        if stream in self._turns:
+            self.state.stop([self._leave(stream)])
 
     def clear(self) -> None:
         """Stop every stream."""
         for stream in list(self._turns):
             self.forget(stream)
 
+    def _leave(self, stream: Stream) -> int:
+        """Take a stream's turn out; returns its seat, which is free."""
+        seat = self._turns.pop(stream).seat
+        heappush(self._free, seat)
+        self._greedy -= stream.greedy
+        self._contiguous -= stream.contiguous
+        return seat
+
     def _kinds(self) -> Kinds:
-        greedy = {stream.request.header.temperature == 0 for stream in self._turns}
-        return Kinds(any(stream.contiguous for stream in self._turns), None if len(greedy) > 1 else greedy == {True})
+        some = 0 < self._greedy < len(self._turns)
+        return Kinds(self._contiguous > 0, None if some else self._greedy > 0)
 
     def _choose(self, now: torch.Tensor, seats: torch.Tensor, hidden: torch.Tensor, kinds: Kinds) -> None:
         """Draw the next token of seats int64 [n] from hidden [n, H], and write it and their advanced state."""
@@ -205,23 +214,22 @@ class Decoder:
         state.ints[:, seats] = torch.where(running, new, now)
 
 
-def _entry(stream: Stream) -> tuple[list[int], np.ndarray]:
-    """Return the fields of a seat whose turn was just prefilled, in the order of Field, and the seat's slots."""
-    writer, header, config = stream.writer, stream.request.header, stream.request.layout.config
+def _seat(stream: Stream) -> Seat:
+    """Return what the buffers are told of a turn that was just prefilled."""
+    writer, config = stream.writer, stream.request.layout.config
     assert writer.state is not None
-    fields = {
-        Field.TOKEN: 0,
-        Field.INDEX: writer.log.length,
-        Field.POSITION: writer.next_position,
-        Field.LENGTH: len(stream.slots.held),
-        Field.COUNT: writer.state.count,
-        Field.THINKING: int(writer.state.thinking),
-        Field.RUNNING: 1,
-        Field.EMITTED: 0,
-        Field.THINK_BUDGET: config.think_budget,
-        Field.MAX_NEW: config.max_new_tokens,
-        Field.SEED: header.seed,
-        Field.GREEDY: int(header.temperature == 0),
-        Field.CONTIGUOUS: int(stream.contiguous),
-    }
-    return [fields[field] for field in Field], stream.slots.row(stream.ahead)
+    return Seat(
+        TOKEN=0,
+        INDEX=writer.log.length,
+        POSITION=writer.next_position,
+        LENGTH=len(stream.slots),
+        COUNT=writer.state.count,
+        THINKING=writer.state.thinking,
+        RUNNING=True,
+        EMITTED=0,
+        THINK_BUDGET=config.think_budget,
+        MAX_NEW=config.max_new_tokens,
+        SEED=stream.request.header.seed,
+        GREEDY=stream.greedy,
+        CONTIGUOUS=stream.contiguous,
+    )

@@ -43,6 +43,26 @@ class Field(IntEnum):
     CONTIGUOUS = 12
 
 
+class Seat(NamedTuple):
+    """What the host writes of a seat when its turn has been prefilled: the rows of `ints`, in their order."""
+
+    TOKEN: int
+    INDEX: int
+    POSITION: int
+    LENGTH: int
+    COUNT: int
+    THINKING: int
+    RUNNING: int
+    EMITTED: int
+    THINK_BUDGET: int
+    MAX_NEW: int
+    SEED: int
+    GREEDY: int
+    CONTIGUOUS: int
+
+
+assert Seat._fields == tuple(Field.__members__)
+
 TABLE_WIDTH = 64
 """Slots by which a table grows at least, and what its width is a multiple of."""
 
@@ -96,15 +116,15 @@ class DecodeState:
             wider[:, :before] = self.table
             self.table = wider
 
-    def write(self, seats: np.ndarray, ints: np.ndarray, scale: np.ndarray, rows: list[np.ndarray]) -> None:
-        """Set seats int64 [n]: ints int64 [fields, n], scale float64 [n], and the slots of each, int64 [<= width]."""
+    def write(self, seats: np.ndarray, values: list[Seat], scale: list[float], rows: list[np.ndarray]) -> None:
+        """Set seats int64 [n]: what each has in `ints`, `scale`, and its slots, int64 [<= width]."""
         device = self.ints.device
         table = np.full((len(seats), self.table.shape[1]), self.trash)
         for row, slots in zip(table, rows, strict=True):
             row[: len(slots)] = slots
         at = torch.from_numpy(seats).to(device)
-        self.ints[:, at] = torch.from_numpy(ints).to(device)
-        self.scale[at] = torch.from_numpy(scale).to(device)
+        self.ints[:, at] = torch.from_numpy(np.array(values, np.int64).T).to(device)
+        self.scale[at] = torch.tensor(scale, dtype=torch.float64, device=device)
         self.table[at] = torch.from_numpy(table).to(device)
 
     def stop(self, seats: list[int]) -> None:

@@ -99,6 +99,8 @@ class Stream:
         forwarded: the log index of the first token that was not forwarded yet.
         failure: why it cannot go on; empty while it can.
         running: False once it was given back.
+        contiguous: its positions are contiguous, so that the engine rotates its keys.
+        greedy: it takes the largest logit.
     """
 
     request: StreamRequest
@@ -112,6 +114,12 @@ class Stream:
     forwarded: int = 0
     failure: str = ""
     running: bool = True
+    contiguous: bool = field(init=False)
+    greedy: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.contiguous = self.writer.regions is not None
+        self.greedy = self.request.header.temperature == 0
 
     @property
     def id(self) -> str:
@@ -135,11 +143,6 @@ class Stream:
     def idle(self) -> bool:
         """Whether this is a live stream whose next turn has not come."""
         return self.between_turns and not self.source.ready and not self.source.ended
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether its positions are contiguous, so that the engine rotates its keys."""
-        return self.writer.regions is not None
 
     @property
     def ahead(self) -> int:

@@ -17,7 +17,7 @@ Invariants:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,12 +27,7 @@ _NONE = np.zeros(0, np.int64)
 _SLOT = Spec({"slot": np.dtype(np.int64)})
 
 
-def _none() -> np.ndarray:
-    return _NONE
-
-
-@dataclass(frozen=True)
-class Dropped:
+class Dropped(NamedTuple):
     """What an eviction leaves to do, all int64 [n].
 
     Attributes:
@@ -40,9 +35,9 @@ class Dropped:
         source, target: keys to move before the new tokens are written, from slots to slots.
     """
 
-    freed: np.ndarray = field(default_factory=_none)
-    source: np.ndarray = field(default_factory=_none)
-    target: np.ndarray = field(default_factory=_none)
+    freed: np.ndarray = _NONE
+    source: np.ndarray = _NONE
+    target: np.ndarray = _NONE
 
 
 _NOTHING = Dropped()
@@ -118,7 +113,7 @@ class StreamSlots(ABC):
 
     def _forget(self, rows: np.ndarray) -> np.ndarray:
         slots = self.held
-        assert rows[0] >= 0 and rows[-1] < len(slots), "only tokens that have slots leave"
+        assert 0 <= rows[0] <= rows[-1] < len(slots), "only tokens that have slots leave"
         keep = np.ones(len(slots), bool)
         keep[rows] = False
         self._slots.keep(keep)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
+
+_VIDEO = int(Kind.VIDEO)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 
 
 @dataclass
@@ -60,8 +63,7 @@ class Part:
         stream.forwarded = stop
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A turn that its stream's log has begun, and that has no slots yet.
 
     Attributes:
@@ -123,8 +125,7 @@ class StepPlan:
 
         Returns None if its source refuses the turn: the stream fails.
         """
-        queries = int(np.count_nonzero(stream.writer.held.column("kind") == Kind.QUERY))
-        stream.failure = stream.source.refuses(queries)
+        stream.failure = stream.source.refuses(stream.writer.held.column("kind"))
         if stream.failure:
             return None
         self._end_turn(stream)
@@ -156,7 +157,7 @@ class StepPlan:
             self._share(turn)
         else:
             if turn.features is not None:
-                video = np.flatnonzero(log.column("kind", turn.start) == Kind.VIDEO)
+                video = (log.column("kind", turn.start) == _VIDEO).nonzero()[0]
                 self.video.append(self.turns.rows + video)
                 self.features.append(turn.features)
             self.turns.add(stream)

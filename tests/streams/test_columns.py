@@ -30,7 +30,9 @@ def test_every_column_grows():
 
 
 def test_what_is_not_given_has_its_default_however_the_columns_grew():
-    spec = Spec({"a": np.dtype(np.int32), "b": np.dtype((np.int32, 3)), "c": np.dtype(np.float64)}, {"b": 7, "c": np.nan})
+    spec = Spec(
+        {"a": np.dtype(np.int32), "b": np.dtype((np.int32, 3)), "c": np.dtype(np.float64)}, {"b": 7, "c": np.nan}
+    )
     made = Columns(spec)
     for i in range(200):
         made.append(2, a=i, **({"c": 0.5} if i % 10 == 0 else {}))
