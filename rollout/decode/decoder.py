@@ -23,7 +23,7 @@ import torch
 from rollout.attention import AttentionBackend
 from rollout.decode import sampler
 from rollout.decode.graphs import StepGraphs
-from rollout.decode.state import DecodeState, Field, Kinds, Seat
+from rollout.decode.state import CHANGES, DecodeState, Field, Kinds, Seat
 from rollout.engine.forward import decode_forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
@@ -90,7 +90,7 @@ class Decoder:
         device = hidden.device
         rows = torch.tensor([row for _, row in choosing], device=device)
         at = torch.from_numpy(taken).to(device)
-        self._choose(self.state.ints[:, at], at, hidden[rows], self._kinds())
+        self._choose(self.state.ints.index_select(1, at), at, hidden[rows], self._kinds())
 
     def run(self, version: int) -> int:
         """Decode for one visit; returns the number of steps. version: of the weights."""
@@ -103,7 +103,9 @@ class Decoder:
         for step in range(self._steps):
             if seats.device.type == "cpu":
                 # Rows cost as much as they are many, and looking costs nothing.
-                seats = seats[self.state.ints[Field.RUNNING, seats] != 0]
+                alive = self.state.ints[Field.RUNNING].index_select(0, seats) != 0
+                if not alive.all():
+                    seats = seats[alive]
                 # One step at least: or turns would wait as long as others are over with their first token.
                 if not len(seats) or (step and len(seats) < enough):
                     return step
@@ -113,7 +115,7 @@ class Decoder:
     def step(self, seats: torch.Tensor, kinds: Kinds) -> None:
         """Forward the last token of seats int64 [n] and choose their next one."""
         state = self.state
-        now = state.ints[:, seats]
+        now = state.ints.index_select(1, seats)
         running = now[Field.RUNNING] != 0
         length = now[Field.LENGTH]
         slots = state.table[seats, length].masked_fill(~running, state.trash)
@@ -204,14 +206,15 @@ class Decoder:
         count = now[Field.COUNT] + 1
         # Behind the last but one token of a turn its end is forced, and needs neither forward nor draw.
         goes_on = running & (chosen != tokens.im_end) & (count < now[Field.MAX_NEW] - 1)
-        new = now.clone()
+        before = now[:CHANGES]
+        new = before.clone()
         new[Field.TOKEN] = chosen
         new[Field.INDEX] += 1
         new[Field.COUNT] = count
         new[Field.EMITTED] += 1
         new[Field.THINKING] = thinking & (chosen != tokens.think_end)
         new[Field.RUNNING] = goes_on
-        state.ints[:, seats] = torch.where(running, new, now)
+        state.ints[:CHANGES].index_copy_(1, seats, torch.where(running, new, before))
 
 
 def _seat(stream: Stream) -> Seat:

@@ -43,6 +43,10 @@ class Field(IntEnum):
     CONTIGUOUS = 12
 
 
+CHANGES = Field.EMITTED + 1
+"""The first rows of `DecodeState.ints`, which a decode step writes; it only reads the others."""
+
+
 class Seat(NamedTuple):
     """What the host writes of a seat when its turn has been prefilled: the rows of `ints`, in their order."""
 

@@ -201,7 +201,8 @@ class Engine:
         self.steps += 1
         self.prefilled += plan.turns.rows
         self.shared += plan.shared
-        plan.copy_shared(self.pool)
+        if plan.copies:
+            self.pool.copy(plan.copies)
         for stream, slots in plan.freed:
             stream.slots.give_back(slots)
         if plan.choosing:

@@ -9,6 +9,9 @@ Which slots a stream has is `rollout.engine.slots`' business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from rollout.engine.slots import BlockBook, PagedBook, SlotBook
@@ -94,3 +97,18 @@ class KVPool:
         if self.raw is not None:
             self.raw[layer].index_copy_(0, target, self.raw[layer].index_select(0, source))
         self.copied_bytes += len(source) * self.kv[layer].nbytes // self._shape[1]
+
+    def copy(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Copy what `move` does, in all layers: of each pair from slots to slots int64 [N]; no slot is in two of them."""
+        if self.paged:
+            at = [torch.from_numpy(np.concatenate(slots)).to(self.kv.device) for slots in zip(*pairs, strict=True)]
+            for layer in range(len(self.kv)):
+                self.move(layer, *at)
+            return
+        for source, target in pairs:
+            count, first, to = len(source), int(source[0]), int(target[0])
+            assert source[-1] - first == target[-1] - to == count - 1, "a block's first tokens follow one another"
+            self.kv[:, :, :, to : to + count] = self.kv[:, :, :, first : first + count]
+            if self.raw is not None:
+                self.raw[:, to : to + count] = self.raw[:, first : first + count]
+            self.copied_bytes += count * self.kv.nbytes // self._shape[1]

@@ -21,7 +21,6 @@ import torch
 
 from rollout.attention.segments import Segment
 from rollout.engine.contiguous import MovedKeys
-from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
@@ -90,7 +89,7 @@ class StepPlan:
         freed: slots to give back after the forward, by stream.
         moved_from, moved_to: keys that move to other slots between the two parts, int64 [n] each.
         moved_keys: keys that get other positions then.
-        copied_from, copied_to: keys of shared prefills, from slots to slots once the row is forwarded, int64 [n] each.
+        copies: keys of shared prefills, from slots to slots once the row is forwarded, int64 [n] each.
         shared: tokens whose forward was saved so.
         choosing: the streams that sample a token, with the index in `turns` of the hidden state they sample from.
     """
@@ -105,8 +104,7 @@ class StepPlan:
         self.moved_from: list[np.ndarray] = []
         self.moved_to: list[np.ndarray] = []
         self.moved_keys = MovedKeys()
-        self.copied_from: list[np.ndarray] = []
-        self.copied_to: list[np.ndarray] = []
+        self.copies: list[tuple[np.ndarray, np.ndarray]] = []
         self.shared = 0
         self.choosing: list[tuple[Stream, int]] = []
         # Prefills that others may share: their stream, and the row they sample from.
@@ -166,24 +164,13 @@ class StepPlan:
                 self._leaders[turn.prefix] = self.choosing[-1]
         stream.slots.expect(stream.ahead)
 
-    def copy_shared(self, pool: KVPool) -> None:
-        """Copy the keys of shared prefills to whoever needs its own; after the forward."""
-        if self.copied_from:
-            device = pool.kv.device
-            source, target = (
-                torch.from_numpy(np.concatenate(s)).to(device) for s in (self.copied_from, self.copied_to)
-            )
-            for layer in range(len(pool.kv)):
-                pool.move(layer, source, target)
-
     def _share(self, turn: Opened) -> None:
         """Hold the keys that the leader's prefill writes, and sample from its hidden state."""
         leader, row = self._leaders[turn.prefix]
         stream = turn.stream
         copied = stream.slots.share(leader.slots, turn.coming, copy=_copies(stream))
-        for slots, all_slots in zip(copied, (self.copied_from, self.copied_to), strict=True):
-            if len(slots):
-                all_slots.append(slots)
+        if len(copied[0]):
+            self.copies.append(copied)
         self.shared += turn.coming
         self.choosing.append((stream, row))
         stream.forwarded = turn.start + turn.coming
