@@ -99,7 +99,7 @@ def _turns(engine: Engine, writer: StreamWriter, shown: WatchedFile, seconds: fl
 def _parse(engine: Engine, writer: StreamWriter) -> ParsedTurn:
     """Parse the turn that is over, from the end of the log: earlier turns are not read again."""
     log = writer.log
-    start = int(np.searchsorted(log.column("turn"), writer.turn))
+    start = log.begins(writer.turn)
     kinds = log.column("kind", start)
     made = np.isin(kinds, GENERATED)
     forced = made & ~log.column("sampled", start) & ~log.column("target", start)

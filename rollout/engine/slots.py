@@ -21,10 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streams.log.columns import Columns, Spec
-
 _NONE = np.zeros(0, np.int64)
-_SLOT = Spec({"slot": np.dtype(np.int64)})
 
 
 class Dropped(NamedTuple):
@@ -44,27 +41,22 @@ _NOTHING = Dropped()
 
 
 class StreamSlots(ABC):
-    """The slots of one stream. Row i is that of its i-th live token: the last of those may have no slot yet."""
+    """The slots of one stream.
+
+    held: int64 [n]; row i is the slot of its i-th live token. The last of those may have no slot yet.
+    """
 
     def __init__(self) -> None:
-        self._slots = Columns(_SLOT)
+        # Replaced as a whole when it changes: who has it keeps what was there.
+        self.held: np.ndarray = _NONE
 
     def __len__(self) -> int:
-        return len(self._slots)
-
-    @property
-    def held(self) -> np.ndarray:
-        """Slots int64 [n], a view that later changes leave alone: `drop` makes a new column, `add` writes behind its end."""
-        return self._slots.column("slot")
-
-    @property
-    def nbytes(self) -> int:
-        return self._slots.nbytes
+        return len(self.held)
 
     def add(self, count: int) -> np.ndarray:
         """Give slots to the next `count` tokens; returns them."""
         slots = self._take(count)
-        self._slots.append(count, slot=slots)
+        self.held = np.concatenate((self.held, slots))
         return slots
 
     @property
@@ -114,9 +106,9 @@ class StreamSlots(ABC):
     def _forget(self, rows: np.ndarray) -> np.ndarray:
         slots = self.held
         assert 0 <= rows[0] <= rows[-1] < len(slots), "only tokens that have slots leave"
-        keep = np.ones(len(slots), bool)
-        keep[rows] = False
-        self._slots.keep(keep)
+        stay = np.ones(len(slots), bool)
+        stay[rows] = False
+        self.held = slots[stay]
         return slots[rows]
 
 
@@ -268,7 +260,7 @@ class _PagedSlots(StreamSlots):
         assert not self.keeps, "a slot that others hold does not come back when it is dropped"
         self._book.hold(source)
         self._owned += count
-        self._slots.append(count, slot=source)
+        self.held = np.concatenate((self.held, source))
         return _NONE, _NONE
 
     def expect(self, ahead: int) -> None:
@@ -382,11 +374,11 @@ class _BlockSlots(StreamSlots):
             self._holes = holes
             return _NOTHING
         # More leave than come: what lies behind the new end moves into the first holes before it.
-        slots = self.held
-        behind = np.flatnonzero(slots >= end)
+        behind = np.flatnonzero(self.held >= end)
         target, self._holes = np.split(holes[holes < end], [len(behind)])
-        source = slots[behind]
-        self._slots.write("slot", behind, target)
+        source = self.held[behind]
+        # In place: `_forget` has just made it.
+        self.held[behind] = target
         self._used = end - self._first
         return Dropped(source=source, target=target)
 

@@ -1,9 +1,9 @@
-"""Builds a StreamLog token by token, whole or in pieces.
+"""Builds a StreamLog append by append, whole or in pieces.
 
 Invariants:
 * tokens are only appended, and turns and segments never decrease;
+* what is appended is kept as it was given, and joined when the log is read: an append costs no more late than early;
 * an expiry is only lowered, and only to the start of a segment that has not begun;
-* what tokens that were appended together have in common is kept once for all of them;
 * a token was sampled exactly if it has a log-prob;
 * pieces are consecutive, and what was handed out is no longer held.
 """
@@ -12,23 +12,71 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from streams.log.columns import Columns, Spec
 from streams.log.record import _COLUMNS, NEVER, ChunkRecord, LogHeader, StreamLog
 from streams.positions.regions import RegionBook, RegionLog
 
-_IN_COMMON = ("turn", "segment", "lane", "version")
-"""What all tokens of one append have alike."""
-_OWN = Spec(
-    {name: dtype for name, dtype in _COLUMNS.items() if name not in (*_IN_COMMON, "sampled")},
-    {"expiry": NEVER, "target": False, "behaviour_logp": np.nan},
-)
-"""What each token has for itself. Whether it was sampled is told by its log-prob."""
-_APPEND_BYTES = 160
-"""What an append takes for what its tokens have in common, about: five numbers and the tuple of four of them."""
+
+class _Append(NamedTuple):
+    """Tokens that were appended together.
+
+    Attributes:
+        first: log index of the first.
+        ids: int32 [n]. kind: int8 [n]. positions: int32 [3, n].
+        target: bool [n]. behaviour_logp: float64 [n], NaN for a token that was not sampled. None: of none.
+        turn, segment, lane, version: of all.
+    """
+
+    first: int
+    ids: np.ndarray
+    kind: np.ndarray
+    positions: np.ndarray
+    target: np.ndarray | None
+    behaviour_logp: np.ndarray | None
+    turn: int
+    segment: int
+    lane: int
+    version: int
+
+    def column(self, name: str) -> np.ndarray:
+        """Return one column of these tokens; only `expiry` is not known here."""
+        if name == "sampled":
+            logp = self.behaviour_logp
+            return np.zeros(len(self.ids), bool) if logp is None else ~np.isnan(logp)
+        value = getattr(self, name)
+        if isinstance(value, np.ndarray):
+            return value
+        if value is None:
+            value = np.nan if name == "behaviour_logp" else False
+        return np.full(len(self.ids), value, _COLUMNS[name])
+
+    def rows(self, start: int, stop: int) -> _Append:
+        """Return those with log indices in [start, stop)."""
+        if start <= self.first and stop >= self.first + len(self.ids):
+            return self
+        at = slice(max(0, start - self.first), stop - self.first)
+        return self._replace(
+            first=max(start, self.first),
+            ids=self.ids[at],
+            kind=self.kind[at],
+            positions=self.positions[:, at],
+            target=None if self.target is None else self.target[at],
+            behaviour_logp=None if self.behaviour_logp is None else self.behaviour_logp[at],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.ids, self.kind, self.positions, self.target, self.behaviour_logp)
+        return sum(array.nbytes for array in arrays if array is not None) + _APPEND_BYTES
+
+
+_first = itemgetter(0)
+_APPEND_BYTES = 800
+"""What Python takes for an append beside the numbers of its tokens, about: a tuple, five arrays' heads, five numbers."""
 
 
 @dataclass(frozen=True)
@@ -77,35 +125,37 @@ class LogBuilder:
     regions: RegionBook | None = None
     length: int = 0
     first: int = 0
-    _columns: Columns = field(default_factory=lambda: Columns(_OWN))
-    # Of every append: the log index of its first token, and what its tokens have in common.
-    _firsts: list[int] = field(default_factory=list)
-    _common: list[tuple[int, int, int, int]] = field(default_factory=list)
+    _appends: list[_Append] = field(default_factory=list)
+    # Tokens that have expired, log indices int64 [n] ascending, and at which index; those in `_amended` are handed out.
+    _expired: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    _amended: list[tuple[np.ndarray, int]] = field(default_factory=list)
     _chunks: list[ChunkRecord] = field(default_factory=list)
     _segment: int = -1
     _turn: int = 0
     _pieces: int = 0
-    _amended: list[tuple[np.ndarray, int]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for tokens, amendments and regions."""
+        """Bytes of the tokens that are held, of expiries and regions."""
         regions = 0 if self.regions is None else self.regions.nbytes
-        amended = sum(indices.nbytes for indices, _ in self._amended)
-        return self._columns.nbytes + _APPEND_BYTES * len(self._firsts) + amended + regions
+        expired = sum(indices.nbytes for indices, _ in (*self._expired, *self._amended))
+        return sum(append.nbytes for append in self._appends) + expired + regions
 
     def column(self, name: str, start: int = 0) -> np.ndarray:
         """Return one column from log index `start` on, which must not have been handed out; to be read only."""
         assert start >= self.first, f"tokens before {self.first} were handed out"
-        if name in _IN_COMMON:
-            return self._repeated(start, self.length)[name]
-        if name == "sampled":
-            return ~np.isnan(self.column("behaviour_logp", start))
-        return self._columns.column(name)[start - self.first :]
+        if name == "expiry":
+            return self._expiry(self.length)[start - self.first :]
+        return self._joined(name, self._between(start, self.length))
+
+    def begins(self, turn: int) -> int:
+        """Return the log index of the first held token of a turn, or of a later one."""
+        at = bisect_left(self._appends, turn, key=attrgetter("turn"))
+        return self._appends[at].first if at < len(self._appends) else self.length
 
     def positions_between(self, start: int, stop: int) -> np.ndarray:
         """Return the native positions int32 [3, n] of the tokens in [start, stop)."""
-        return self.column("positions", start)[: stop - start].T
+        return self._joined("positions", self._between(start, stop))
 
     def begin_segment(self) -> int:
         """Start a new segment with the next append. Returns the log index at which it begins."""
@@ -129,20 +179,27 @@ class LogBuilder:
     ) -> slice:
         """Append tokens to the current segment; positions int [3, n]; others [n], or one for all. Returns their log indices.
 
-        logp: NaN for a token that was not sampled; None: none was.
+        Arrays are kept, and must not be written any more. logp: NaN for a token that was not sampled; None: none was.
         """
         assert self._segment >= 0, "append before begin_segment"
         assert turn >= self._turn, "turns never decrease"
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
-        own: dict[str, np.ndarray | float] = {}
-        if target is not False:
-            own["target"] = target
-        if logp is not None:
-            own["behaviour_logp"] = logp
-        self._columns.append(len(ids), ids=ids, kind=kind, positions=positions.T, **own)
-        self._firsts.append(self.length)
-        self._common.append((turn, self._segment, lane, version))
+        count = len(ids)
+        self._appends.append(
+            _Append(
+                self.length,
+                np.asarray(ids, np.int32),
+                _of_all(kind, count, np.int8),
+                np.asarray(positions, np.int32),
+                None if target is False else _of_all(target, count, np.bool_),
+                None if logp is None else _of_all(logp, count, np.float64),
+                turn,
+                self._segment,
+                lane,
+                version,
+            )
+        )
         self.length = at.stop
         return at
 
@@ -151,15 +208,13 @@ class LogBuilder:
         if not len(indices):
             return
         assert indices[-1] < self.length, "only logged tokens expire"
-        held = indices
         if self.first:
             # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
             early = int(indices.searchsorted(self.first))
             if early:
                 self._amended.append((indices[:early], self.length))
-            held = indices[early:] - self.first
-        assert not np.count_nonzero(self._columns.column("expiry")[held] < self.length), "expiry is never raised"
-        self._columns.write("expiry", held, self.length)
+            indices = indices[early:]
+        self._expired.append((indices, self.length))
 
     def cut(self, stop: int, *, last: bool = False) -> LogPiece:
         """Return the held tokens before log index `stop` as a piece, and drop them. last: the stream has ended."""
@@ -187,29 +242,59 @@ class LogBuilder:
 
     def finish(self) -> StreamLog:
         """Return the whole log; nothing may have been handed out."""
-        columns = _as_logged(
-            {name: self.column(name).copy() for name in _OWN} | self._repeated(self.first, self.length)
-        )
+        assert not self.first, f"tokens before {self.first} were handed out"
         regions = None if self.regions is None else self.regions.log()
-        return StreamLog(header=self.header, chunks=tuple(self._chunks), regions=regions, **columns)
+        return StreamLog(
+            header=self.header, chunks=tuple(self._chunks), regions=regions, **self._columns_until(self.length)
+        )
 
-    def _hand_out(self, stop: int) -> dict[str, np.ndarray]:
+    def _hand_out(self, stop: int) -> dict[str, Any]:
         """Return the columns of the held tokens before log index `stop`, and drop them."""
-        common = self._repeated(self.first, stop)
-        # An append that was cut in two is still needed for the tokens that stay.
-        gone = bisect_right(self._firsts, stop) - (stop < self.length)
-        del self._firsts[:gone], self._common[:gone]
-        return _as_logged(self._columns.cut(stop - self.first) | common)
+        columns = self._columns_until(stop)
+        self._appends = self._between(stop, self.length)
+        later = [(indices[indices.searchsorted(stop) :], at) for indices, at in self._expired]
+        self._expired = [(indices, at) for indices, at in later if len(indices)]
+        return columns
 
-    def _repeated(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Return the columns that tokens have in common, for those in [start, stop)."""
-        first, last = max(0, bisect_right(self._firsts, start) - 1), bisect_left(self._firsts, stop)
-        counts = np.diff([start, *self._firsts[first + 1 : last], stop])[: last - first]
-        values = np.array(self._common[first:last], np.int32).reshape(-1, len(_IN_COMMON)).repeat(counts, axis=0)
-        return {name: values[:, i].astype(_COLUMNS[name]) for i, name in enumerate(_IN_COMMON)}
+    def _columns_until(self, stop: int) -> dict[str, Any]:
+        """Return the columns of the held tokens before log index `stop`, as copies."""
+        appends = self._between(self.first, stop)
+        counts = [len(append.ids) for append in appends]
+        columns: dict[str, np.ndarray] = {"expiry": self._expiry(stop)}
+        for name, dtype in _COLUMNS.items():
+            if name in ("turn", "segment", "lane", "version"):
+                columns[name] = np.array([getattr(append, name) for append in appends], dtype).repeat(counts)
+            elif name not in ("expiry", "sampled"):
+                columns[name] = self._joined(name, appends).copy()
+        return columns | {"sampled": ~np.isnan(columns["behaviour_logp"])}
+
+    def _expiry(self, stop: int) -> np.ndarray:
+        """Return the expiry of the held tokens before log index `stop`, int32 [n]."""
+        expiry = np.full(stop - self.first, NEVER, np.int32)
+        for indices, at in self._expired:
+            held = indices[: indices.searchsorted(stop)] - self.first
+            assert not np.count_nonzero(expiry[held] < at), "expiry is never raised"
+            expiry[held] = at
+        return expiry
+
+    def _between(self, start: int, stop: int) -> list[_Append]:
+        """Return the tokens with log indices in [start, stop), append by append."""
+        if start >= stop:
+            return []
+        first = bisect_right(self._appends, start, key=_first) - 1
+        last = bisect_left(self._appends, stop, lo=first, key=_first)
+        return [append.rows(start, stop) for append in self._appends[first:last]]
+
+    @staticmethod
+    def _joined(name: str, appends: list[_Append]) -> np.ndarray:
+        """Return one column of these appends, [n]; positions as [3, n]."""
+        if len(appends) == 1:
+            return appends[0].column(name)
+        shape = (3, 0) if name == "positions" else (0,)
+        empty = np.zeros(shape, _COLUMNS[name].base)
+        return np.concatenate([empty, *(append.column(name) for append in appends)], axis=-1)
 
 
-def _as_logged(columns: dict[str, np.ndarray]) -> dict[str, Any]:
-    # Columns grow along their first axis, [n, 3]; a StreamLog has positions as [3, n].
-    positions = np.ascontiguousarray(columns["positions"].T)
-    return columns | {"positions": positions, "sampled": ~np.isnan(columns["behaviour_logp"])}
+def _of_all(value: np.ndarray | float, count: int, dtype: type[np.generic]) -> np.ndarray:
+    """Return one value for each token, [count]."""
+    return np.asarray(value, dtype) if isinstance(value, np.ndarray) else np.full(count, value, dtype)

@@ -161,7 +161,7 @@ class StreamWriter:
         Args:
             version: of the weights that sampled them.
             logps: float64 [n], the log-prob under which each was sampled, in nats, NaN for a forced one; None: none was
-                sampled.
+                sampled. Arrays are kept, and must not be written any more.
             target: bool [n], or one for all: they are trained on.
         """
         assert self.state is not None
@@ -189,7 +189,7 @@ class StreamWriter:
         self.held.append(at, ids, positions, kind=kinds, turn=self.turn, ordinal=ordinals, lane=self._lane)
         self.generated += text
         if self.policy.lanes is Lanes.MEMORY:
-            self._wrote.append((ids.copy(), kinds))
+            self._wrote.append((ids, kinds))
         return kinds
 
     def finish(self) -> StreamLog:

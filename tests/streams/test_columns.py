@@ -29,40 +29,15 @@ def test_every_column_grows():
         columns().append(1, a=1)
 
 
-def test_what_is_not_given_has_its_default_however_the_columns_grew():
-    spec = Spec(
-        {"a": np.dtype(np.int32), "b": np.dtype((np.int32, 3)), "c": np.dtype(np.float64)}, {"b": 7, "c": np.nan}
-    )
-    made = Columns(spec)
-    for i in range(200):
-        made.append(2, a=i, **({"c": 0.5} if i % 10 == 0 else {}))
-    made.keep(made.column("a") >= 20)
-    made.append(1, a=-1)
-    head = made.cut(100)
-    made.append(1, a=-2, b=3)
-    assert (head["b"] == 7).all()
-    assert made.column("b").tolist() == [[7] * 3] * (len(made) - 1) + [[3] * 3]
-    tens = np.concatenate([head["a"], made.column("a")]) % 10 == 0
-    assert (np.isnan(np.concatenate([head["c"], made.column("c")])) == ~tens).all()
-    with pytest.raises(AssertionError, match="every column grows"):
-        made.append(1, b=1)
-    with pytest.raises(AssertionError, match="defaults"):
-        made.remove(np.array([0]))
-
-
 def test_a_view_can_only_be_read_and_stays_as_it_was():
     made = columns()
     made.append(4, a=np.arange(4), b=0)
     view = made.column("a")
     with pytest.raises(ValueError, match="read-only"):
         view[0] = 9
-    made.append(2, a=7, b=0)
-    made.keep(made.column("a") % 2 == 1)
+    made.append(200, a=7, b=0)
     assert view.tolist() == [0, 1, 2, 3]
-    assert made.column("a").tolist() == [1, 3, 7, 7]
-    assert made.cut(3)["a"].tolist() == [1, 3, 7]
-    made.append(1, a=8, b=0)
-    assert made.column("a").tolist() == [7, 8]
+    assert made.column("a").tolist() == [0, 1, 2, 3] + [7] * 200
 
 
 @pytest.mark.parametrize("rows", [[0], [2, 3, 4], [0, 2, 5], [5], range(6)])
