@@ -50,7 +50,7 @@ class Part:
         start, stop = stream.forwarded, log.length
         self.slots.append(stream.slots.add(stop - start))
         self.ids.append(log.column("ids", start))
-        self.positions.append(log.positions_between(start, stop))
+        self.positions.append(log.column("positions", start))
         self.contiguous.append(stream.contiguous)
         # A segment sees one set of slots, and lanes see different ones: cut wherever the lane changes.
         cuts: list[int] = []

@@ -74,6 +74,8 @@ class _Append(NamedTuple):
         return sum(array.nbytes for array in arrays if array is not None) + _APPEND_BYTES
 
 
+_IN_COMMON = _Append._fields[-4:]
+"""What all tokens of one append have alike."""
 _first = itemgetter(0)
 _APPEND_BYTES = 800
 """What Python takes for an append beside the numbers of its tokens, about: a tuple, five arrays' heads, five numbers."""
@@ -142,20 +144,22 @@ class LogBuilder:
         return sum(append.nbytes for append in self._appends) + expired + regions
 
     def column(self, name: str, start: int = 0) -> np.ndarray:
-        """Return one column from log index `start` on, which must not have been handed out; to be read only."""
+        """Return one column from log index `start` on, which must not have been handed out; positions as [3, n].
+
+        To be read only.
+        """
         assert start >= self.first, f"tokens before {self.first} were handed out"
         if name == "expiry":
             return self._expiry(self.length)[start - self.first :]
-        return self._joined(name, self._between(start, self.length))
+        if self._appends and start >= (last := self._appends[-1]).first:
+            return last.column(name)[..., start - last.first :]
+        parts = [append.column(name) for append in self._between(start, self.length)]
+        return np.concatenate(parts or [_none(name)], axis=-1)
 
     def begins(self, turn: int) -> int:
         """Return the log index of the first held token of a turn, or of a later one."""
         at = bisect_left(self._appends, turn, key=attrgetter("turn"))
         return self._appends[at].first if at < len(self._appends) else self.length
-
-    def positions_between(self, start: int, stop: int) -> np.ndarray:
-        """Return the native positions int32 [3, n] of the tokens in [start, stop)."""
-        return self._joined("positions", self._between(start, stop))
 
     def begin_segment(self) -> int:
         """Start a new segment with the next append. Returns the log index at which it begins."""
@@ -259,14 +263,27 @@ class LogBuilder:
     def _columns_until(self, stop: int) -> dict[str, Any]:
         """Return the columns of the held tokens before log index `stop`, as copies."""
         appends = self._between(self.first, stop)
+        columns = {
+            name: np.concatenate([_none(name), *(getattr(append, name) for append in appends)], axis=-1)
+            for name in ("ids", "kind", "positions")
+        }
         counts = [len(append.ids) for append in appends]
-        columns: dict[str, np.ndarray] = {"expiry": self._expiry(stop)}
-        for name, dtype in _COLUMNS.items():
-            if name in ("turn", "segment", "lane", "version"):
-                columns[name] = np.array([getattr(append, name) for append in appends], dtype).repeat(counts)
-            elif name not in ("expiry", "sampled"):
-                columns[name] = self._joined(name, appends).copy()
-        return columns | {"sampled": ~np.isnan(columns["behaviour_logp"])}
+        common = np.array([append[-len(_IN_COMMON) :] for append in appends], np.int32).reshape(-1, len(_IN_COMMON))
+        for name, values in zip(_IN_COMMON, common.T, strict=True):
+            columns[name] = values.astype(_COLUMNS[name]).repeat(counts)
+        target, logp = np.zeros(stop - self.first, bool), np.full(stop - self.first, np.nan)
+        for append, count in zip(appends, counts, strict=True):
+            at = slice(append.first - self.first, append.first - self.first + count)
+            if append.target is not None:
+                target[at] = append.target
+            if append.behaviour_logp is not None:
+                logp[at] = append.behaviour_logp
+        return columns | {
+            "target": target,
+            "behaviour_logp": logp,
+            "sampled": ~np.isnan(logp),
+            "expiry": self._expiry(stop),
+        }
 
     def _expiry(self, stop: int) -> np.ndarray:
         """Return the expiry of the held tokens before log index `stop`, int32 [n]."""
@@ -285,14 +302,10 @@ class LogBuilder:
         last = bisect_left(self._appends, stop, lo=first, key=_first)
         return [append.rows(start, stop) for append in self._appends[first:last]]
 
-    @staticmethod
-    def _joined(name: str, appends: list[_Append]) -> np.ndarray:
-        """Return one column of these appends, [n]; positions as [3, n]."""
-        if len(appends) == 1:
-            return appends[0].column(name)
-        shape = (3, 0) if name == "positions" else (0,)
-        empty = np.zeros(shape, _COLUMNS[name].base)
-        return np.concatenate([empty, *(append.column(name) for append in appends)], axis=-1)
+
+def _none(name: str) -> np.ndarray:
+    """Return a column of no tokens."""
+    return np.zeros((3, 0) if name == "positions" else 0, _COLUMNS[name].base)
 
 
 def _of_all(value: np.ndarray | float, count: int, dtype: type[np.generic]) -> np.ndarray:
