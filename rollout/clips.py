@@ -86,9 +86,8 @@ class ClipFeatures:
         key = clip_key(task, turns)
         kept = self._kept.get(key)
         if kept is None:
-            encode = self._backbone.encode_pre_merger if self._boundary.worker_merges else self._backbone.encode_video
             with self._meter.phase("encode"):
-                encoded = encode([clip.frames])[0]
+                encoded = self._backbone.encoding(clip.frames, pre_merger=self._boundary.worker_merges).finish()
             self.clips_encoded += 1
             # A training tower's output is of no use to the learner: it ships nothing, and frames go instead.
             kept = Encoded(encoded, None if self._boundary.learner_runs_tower else self._put(to_array(encoded)))
