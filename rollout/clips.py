@@ -1,25 +1,30 @@
 """The clips of one worker: read once, encoded once at the freeze boundary, both kept under a byte budget.
 
-Threads: the prepare thread calls `ClipFrames.read` and `ClipFeatures.given`, the engine thread the rest of `ClipFeatures`.
-`ClipFrames` owns the decode process, through its reader; `ClipFrames.close` ends it, from any thread.
+Threads: the prepare thread calls `ClipFrames.read` and `ClipFeatures.fetch`; one thread, the encode thread or else the engine
+thread, calls `claim`, `advance` and `encode`; the engine thread the rest. `ClipFrames` owns the decode process, through its
+reader; `ClipFrames.close` and `ClipFeatures.stop` end what is under way, from any thread.
 
 Invariants:
 * streams that show a clip embed the same tensor: exactly the one shipped to the learner or, with freeze=tower, the current
   mergers' output for it;
-* encoded clips are dropped when weights change that made them (`ClipFeatures.clear`).
+* a clip is encoded by one version of the weights at the boundary. While they are replaced no call of the tower runs
+  (`WeightsTurn`); what is half encoded by then begins anew, and what is encoded and waits is encoded anew (`outdated`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from rollout.threads import EncodedClips, Place, WeightsTurn
 from streams.backbone.backbone import Backbone, to_array, to_tensor
 from streams.backbone.boundary import Boundary
+from streams.backbone.tower import ClipEncoding
 from streams.support.byte_cache import ByteBudgetCache
 from streams.support.meter import Meter
 from streams.task import Plan, StreamTask
@@ -32,10 +37,39 @@ class Encoded:
     """A clip at the freeze boundary, [chunks, tokens, P or F] (see GroupPayload).
 
     reference: what ships it to the learner; None where the learner encodes frames itself.
+    ready: after it the tensor is whole, on CUDA, where another stream than the engine's makes it.
     """
 
     tensor: torch.Tensor
     reference: Any
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass
+class Encoding:
+    """A clip that is being encoded for a group, slice by slice, into its place; there is nothing to do if that has a value.
+
+    Attributes:
+        generation: of the weights (`EncodedClips.generation`) that made the slices so far.
+        restarts: times that other weights came meanwhile.
+    """
+
+    place: Place[Encoded]
+    clip: ClipEncoding
+    generation: int
+    restarts: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.place.value is not None
+
+
+def encodes_ahead(boundary: Boundary, device: str) -> bool:
+    """Return whether a worker encodes on a thread of its own, ahead of its engine.
+
+    The weights that encode must be frozen: a tower that trains encodes on the engine thread, at the engine's version.
+    """
+    return device == "cuda" and not boundary.learner_runs_tower
 
 
 class ClipFrames:
@@ -70,29 +104,98 @@ class ClipFeatures:
         put: Callable[[np.ndarray], Any],
         get: Callable[[Any], np.ndarray],
         meter: Meter,
+        *,
+        ahead: bool,
+        limit_s: float,
     ) -> None:
-        """put: stores an array and returns a reference to ship; get: resolves one."""
+        """put: stores an array and returns a reference to ship; get: resolves one.
+
+        ahead: another thread than the engine's encodes. limit_s: how long that and a swap of weights wait for each other.
+        """
         self._backbone, self._boundary, self._put, self._get, self._meter = backbone, boundary, put, get, meter
-        self._kept: ByteBudgetCache[Encoded] = ByteBudgetCache(budget_bytes)
+        self._clips: EncodedClips[Encoded] = EncodedClips(budget_bytes)
+        self._weights = WeightsTurn(limit_s)
+        self.ahead = ahead
+        self._stream: torch.cuda.Stream | None = None
+        if ahead and backbone.device.type == "cuda":
+            self._stream = torch.cuda.Stream()
+            # The weights were loaded on the stream of this thread.
+            self._stream.wait_stream(torch.cuda.current_stream())
         self.clips_encoded = 0
 
-    def given(self, reference: Any) -> Encoded:
-        """Return a clip that another worker has encoded."""
-        return Encoded(to_tensor(self._get(reference)).to(self._backbone.device), reference)
+    # --- prepare thread ---------------------------------------------------------------------------------------
+
+    def fetch(self, reference: Any) -> torch.Tensor:
+        """Return a clip that another worker has encoded, in host memory."""
+        return to_tensor(self._get(reference))
+
+    # --- the thread that encodes ------------------------------------------------------------------------------
+
+    def claim(self, task: StreamTask, turns: int, clip: Clip) -> Encoding | None:
+        """Return the clip in its place under the budget, kept or to be encoded.
+
+        Where what waits for the engine leaves no room: on the encode thread wait for it, on the engine thread return None.
+        Raises StoppedError.
+        """
+        encoding = self._begin(clip)
+        place = self._clips.take(clip_key(task, turns), encoding.nbytes, wait=self.ahead)
+        return None if place is None else Encoding(place, encoding, self._clips.generation)
+
+    def claim_given(self, given: torch.Tensor, reference: Any) -> Place[Encoded] | None:
+        """Return the place of a clip that was fetched, as `claim` does; it has its value."""
+        place = self._clips.take(None, given.nbytes, wait=self.ahead)
+        if place is not None:
+            with self._on_stream():
+                made = Encoded(given.to(self._backbone.device), reference, self._event())
+                while not self._clips.fill(place, made, self._clips.generation):
+                    pass  # weights changed between both arguments; what is given does not depend on them
+        return place
 
     @torch.no_grad()
-    def encode(self, task: StreamTask, turns: int, clip: Clip) -> Encoded:
-        """Return the clip at the boundary, kept or encoded now."""
-        key = clip_key(task, turns)
-        kept = self._kept.get(key)
-        if kept is None:
-            with self._meter.phase("encode"):
-                encoded = self._backbone.encoding(clip.frames, pre_merger=self._boundary.worker_merges).finish()
-            self.clips_encoded += 1
+    def advance(self, encoding: Encoding, clip: Clip) -> int:
+        """Encode the next slice; with the last one the place has its value. Returns the patches that the tower was given.
+
+        Raises StoppedError.
+        """
+        self._clips.check()
+        with self._phase(), self._weights.hold("encoding a clip"), self._on_stream():
+            if encoding.generation != self._clips.generation:
+                encoding.clip, encoding.generation = self._begin(clip), self._clips.generation
+                encoding.restarts += 1
+            patches = encoding.clip.advance()
+            if self._stream is not None:
+                # Inside the turn: the weights may be replaced as soon as it ends, and kernels must have read them.
+                self._stream.synchronize()
+        if encoding.clip.done:
+            self._fill(encoding)
+        return patches
+
+    def _fill(self, encoding: Encoding) -> None:
+        with self._on_stream():
+            made = encoding.clip.finish()
             # A training tower's output is of no use to the learner: it ships nothing, and frames go instead.
-            kept = Encoded(encoded, None if self._boundary.learner_runs_tower else self._put(to_array(encoded)))
-            self._kept.put(key, kept, encoded.nbytes)
-        return kept
+            reference = None if self._boundary.learner_runs_tower else self._put(to_array(made))
+            if self._clips.fill(encoding.place, Encoded(made, reference, self._event()), encoding.generation):
+                self.clips_encoded += 1
+
+    def _begin(self, clip: Clip) -> ClipEncoding:
+        return self._backbone.encoding(clip.frames, pre_merger=self._boundary.worker_merges)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _event(self) -> torch.cuda.Event | None:
+        return None if self._stream is None else self._stream.record_event()
+
+    def _phase(self) -> Any:
+        return self._meter.beside("encode") if self.ahead else self._meter.phase("encode")
+
+    # --- engine thread ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def embed(self, encoded: Encoded) -> torch.Tensor:
@@ -100,8 +203,29 @@ class ClipFeatures:
 
         With freeze=tower the mergers run for every group, and what they make lives as long as the group: they train.
         """
+        if encoded.ready is not None:
+            current = torch.cuda.current_stream()
+            current.wait_event(encoded.ready)
+            # The allocator hands freed memory to the stream that it was made on, which may be ahead of this one.
+            encoded.tensor.record_stream(current)
         return self._backbone.merge([encoded.tensor])[0] if self._boundary.worker_merges else encoded.tensor
 
-    def clear(self) -> None:
-        """Forget every encoded clip: the weights that made them have changed."""
-        self._kept.clear()
+    def leave(self, place: Place[Encoded]) -> None:
+        """End a group's wait for the engine with that clip."""
+        self._clips.leave(place)
+
+    def replace_weights(self, copy: Callable[[], None]) -> None:
+        """Let `copy` replace weights that encode, between two calls of the tower, and forget what the old ones have made.
+
+        Raises TimeoutError if a call of the tower does not end.
+        """
+        with self._weights.hold("new weights"):
+            # First: a copy that fails half-way must not leave anything to be used with what it has left.
+            self._clips.outdate()
+            copy()
+
+    # --- any thread -------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End what is being encoded, or waits for room, with StoppedError."""
+        self._clips.stop()
