@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from rollout.threads import EncodedClips, Place, WeightsTurn
 from streams.backbone.backbone import Backbone, to_array, to_tensor
 from streams.backbone.boundary import Boundary
 from streams.backbone.tower import ClipEncoding
+from streams.messages import RolloutTask
 from streams.support.byte_cache import ByteBudgetCache
 from streams.support.meter import Meter
 from streams.task import Plan, StreamTask
@@ -47,21 +48,29 @@ class Encoded:
 
 @dataclass
 class Encoding:
-    """A clip that is being encoded for a group, slice by slice, into its place; there is nothing to do if that has a value.
+    """A group's clip on its way through the tower, slice by slice, and its place under the budget.
 
     Attributes:
+        frames, clip: what is encoded, and how far that is; None where the place had its value already.
         generation: of the weights (`EncodedClips.generation`) that made the slices so far.
         restarts: times that other weights came meanwhile.
     """
 
     place: Place[Encoded]
-    clip: ClipEncoding
-    generation: int
+    frames: np.ndarray | None = None
+    clip: ClipEncoding | None = None
+    generation: int = 0
     restarts: int = 0
 
     @property
-    def done(self) -> bool:
-        return self.place.value is not None
+    def made(self) -> Encoded | None:
+        """The clip, once all of it is encoded."""
+        return self.place.value
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the weights that made it have been replaced since."""
+        return self.place.outdated
 
 
 def encodes_ahead(boundary: Boundary, device: str) -> bool:
@@ -131,55 +140,60 @@ class ClipFeatures:
 
     # --- the thread that encodes ------------------------------------------------------------------------------
 
-    def claim(self, task: StreamTask, turns: int, clip: Clip) -> Encoding | None:
-        """Return the clip in its place under the budget, kept or to be encoded.
+    def claim(self, task: RolloutTask, clip: Clip, given: torch.Tensor | None) -> Encoding | None:
+        """Return a group's clip with a place under the budget: as given with its task, as kept, or to be encoded.
 
         Where what waits for the engine leaves no room: on the encode thread wait for it, on the engine thread return None.
         Raises StoppedError.
         """
-        encoding = self._begin(clip)
-        place = self._clips.take(clip_key(task, turns), encoding.nbytes, wait=self.ahead)
-        return None if place is None else Encoding(place, encoding, self._clips.generation)
+        if given is not None:
+            place = self._clips.take(None, given.nbytes, wait=self.ahead)
+            return None if place is None else self._copy(place, given, task.features)
+        encoding = self._begin(clip.frames)
+        place = self._clips.take(clip_key(task.task, task.plan.turns), encoding.nbytes, wait=self.ahead)
+        if place is None or place.value is not None:
+            return None if place is None else Encoding(place)
+        return Encoding(place, clip.frames, encoding, self._clips.generation)
 
-    def claim_given(self, given: torch.Tensor, reference: Any) -> Place[Encoded] | None:
-        """Return the place of a clip that was fetched, as `claim` does; it has its value."""
-        place = self._clips.take(None, given.nbytes, wait=self.ahead)
-        if place is not None:
-            with self._on_stream():
-                made = Encoded(given.to(self._backbone.device), reference, self._event())
-                while not self._clips.fill(place, made, self._clips.generation):
-                    pass  # weights changed between both arguments; what is given does not depend on them
-        return place
-
-    @torch.no_grad()
-    def advance(self, encoding: Encoding, clip: Clip) -> int:
-        """Encode the next slice; with the last one the place has its value. Returns the patches that the tower was given.
+    def advance(self, encoding: Encoding) -> int:
+        """Encode the next slice; with the last one the clip is `made`. Returns the patches that the tower was given.
 
         Raises StoppedError.
         """
         self._clips.check()
+        assert encoding.frames is not None
+        assert encoding.clip is not None
         with self._phase(), self._weights.hold("encoding a clip"), self._on_stream():
             if encoding.generation != self._clips.generation:
-                encoding.clip, encoding.generation = self._begin(clip), self._clips.generation
+                encoding.clip, encoding.generation = self._begin(encoding.frames), self._clips.generation
                 encoding.restarts += 1
             patches = encoding.clip.advance()
             if self._stream is not None:
                 # Inside the turn: the weights may be replaced as soon as it ends, and kernels must have read them.
                 self._stream.synchronize()
         if encoding.clip.done:
-            self._fill(encoding)
+            self._fill(encoding, encoding.clip.finish())
         return patches
 
-    def _fill(self, encoding: Encoding) -> None:
+    def _fill(self, encoding: Encoding, made: torch.Tensor) -> None:
+        """Put a clip into its place, unless other weights came since its last slice: then it is still not made."""
         with self._on_stream():
-            made = encoding.clip.finish()
             # A training tower's output is of no use to the learner: it ships nothing, and frames go instead.
             reference = None if self._boundary.learner_runs_tower else self._put(to_array(made))
-            if self._clips.fill(encoding.place, Encoded(made, reference, self._event()), encoding.generation):
-                self.clips_encoded += 1
+            encoded = Encoded(made, reference, self._event())
+        if self._clips.fill(encoding.place, encoded, encoding.generation):
+            encoding.frames = encoding.clip = None
+            self.clips_encoded += 1
 
-    def _begin(self, clip: Clip) -> ClipEncoding:
-        return self._backbone.encoding(clip.frames, pre_merger=self._boundary.worker_merges)
+    def _copy(self, place: Place[Encoded], given: torch.Tensor, reference: Any) -> Encoding:
+        with self._on_stream():
+            encoded = Encoded(given.to(self._backbone.device), reference, self._event())
+        while not self._clips.fill(place, encoded, self._clips.generation):
+            pass  # weights came between both arguments; what is given does not depend on them
+        return Encoding(place)
+
+    def _begin(self, frames: np.ndarray) -> ClipEncoding:
+        return self._backbone.encoding(frames, pre_merger=self._boundary.worker_merges)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -192,7 +206,7 @@ class ClipFeatures:
     def _event(self) -> torch.cuda.Event | None:
         return None if self._stream is None else self._stream.record_event()
 
-    def _phase(self) -> Any:
+    def _phase(self) -> AbstractContextManager[None]:
         return self._meter.beside("encode") if self.ahead else self._meter.phase("encode")
 
     # --- engine thread ----------------------------------------------------------------------------------------
@@ -210,9 +224,9 @@ class ClipFeatures:
             encoded.tensor.record_stream(current)
         return self._backbone.merge([encoded.tensor])[0] if self._boundary.worker_merges else encoded.tensor
 
-    def leave(self, place: Place[Encoded]) -> None:
-        """End a group's wait for the engine with that clip."""
-        self._clips.leave(place)
+    def leave(self, encoding: Encoding) -> None:
+        """End a group's wait for the engine, or for its clip."""
+        self._clips.leave(encoding.place)
 
     def replace_weights(self, copy: Callable[[], None]) -> None:
         """Let `copy` replace weights that encode, between two calls of the tower, and forget what the old ones have made.

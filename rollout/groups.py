@@ -32,7 +32,7 @@ from rollout.engine.engine import Engine
 from rollout.engine.request import StreamRequest
 from rollout.recipe import StreamRecipe
 from rollout.self_check import Checked, SelfCheck
-from rollout.threads import Place, StoppedError
+from rollout.threads import StoppedError
 from streams.backbone import slices
 from streams.log.mismatch import LogpDiff, most_telling
 from streams.log.record import StreamLog
@@ -52,7 +52,7 @@ class Group:
         future: what the service answers; not touched here.
         began, deadline: times of the monotonic clock, in seconds. The deadline is set when the streams are queued.
         clip, given: set by `read`; given: features that came with the task, in host memory.
-        encoding: while the clip is being encoded. place: while it is encoded and the group waits.
+        encoding: from when the clip has a place under the budget until the first stream runs.
         encoded: the clip at the boundary, as shipped. features: what its streams embed.
         logs: of the streams that have finished, by stream id. checked: those that were re-scored.
         preempted: times that a stream was given back and began anew.
@@ -65,7 +65,6 @@ class Group:
     clip: Clip | None = None
     given: torch.Tensor | None = None
     encoding: Encoding | None = None
-    place: Place[Encoded] | None = None
     encoded: Encoded | None = None
     features: torch.Tensor | None = None
     logs: dict[str, StreamLog] = field(default_factory=dict)
@@ -77,7 +76,10 @@ class Group:
 
 
 class Groups:
-    """The groups of one worker, from their tasks to their results."""
+    """The groups of one worker, from their tasks to their results.
+
+    unencoded: what waits for `encode_some`; the engine thread's.
+    """
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class Groups:
         self._worker, self._recipe, self._engine = worker, recipe, engine
         self._frames, self._features = frames, features
         self._self_check, self._meter = self_check, meter
-        self._unencoded: deque[Group] = deque()
+        self.unencoded: deque[Group] = deque()
         self._running: dict[str, Group] = {}
 
     # --- prepare thread ---------------------------------------------------------------------------------------
@@ -110,52 +112,27 @@ class Groups:
             return self._failed(group, error)
         return None
 
-    # --- encode thread ----------------------------------------------------------------------------------------
+    # --- encode thread, or else engine thread -----------------------------------------------------------------
 
     def encode(self, group: Group) -> GroupResult | None:
         """Encode the group's clip, once there is room for it; returns None, or why that failed. Raises StoppedError."""
         try:
-            self._claim(group)
-            while group.encoding is not None:
-                self._advance(group)
+            encoding = self._claim(group)
+            assert encoding is not None
+            while encoding.made is None:
+                self._features.advance(encoding)
         except StoppedError:
             raise
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
             return self._failed(group, error)
         return None
 
-    # --- the thread that encodes ------------------------------------------------------------------------------
-
-    def _claim(self, group: Group) -> bool:
-        """Give the group's clip a place under the budget; False if it must wait for one."""
+    def _claim(self, group: Group) -> Encoding | None:
         assert group.clip is not None
-        if group.given is not None:
-            group.place = self._features.claim_given(group.given, group.task.features)
-        else:
-            encoding = self._features.claim(group.task.task, group.task.plan.turns, group.clip)
-            group.place = encoding.place if encoding is not None else None
-            group.encoding = None if encoding is None or encoding.done else encoding
-        return group.place is not None
-
-    def _advance(self, group: Group) -> int:
-        """Encode the next slice of the group's clip; returns the patches that it took."""
-        assert group.clip is not None
-        assert group.encoding is not None
-        patches = self._features.advance(group.encoding, group.clip)
-        if group.encoding.done:
-            group.encoding = None
-        return patches
+        group.encoding = group.encoding or self._features.claim(group.task, group.clip, group.given)
+        return group.encoding
 
     # --- engine thread ----------------------------------------------------------------------------------------
-
-    @property
-    def unencoded(self) -> bool:
-        """Whether groups wait here to be encoded."""
-        return bool(self._unencoded)
-
-    def put(self, group: Group) -> None:
-        """Queue a group for `encode_some`."""
-        self._unencoded.append(group)
 
     def encode_some(self) -> Iterator[tuple[Group, GroupResult]]:
         """Encode about one slice of what waits for it, and start the groups that are complete; yield those that fail.
@@ -163,36 +140,37 @@ class Groups:
         Streams that run wait for no more than that, however long the clip. Raises StoppedError.
         """
         patches = 0
-        while self._unencoded and patches < slices.SLICE_PATCHES:
-            group = self._unencoded[0]
+        while self.unencoded:
+            group = self.unencoded[0]
             try:
-                if group.place is None and not self._claim(group):
+                encoding = self._claim(group)
+                if encoding is None:
                     return
-                while group.encoding is not None:
+                while encoding.made is None:
                     # A clip that weights of another version have overtaken once is finished before the next ones come.
-                    if patches >= slices.SLICE_PATCHES and not group.encoding.restarts:
+                    if patches >= slices.SLICE_PATCHES and not encoding.restarts:
                         return
-                    patches += self._advance(group)
+                    patches += self._features.advance(encoding)
                 failed = self.start(group)
             except StoppedError:
                 raise
             except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
                 failed = self._failed(group, error)
-            self._unencoded.popleft()
+            self.unencoded.popleft()
             if failed is not None:
                 yield group, failed
 
     def outdated(self, group: Group) -> bool:
-        """Whether the group's clip was encoded by weights that were replaced since; it then has to be encoded anew."""
-        if group.place is None or not group.place.outdated:
+        """Return whether the group's clip was encoded by weights that were replaced since: it must be encoded anew."""
+        if group.encoding is None or not group.encoding.outdated:
             return False
         self._leave(group)
         return True
 
     def start(self, group: Group) -> GroupResult | None:
         """Queue the streams of a group whose clip is encoded; returns None, or why that failed."""
-        assert group.place is not None
-        group.encoded = group.place.value
+        assert group.encoding is not None
+        group.encoded = group.encoding.made
         assert group.encoded is not None
         try:
             group.features = self._features.embed(group.encoded)
@@ -215,7 +193,7 @@ class Groups:
             return
         with self._meter.repeated("engine step"):
             finished = self._engine.step()
-        if any(group.place is not None for group in self._running.values()):
+        if any(group.encoding is not None for group in self._running.values()):
             for running in self._engine.admission.running:
                 self._leave(self._running[_group_of(running.id)])
         for stream_id in self._engine.admission.take_preempted():
@@ -252,9 +230,9 @@ class Groups:
 
     def _leave(self, group: Group) -> None:
         """End the group's wait, if it still waits: its streams run, or it is over."""
-        place, group.place, group.encoding = group.place, None, None
-        if place is not None:
-            self._features.leave(place)
+        encoding, group.encoding = group.encoding, None
+        if encoding is not None:
+            self._features.leave(encoding)
 
     def _requests(self, group: Group) -> Iterator[StreamRequest]:
         """Yield the group's streams: the same turns and features, a seed, a policy and a log of their own."""

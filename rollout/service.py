@@ -247,7 +247,7 @@ class RolloutService:
 
     def _round(self) -> bool:
         """Wait for work, take in what is new and run one step; False once the service closes."""
-        waiting = self._inbox.wait(lambda: self.engine.busy or self._groups.unencoded)
+        waiting = self._inbox.wait(lambda: self.engine.busy or bool(self._groups.unencoded))
         if waiting is None:
             return False
         groups, swaps = waiting
@@ -255,7 +255,12 @@ class RolloutService:
         for swap in swaps:
             self._swap(swap)
         for group in groups:
-            self._begin(group)
+            if self._encode is None:
+                self._groups.unencoded.append(group)
+            elif self._groups.outdated(group):
+                self._encode.submit(self._encode_group, group)
+            elif (failed := self._groups.start(group)) is not None:
+                self._answer(group.future, failed)
         try:
             for group, result in self._groups.encode_some():
                 self._answer(group.future, result)
@@ -264,14 +269,6 @@ class RolloutService:
         self._step()
         self._busy.add(time.monotonic() - began)
         return True
-
-    def _begin(self, group: Group) -> None:
-        if self._encode is None:
-            self._groups.put(group)
-        elif self._groups.outdated(group):
-            self._encode.submit(self._encode_group, group)
-        elif (failed := self._groups.start(group)) is not None:
-            self._answer(group.future, failed)
 
     def _step(self) -> None:
         try:
