@@ -163,7 +163,7 @@ class ClipFeatures:
         self._clips.check()
         assert encoding.frames is not None
         assert encoding.clip is not None
-        with self._phase(), self._weights.hold("encoding a clip"), self._on_stream():
+        with self._phase(), self._weights.read(), self._on_stream():
             if encoding.generation != self._clips.generation:
                 encoding.clip, encoding.generation = self._begin(encoding.frames), self._clips.generation
                 encoding.restarts += 1
@@ -233,7 +233,7 @@ class ClipFeatures:
 
         Raises TimeoutError if a call of the tower does not end.
         """
-        with self._weights.hold("new weights"):
+        with self._weights.replace():
             # First: a copy that fails half-way must not leave anything to be used with what it has left.
             self._clips.outdate()
             copy()

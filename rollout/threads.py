@@ -254,26 +254,48 @@ class EncodedClips(Generic[T]):
 
 
 class WeightsTurn:
-    """Who may touch the weights that encode: a call of the tower, or the copy that replaces them.
+    """Who may touch the weights that encode: calls of the tower, or the copy that replaces them.
 
-    Without it an encoding thread could read weights of two versions in one call.
+    Without it an encoding thread could read weights of two versions in one call. The copy comes first: it waits for the call
+    that is under way, and no other begins before it is over.
     """
 
     def __init__(self, limit_s: float) -> None:
-        self._lock = threading.Lock()
+        self._change = threading.Condition()
+        self._reading = False
+        self._replacing = False
         self._limit_s = limit_s
 
     @contextmanager
-    def hold(self, what: str) -> Iterator[None]:
-        """Hold the turn for the block. Raises TimeoutError, which names `what`, if the other side keeps it for too long."""
-        if not self._lock.acquire(timeout=self._limit_s):
-            raise TimeoutError(
-                f"{what} waited rollout.group_deadline_s={self._limit_s:g} for the vision tower's weights"
-            )
+    def read(self) -> Iterator[None]:
+        """Keep the weights as they are for the block, one call of the tower. Raises TimeoutError."""
+        with self._change:
+            self._wait("a clip waited", lambda: not self._replacing)
+            self._reading = True
         try:
             yield
         finally:
-            self._lock.release()
+            with self._change:
+                self._reading = False
+                self._change.notify_all()
+
+    @contextmanager
+    def replace(self) -> Iterator[None]:
+        """Keep the tower from being called for the block. Raises TimeoutError."""
+        with self._change:
+            self._replacing = True
+        try:
+            with self._change:
+                self._wait("new weights waited", lambda: not self._reading)
+            yield
+        finally:
+            with self._change:
+                self._replacing = False
+                self._change.notify_all()
+
+    def _wait(self, who: str, free: Callable[[], bool]) -> None:
+        if not self._change.wait_for(free, self._limit_s):
+            raise TimeoutError(f"{who} rollout.group_deadline_s={self._limit_s:g} for the vision tower's weights")
 
 
 class BusyShare:
