@@ -1,14 +1,16 @@
 """The clips of one worker: read once, encoded once at the freeze boundary, both kept under a byte budget.
 
 Threads: the prepare thread calls `ClipFrames.read` and `ClipFeatures.fetch`; one thread, the encode thread or else the engine
-thread, calls `claim`, `advance` and `encode`; the engine thread the rest. `ClipFrames` owns the decode process, through its
-reader; `ClipFrames.close` and `ClipFeatures.stop` end what is under way, from any thread.
+thread, `claim` and `advance`; the engine thread `embed` and `replace_weights`. `leave` and `stop` may be called from any.
+`ClipFrames` owns the decode process, through its reader; `ClipFrames.close` ends it, from any thread.
 
 Invariants:
 * streams that show a clip embed the same tensor: exactly the one shipped to the learner or, with freeze=tower, the current
   mergers' output for it;
 * a clip is encoded by one version of the weights at the boundary. While they are replaced no call of the tower runs
-  (`WeightsTurn`); what is half encoded by then begins anew, and what is encoded and waits is encoded anew (`outdated`).
+  (`WeightsTurn`); what is half encoded by then begins anew, and what is encoded and waits is encoded anew (`outdated`);
+* clips that wait for the engine and clips that are kept take no more than the budget, or are one clip (`EncodedClips`). What
+  running streams embed is not counted.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class Encoding:
 def encodes_ahead(boundary: Boundary, device: str) -> bool:
     """Return whether a worker encodes on a thread of its own, ahead of its engine.
 
-    The weights that encode must be frozen: a tower that trains encodes on the engine thread, at the engine's version.
+    The weights that encode must be frozen: a tower that trains encodes on the engine thread, at the engine's version. And
+    there must be a device that works while Python waits. On a CPU a second thread would take a core that `rollout.threads`
+    does not give the worker, and both hold the interpreter's lock in turn: 5 to 10 % more CPU time was measured.
     """
     return device == "cuda" and not boundary.learner_runs_tower
 
@@ -158,7 +162,7 @@ class ClipFeatures:
     def advance(self, encoding: Encoding) -> int:
         """Encode the next slice; with the last one the clip is `made`. Returns the patches that the tower was given.
 
-        Raises StoppedError.
+        Raises StoppedError, and TimeoutError if new weights do not let go of the tower's.
         """
         self._clips.check()
         assert encoding.frames is not None
@@ -224,10 +228,6 @@ class ClipFeatures:
             encoded.tensor.record_stream(current)
         return self._backbone.merge([encoded.tensor])[0] if self._boundary.worker_merges else encoded.tensor
 
-    def leave(self, encoding: Encoding) -> None:
-        """End a group's wait for the engine, or for its clip."""
-        self._clips.leave(encoding.place)
-
     def replace_weights(self, copy: Callable[[], None]) -> None:
         """Let `copy` replace weights that encode, between two calls of the tower, and forget what the old ones have made.
 
@@ -239,6 +239,10 @@ class ClipFeatures:
             copy()
 
     # --- any thread -------------------------------------------------------------------------------------------
+
+    def leave(self, encoding: Encoding) -> None:
+        """End a group's wait for the engine, or for its clip."""
+        self._clips.leave(encoding.place)
 
     def stop(self) -> None:
         """End what is being encoded, or waits for room, with StoppedError."""
