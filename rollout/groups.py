@@ -1,7 +1,7 @@
 """A group's life: its clip is read, encoded at the freeze boundary, its streams run, and their logs come back.
 
     read          prepare thread   the clip's frames, and its features if the task brings them
-    encode        encode thread    the whole clip, where a worker encodes ahead (`rollout.clips.encodes_ahead`)
+    encode        encode thread    the whole clip, where a worker encodes ahead (`streams.backbone.slices`)
     encode_some   engine thread    elsewhere: a slice between two steps, of one group after the other
     start         engine thread    queue the streams in the engine
     step          engine thread    one engine step; a group whose last stream ends is finished

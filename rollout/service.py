@@ -3,7 +3,7 @@
     any thread      submit, script, stage, stats, close       they hand work over, or wait
     prepare thread  reads clips, writes demonstrations        a slow file delays no running stream
     encode thread   encodes clips, where their weights are    only on CUDA; elsewhere the engine thread encodes, a slice
-                    frozen                                    between two steps (`rollout.clips.encodes_ahead`)
+                    frozen                                    between two steps (`streams.backbone.slices`)
     engine thread   steps, swaps, re-scores                   the only one that runs the text model and the mergers
 
     submit -> prepare thread: Groups.read -> encode thread: Groups.encode -> inbox -> engine thread: Groups.start,
@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout.clips import ClipFeatures, ClipFrames, encodes_ahead
+from rollout.clips import ClipFeatures, ClipFrames
 from rollout.demonstrations import Demonstrations
 from rollout.engine.engine import Engine
 from rollout.groups import Group, GroupResult, Groups
@@ -48,6 +48,7 @@ from rollout.staging import StagedWeights
 from rollout.threads import BusyShare, Inbox, StoppedError, Swap, WorkThread
 from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
+from streams.backbone.slices import encodes_ahead
 from streams.memory import CONTIGUOUS, make_policy
 from streams.messages import RolloutTask, ScriptTask, SwapReport, WeightsUpdate, WorkerStats
 from streams.support.meter import Meter

@@ -173,12 +173,14 @@ def worker_footprint(
     paged: bool = False,
     flex: bool = False,
     graphs: bool = False,
+    ahead: bool = False,
 ) -> Footprint:
     """Return the peak memory of one rollout worker.
 
     trained: parameters that an update replaces. kv_bytes: size of its KV pool. paged: FlashInfer, which has a workspace and
     no masks.
     flex: streams are re-scored with FlexAttention. graphs: decode steps are CUDA graphs, which keep their memory.
+    ahead: clips are encoded while the engine steps.
     """
     width = BYTES[dtype]
     features = geometry.pre_merger_width if config.learner.boundary.worker_merges else geometry.feature_width
@@ -193,7 +195,8 @@ def worker_footprint(
     masks = rows * stream.live(config) * max(width, 4)
     forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else masks)
     choosing = streams * geometry.vocab * 24
-    step = max(forward, choosing, tower_bytes(geometry, stream, width, "slice"))
+    tower = tower_bytes(geometry, stream, width, "slice")
+    step = max(forward, choosing, 0 if ahead else tower)
     # The self-check runs between two engine steps, so only the larger of both peaks counts.
     check = self_check_bytes(geometry, width, stream, flex=flex, positions=config.memory.positions)
     return Footprint(
@@ -204,6 +207,7 @@ def worker_footprint(
             ("KV pool", kv_bytes),
             ("decode graphs", choosing if graphs else 0),
             ("cached features", min(config.data.cache_mb * 2**20, clips)),
+            ("encoding ahead", tower if ahead else 0),
             (SELF_CHECK, check) if config.monitor.every and check > step else ("a step", step),
         ),
         host=updates - staged,

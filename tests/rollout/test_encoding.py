@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import rollout.service
-from rollout.clips import encodes_ahead
 from rollout.promises import ServiceClosedError
 from rollout.threads import EncodedClips
 from streams.backbone import slices
 from streams.backbone.backbone import to_array
 from streams.backbone.boundary import Boundary
+from streams.backbone.slices import encodes_ahead
 from tests.support.service import TURNS, WAIT_S, group, open_service, roll, update_of, wait_until
 
 pytestmark = pytest.mark.slow

@@ -282,18 +282,6 @@ def test_a_worker_counts_its_weights_twice_while_an_update_waits():
     assert parts["weights"] == parts["staged weights"] == 2 * geometry.total
 
 
-def test_a_step_of_a_worker_needs_no_more_memory_for_a_video_of_two_hours():
-    """The tower takes a clip in slices, and the rest sees what the memory holds: here a window of text, too."""
-    geometry, memory = three_b(), ("memory=sink_window", "memory.text_window=20", "monitor.every=0")
-
-    def step(turns):
-        config = smoke(f"data.max_turns={turns}", f"data.tail_chunks={turns}", *memory)
-        stream = StreamSize.largest(config, (replace(TASKS[0], end=float(turns)),), geometry)
-        return dict(worker_footprint(geometry, "bfloat16", geometry.total, stream, config, 0).parts)["a step"]
-
-    assert step(7200) == step(60)
-
-
 def test_the_largest_stream_that_a_worker_re_scores_has_room():
     """By FlexAttention on a GPU; a dense mask, where that is asked for, grows with the square of the stream."""
     long = ("data.max_turns=300", "data.tail_chunks=300", "rollout.max_streams=1")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from runtime.planning.footprint import tower_bytes
+from runtime.planning.device_plan import plan_devices
+from runtime.planning.footprint import tower_bytes, worker_footprint
 from runtime.planning.stream_size import StreamSize
 from streams.backbone import slices, tower
 from streams.backbone.backbone import Backbone
@@ -18,6 +20,7 @@ from streams.backbone.tiny_spec import TinySpec
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.layout.layout import LayoutConfig
 from tests.support.held_bytes import HeldBytes
+from tests.support.one_gpu import GIB, H200, TASKS, smoke, three_b
 from tests.support.streams import MODEL_TYPES, loud_backbone, norms_in_input_dtype
 
 
@@ -123,3 +126,28 @@ def test_the_memory_of_the_tower_is_bounded_by_the_estimate_and_does_not_grow_wi
         assert 0.5 * said < peaks[-1] <= said
         del made
     assert peaks[1] < 1.02 * peaks[0]
+
+
+def test_a_step_of_a_worker_needs_no_more_memory_for_a_video_of_two_hours():
+    """The tower takes a clip in slices, and the rest sees what the memory holds: here a window of text, too."""
+    geometry, memory = three_b(), ("memory=sink_window", "memory.text_window=20", "monitor.every=0")
+
+    def parts(turns):
+        config = smoke(f"data.max_turns={turns}", f"data.tail_chunks={turns}", *memory)
+        stream = StreamSize.largest(config, (replace(TASKS[0], end=float(turns)),), geometry)
+        found = dict(worker_footprint(geometry, "bfloat16", geometry.total, stream, config, 0, ahead=True).parts)
+        return found["a step"], found["encoding ahead"]
+
+    assert parts(7200) == parts(60)
+    assert 0.1 * GIB < parts(60)[1] < 0.2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("freeze", "cuda", "ahead"), [("tower+merger", True, True), ("none", True, False), ("tower+merger", False, False)]
+)
+def test_the_memory_of_encoding_comes_on_top_only_where_the_engine_steps_meanwhile(freeze, cuda, ahead):
+    device = H200 if cuda else replace(H200, cuda=False)
+    config = smoke(f"learner.freeze={freeze}", "rollout.attention=torch")
+    plan = plan_devices(config, {"eval": config.learner}, three_b(), TASKS, ([device], [device]))
+    (worker,) = (dict(f.parts) for f in plan.footprints if f.process == "rollout worker")
+    assert (worker["encoding ahead"] > 0) is ahead
