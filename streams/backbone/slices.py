@@ -26,6 +26,6 @@ def encodes_ahead(boundary: Boundary, device: str) -> bool:
 
     The weights that encode must be frozen: a tower that trains encodes on the engine thread, at the engine's version. And
     there must be a device that works while Python waits. On a CPU a second thread would take a core that `rollout.threads`
-    does not give the worker, and both hold the interpreter's lock in turn: 5 to 10 % more CPU time was measured.
+    does not give the worker, and both hold the interpreter's lock in turn: 3 to 10 % more CPU time was measured.
     """
     return device == "cuda" and not boundary.learner_runs_tower
