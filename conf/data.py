@@ -29,8 +29,8 @@ class DataConfig:
     max_turns: int = 240
     """Longest stream, in turns (one chunk each). Longer videos are cut."""
     cache_mb: int = 256
-    """MiB for each of three caches: the frames of a worker (host memory), the features of a worker (device memory), and
-    the features that the driver keeps in Ray's object store.
+    """MiB for each of three caches: the frames of a worker (host memory), the features of a worker (device memory; those that
+    wait for its engine included), and the features that the driver keeps in Ray's object store.
     """
     video: VideoConfig = field(default_factory=VideoConfig)
     """What a chunk is."""

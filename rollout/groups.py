@@ -1,7 +1,9 @@
 """A group's life: its clip is read, encoded at the freeze boundary, its streams run, and their logs come back.
 
     read          prepare thread   the clip's frames, and its features if the task brings them
-    start         engine thread    encode what is missing, queue the streams in the engine
+    encode        encode thread    the whole clip, where a worker encodes ahead (`streams.backbone.slices`)
+    encode_some   engine thread    elsewhere: a slice between two steps, of one group after the other
+    start         engine thread    queue the streams in the engine
     step          engine thread    one engine step; a group whose last stream ends is finished
     drop_late     engine thread    groups past their deadline fail
     fail_running  engine thread    after an error inside a step, which all that run share
@@ -9,24 +11,29 @@
 No thread, lock or future is handled here: results are returned, and the service answers with them.
 
 Invariants:
-* a group's failure is its result, with its cause; ReaderClosedError is no failure and passes through;
-* a group that has a result has no stream in the engine, and so no slots.
+* a group's failure is its result, with its cause; ReaderClosedError and StoppedError are no failures and pass through;
+* a group that has a result has no stream in the engine, and so no slots, and its clip no place among those that wait;
+* a group waits, and its clip counts as waiting, until the first of its streams runs;
+* a group is started with features that the weights of that moment make.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
-from rollout.clips import ClipFeatures, ClipFrames, Encoded
+from rollout.clips import ClipFeatures, ClipFrames, Encoded, Encoding
 from rollout.engine.engine import Engine
 from rollout.engine.request import StreamRequest
 from rollout.recipe import StreamRecipe
 from rollout.self_check import Checked, SelfCheck
+from rollout.threads import StoppedError
+from streams.backbone import slices
 from streams.log.mismatch import LogpDiff, most_telling
 from streams.log.record import StreamLog
 from streams.memory import make_policy
@@ -44,7 +51,9 @@ class Group:
     Attributes:
         future: what the service answers; not touched here.
         began, deadline: times of the monotonic clock, in seconds. The deadline is set when the streams are queued.
-        clip: set by `read`. encoded: the clip at the boundary, as shipped. features: what its streams embed.
+        clip, given: set by `read`; given: features that came with the task, in host memory.
+        encoding: from when the clip has a place under the budget until the first stream runs.
+        encoded: the clip at the boundary, as shipped. features: what its streams embed.
         logs: of the streams that have finished, by stream id. checked: those that were re-scored.
         preempted: times that a stream was given back and began anew.
     """
@@ -54,6 +63,8 @@ class Group:
     began: float
     deadline: float = float("inf")
     clip: Clip | None = None
+    given: torch.Tensor | None = None
+    encoding: Encoding | None = None
     encoded: Encoded | None = None
     features: torch.Tensor | None = None
     logs: dict[str, StreamLog] = field(default_factory=dict)
@@ -65,7 +76,10 @@ class Group:
 
 
 class Groups:
-    """The groups of one worker, from their tasks to their results."""
+    """The groups of one worker, from their tasks to their results.
+
+    unencoded: what waits for `encode_some`; the engine thread's.
+    """
 
     def __init__(
         self,
@@ -80,6 +94,7 @@ class Groups:
         self._worker, self._recipe, self._engine = worker, recipe, engine
         self._frames, self._features = frames, features
         self._self_check, self._meter = self_check, meter
+        self.unencoded: deque[Group] = deque()
         self._running: dict[str, Group] = {}
 
     # --- prepare thread ---------------------------------------------------------------------------------------
@@ -90,19 +105,75 @@ class Groups:
         try:
             group.clip = self._frames.read(task.task, task.plan)
             if task.features is not None:
-                group.encoded = self._features.given(task.features)
+                group.given = self._features.fetch(task.features)
         except ReaderClosedError:
             raise
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
             return self._failed(group, error)
         return None
 
+    # --- encode thread, or else engine thread -----------------------------------------------------------------
+
+    def encode(self, group: Group) -> GroupResult | None:
+        """Encode the group's clip, once there is room for it; returns None, or why that failed. Raises StoppedError."""
+        try:
+            encoding = self._claim(group)
+            assert encoding is not None
+            while encoding.made is None:
+                self._features.advance(encoding)
+        except StoppedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
+            return self._failed(group, error)
+        return None
+
+    def _claim(self, group: Group) -> Encoding | None:
+        assert group.clip is not None
+        group.encoding = group.encoding or self._features.claim(group.task, group.clip, group.given)
+        return group.encoding
+
     # --- engine thread ----------------------------------------------------------------------------------------
 
+    def encode_some(self) -> Iterator[tuple[Group, GroupResult]]:
+        """Encode about one slice of what waits for it, and start the groups that are complete; yield those that fail.
+
+        Streams that run wait for no more than that, however long the clip. Raises StoppedError.
+        """
+        patches = 0
+        while self.unencoded:
+            group = self.unencoded[0]
+            try:
+                encoding = self._claim(group)
+                if encoding is None:
+                    return
+                while encoding.made is None:
+                    # A clip that weights of another version have overtaken once is finished before the next ones come.
+                    if patches >= slices.SLICE_PATCHES and not encoding.restarts:
+                        return
+                    patches += self._features.advance(encoding)
+                failed = self.start(group)
+            except StoppedError:
+                raise
+            except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
+                failed = self._failed(group, error)
+            self.unencoded.popleft()
+            if failed is not None:
+                yield group, failed
+
+    def outdated(self, group: Group) -> bool:
+        """Return whether the group's clip was encoded by weights that were replaced since: it must be encoded anew."""
+        if group.encoding is None or not group.encoding.outdated:
+            return False
+        self._leave(group)
+        return True
+
     def start(self, group: Group) -> GroupResult | None:
-        """Encode the group's clip and queue its streams; returns None, or why that failed."""
+        """Queue the streams of a group whose clip is encoded; returns None, or why that failed."""
+        assert group.encoding is not None
+        group.encoded = group.encoding.made
+        assert group.encoded is not None
         try:
-            self._encode(group)
+            group.features = self._features.embed(group.encoded)
             for request in self._requests(group):
                 self._engine.add(request)
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
@@ -122,6 +193,9 @@ class Groups:
             return
         with self._meter.repeated("engine step"):
             finished = self._engine.step()
+        if any(group.encoding is not None for group in self._running.values()):
+            for running in self._engine.admission.running:
+                self._leave(self._running[_group_of(running.id)])
         for stream_id in self._engine.admission.take_preempted():
             self._running[_group_of(stream_id)].preempted += 1
         for stream in finished:
@@ -154,12 +228,11 @@ class Groups:
         self._running.clear()
         return failed
 
-    def _encode(self, group: Group) -> None:
-        """Set the clip at the freeze boundary, as given, as kept, or encoded now; and as the streams embed it."""
-        assert group.clip is not None
-        if group.encoded is None:
-            group.encoded = self._features.encode(group.task.task, group.task.plan.turns, group.clip)
-        group.features = self._features.embed(group.encoded)
+    def _leave(self, group: Group) -> None:
+        """End the group's wait, if it still waits: its streams run, or it is over."""
+        encoding, group.encoding = group.encoding, None
+        if encoding is not None:
+            self._features.leave(encoding)
 
     def _requests(self, group: Group) -> Iterator[StreamRequest]:
         """Yield the group's streams: the same turns and features, a seed, a policy and a log of their own."""
@@ -181,6 +254,7 @@ class Groups:
             )
 
     def _result(self, group: Group) -> GroupResult:
+        self._leave(group)
         assert group.clip is not None
         assert group.encoded is not None
         layout = self._recipe.layout(empty_thoughts=group.task.empty_thoughts)
@@ -209,6 +283,7 @@ class Groups:
         return summary, GroupPayload(logs, "frames", group.clip.frames)
 
     def _failed(self, group: Group, error: Exception) -> GroupResult:
+        self._leave(group)
         task = group.task
         clip_seconds = self._recipe.clip_seconds(task.task, task.plan)
         return failure(self._worker, task.group, task.task.id, clip_seconds, group.began, error)

@@ -1,18 +1,24 @@
-"""The rollout worker without Ray: two threads, what is handed from one to the other, and the swap of weights.
+"""The rollout worker without Ray: its threads, what is handed from one to the other, and the swap of weights.
 
     any thread      submit, script, stage, stats, close       they hand work over, or wait
     prepare thread  reads clips, writes demonstrations        a slow file delays no running stream
-    engine thread   encodes, steps, swaps, re-scores          the only one that runs the model
+    encode thread   encodes clips, where their weights are    only on CUDA; elsewhere the engine thread encodes, a slice
+                    frozen                                    between two steps (`streams.backbone.slices`)
+    engine thread   steps, swaps, re-scores                   the only one that runs the text model and the mergers
 
-    submit -> prepare thread: Groups.read -> inbox -> engine thread: Groups.start, Groups.step -> the group's future
+    submit -> prepare thread: Groups.read -> encode thread: Groups.encode -> inbox -> engine thread: Groups.start,
+              Groups.step -> the group's future
     script -> prepare thread: Demonstrations.write -> the demonstration's future
     stage  -> inbox -> engine thread: StagedWeights.apply -> the swap's future
 
-Every lock is in `rollout.threads`, `rollout.promises` or the clip reader. The decode process belongs to that reader
+The encode thread is not the prepare thread, so that the next clip is decoded, by its own process, while one is encoded.
+
+Every lock is in `rollout.threads`, `rollout.promises`, the meter or the clip reader. The decode process belongs to that reader
 (`rollout.clips.ClipFrames`): the prepare thread alone reads through it, and `close` ends it.
 
 Invariants:
-* only the engine thread touches engine, weights, kept features and running groups;
+* only the engine thread touches engine, weights and running groups; a thread that encodes reads weights that are frozen,
+  and not while they are replaced all the same (`rollout.clips`);
 * new weights are copied in between two steps;
 * one task's failure is that task's result, with its cause, and never the worker's end;
 * every future handed out is settled: what `close` leaves undone ends in ServiceClosedError, which is no task's failure.
@@ -39,9 +45,10 @@ from rollout.recipe import StreamRecipe
 from rollout.self_check import SelfCheck
 from rollout.setup import WorkerSetup
 from rollout.staging import StagedWeights
-from rollout.threads import BusyShare, Inbox, PrepareThread, Swap
+from rollout.threads import BusyShare, Inbox, StoppedError, Swap, WorkThread
 from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
+from streams.backbone.slices import encodes_ahead
 from streams.memory import CONTIGUOUS, make_policy
 from streams.messages import RolloutTask, ScriptTask, SwapReport, WeightsUpdate, WorkerStats
 from streams.support.meter import Meter
@@ -51,8 +58,9 @@ from streams.writing.writer import check_timestamps_kept
 log = logging.getLogger("sightline.rollout")
 
 PREPARE_JOIN_S = 10.0
+ENCODE_JOIN_S = 10.0
 ENGINE_JOIN_S = 30.0
-"""How long `close` waits for each thread: for the prepare thread to drop its clip, for an engine step to end."""
+"""How long `close` waits for each thread: to drop a clip, for a call of the tower to end, for an engine step to end."""
 
 
 class RolloutService:
@@ -66,7 +74,7 @@ class RolloutService:
         put: Callable[[np.ndarray], Any],
         get: Callable[[Any], np.ndarray],
     ) -> None:
-        """Load the checkpoint and start both threads. Raises ValueError for what this machine refuses.
+        """Load the checkpoint and start the threads. Raises ValueError for what this machine refuses.
 
         Args:
             cache_mb: MiB of frames and of features that are kept, each.
@@ -107,14 +115,24 @@ class RolloutService:
         image, budget = self.backbone.image, cache_mb * 2**20
         recipe = StreamRecipe(setup, self.backbone)
         self._frames = ClipFrames(ClipReader(setup.video, image.patch_size, image.merge_size), budget)
-        self._features = ClipFeatures(self.backbone, setup.boundary, budget, put, get, self.meter)
+        self._features = ClipFeatures(
+            self.backbone,
+            setup.boundary,
+            budget,
+            put,
+            get,
+            self.meter,
+            ahead=encodes_ahead(setup.boundary, device),
+            limit_s=rollout.group_deadline_s,
+        )
         check = SelfCheck(self.backbone, setup.self_check, scoring.name, self.meter)
         self._groups = Groups(worker, recipe, self.engine, self._frames, self._features, check, self.meter)
         self._demonstrations = Demonstrations(worker, recipe, self._frames)
         self._promises = Promises(f"rollout worker {worker}")
         self._inbox = Inbox()
         self._busy = BusyShare()
-        self._prepare = PrepareThread()
+        self._prepare = WorkThread("prepare")
+        self._encode = WorkThread("encode") if self._features.ahead else None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -158,17 +176,21 @@ class RolloutService:
         return WorkerStats(worker=self.worker, clips_encoded=self._features.clips_encoded)
 
     def close(self) -> None:
-        """End both threads and the decode process; whatever is not finished ends in ServiceClosedError.
+        """End the threads and the decode process; whatever is not finished ends in ServiceClosedError.
 
-        Ends a read under way, waits for a step under way. May be called from any thread and more than once.
+        Ends a read under way, waits for a step and a call of the tower under way. May be called from any thread and more than
+        once.
         """
         self._inbox.stop()
         self._prepare.refuse()
         self._promises.refuse()
+        self._features.stop()
         # Before the threads are waited for: a read is what the prepare thread may be stuck in for longest.
         self._frames.close()
         if not self._prepare.end(PREPARE_JOIN_S):
             log.warning("worker %d: the prepare thread still works %g s after close", self.worker, PREPARE_JOIN_S)
+        if self._encode is not None and not self._encode.end(ENCODE_JOIN_S):
+            log.warning("worker %d: the encode thread still works %g s after close", self.worker, ENCODE_JOIN_S)
         self._thread.join(timeout=ENGINE_JOIN_S)
         if self._thread.is_alive():
             log.warning("worker %d: an engine step still runs %g s after close", self.worker, ENGINE_JOIN_S)
@@ -191,10 +213,12 @@ class RolloutService:
             failed = self._groups.read(group)
         except ReaderClosedError:
             return  # `close` settles the group
-        if failed is None:
+        if failed is not None:
+            self._answer(group.future, failed)
+        elif self._encode is None:
             self._inbox.put_group(group)
         else:
-            self._answer(group.future, failed)
+            self._encode.submit(self._encode_group, group)
 
     def _write_demonstration(self, task: ScriptTask, future: Future[GroupResult]) -> None:
         try:
@@ -202,6 +226,18 @@ class RolloutService:
         except ReaderClosedError:
             return  # `close` settles the demonstration
         self._answer(future, result)
+
+    # --- encode thread ----------------------------------------------------------------------------------------
+
+    def _encode_group(self, group: Group) -> None:
+        try:
+            failed = self._groups.encode(group)
+        except StoppedError:
+            return  # `close` settles the group
+        if failed is None:
+            self._inbox.put_group(group)
+        else:
+            self._answer(group.future, failed)
 
     # --- engine thread ----------------------------------------------------------------------------------------
 
@@ -212,7 +248,7 @@ class RolloutService:
 
     def _round(self) -> bool:
         """Wait for work, take in what is new and run one step; False once the service closes."""
-        waiting = self._inbox.wait(self.engine)
+        waiting = self._inbox.wait(lambda: self.engine.busy or bool(self._groups.unencoded))
         if waiting is None:
             return False
         groups, swaps = waiting
@@ -220,9 +256,17 @@ class RolloutService:
         for swap in swaps:
             self._swap(swap)
         for group in groups:
-            failed = self._groups.start(group)
-            if failed is not None:
+            if self._encode is None:
+                self._groups.unencoded.append(group)
+            elif self._groups.outdated(group):
+                self._encode.submit(self._encode_group, group)
+            elif (failed := self._groups.start(group)) is not None:
                 self._answer(group.future, failed)
+        try:
+            for group, result in self._groups.encode_some():
+                self._answer(group.future, result)
+        except StoppedError:
+            return False  # `close` settles what is left
         self._step()
         self._busy.add(time.monotonic() - began)
         return True
@@ -243,13 +287,15 @@ class RolloutService:
         if swap.staged.version > self.engine.version:
             try:
                 with self.meter.phase("swap"):
-                    swap.staged.apply(self.backbone)
-            except RuntimeError as error:  # a copy that the device refuses: the driver hears of it and stops
+                    if swap.staged.outdates(self.setup.boundary):
+                        self._features.replace_weights(lambda: swap.staged.apply(self.backbone))
+                    else:
+                        swap.staged.apply(self.backbone)
+            # A copy that the device refuses, a tower that does not end: the driver hears of it and stops.
+            except (RuntimeError, TimeoutError) as error:
                 self._promises.settle(swap.future, error=error)
                 return
             self.engine.version = swap.staged.version
-            if swap.staged.outdates(self.setup.boundary):
-                self._features.clear()
         now = time.monotonic()
         report = SwapReport(self.worker, self.engine.version, swap.fetch_s, now - began, self._busy.take(now))
         self._promises.settle(swap.future, report)

@@ -99,27 +99,17 @@ class RolloutWorker:
         """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""
         if setup.messages_version != MESSAGES_VERSION:
             raise ValueError(f"worker speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
-        from rollout.service import RolloutService
-
         await self._close_service()
-        self._service = await asyncio.to_thread(
-            RolloutService,
-            self._worker,
-            setup,
-            self._cache_mb,
-            _put,
-            partial(_get, timeout_s=setup.rollout.group_deadline_s),
-        )
-        log.info(
-            "loaded %s as version %d, %d KV slots", setup.checkpoint, setup.version, self._service.engine.pool.capacity
-        )
+        await asyncio.to_thread(self._open_service, setup)
+        service = self._ready()
+        log.info("loaded %s as version %d, %d KV slots", setup.checkpoint, setup.version, service.engine.pool.capacity)
         return WorkerInfo(
             worker=self._worker,
             node=ray.util.get_node_ip_address(),
             pid=os.getpid(),
-            kv_slots=self._service.engine.pool.capacity,
-            parameters=sum(p.numel() for p in self._service.backbone.model.parameters()),
-            attention=str(self._service.engine.attention),
+            kv_slots=service.engine.pool.capacity,
+            parameters=sum(p.numel() for p in service.backbone.model.parameters()),
+            attention=str(service.engine.attention),
         )
 
     async def rollout(self, task: RolloutTask) -> tuple[GroupSummary, GroupPayload | None]:
@@ -155,6 +145,13 @@ class RolloutWorker:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _open_service(self, setup: WorkerSetup) -> None:
+        """Open a service and keep it here: the thread that runs this may keep what it returns a little longer."""
+        from rollout.service import RolloutService
+
+        get = partial(_get, timeout_s=setup.rollout.group_deadline_s)
+        self._service = RolloutService(self._worker, setup, self._cache_mb, _put, get)
 
     def _end_service(self) -> None:
         """Close the service and let go of it here: the thread that runs this may keep what it was given a little longer."""

@@ -129,8 +129,7 @@ class World:
 
     def encode(self, prompts: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
         """Features of these prompts' clips, each chunk [tokens, F]: encoded once each."""
-        with torch.no_grad():
-            return [tuple(self.backbone.encode_video([self.clips[prompt]])[0]) for prompt in prompts]
+        return [tuple(self.backbone.encoding(self.clips[prompt]).finish()) for prompt in prompts]
 
     def requests(
         self,

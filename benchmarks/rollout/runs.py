@@ -20,6 +20,7 @@ from benchmarks.baselines.copy_evict import CopyEvict, Generated
 from benchmarks.rollout.presets import PATCH_SECONDS, World
 from rollout.engine.engine import Engine
 from rollout.engine.request import StreamRequest, stream_bound
+from streams.backbone.tower import ClipEncoding
 from streams.log.record import GENERATED, StreamLog
 from tests.support.one_step import OneStepEngine
 
@@ -99,15 +100,15 @@ def run_engine(
     empty = [[torch.empty(0)] * world.chunks] * len(prompts)
     shape = list(world.requests(prompts, empty, **streams))
     engine = make_engine(world, shape, engine_type=engine_type, **(settings or {}))
-    encode = world.backbone.encode_video
+    encode = world.backbone.encoding
     encoded = 0
 
-    def counting(clips: list[np.ndarray]) -> list[torch.Tensor]:
+    def counting(frames: np.ndarray, **given: Any) -> ClipEncoding:
         nonlocal encoded
-        encoded += sum(len(clip) for clip in clips)
-        return encode(clips)
+        encoded += len(frames)
+        return encode(frames, **given)
 
-    with mock.patch.object(world.backbone, "encode_video", counting):
+    with mock.patch.object(world.backbone, "encoding", counting):
         began = time.perf_counter()
         for _ in range(world.preset.group if encode_per_stream else 1):
             features = world.encode(prompts)

@@ -36,6 +36,7 @@ from streams.backbone.kernel_choice import (
     choose_rollout_attention,
     choose_vision_attention,
 )
+from streams.backbone.slices import encodes_ahead
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.memory import check_text_tells_time, make_policy
 from streams.support.usage import DeviceInfo
@@ -347,9 +348,11 @@ def _plan_as_set(
     graphs = all(device.cuda for device in worker_devices)
     graphs = graphs and choose_cuda_graphs(config.rollout.cuda_graphs, "cuda", decode).name == "graphs"
 
+    ahead = any(encodes_ahead(config.learner.boundary, "cuda" if device.cuda else "cpu") for device in worker_devices)
+
     def worker(kv_bytes: int) -> Footprint:
         trained = trained_numbers(geometry, config.learner)
-        found = {"paged": paged, "flex": flex, "graphs": graphs}
+        found = {"paged": paged, "flex": flex, "graphs": graphs, "ahead": ahead}
         return worker_footprint(geometry, config.model.dtype, trained, stream, config, kv_bytes, **found)
 
     processes = [Process(worker(0), device, kv=True) for device in worker_devices]

@@ -16,6 +16,7 @@ from rollout.config import PREFILL_ROWS, SELF_CHECK_HEAD
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.freezing import trained
 from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, REGION_SCORES
+from streams.backbone.slices import chunks_per_slice
 from streams.checkpoint.model_shape import ModelGeometry, kv_values
 from streams.memory import CONTIGUOUS, NATIVE
 
@@ -120,7 +121,7 @@ def learner_footprint(
     if tower_trains:
         # A micro-batch encodes each of its clips once, all in one call of the tower.
         clips = math.ceil(tokens // stream.tokens / per_clip)
-        media += clips * _tower_bytes(geometry, stream, width, _kept_blocks(learner))
+        media += clips * tower_bytes(geometry, stream, width, _kept_blocks(learner))
     if not flex:
         # The mask, and SDPA's additive copies of it: every layer keeps one.
         row = _row(learner, stream, tokens)
@@ -172,12 +173,14 @@ def worker_footprint(
     paged: bool = False,
     flex: bool = False,
     graphs: bool = False,
+    ahead: bool = False,
 ) -> Footprint:
     """Return the peak memory of one rollout worker.
 
     trained: parameters that an update replaces. kv_bytes: size of its KV pool. paged: FlashInfer, which has a workspace and
     no masks.
     flex: streams are re-scored with FlexAttention. graphs: decode steps are CUDA graphs, which keep their memory.
+    ahead: clips are encoded while the engine steps.
     """
     width = BYTES[dtype]
     features = geometry.pre_merger_width if config.learner.boundary.worker_merges else geometry.feature_width
@@ -192,7 +195,8 @@ def worker_footprint(
     masks = rows * stream.live(config) * max(width, 4)
     forward = rows * width * (6 * geometry.hidden + 3 * geometry.mlp) + (FLASHINFER_WORKSPACE if paged else masks)
     choosing = streams * geometry.vocab * 24
-    step = max(forward, choosing, _tower_bytes(geometry, stream, width, "one"))
+    tower = tower_bytes(geometry, stream, width, "slice")
+    step = max(forward, choosing, 0 if ahead else tower)
     # The self-check runs between two engine steps, so only the larger of both peaks counts.
     check = self_check_bytes(geometry, width, stream, flex=flex, positions=config.memory.positions)
     return Footprint(
@@ -203,6 +207,7 @@ def worker_footprint(
             ("KV pool", kv_bytes),
             ("decode graphs", choosing if graphs else 0),
             ("cached features", min(config.data.cache_mb * 2**20, clips)),
+            ("encoding ahead", tower if ahead else 0),
             (SELF_CHECK, check) if config.monitor.every and check > step else ("a step", step),
         ),
         host=updates - staged,
@@ -213,13 +218,14 @@ def _kept_blocks(learner: LearnerConfig) -> str:
     return "inputs" if learner.activation_checkpointing else "all"
 
 
-def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, kept: str) -> int:
-    """Return the memory of encoding the longest clip: pixels as float32, and activations of the tower's blocks.
+def tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, kept: str) -> int:
+    """Return the memory of the tower's largest call for the longest clip: pixels as float32, and activations of its blocks.
 
     kept: `all` activations, for a backward; the blocks' `inputs`, if it recomputes them; `one` block's, without a
-    backward.
+    backward; `slice`, the same for a clip that is encoded some chunks at a time.
     """
-    patches = stream.turns * stream.video * geometry.merge_size**2
+    chunk = stream.video * geometry.merge_size**2
+    patches = chunk * (min(stream.turns, chunks_per_slice(chunk)) if kept == "slice" else stream.turns)
     pixels = 3 * geometry.temporal_patch_size * geometry.patch_size**2
     block = width * (6 * geometry.vision_hidden + 3 * geometry.vision_mlp)
     # Computed again, a block's activations stand beside their gradients.
@@ -227,6 +233,7 @@ def _tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, kept: 
         "all": geometry.vision_layers * block,
         "inputs": geometry.vision_layers * geometry.vision_hidden * width + 2 * block,
         "one": block,
+        "slice": block,
     }
     return patches * (2 * 4 * pixels + blocks[kept])
 
@@ -248,7 +255,7 @@ def scorer_footprint(
     forward = _scoring_bytes(geometry, width, tokens, row, head, stream.text_share, flex=flex, positions=positions)
     if learner.boundary.learner_runs_tower:
         # Every stream of an evaluation shows a clip of its own.
-        forward += tokens // stream.tokens * _tower_bytes(geometry, stream, width, "one")
+        forward += tokens // stream.tokens * tower_bytes(geometry, stream, width, "one")
     weights = geometry.total * width
     return Footprint(
         _rank_name(learner),

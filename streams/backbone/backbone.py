@@ -280,12 +280,22 @@ class Backbone:
         return tower.pre_merger_width(self.model.config.vision_config)
 
     def encode_video(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
-        """Encode clips, each uint8 [chunks, frames, h, w, 3] -> [chunks, tokens, F], in one call of the tower."""
+        """Encode clips, each uint8 [chunks, frames, h, w, 3] -> [chunks, tokens, F], in one call of the tower.
+
+        Its memory grows with the clips: it is for the learner, whose ranks must make as many calls as one another, and for
+        single chunks. `encoding` is for whole clips without gradient.
+        """
         return tower.encode(self.model.model.visual, self.image, frames, self.dtype)
 
-    def encode_pre_merger(self, frames: list[np.ndarray]) -> list[torch.Tensor]:
-        """Encode clips up to the mergers, [chunks, tokens, P] each, without gradient; `merge` makes features of them."""
-        return tower.encode_pre_merger(self.model.model.visual, self.image, frames, self.dtype)
+    def encoding(self, frames: np.ndarray, *, pre_merger: bool = False) -> tower.ClipEncoding:
+        """Return a clip, uint8 [chunks, frames, h, w, 3], that is to be encoded without gradient, some chunks at a time.
+
+        pre_merger: up to the mergers, [chunks, tokens, P]; `merge` makes features of that.
+        """
+        width = self.pre_merger_width if pre_merger else self.feature_width
+        return tower.ClipEncoding(
+            self.model.model.visual, self.image, frames, self.dtype, pre_merger=pre_merger, width=width
+        )
 
     def merge(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return the features of pre-merger rows through the current mergers, each called once for all clips.

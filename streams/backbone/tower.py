@@ -7,18 +7,21 @@ those hidden vectors side by side, first the merger's, then every level's.
 Invariants:
 * rows of both sorts are in raster order of the video tokens, whatever order the tower works in;
 * merging pre-merger rows gives the tower's own features;
-* a call runs each merger once, however many clips it is given.
+* a call runs each merger once, however many clips it is given;
+* no frame sees another one, so a clip may be cut anywhere between its chunks: only rounding can differ;
+* one thread may encode while another merges: no call changes a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from streams.backbone.slices import chunks_per_slice
 from streams.checkpoint.folder import ImageSpec
 from streams.video.patches import normalize_patches, patchify
 
@@ -38,10 +41,8 @@ def encode(visual: Any, image: ImageSpec, clips: list[np.ndarray], dtype: torch.
     """Encode clips, each uint8 [chunks, frames, h, w, 3] -> features [chunks, tokens, F], in one call of the tower."""
     patches, grids = [], []
     for clip in clips:
-        chunks, count, height, width, _ = clip.shape
-        grid = (count // image.temporal_patch_size, height // image.patch_size, width // image.patch_size)
         patches += [patchify(chunk, image.patch_size, image.temporal_patch_size, image.merge_size) for chunk in clip]
-        grids += [grid] * chunks
+        grids += [_grid(image, clip)] * len(clip)
     device = next(visual.parameters()).device
     pixels = normalize_patches(torch.from_numpy(np.concatenate(patches)).to(device), image.mean, image.std)
     made = visual(pixels.to(dtype), grid_thw=torch.tensor(grids, dtype=torch.long, device=device))
@@ -54,11 +55,64 @@ def encode(visual: Any, image: ImageSpec, clips: list[np.ndarray], dtype: torch.
     return out
 
 
-@torch.no_grad()
-def encode_pre_merger(visual: Any, image: ImageSpec, clips: list[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return the pre-merger rows of clips, [chunks, tokens, P] each, without gradient."""
-    with _passing_through(mergers(visual)):
-        return encode(visual, image, clips, dtype)
+def _grid(image: ImageSpec, frames: np.ndarray) -> tuple[int, int, int]:
+    """Return the patches of one chunk, before merging: time, rows, columns."""
+    _, count, height, width, _ = frames.shape
+    return count // image.temporal_patch_size, height // image.patch_size, width // image.patch_size
+
+
+class ClipEncoding:
+    """A clip on its way through the tower: some chunks a call, without gradient, into one tensor.
+
+    The memory it needs besides that tensor is that of one call (`streams.backbone.slices`).
+
+    Attributes:
+        nbytes: of the whole tensor, which is made by the first call.
+    """
+
+    def __init__(
+        self, visual: Any, image: ImageSpec, frames: np.ndarray, dtype: torch.dtype, *, pre_merger: bool, width: int
+    ) -> None:
+        """Begin with the first chunk.
+
+        Args:
+            frames: uint8 [chunks, frames, h, w, 3].
+            pre_merger: make the rows before the mergers, instead of features.
+            width: values of such a row.
+        """
+        self._visual = without_mergers(visual) if pre_merger else visual
+        self._image, self._frames, self._dtype = image, frames, dtype
+        patches = int(np.prod(_grid(image, frames)))
+        self._shape = (len(frames), patches // image.merge_size**2, width)
+        self._patches, self._slice = patches, chunks_per_slice(patches)
+        self._made: torch.Tensor | None = None
+        self._at = 0
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self._shape)) * self._dtype.itemsize
+
+    @property
+    def done(self) -> bool:
+        return self._at >= len(self._frames)
+
+    @torch.no_grad()
+    def advance(self) -> int:
+        """Encode the next chunks, in one call of the tower; returns how many patches that took."""
+        chunks = self._frames[self._at : self._at + self._slice]
+        (made,) = encode(self._visual, self._image, [chunks], self._dtype)
+        if self._made is None:
+            self._made = made.new_empty(self._shape)
+        self._made[self._at : self._at + len(chunks)] = made
+        self._at += len(chunks)
+        return len(chunks) * self._patches
+
+    def finish(self) -> torch.Tensor:
+        """Encode what is left and return the clip's rows, [chunks, tokens, width]."""
+        while not self.done:
+            self.advance()
+        assert self._made is not None
+        return self._made
 
 
 def merge(visual: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -72,19 +126,26 @@ def merge(visual: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
     return [made.view(*clip.shape[:2], -1) for made, clip in zip(split, rows, strict=True)]
 
 
-@contextmanager
-def _passing_through(modules: list[Any]) -> Iterator[None]:
-    """Make mergers return their input, token by token, so that the tower itself puts it into raster order.
+class _RowsOf(nn.Module):
+    """Stands in the place of a merger and hands on what that would be given, as one row a token."""
 
-    Their own output is thrown away, about 1.5 % of a tower's work; in return no code of transformers is repeated here.
+    def __init__(self, merger: Any) -> None:
+        super().__init__()
+        self._width = int(merger.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.reshape(-1, self._width)
+
+
+def without_mergers(visual: Any) -> Any:
+    """Return the tower with nothing in the place of its mergers; all else is shared with `visual`.
+
+    So the tower itself puts their input into raster order, and no code of transformers is repeated here. A hook on the
+    mergers would also be in the way of a thread that merges meanwhile.
     """
-
-    def given(module: Any, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
-        return inputs[0].reshape(-1, module.hidden_size)
-
-    hooks = [module.register_forward_hook(given) for module in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    tower = copy.copy(visual)
+    tower._modules = dict(visual._modules)
+    tower.merger = _RowsOf(visual.merger)
+    if levels := mergers(visual)[1:]:
+        tower.deepstack_merger_list = nn.ModuleList(_RowsOf(level) for level in levels)
+    return tower

@@ -1,4 +1,4 @@
-"""A cache under a byte budget: clips and features of a worker, references to features in the driver.
+"""A cache under a byte budget: clips of a worker, references to features in the driver.
 
 Invariants:
 * what is kept never takes more than the budget; the least recently used value goes first;

@@ -5,13 +5,14 @@ Python and its libraries.
 
 Invariants:
 * phases of one meter do not nest;
-* a meter is used by one thread (`usage` apart, which may be asked by another);
-* a phase that repeats costs no synchronisation and no reset, so throughput may be measured around it.
+* one thread calls `phase` and `repeated`; others may call `beside`, and any may ask for `usage`;
+* a phase that repeats or runs beside costs no synchronisation and no reset, so throughput may be measured around it.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,8 +86,10 @@ class Meter:
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
+        self._lock = threading.Lock()
         self._phases: dict[str, PhaseUsage] = {}
         self._repeated: set[str] = set()
+        self._beside: set[str] = set()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -95,7 +98,7 @@ class Meter:
         On CUDA it synchronises at both ends, so the time is that of the device; finding the peak costs 0.1 ms on a CPU. For
         what runs thousands of times see `repeated`.
         """
-        self._phases |= self._of_repeated()
+        self._fold()
         self._repeated.clear()
         self._synchronise()
         self._reset()
@@ -107,6 +110,7 @@ class Meter:
             self._add(name, time.monotonic() - began, self._peak())
             # What is held at most from here on belongs to the repeated phases.
             if self.cuda:
+                self._fold()
                 self._reset()
 
     @contextmanager
@@ -124,18 +128,42 @@ class Meter:
             self._add(name, time.monotonic() - began, 0)
             self._repeated.add(name)
 
+    @contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """Add the time of a block on another thread, in phase `name` of its own, while the meter's thread is in any phase.
+
+        Nothing waits and nothing is reset. The peak is that of the process while the block runs: what both threads hold.
+        """
+        with self._lock:
+            self._phases.setdefault(name, PhaseUsage(0.0, 0, 0))
+            self._beside.add(name)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._add(name, time.monotonic() - began, self._peak())
+            with self._lock:
+                self._beside.discard(name)
+
     def usage(self) -> dict[str, PhaseUsage]:
         """Return what was counted so far. Changes nothing, so another thread than the meter's may ask."""
-        return self._phases | self._of_repeated()
+        with self._lock:
+            return self._phases | self._of_repeated()
 
     def _add(self, name: str, seconds: float, peak: int) -> None:
-        before = self._phases.get(name, PhaseUsage(0.0, 0, 0))
-        self._phases[name] = PhaseUsage(before.seconds + seconds, before.calls + 1, max(before.peak, peak))
+        with self._lock:
+            before = self._phases.get(name, PhaseUsage(0.0, 0, 0))
+            self._phases[name] = PhaseUsage(before.seconds + seconds, before.calls + 1, max(before.peak, peak))
+
+    def _fold(self) -> None:
+        """Give the peak since the last reset to whatever it belongs to besides a phase, before it is reset."""
+        with self._lock:
+            self._phases |= self._of_repeated()
 
     def _of_repeated(self) -> dict[str, PhaseUsage]:
-        """Return the repeated phases since the last reset, with their peak. The allocator counts on the host: no waiting."""
-        names = tuple(self._repeated)
-        if not self.cuda or not names:
+        """Return what repeats or runs beside since the last reset, with its peak. Asking the allocator waits for nothing."""
+        names = (*self._beside, *(self._repeated if self.cuda else ()))
+        if not names:
             return {}
         held = self._peak()
         return {name: replace(self._phases[name], peak=max(self._phases[name].peak, held)) for name in names}

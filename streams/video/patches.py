@@ -50,7 +50,8 @@ def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequenc
     if patches.dtype != torch.uint8 or patches.shape[-1] % 3:
         raise ValueError(f"patches of shape {list(patches.shape)} and type {patches.dtype} must be uint8 [.., 3 * n]")
     shape = (*patches.shape[:-1], 3, patches.shape[-1] // 3)
-    unit = patches.reshape(shape).to(torch.float32) / 255
+    rows = patches.reshape(shape).to(torch.float32)
     centre = torch.tensor(mean, dtype=torch.float32, device=patches.device)[:, None]
     spread = torch.tensor(std, dtype=torch.float32, device=patches.device)[:, None]
-    return ((unit - centre) / spread).reshape(patches.shape)
+    # In place: pixels as float32 are most of what a small tower holds.
+    return rows.div_(255).sub_(centre).div_(spread).reshape(patches.shape)

@@ -194,7 +194,7 @@ def test_demonstrations_ship_frames_and_their_mergers_train(service, engine, tas
     )
     assert summary.failed is None
     assert payload.media_kind == "frames"
-    rows = service.backbone.encode_pre_merger([payload.media])[0]
+    rows = service.backbone.encoding(payload.media, pre_merger=True).finish()
     shown, kept = engine(), engine()
     shown.train(0, SFT, [TrainItem(payload)])
     kept.train(0, SFT, [TrainItem(replace(payload, media_kind="pre_merger", media=to_array(rows)))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +10,10 @@ import torch
 
 from streams.backbone.boundary import Boundary
 from streams.memory import MemoryConfig
-from streams.messages import ScriptedTurn, ScriptTask, WeightsUpdate
+from streams.messages import ScriptedTurn, ScriptTask
 from streams.scoring.logprobs import behaviour_differences
 from streams.task import Plan
-from tests.support.service import TURNS, WAIT_S, group, open_service, roll
+from tests.support.service import TURNS, WAIT_S, group, open_service, roll, update_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -67,13 +66,6 @@ def assert_idle(service):
     """All slots are free and nothing waits for them."""
     assert not service.engine.busy
     assert service.engine.pool.available == service.engine.pool.capacity
-
-
-def wait_until(condition, what):
-    give_up = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < give_up, what
-        time.sleep(0.002)
 
 
 # ---- groups ----
@@ -257,23 +249,6 @@ def test_a_bfloat16_model_rolls_out(setup, tasks, freeze):
 
 
 # ---- weights ----
-
-
-def update_of(backbone, version, change=0.0, freeze="tower+merger"):
-    """The backbone's trainable tensors plus noise of std `change`, as the learner publishes them."""
-    generator = torch.Generator().manual_seed(version)
-    tensors = {
-        name: (p.detach().clone() + change * torch.randn(p.shape, generator=generator)).contiguous()
-        for name, p in backbone.model.named_parameters()
-        if freeze == "none" or ".visual." not in name
-    }
-    return WeightsUpdate(
-        version=version,
-        names=tuple(tensors),
-        shapes=tuple(tuple(t.shape) for t in tensors.values()),
-        dtype="float32",
-        buffer=np.concatenate([t.view(-1).view(torch.uint8).numpy() for t in tensors.values()]),
-    )
 
 
 def holds(backbone, update):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import weakref
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
@@ -26,6 +23,7 @@ from streams.log.record import Kind
 from streams.memory import MemoryConfig
 from streams.messages import GroupPayload
 from streams.scoring.logprobs import behaviour_differences
+from tests.support.held_bytes import HeldBytes
 from tests.support.learner import GRPO, even
 from tests.support.streams import joined_features, random_turns, request, run
 
@@ -33,38 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SPEC = TinySpec(hidden=256, mlp=1024, layers=4, vocab_rows=4096, tie_embeddings=True, embedding_std=0.1)
 LAYOUT = LayoutConfig(think_budget=10, max_new_tokens=20)
-
-
-class HeldBytes(TorchDispatchMode):
-    """Bytes of all tensors that came out of an operation and still live, each storage once; and the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self._sizes: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def ignore(self, tensors):
-        """Tensors that were there before."""
-        for tensor in tensors:
-            self._sizes[tensor.untyped_storage()._cdata] = 0
-
-    def _see(self, storage):
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key):
-        self.now -= self._sizes.pop(key, 0)
 
 
 @pytest.fixture(scope="module")

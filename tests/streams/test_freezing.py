@@ -16,6 +16,7 @@ from learner.forward import encode_media
 from runtime.planning.clip_cache import check_features, chunk_size
 from runtime.planning.disk import OPTIMIZER_BYTES, checkpoint_size
 from runtime.planning.footprint import BYTES
+from streams.backbone import tower
 from streams.backbone.backbone import Backbone, to_array
 from streams.backbone.boundary import Boundary
 from streams.backbone.freezing import trained
@@ -128,22 +129,26 @@ SIZES = [
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_what_is_kept_before_the_mergers_makes_the_towers_own_features_bit_for_bit(tmp_path, model_type, dtype):
     backbone = loud_backbone(tmp_path, dtype, model_type)
-    tower = backbone.model.model.visual
+    visual = backbone.model.model.visual
     for shapes in SIZES:
         shown = clips(2 * backbone.image.patch_size, *shapes)
         with torch.no_grad():
-            rows = backbone.encode_pre_merger(shown)
+            rows = tower.encode(tower.without_mergers(visual), backbone.image, shown, dtype)
             for row, ours, plain in zip(rows, backbone.merge(rows), backbone.encode_video(shown), strict=True):
                 assert (row.shape[:2], row.shape[2]) == (plain.shape[:2], backbone.pre_merger_width)
                 assert row.dtype == plain.dtype == dtype
                 assert torch.equal(ours, plain)
-    assert not tower.merger._forward_hooks, "no hook stays"
+    assert type(visual.merger).__name__.endswith("PatchMerger"), "the tower itself keeps its mergers"
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
 def backbone(request, tmp_path_factory):
     with norms_in_input_dtype():
         yield loud_backbone(tmp_path_factory.mktemp("backbone"), torch.float64, request.param)
+
+
+def rows_before_mergers(backbone, shown):
+    return [backbone.encoding(clip, pre_merger=True).finish() for clip in shown]
 
 
 def rows_of(backbone, shown):
@@ -171,7 +176,7 @@ def test_gradients_of_the_mergers_do_not_depend_on_what_is_shipped(backbone):
     shown = clips(2 * backbone.image.patch_size, (3, 1, 2, 3), (2, 1, 5, 2))
     rows = rows_of(backbone, shown)
     backbone.freeze("tower")
-    kept = [("pre_merger", to_array(row)) for row in backbone.encode_pre_merger(shown)]
+    kept = [("pre_merger", to_array(row)) for row in rows_before_mergers(backbone, shown)]
     frames = [("frames", clip) for clip in shown]
     wanted = merger_gradients(backbone, rows, frames)
     assert len(wanted) == len([n for n, _ in backbone.model.named_parameters() if "merger" in n])
@@ -185,7 +190,7 @@ def test_gradients_of_the_mergers_do_not_depend_on_what_is_shipped(backbone):
 def test_a_frozen_tower_keeps_no_activations_for_the_backward(backbone):
     shown = clips(2 * backbone.image.patch_size, (2, 1, 3, 3))
     with torch.no_grad():
-        rows = backbone.encode_pre_merger(shown)
+        rows = rows_before_mergers(backbone, shown)
 
     def kept(make):
         sizes = []
@@ -220,7 +225,7 @@ def test_the_estimate_is_the_real_size_where_frames_fill_the_pixel_budget(tmp_pa
     video = VideoConfig(frames_per_chunk=4, max_pixels=15 * side**2)
     real = {
         "frames": clip.nbytes,
-        "pre_merger": backbone.encode_pre_merger([clip])[0].nbytes,
+        "pre_merger": backbone.encoding(clip, pre_merger=True).finish().nbytes,
         "features": backbone.encode_video([clip])[0].nbytes,
     }
     geometry = ModelGeometry.read(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -105,6 +106,44 @@ def test_a_repeated_phase_neither_waits_nor_resets_and_has_its_peak_all_the_same
         device.use(80)
     assert measured.usage()["engine step"].peak == 180
     assert (device.waits, device.resets) == (before[0] + 2, before[1] + 2)
+
+
+def test_what_runs_beside_keeps_the_peak_that_a_phase_meanwhile_resets(monkeypatch):
+    device = Allocator(monkeypatch)
+    measured = meter.Meter()
+    with measured.phase("load"):
+        device.held = 100
+        device.use(0)
+    before = (device.waits, device.resets)
+    with measured.beside("encode"):
+        device.use(300)
+    assert (device.waits, device.resets) == before
+    with measured.beside("encode"):
+        device.use(700)
+        with measured.phase("swap"):
+            device.use(50)
+        assert measured.usage()["encode"].peak == 800, "still running"
+    with measured.phase("swap"):
+        device.use(5000)
+    found = {name: (phase.calls, phase.peak) for name, phase in measured.usage().items()}
+    assert found == {"load": (1, 100), "encode": (2, 800), "swap": (2, 5100)}
+
+
+def test_phases_of_two_threads_lose_no_call():
+    measured = meter.Meter()
+    measured.cuda = False
+
+    def count(phase, name):
+        for _ in range(300):
+            with phase(name):
+                pass
+
+    other = threading.Thread(target=count, args=(measured.beside, "encode"))
+    other.start()
+    count(measured.phase, "swap")
+    count(measured.repeated, "step")
+    other.join(30)
+    assert {name: phase.calls for name, phase in measured.usage().items()} == {"encode": 300, "step": 300, "swap": 300}
 
 
 def test_on_a_cpu_a_repeated_phase_takes_its_time_and_no_peak():

@@ -110,7 +110,7 @@ def groups(path: Path, turns: list[int], *, media: str, streams: int = 2, seed: 
             logs = tuple(run_streams(backbone, requests))
             advantages = tuple(float(a) for a in rng.normal(size=streams))
             with torch.no_grad():
-                kinds = {"features": features, "pre_merger": backbone.encode_pre_merger([clip])[0]}
+                kinds = {"features": features, "pre_merger": backbone.encoding(clip, pre_merger=True).finish()}
             shipped = to_array(kinds[media]) if media in kinds else clip
             items.append(even(GroupPayload(logs, media, shipped), advantages))
     return items

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from rollout.config import RolloutConfig
 from rollout.service import RolloutService
@@ -14,7 +18,7 @@ from rollout.setup import SelfCheckSetup, WorkerSetup
 from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutConfig
 from streams.memory import MemoryConfig
-from streams.messages import RolloutTask
+from streams.messages import RolloutTask, WeightsUpdate
 from streams.task import Plan
 from streams.video.config import VideoConfig
 
@@ -52,3 +56,27 @@ def group(task, name, streams=3, turns=TURNS, temperature=1.0, **more):
 
 def roll(service, request):
     return service.submit(request).result(timeout=WAIT_S)
+
+
+def wait_until(condition, what):
+    give_up = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < give_up, what
+        time.sleep(0.002)
+
+
+def update_of(backbone, version, change=0.0, freeze="tower+merger"):
+    """The backbone's trainable tensors plus noise of std `change`, as the learner publishes them."""
+    generator = torch.Generator().manual_seed(version)
+    tensors = {
+        name: (p.detach().clone() + change * torch.randn(p.shape, generator=generator)).contiguous()
+        for name, p in backbone.model.named_parameters()
+        if freeze == "none" or ".visual." not in name
+    }
+    return WeightsUpdate(
+        version=version,
+        names=tuple(tensors),
+        shapes=tuple(tuple(t.shape) for t in tensors.values()),
+        dtype="float32",
+        buffer=np.concatenate([t.view(-1).view(torch.uint8).numpy() for t in tensors.values()]),
+    )
