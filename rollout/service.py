@@ -41,6 +41,7 @@ from rollout.setup import WorkerSetup
 from rollout.staging import StagedWeights
 from rollout.threads import BusyShare, Inbox, PrepareThread, Swap
 from streams.backbone.backbone import Backbone
+from streams.backbone.fused import settle_fused_kernels
 from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
 from streams.memory import CONTIGUOUS, make_policy
 from streams.messages import RolloutTask, ScriptTask, SwapReport, WeightsUpdate, WorkerStats
@@ -77,6 +78,7 @@ class RolloutService:
         self.setup = setup
         device = "cuda" if torch.cuda.is_available() else "cpu"
         vision = choose_vision_attention(setup.vision_attention, device, setup.dtype)
+        fused = settle_fused_kernels(setup.fused_kernels, device, setup.dtype)
         self.meter = Meter()
         with self.meter.phase("load"):
             self.backbone = Backbone.load(
@@ -85,6 +87,7 @@ class RolloutService:
                 dtype=getattr(torch, setup.dtype),
                 device=device,
                 vision_attention=vision.name,
+                fused_kernels=fused.name,
             )
         rollout = setup.rollout
         self.engine = Engine(
@@ -98,9 +101,11 @@ class RolloutService:
         # The learner may be asked for a kernel that its device has and this one lacks.
         scoring = choose_learner_attention(setup.self_check.attention if device == "cuda" else "auto", device)
         engine = self.engine
-        kernels = (engine.attention, engine.decode_attention, engine.graphs, vision, scoring)
+        kernels = (engine.attention, engine.decode_attention, engine.graphs, fused, vision, scoring)
         log.info(
-            "worker %d: attention %s, decode %s, decode steps %s, vision attention %s, self-check %s", worker, *kernels
+            "worker %d: attention %s, decode %s, decode steps %s, fused kernels %s, vision attention %s, self-check %s",
+            worker,
+            *kernels,
         )
         self.engine.version = setup.version
         self._check_memory()
