@@ -16,12 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-NORM_VALUES = 4096
-"""Values of the rows that one program normalises at once, at most (one row may have more)."""
+NORM_VALUES = 2048
+"""Values of the rows that one program normalises at once, at most (one row may have more): a decode step has few rows."""
 NORM_PARTS = 512
 """Programs that sum the gradient of a norm's weight, each over rows of its own: about four a multiprocessor."""
 GATE_VALUES = 1024
 """Values of a gated unit per program."""
+
+# The number of rows is compiled for in general only (`do_not_specialize`): a batch that grows must not compile anew.
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def _norm_rows(x, row, rows, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WI
     return at, inside, values * scale[:, None], scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm(
     x,
     weight,
@@ -55,7 +57,7 @@ def _norm(
     tl.store(out + at, (normed.to(narrow).to(WIDE) * factor[None, :]).to(narrow), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
     grad,
     x,
@@ -180,7 +182,9 @@ def _wide(dtype: torch.dtype) -> Any:
 def norm_sizes(columns: int) -> dict[str, int]:
     """Return the sizes that the kernels of a norm over `columns` values are compiled with."""
     block = triton.next_power_of_2(columns)
-    return {"COLUMNS": columns, "BLOCK": block, "ROWS": max(NORM_VALUES // block, 1)}
+    rows = max(NORM_VALUES // block, 1)
+    # Sixteen values a thread: the backward holds five of each in registers.
+    return {"COLUMNS": columns, "BLOCK": block, "ROWS": rows, "num_warps": min(max(block * rows // 512, 4), 16)}
 
 
 def rotate_sizes(q_heads: int, k_heads: int, dim: int) -> dict[str, int]:
