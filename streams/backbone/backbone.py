@@ -274,12 +274,21 @@ class Backbone:
         levels = features[video.index.argsort(), width:].split(width, dim=-1)
         return placed, {"visual_pos_masks": mask.view(embeds.shape[:2]), "deepstack_visual_embeds": list(levels)}
 
-    def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Return logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64)."""
+    def logits(self, hidden: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+        """Return logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64).
+
+        temperature: one for all rows, or float [N] one for each. Both divide alike, so that the learner scores what the
+        engine has drawn.
+        """
         logits = self.model.lm_head(hidden)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        return (logits / temperature).index_fill(-1, self._ban_index.to(logits.device), float("-inf"))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if isinstance(temperature, torch.Tensor):
+            scale = temperature.to(wide)[:, None]
+        else:
+            # A tensor: a GPU would multiply by the reciprocal of a number.
+            scale = torch.full((1,), temperature, dtype=wide, device=logits.device)
+        # Dividing is what widens half precision: the one copy of [N, V], which the ban list is written into.
+        return (logits / scale).index_fill_(-1, self._ban_index.to(logits.device), float("-inf"))
 
     @property
     def pre_merger_width(self) -> int:
