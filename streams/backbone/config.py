@@ -40,6 +40,4 @@ class ModelConfig:
                 f"model.vision_attention={self.vision_attention!r} is not one of {', '.join(VISION_ATTENTION)}"
             )
         if self.fused_kernels not in FUSED_KERNELS:
-            raise ValueError(
-                f"model.fused_kernels={self.fused_kernels!r} is not one of {', '.join(FUSED_KERNELS)}"
-            )
+            raise ValueError(f"model.fused_kernels={self.fused_kernels!r} is not one of {', '.join(FUSED_KERNELS)}")

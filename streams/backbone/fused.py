@@ -54,9 +54,7 @@ def _try_out(device: torch.device, dtype: torch.dtype) -> None:
         fused_kernels.silu_times(row, row)
     # What Triton says itself, the driver, or the C compiler that builds the launcher.
     except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise ValueError(
-            f"Triton's kernels cannot be compiled in {dtype}: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"Triton's kernels cannot be compiled in {dtype}: {type(error).__name__}: {error}") from error
 
 
 def fuse(text: Any) -> None:
@@ -67,7 +65,9 @@ def fuse(text: Any) -> None:
     from streams.backbone import fused_kernels
 
     if text.config.hidden_act != "silu":
-        raise ValueError(f"text_config.hidden_act={text.config.hidden_act!r}: the fused kernels know silu; use model.fused_kernels=off")
+        raise ValueError(
+            f"text_config.hidden_act={text.config.hidden_act!r}: the fused kernels know silu; use model.fused_kernels=off"
+        )
 
     def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
         return fused_kernels.rms_norm(x, module.weight, module.variance_epsilon)

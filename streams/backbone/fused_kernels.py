@@ -194,7 +194,9 @@ def rotate_sizes(q_heads: int, k_heads: int, dim: int) -> dict[str, int]:
     return heads | {"BLOCK_Q": q, "BLOCK_K": k, "BLOCK_HALF": half}
 
 
-@torch.library.custom_op("sightline::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> Tensor")
+@torch.library.custom_op(
+    "sightline::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> Tensor"
+)
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     sizes, rows = norm_sizes(x.shape[-1]), x.numel() // x.shape[-1]
     out = torch.empty_like(x)
@@ -272,9 +274,7 @@ def _rotate_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tu
 _rotate_both.register_autograd(_rotate_backward, setup_context=_keep_tables)
 
 
-def rotate(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn q [B, L, H, D] and k [B, L, H_kv, D] by tables [B, L, D] of their dtype; the halves of a head are its pairs."""
     assert q.dtype == k.dtype == cos.dtype == sin.dtype
     assert q.shape[:2] == k.shape[:2] == cos.shape[:2] == sin.shape[:2]

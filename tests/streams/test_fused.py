@@ -14,7 +14,7 @@ from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import Choice
 from streams.backbone.tiny import build_tiny
 from streams.layout.layout import LayoutConfig
-from tests.rollout.test_triton_attention import lines
+from tests.support.printed import lines
 
 pytest.importorskip("triton")
 
@@ -52,6 +52,12 @@ def test_a_text_model_and_its_gradients_are_the_same_with_them(cases):
         assert case["others_kept"], case
 
 
+def test_the_benchmark_times_both_ways_and_compares_what_they_compute(cases):
+    (row,) = [case for case in cases if case["case"] == "benchmark"]
+    assert row["relative_difference"] < 1e-6
+    assert {f"{n}_{which}_ms" for n in ("off", "triton") for which in ("forward", "both_ways")} < row.keys()
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter needs no compiler")
 def test_kernels_that_cannot_be_compiled_give_way_or_are_refused(monkeypatch, caplog):
     """Triton compiles for no CPU: a real failure, as of a driver or a compiler that is missing."""
@@ -63,7 +69,9 @@ def test_kernels_that_cannot_be_compiled_give_way_or_are_refused(monkeypatch, ca
     assert choice.name == "off"
     assert choice.why.startswith(why)
     assert f"model.fused_kernels: off: {why}" in caplog.text
-    with pytest.raises(ValueError, match=r"model.fused_kernels=triton cannot run here: .*; use model.fused_kernels=off"):
+    with pytest.raises(
+        ValueError, match=r"model.fused_kernels=triton cannot run here: .*; use model.fused_kernels=off"
+    ):
         fused.settle_fused_kernels("triton", "cpu", "bfloat16")
 
 

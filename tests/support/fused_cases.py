@@ -19,21 +19,20 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm, apply_rotary_pos_emb
 
+from benchmarks.fused import fused_rows
 from learner.long_streams.activation_checkpointing import checkpoint_activations
 from streams.backbone import fused_kernels
 from streams.backbone.backbone import Backbone
 from streams.backbone.fused import fuse
+from streams.backbone.tiny_spec import TinySpec
 from tests.support.exactness.backbones import SPECS, loud_backbone, norms_in_input_dtype
-
-# Several programs for each sum, and pieces that end within a program.
-fused_kernels.NORM_VALUES, fused_kernels.NORM_PARTS, fused_kernels.GATE_VALUES = 256, 3, 512
 
 TYPES = (torch.float64, torch.float32, torch.float16)
 TOKENS = 7
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    module = Qwen2_5_VLRMSNorm(x.shape[-1]).to(x.dtype)
+    module = Qwen2_5_VLRMSNorm(x.shape[-1]).to(x.device, x.dtype)
     return torch.func.functional_call(module, {"weight": weight}, x)
 
 
@@ -65,14 +64,14 @@ def apart(found: Any, wanted: Any) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def operation(name: str, dtype: torch.dtype) -> dict[str, Any]:
+def operation(name: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
     fused, plain, shapes, trained = OPERATIONS[name]
     generator = torch.Generator().manual_seed(len(name))
     given = [2 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    given = [t.to(dtype).requires_grad_(i < trained) for i, t in enumerate(given)]
+    given = [t.to(device, dtype).requires_grad_(i < trained) for i, t in enumerate(given)]
     before = [t.detach().clone() for t in given]
     found, wanted = fused(*given), plain(*given)
-    upstream = torch.randn(wanted.shape, generator=generator, dtype=torch.float64).to(dtype)
+    upstream = torch.randn(wanted.shape, generator=generator, dtype=torch.float64).to(device, dtype)
     grads = torch.autograd.grad(found, given[:trained], upstream, retain_graph=True)
     again = torch.autograd.grad(found, given[:trained], upstream)
     # A weight that is frozen, or an input of the first layer: one gradient is asked for, and it is the same.
@@ -144,6 +143,8 @@ def model(model_type: str, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # Several programs for each sum, and pieces that end within a program.
+    fused_kernels.NORM_VALUES, fused_kernels.NORM_PARTS, fused_kernels.GATE_VALUES = 256, 3, 512
     with norms_in_input_dtype():
         for name in OPERATIONS:
             print(json.dumps(operation(name, torch.float64)), flush=True)
@@ -153,3 +154,5 @@ if __name__ == "__main__":
     for dtype in TYPES[1:]:
         for name in OPERATIONS:
             print(json.dumps(operation(name, dtype)), flush=True)
+    for row in fused_rows("cpu", torch.float32, 1, TinySpec(layers=1), (2,)):
+        print(json.dumps({"case": "benchmark"} | row), flush=True)
