@@ -102,4 +102,4 @@ def fuse(text: Any) -> None:
 
 def _compute(module: nn.Module, forward: Any) -> None:
     # On the instance: another model in this process may keep the modules' own.
-    module.forward = partial(forward, module)  # type: ignore[method-assign]
+    module.forward = partial(forward, module)

@@ -68,6 +68,7 @@ class Job:
     reference: str = ""
     float64: bool = True
     timeout_s: float = 60.0
+    fused_kernels: str = "auto"
 
 
 def train(step: int, loss: str, items: list[TrainItem], **settings: float) -> Call:
@@ -269,7 +270,15 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
         return made
 
     stack.enter_context(mock.patch.object(module, "deepspeed_config", everything_partitioned))
-    setup = LearnerSetup(job.checkpoint, LAYOUT, job.learner, total_steps=10, seed=0, reference=job.reference)
+    setup = LearnerSetup(
+        job.checkpoint,
+        LAYOUT,
+        job.learner,
+        total_steps=10,
+        seed=0,
+        reference=job.reference,
+        fused_kernels=job.fused_kernels,
+    )
     engine = LearnerEngine(setup, ranks)
     replies = []
     for call in job.calls:
