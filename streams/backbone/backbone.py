@@ -112,7 +112,7 @@ class Backbone:
             (checkpoint.keep), so nothing is read from it again.
         processors: content of the processor files that it came with, by name, for the exports.
         vision_attention: kernel of the vision tower, `sdpa` or `flash_attn`.
-        fused_kernels: of the text model, `triton` or `off`.
+        fused_kernels: of the text model, `triton`, `torch` or `off`.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class Backbone:
     ) -> None:
         self.model = model
         self.vision_attention, self.fused_kernels = vision_attention, fused_kernels
-        if fused_kernels == "triton":
-            fuse(model.model.language_model)
+        if fused_kernels != "off":
+            fuse(model.model.language_model, fused_kernels)
         self._set_attention(ATTENTION_NAME, VISION_IMPLEMENTATIONS[vision_attention])
         self.tokenizer = tokenizer
         self.layout = layout
@@ -157,7 +157,7 @@ class Backbone:
         Raises FileNotFoundError or ValueError for a folder that lacks weights or anything else it needs.
 
         vision_attention: `sdpa` or `flash_attn`, as `streams.backbone.kernel_choice` chose it.
-        fused_kernels: `triton` or `off`, as `streams.backbone.fused` settled it.
+        fused_kernels: `triton`, `torch` or `off`, as `streams.backbone.fused` settled it.
         """
         source = Path(path)
         family = ModelConfigFile.read(source).family

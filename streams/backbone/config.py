@@ -26,8 +26,9 @@ class ModelConfig:
     half precision, installed), else sdpa.
     """
     fused_kernels: str = "auto"
-    """Norms, rotation and gated units of the text model, in engine and learner, as one kernel each: `triton`, `off`, or
-    `auto` = triton where it runs (CUDA, half precision), else off.
+    """Norms, rotation and gated units of the text model, in engine and learner: `triton`, one kernel each; `torch`, which
+    computes in place where no gradient is asked for; `off`, the modules of transformers; or `auto` = triton where it runs
+    (CUDA, half precision), else torch, whose results are those of `off`.
     """
     tiny: TinySpec = field(default_factory=TinySpec)
     """Shape of the random model."""

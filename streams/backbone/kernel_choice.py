@@ -20,7 +20,7 @@ LEARNER_ATTENTION = ("auto", "sdpa", "flex")
 ROLLOUT_ATTENTION = ("auto", "torch", "flashinfer", "triton")
 CUDA_GRAPHS = ("auto", "off")
 VISION_ATTENTION = ("auto", "sdpa", "flash_attn")
-FUSED_KERNELS = ("auto", "off", "triton")
+FUSED_KERNELS = ("auto", "off", "torch", "triton")
 HALF = ("bfloat16", "float16")
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_WORKSPACE = 384 * 2**20
@@ -107,18 +107,22 @@ def choose_vision_attention(asked: str, device: str, dtype: str) -> Choice:
 
 
 def choose_fused_kernels(asked: str, device: str, dtype: str) -> Choice:
-    """Choose `triton` or `off` for the text model's norms, rotation and gated units. Raises ValueError where they cannot run.
+    """Choose `triton`, `torch` or `off` for the text model's norms, rotation and gated units.
 
-    `auto` is off in float32, too: its runs are for comparing, and their matrix products cost far more than the rest.
+    `auto` leaves float32 to torch, too, which computes bit for bit what the modules do: such runs are for comparing.
+    Raises ValueError where they cannot run.
     """
     if asked not in FUSED_KERNELS:
         raise ValueError(f"model.fused_kernels={asked!r} is not one of {', '.join(FUSED_KERNELS)}")
     missing = _missing_triton(asked, device)
     if dtype == "float64":
-        missing = "float64 is for proofs, which are about the modules of transformers"
-    elif not missing and asked == "auto" and dtype not in HALF:
+        why = "float64 is for proofs, which are about the modules of transformers"
+        if asked not in ("auto", "off"):
+            raise ValueError(f"model.fused_kernels={asked} cannot run here: {why}; use model.fused_kernels=off")
+        return Choice("off", why)
+    if not missing and asked == "auto" and dtype not in HALF:
         missing = f"{dtype} is not one of {', '.join(HALF)}"
-    return _chosen("model.fused_kernels", asked, fast="triton", plain="off", missing=missing)
+    return _chosen("model.fused_kernels", asked, fast="triton", plain="torch", missing=missing)
 
 
 def _missing_triton(asked: str, device: str) -> str:

@@ -5,21 +5,37 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streams.backbone import fused
 from streams.backbone.backbone import Backbone
 from streams.backbone.kernel_choice import Choice
 from streams.backbone.tiny import build_tiny
 from streams.layout.layout import LayoutConfig
+from tests.support.causal import Causal
+from tests.support.exactness.backbones import SPECS
 from tests.support.printed import lines
 
 pytest.importorskip("triton")
 
 BARS = {"float64": 1e-14, "float32": 1e-6, "float16": 2e-3}
 """Largest difference from the modules of transformers, relative to the largest value."""
+
+
+class Counted(TorchDispatchMode):
+    """Counts calls by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[str(func.name()).split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +74,29 @@ def test_the_benchmark_times_both_ways_and_compares_what_they_compute(cases):
     assert {f"{n}_{which}_ms" for n in ("off", "triton") for which in ("forward", "both_ways")} < row.keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", SPECS)
+def test_in_place_a_text_model_computes_bit_for_bit_what_it_did(tmp_path, model_type, dtype):
+    path = build_tiny(tmp_path / "tiny", SPECS[model_type], seed=3, gain=2.0, std=1.0)
+    plain, fused = (Backbone.load(path, LayoutConfig(), dtype=dtype, fused_kernels=name) for name in ("off", "torch"))
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(len(plain.tokenizer), (2, 19), generator=generator)
+    positions = torch.randint(50, (3, 2, 19), generator=generator)
+    with torch.no_grad(), Counted() as before:
+        wanted = plain.hidden(ids, positions, Causal())
+    with torch.no_grad(), Counted() as now:
+        assert fused.hidden(ids, positions, Causal()).equal(wanted)
+    assert now.calls["aten::cat"] < before.calls["aten::cat"], "they were not in use"
+    # With gradient the modules run as they are.
+    found, expected = (backbone.hidden(ids, positions, Causal()) for backbone in (fused, plain))
+    assert found.equal(expected)
+    found.float().sin().sum().backward()
+    expected.float().sin().sum().backward()
+    wanted_grads = dict(plain.model.named_parameters())
+    for name, p in fused.model.named_parameters():
+        assert p.grad is None or p.grad.equal(wanted_grads[name].grad), name
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter needs no compiler")
 def test_kernels_that_cannot_be_compiled_give_way_or_are_refused(monkeypatch, caplog):
     """Triton compiles for no CPU: a real failure, as of a driver or a compiler that is missing."""
@@ -66,12 +105,11 @@ def test_kernels_that_cannot_be_compiled_give_way_or_are_refused(monkeypatch, ca
     why = "Triton's kernels cannot be compiled in torch.bfloat16: "
     with caplog.at_level(logging.WARNING):
         choice = fused.settle_fused_kernels("auto", "cpu", "bfloat16")
-    assert choice.name == "off"
+    assert choice.name == "torch"
     assert choice.why.startswith(why)
-    assert f"model.fused_kernels: off: {why}" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"model.fused_kernels=triton cannot run here: .*; use model.fused_kernels=off"
-    ):
+    assert f"model.fused_kernels: torch instead of triton: {why}" in caplog.text
+    said = r"model.fused_kernels=triton cannot run here: .*; use model.fused_kernels=torch"
+    with pytest.raises(ValueError, match=said):
         fused.settle_fused_kernels("triton", "cpu", "bfloat16")
 
 
@@ -93,4 +131,4 @@ def test_another_activation_is_refused(tmp_path):
     text = backbone.model.model.language_model
     text.config.hidden_act = "gelu"
     with pytest.raises(ValueError, match=r"hidden_act='gelu': .* use model.fused_kernels=off"):
-        fused.fuse(text)
+        fused.fuse(text, "torch")

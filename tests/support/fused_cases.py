@@ -25,6 +25,7 @@ from streams.backbone import fused_kernels
 from streams.backbone.backbone import Backbone
 from streams.backbone.fused import fuse
 from streams.backbone.tiny_spec import TinySpec
+from tests.support.causal import Causal
 from tests.support.exactness.backbones import SPECS, loud_backbone, norms_in_input_dtype
 
 TYPES = (torch.float64, torch.float32, torch.float16)
@@ -97,14 +98,6 @@ def first_row(given: list[torch.Tensor]) -> list[torch.Tensor]:
     return [t.detach()[:1, :1] if t.dim() > 1 else t.detach() for t in given]
 
 
-class Causal:
-    """The plan of one plain row."""
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return mixed.transpose(1, 2)
-
-
 def gradients(backbone: Backbone) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits of two rows of random tokens at positions of video, and what they give every parameter that they reach."""
     generator = torch.Generator().manual_seed(3)
@@ -122,7 +115,7 @@ def model(model_type: str, folder: Path) -> dict[str, Any]:
     spec = replace(SPECS[model_type], layers=2, deepstack=())
     plain = loud_backbone(folder / model_type, torch.float64, spec)
     fused = copy.deepcopy(plain)
-    fuse(fused.model.model.language_model)
+    fuse(fused.model.model.language_model, "triton")
     names = list(plain.model.state_dict())
     (wanted, wanted_grads), (found, grads) = gradients(plain), gradients(fused)
     checkpoint_activations(fused)

@@ -128,8 +128,10 @@ def float64(stack: ExitStack) -> None:
     stack.enter_context(norms_in_input_dtype())
     load = Backbone.load.__func__
 
-    def load_double(cls, path, layout, *, dtype, **more):
-        return load(cls, path, layout, dtype=torch.float64, **more)
+    def load_double(cls, path, layout, *, dtype, fused_kernels, **more):
+        # What `auto` chooses in float64.
+        fused_kernels = "off" if fused_kernels == "torch" else fused_kernels
+        return load(cls, path, layout, dtype=torch.float64, fused_kernels=fused_kernels, **more)
 
     stack.enter_context(mock.patch.object(Backbone, "load", classmethod(load_double)))
     masters = ZeROOptimizer._configure_master_weights
