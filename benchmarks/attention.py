@@ -6,8 +6,9 @@
 Learner: FlexAttention on the block mask of `rcsm` streams (20 chunks of 192 video tokens packed into a row, or one long
 stream) against SDPA with the dense mask of the same predicate, and against the same kernel under a plain causal mask: how
 many of the blocks that eviction saves became saved time. Forward and backward on CUDA, forward on CPU. Engine: FlashInfer
-against the torch backend, one decode and one prefill step at the shape of a 3B model (CUDA only). Both sides of a ratio
-are measured in the same run, every row is written as soon as it is there, and exit 1 says that they computed different things.
+against the torch backend, one decode and one prefill step at the shape of a 3B model, and text layers with and without fused
+kernels (CUDA only). Both sides of a ratio are measured in the same run, every row is written as soon as it is there, and exit
+1 says that they computed different things.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import hardware, result_target, versions, write_result
+from benchmarks.fused import fused_rows
 from benchmarks.timing import WARM_UP, medians_ms
 from rollout.attention import Attend, AttentionBackend, Segment, make_backend, with_decode
 from rollout.engine.kv_pool import KVPool
@@ -157,11 +159,13 @@ def disagreements(measured: dict[str, Any]) -> list[str]:
     """Return the rows whose kernels compute different things: their times mean nothing."""
     bar = AGREE[measured["dtype"]]
     wrong = []
-    for row in [*measured["learner"], *measured.get("engine", [])]:
+    for row in [*measured["learner"], *measured.get("engine", []), *(measured.get("fused") or [])]:
         for name in ("relative_difference", "backward_relative_difference"):
             # Written so that NaN fails, too.
             if name in row and not row[name] <= bar:
-                what = row["step"] if "step" in row else f"{row['tokens']} tokens, {row['streams']}"
+                what = (
+                    row["step"] if "step" in row else f"{row['tokens']} tokens, {row.get('streams', 'fused kernels')}"
+                )
                 wrong.append(f"{what}: {name} {row[name]:.1e} is above {bar:g}")
     return wrong
 
@@ -251,10 +255,11 @@ def measure(device: str, quick: bool, save: Callable[[dict[str, Any]], None]) ->
         "repeats": repeats,
         "statistic": f"median after {WARM_UP} calls",
         "learner": [],
+        "fused": None,
     }
 
     def add(part: str, row: dict[str, Any]) -> None:
-        measured.setdefault(part, []).append(row)
+        measured[part] = [*(measured.get(part) or []), row]
         print(f"benchmarks.attention: {part}: {json.dumps(row)}", file=sys.stderr, flush=True)
         save(measured | {"compiles": compile_count()})
 
@@ -262,6 +267,8 @@ def measure(device: str, quick: bool, save: Callable[[dict[str, Any]], None]) ->
         # First: two rows, and they are the engine's.
         add("engine", paged_step("decode", 1, 64, 2048, Heads(), repeats))
         add("engine", paged_step("prefill", 206, 16, 2048, Heads(), repeats))
+        for row in fused_rows(device, dtype, repeats):
+            add("fused", row)
     for tokens in TOKENS[:2] if quick else TOKENS:
         for kind in ("packed", "long"):
             add("learner", learner_row(tokens, kind, device, dtype, heads, repeats))

@@ -38,6 +38,7 @@ from learner.setup import LearnerSetup
 from learner.state import load_state, save_state
 from learner.step import Outcome, Outcomes, Share, Step, agree
 from streams.backbone.backbone import Backbone
+from streams.backbone.fused.modules import settle_fused_kernels
 from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
 from streams.log.mismatch import LogpDiff, OffToken, most_telling
 from streams.log.record import Kind
@@ -64,11 +65,18 @@ class LearnerEngine:
         first = "cpu" if self.config.zero_stage == 3 else device
         dtype = getattr(torch, self.config.dtype)
         vision = choose_vision_attention(setup.vision_attention, device, self.config.dtype)
-        log.info("rank %d: attention %s, vision attention %s", ranks.rank, attention, vision)
+        fused = settle_fused_kernels(setup.fused_kernels, device, self.config.dtype)
+        kernels = (attention, vision, fused)
+        log.info("rank %d: attention %s, vision attention %s, fused kernels %s", ranks.rank, *kernels)
         self.meter = Meter()
         with self.meter.phase("load"):
             self.backbone = Backbone.load(
-                setup.checkpoint, setup.layout, dtype=dtype, device=first, vision_attention=vision.name
+                setup.checkpoint,
+                setup.layout,
+                dtype=dtype,
+                device=first,
+                vision_attention=vision.name,
+                fused_kernels=fused.name,
             )
             self.backbone.freeze(self.config.freeze, self.config.freeze_names)
             if self.config.activation_checkpointing:

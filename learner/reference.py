@@ -56,6 +56,7 @@ class Reference:
             dtype=getattr(torch, config.dtype),
             device=device,
             vision_attention=policy.vision_attention,
+            fused_kernels=policy.fused_kernels,
         )
         if self._backbone.layout.banned != policy.layout.banned:
             raise ValueError(

@@ -46,6 +46,7 @@ class LearnerSetup:
         reference: The checkpoint that RL started from, also after a resume, for the KL to it; empty = none is loaded.
         outlier_above: Absolute difference of log-probs above which a token is reported.
         vision_attention: Kernel of the vision tower, see `model.vision_attention`.
+        fused_kernels: Of the text model, see `model.fused_kernels`.
         messages_version: Version of the sender's messages.
     """
 
@@ -58,4 +59,5 @@ class LearnerSetup:
     reference: str = ""
     outlier_above: float = math.inf
     vision_attention: str = "auto"
+    fused_kernels: str = "auto"
     messages_version: int = MESSAGES_VERSION

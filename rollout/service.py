@@ -47,6 +47,7 @@ from rollout.setup import WorkerSetup
 from rollout.staging import StagedWeights
 from rollout.threads import BusyShare, Inbox, StoppedError, Swap, WorkThread
 from streams.backbone.backbone import Backbone
+from streams.backbone.fused.modules import settle_fused_kernels
 from streams.backbone.kernel_choice import choose_learner_attention, choose_vision_attention
 from streams.backbone.slices import encodes_ahead
 from streams.memory import CONTIGUOUS, make_policy
@@ -85,6 +86,7 @@ class RolloutService:
         self.setup = setup
         device = "cuda" if torch.cuda.is_available() else "cpu"
         vision = choose_vision_attention(setup.vision_attention, device, setup.dtype)
+        fused = settle_fused_kernels(setup.fused_kernels, device, setup.dtype)
         self.meter = Meter()
         with self.meter.phase("load"):
             self.backbone = Backbone.load(
@@ -93,6 +95,7 @@ class RolloutService:
                 dtype=getattr(torch, setup.dtype),
                 device=device,
                 vision_attention=vision.name,
+                fused_kernels=fused.name,
             )
         rollout = setup.rollout
         self.engine = Engine(
@@ -106,9 +109,11 @@ class RolloutService:
         # The learner may be asked for a kernel that its device has and this one lacks.
         scoring = choose_learner_attention(setup.self_check.attention if device == "cuda" else "auto", device)
         engine = self.engine
-        kernels = (engine.attention, engine.decode_attention, engine.graphs, vision, scoring)
+        kernels = (engine.attention, engine.decode_attention, engine.graphs, fused, vision, scoring)
         log.info(
-            "worker %d: attention %s, decode %s, decode steps %s, vision attention %s, self-check %s", worker, *kernels
+            "worker %d: attention %s, decode %s, decode steps %s, fused kernels %s, vision attention %s, self-check %s",
+            worker,
+            *kernels,
         )
         self.engine.version = setup.version
         self._check_memory()

@@ -47,7 +47,7 @@ class WorkerSetup:
         self_check: how the engine is compared with the learner's scoring.
         version: of the checkpoint's weights.
         staging: where fetched weights wait for the swap, `device` or `host`.
-        vision_attention: the kernel of the vision tower.
+        vision_attention: the kernel of the vision tower. fused_kernels: of the text model.
         messages_version: of the driver; a worker of another version refuses the setup.
     """
 
@@ -64,6 +64,7 @@ class WorkerSetup:
     version: int = 0
     staging: str = "device"
     vision_attention: str = "auto"
+    fused_kernels: str = "auto"
     messages_version: int = MESSAGES_VERSION
 
 

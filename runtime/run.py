@@ -294,6 +294,7 @@ class Run:
             version=version,
             staging=self._plan.staging,
             vision_attention=config.model.vision_attention,
+            fused_kernels=config.model.fused_kernels,
         )
 
     def learner_setup(self, checkpoint: Path, learner: LearnerConfig, steps: int) -> LearnerSetup:
@@ -306,4 +307,5 @@ class Run:
             seed=self.config.seed,
             outlier_above=self.gate.limits.token,
             vision_attention=self.config.model.vision_attention,
+            fused_kernels=self.config.model.fused_kernels,
         )

@@ -166,7 +166,7 @@ def measure(
     if preset.name == "tiny":
         rounds, baseline_prompts = 3, preset.prompts
     found: Row = {"device": device, "preset": preset.name, **dict.fromkeys(MEASURED), "complete": False}
-    found |= {"quick": quick, "chunks": chunks, "threads": {}}
+    found |= {"quick": quick, "chunks": chunks, "threads": {}, "fused_kernels": None}
 
     def add(part: Row) -> None:
         found.update(part)
@@ -174,6 +174,7 @@ def measure(
 
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(preset, Path(folder), device, chunks)
+        found["fused_kernels"] = world.backbone.fused_kernels
         say(f"{preset.name} on {device}: {preset.streams} streams of {chunks} turns; greedy agreement first")
         add({"agreement": compare.agreement(world, 1 if quick else 2, min(chunks, preset.window + 2))})
         say(f"agreement: {found['agreement']}")

@@ -116,7 +116,7 @@ def draw_us(world: World, rows: int = 64, repeats: int = 20) -> dict[str, float]
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((rows, world.backbone.layout.vocab_rows), generator=generator).to(device)
     greedy, seeds, indices = np.zeros(rows, bool), np.arange(rows), np.arange(rows) * 7
-    tensors = [torch.from_numpy(values).to(device) for values in (np.ones(rows), greedy, seeds, indices)]
+    tensors = [torch.from_numpy(values).to(device) for values in (greedy, seeds, indices)]
     cases = {
         "now": lambda: sampler.draw(logits, *tensors)[0].cpu(),
         "before": lambda: pick(logits, greedy, seeds.astype(np.uint64), indices.astype(np.uint64)),

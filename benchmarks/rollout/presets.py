@@ -14,6 +14,7 @@ import torch
 
 from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone
+from streams.backbone.fused.modules import settle_fused_kernels
 from streams.backbone.tiny import build_tiny
 from streams.backbone.tiny_spec import TinySpec
 from streams.layout.layout import LayoutConfig
@@ -169,7 +170,9 @@ def make_world(preset: Preset, folder: Path, device: str, chunks: int, seed: int
     """Draw the model into `folder` and the clips; all streams have `chunks` turns, and a question in the first."""
     layout = LayoutConfig("Watch.", preset.think_budget, preset.max_new_tokens)
     path = build_tiny(folder / "model", preset.spec, seed=7, gain=preset.gain, std=preset.std, dtype=preset.dtype)
-    backbone = words_only(Backbone.load(path, layout, dtype=preset.dtype, device=device))
+    fused = settle_fused_kernels("auto", device, str(preset.dtype).removeprefix("torch."))
+    loaded = Backbone.load(path, layout, dtype=preset.dtype, device=device, fused_kernels=fused.name)
+    backbone = words_only(loaded)
     rng = np.random.default_rng(seed)
     side = preset.spec.token_side
     height, width = preset.grid

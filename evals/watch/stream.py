@@ -23,6 +23,7 @@ from rollout.engine.engine import Engine
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import StreamRequest, stream_bound
 from streams.backbone.backbone import Backbone
+from streams.backbone.fused.modules import settle_fused_kernels
 from streams.log.record import GENERATED, Kind, LogHeader
 from streams.memory import CONTIGUOUS, knobs, make_policy
 from streams.turns import ParsedTurn
@@ -54,7 +55,9 @@ class EncodedOnDemand(Sequence[torch.Tensor]):
 def watch_file(config: RunConfig, checkpoint: Path, shown: WatchedFile) -> Iterator[WatchedTurn]:
     """Yield the turns of one greedy stream over the file as the engine finishes them. Raises ValueError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = Backbone.load(checkpoint, config.layout, dtype=_dtype(checkpoint, device), device=device)
+    dtype = _dtype(checkpoint, device)
+    fused = settle_fused_kernels(config.model.fused_kernels, device, str(dtype).removeprefix("torch."))
+    backbone = Backbone.load(checkpoint, config.layout, dtype=dtype, device=device, fused_kernels=fused.name)
     # Chunks are as long as in the whole file, however little of it is watched.
     seconds = config.data.video.chunk_seconds_of(replace(shown, end=shown.length))
     with ClipReader(config.data.video, backbone.image.patch_size, backbone.image.merge_size) as reader:

@@ -191,10 +191,9 @@ class Decoder:
     def _choose(self, now: torch.Tensor, seats: torch.Tensor, hidden: torch.Tensor, kinds: Kinds) -> None:
         """Draw the next token of seats int64 [n] from hidden [n, H], and write it and their advanced state."""
         state = self.state
-        # One matrix product for all, then each row by its own temperature: the learner scores with the same division.
-        logits = self._backbone.logits(hidden, 1.0)
+        logits = self._backbone.logits(hidden, state.scale[seats])
         greedy = now[Field.GREEDY] != 0 if kinds.greedy is None else kinds.greedy
-        drawn, logps = sampler.draw(logits, state.scale[seats], greedy, now[Field.SEED], now[Field.INDEX])
+        drawn, logps = sampler.draw(logits, greedy, now[Field.SEED], now[Field.INDEX])
         tokens = self._backbone.layout.tokens
         running, thinking = now[Field.RUNNING] != 0, now[Field.THINKING] != 0
         # The last token of a thought is its end, as TurnState.forced has it.

@@ -47,26 +47,24 @@ def stream_seed(run_seed: int, stream_id: str) -> int:
 
 def draw(
     logits: torch.Tensor,
-    scale: torch.Tensor,
     greedy: torch.Tensor | bool,
     seeds: torch.Tensor,
     indices: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one id per row of logits [n, V] (the ban list already applied).
+    """Draw one id per row of logits [n, V], banned ids at -inf and divided by the row's temperature.
 
-    Returns (ids int64 [n], log-probs float64 [n], of the logits as they were scaled).
+    Returns (ids int64 [n], log-probs float64 [n]).
 
     Args:
-        scale: float64 [n], the temperature that each row is divided by, in the precision of the logits.
         greedy: bool [n], rows that take the largest logit (the first of equals); one bool says it for all of them.
         seeds, indices: int64 [n].
     """
-    logits = logits / scale.to(logits.dtype)[:, None]
     logp = torch.log_softmax(logits, dim=-1)
     if greedy is True:
         ids = logits.argmax(dim=-1)
     else:
-        cdf = logp.double().exp().cumsum(dim=-1)
+        # In float64, so a copy also of what is kept: the next two steps need none of their own.
+        cdf = logp.to(torch.float64, copy=True).exp_().cumsum_(dim=-1)
         # The sum is 1 only up to rounding: scaling the draw keeps it below the last allowed id's edge.
         aim = uniforms(seeds, indices) * cdf[:, -1]
         ids = torch.searchsorted(cdf, aim[:, None], right=True)[:, 0]

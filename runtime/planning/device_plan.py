@@ -32,6 +32,7 @@ from streams.backbone.kernel_choice import (
     HALF,
     choose_cuda_graphs,
     choose_decode_attention,
+    choose_fused_kernels,
     choose_learner_attention,
     choose_rollout_attention,
     choose_vision_attention,
@@ -221,12 +222,16 @@ def _check_kernels(
             choose_learner_attention(learner.attention, device)
             if device == "cpu" or learner.dtype not in HALF:
                 choose_vision_attention(config.model.vision_attention, device, learner.dtype)
+            if device == "cpu":
+                choose_fused_kernels(config.model.fused_kernels, device, learner.dtype)
     for device in workers:
         if device == "cpu" or config.model.dtype not in HALF:
             prefill = choose_rollout_attention(config.rollout.attention, device, config.model.dtype, head_dim)
             if device == "cpu":
                 choose_decode_attention(config.rollout.attention, device, prefill.name)
             choose_vision_attention(config.model.vision_attention, device, config.model.dtype)
+        if device == "cpu":
+            choose_fused_kernels(config.model.fused_kernels, device, config.model.dtype)
 
 
 def _scores_by_flex(learner: LearnerConfig, device: DeviceInfo) -> bool:

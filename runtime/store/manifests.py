@@ -68,6 +68,7 @@ _FREE = (
         )
     ),
     "model.vision_attention",
+    "model.fused_kernels",
     *(f"learner.{key}" for key in _LEARNER_FREE),
     *(f"sft.learner.{key}" for key in _LEARNER_FREE),
     *(f"data.{key}" for key in ("train", "heldout", "cache_mb", "video.decode_timeout_s")),

@@ -35,6 +35,7 @@ from streams.backbone.attention import (
     _vision_attention,
 )
 from streams.backbone.freezing import trained
+from streams.backbone.fused.modules import fuse
 from streams.backbone.vocabulary import add_streaming_tokens
 from streams.checkpoint.families import FAMILIES
 from streams.checkpoint.folder import (
@@ -111,6 +112,7 @@ class Backbone:
             (checkpoint.keep), so nothing is read from it again.
         processors: content of the processor files that it came with, by name, for the exports.
         vision_attention: kernel of the vision tower, `sdpa` or `flash_attn`.
+        fused_kernels: of the text model, `triton`, `torch` or `off`.
     """
 
     def __init__(
@@ -122,9 +124,12 @@ class Backbone:
         source: Path,
         processors: dict[str, bytes],
         vision_attention: str = "sdpa",
+        fused_kernels: str = "off",
     ) -> None:
         self.model = model
-        self.vision_attention = vision_attention
+        self.vision_attention, self.fused_kernels = vision_attention, fused_kernels
+        if fused_kernels != "off":
+            fuse(model.model.language_model, fused_kernels)
         self._set_attention(ATTENTION_NAME, VISION_IMPLEMENTATIONS[vision_attention])
         self.tokenizer = tokenizer
         self.layout = layout
@@ -145,12 +150,14 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         vision_attention: str = "sdpa",
+        fused_kernels: str = "off",
     ) -> Backbone:
         """Load a checkpoint from a local folder (hub ids are resolved by the caller with `resolve_checkpoint`).
 
         Raises FileNotFoundError or ValueError for a folder that lacks weights or anything else it needs.
 
         vision_attention: `sdpa` or `flash_attn`, as `streams.backbone.kernel_choice` chose it.
+        fused_kernels: `triton`, `torch` or `off`, as `streams.backbone.fused.modules` settled it.
         """
         source = Path(path)
         family = ModelConfigFile.read(source).family
@@ -173,7 +180,7 @@ class Backbone:
         image = ImageSpec.load(processors, model.config.vision_config, family)
         check_image_statistics(source, image)
         made = Layout(tokenizer, layout, rows, family.timestamps)
-        return cls(model, tokenizer, made, image, source, processors, vision_attention)
+        return cls(model, tokenizer, made, image, source, processors, vision_attention, fused_kernels)
 
     def _set_attention(self, text: str, vision: str) -> None:
         self.model.config.text_config._attn_implementation = text
@@ -267,12 +274,21 @@ class Backbone:
         levels = features[video.index.argsort(), width:].split(width, dim=-1)
         return placed, {"visual_pos_masks": mask.view(embeds.shape[:2]), "deepstack_visual_embeds": list(levels)}
 
-    def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Return logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64)."""
+    def logits(self, hidden: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+        """Return logits [N, V] / temperature of hidden [N, H], banned ids at -inf, in fp32 (fp64 stays fp64).
+
+        temperature: one for all rows, or float [N] one for each. Both divide alike, so that the learner scores what the
+        engine has drawn.
+        """
         logits = self.model.lm_head(hidden)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        return (logits / temperature).index_fill(-1, self._ban_index.to(logits.device), float("-inf"))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if isinstance(temperature, torch.Tensor):
+            scale = temperature.to(wide)[:, None]
+        else:
+            # A tensor: a GPU would multiply by the reciprocal of a number.
+            scale = torch.full((1,), temperature, dtype=wide, device=logits.device)
+        # Dividing is what widens half precision: the one copy of [N, V], which the ban list is written into.
+        return (logits / scale).index_fill_(-1, self._ban_index.to(logits.device), float("-inf"))
 
     @property
     def pre_merger_width(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from streams.backbone.kernel_choice import VISION_ATTENTION
+from streams.backbone.kernel_choice import FUSED_KERNELS, VISION_ATTENTION
 from streams.backbone.tiny_spec import TinySpec
 
 
@@ -25,6 +25,11 @@ class ModelConfig:
     """Attention kernel of the vision tower: `flash_attn`, `sdpa`, or `auto` = flash_attn where it runs (CUDA,
     half precision, installed), else sdpa.
     """
+    fused_kernels: str = "auto"
+    """Norms, rotation and gated units of the text model, in engine and learner: `triton`, one kernel each; `torch`, which
+    computes in place where no gradient is asked for; `off`, the modules of transformers; or `auto` = triton where it runs
+    (CUDA, half precision), else torch, whose results are those of `off`.
+    """
     tiny: TinySpec = field(default_factory=TinySpec)
     """Shape of the random model."""
 
@@ -35,3 +40,5 @@ class ModelConfig:
             raise ValueError(
                 f"model.vision_attention={self.vision_attention!r} is not one of {', '.join(VISION_ATTENTION)}"
             )
+        if self.fused_kernels not in FUSED_KERNELS:
+            raise ValueError(f"model.fused_kernels={self.fused_kernels!r} is not one of {', '.join(FUSED_KERNELS)}")

@@ -1,4 +1,4 @@
-"""Which attention kernel runs where: the learner's, the engine's, the vision tower's.
+"""Which kernels run where: attention of the learner, the engine and the vision tower, and the text model's fused ones.
 
 Invariants:
 * `auto` never fails;
@@ -20,6 +20,7 @@ LEARNER_ATTENTION = ("auto", "sdpa", "flex")
 ROLLOUT_ATTENTION = ("auto", "torch", "flashinfer", "triton")
 CUDA_GRAPHS = ("auto", "off")
 VISION_ATTENTION = ("auto", "sdpa", "flash_attn")
+FUSED_KERNELS = ("auto", "off", "torch", "triton")
 HALF = ("bfloat16", "float16")
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_WORKSPACE = 384 * 2**20
@@ -81,12 +82,7 @@ def choose_decode_attention(asked: str, device: str, prefill: str) -> Choice:
 
     `auto` prefers Triton: it is the only one that reads nothing back to the host, so that a step can be a CUDA graph.
     """
-    missing = "" if device == "cuda" else f"no CUDA, the device is {device}"
-    if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        missing = ""  # Triton's interpreter runs on a CPU: slow, for tests
-    if not missing and not has_module("triton"):
-        missing = "the package triton is not installed"
-    return _chosen("rollout.attention", asked, fast="triton", plain=prefill, missing=missing)
+    return _chosen("rollout.attention", asked, fast="triton", plain=prefill, missing=_missing_triton(asked, device))
 
 
 def choose_cuda_graphs(asked: str, device: str, decode: str) -> Choice:
@@ -108,6 +104,33 @@ def choose_vision_attention(asked: str, device: str, dtype: str) -> Choice:
         raise ValueError(f"model.vision_attention={asked!r} is not one of {', '.join(VISION_ATTENTION)}")
     missing = _missing(device, dtype, "flash_attn", "flash-attn")
     return _chosen("model.vision_attention", asked, fast="flash_attn", plain="sdpa", missing=missing)
+
+
+def choose_fused_kernels(asked: str, device: str, dtype: str) -> Choice:
+    """Choose `triton`, `torch` or `off` for the text model's norms, rotation and gated units.
+
+    `auto` leaves float32 to torch, too, which computes bit for bit what the modules do: such runs are for comparing.
+    Raises ValueError where they cannot run.
+    """
+    if asked not in FUSED_KERNELS:
+        raise ValueError(f"model.fused_kernels={asked!r} is not one of {', '.join(FUSED_KERNELS)}")
+    missing = _missing_triton(asked, device)
+    if dtype == "float64":
+        why = "float64 is for proofs, which are about the modules of transformers"
+        if asked not in ("auto", "off"):
+            raise ValueError(f"model.fused_kernels={asked} cannot run here: {why}; use model.fused_kernels=off")
+        return Choice("off", why)
+    if not missing and asked == "auto" and dtype not in HALF:
+        missing = f"{dtype} is not one of {', '.join(HALF)}"
+    return _chosen("model.fused_kernels", asked, fast="triton", plain="torch", missing=missing)
+
+
+def _missing_triton(asked: str, device: str) -> str:
+    """Return what our own Triton kernels lack here; empty: nothing."""
+    # Triton's interpreter runs on a CPU: slow, for tests.
+    if device != "cuda" and not (asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"no CUDA, the device is {device}"
+    return "" if has_module("triton") else "the package triton is not installed"
 
 
 def _missing(device: str, dtype: str, module: str, package: str) -> str:

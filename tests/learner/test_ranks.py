@@ -157,6 +157,19 @@ def assert_refused_alike(first, second):
     assert "in stream 0/2/1." in not_finite
 
 
+def test_fused_kernels_train_alike_where_weights_are_gathered_layer_by_layer(model, play, tmp_path, monkeypatch):
+    """Stage 3 on two ranks, and layers that compute again, against one rank with the modules of transformers."""
+    calls = (train(0, "grpo", groups(model, [1, 1], media="features", streams=1)), Call("moments"))
+    wanted = play(Job(str(model), learner_values(freeze="tower+merger"), calls, fused_kernels="off"), 1)[0]
+    values = learner_values(freeze="tower+merger", zero_stage=3, ranks=2, activation_checkpointing=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for found in run(Job(str(model), values, calls, fused_kernels="triton"), 2, tmp_path):
+        assert found[0]["loss"] == pytest.approx(wanted[0]["loss"], abs=1e-10)
+        for name, moment in wanted[1].items():
+            assert (found[1][name] - moment).abs().max() <= 1e-12, name
+    assert max(float(moment.abs().max()) for moment in wanted[1].values()) > 1e-3
+
+
 def test_one_rank_also_refuses_what_is_not_finite(model, batches, play):
     items = batches["features"][0]
     for stage in (0, 3):

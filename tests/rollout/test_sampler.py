@@ -29,8 +29,7 @@ def uniforms(seeds, indices) -> np.ndarray:
 
 
 def pick(logits, greedy, seeds, indices) -> tuple[np.ndarray, np.ndarray]:
-    ones = torch.ones(len(logits), dtype=torch.float64)
-    ids, logps = draw(logits, ones, torch.from_numpy(greedy), signed(seeds), signed(indices))
+    ids, logps = draw(logits, torch.from_numpy(greedy), signed(seeds), signed(indices))
     return ids.numpy(), logps.numpy()
 
 
@@ -45,16 +44,18 @@ def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def test_every_row_is_drawn_from_its_logits_over_its_own_temperature():
-    logits = torch.randn((3, 50), generator=torch.Generator().manual_seed(0))
-    scale, seeds, indices = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64), signed([1, 2, 3]), signed([4, 5, 6])
-    ids, logps = draw(logits, scale, False, seeds, indices)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_row_is_drawn_from_its_own_logits_which_stay_as_they_are(dtype):
+    logits = torch.randn((3, 50), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    given, seeds, indices = logits.clone(), signed([1, 2, 3]), signed([4, 5, 6])
+    ids, logps = draw(logits, False, seeds, indices)
+    assert logits.equal(given)
     for row in range(3):
         one = slice(row, row + 1)
-        divided = logits[one] / float(scale[row])
-        alone = draw(divided, torch.ones(1, dtype=torch.float64), False, seeds[one], indices[one])
+        alone = draw(logits[one], False, seeds[one], indices[one])
         assert ids[one].equal(alone[0])
         assert logps[one].equal(alone[1])
+        assert logps[row].item() == logits[row].log_softmax(0)[ids[row]].item()
 
 
 # --- uniforms ---------------------------------------------------------------------------------------------------------

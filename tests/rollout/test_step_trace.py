@@ -95,6 +95,20 @@ def test_nothing_in_a_step_waits_for_the_host_or_leaves_its_buffers(traced, page
     assert 40 * 36 < watch.launches < (65 + 15 * contiguous) * 36, "docs/engine.md says how many"
 
 
+@pytest.mark.parametrize(("name", "launches"), [("Qwen2.5-VL-3B", 673), ("Qwen3-VL-4B", 747)])
+def test_fused_kernels_leave_less_than_half_of_the_launches(name, launches):
+    mode = fake_mode()
+    with mode, torch.no_grad():
+        backbone = fake_backbone(SPECS[name], fused_kernels="triton")
+        watch = step(*made(backbone, paged=False), backbone, Kinds())
+    # Two norms a layer and one at the end; Qwen3-VL normalises queries and keys, too.
+    norms = 36 * (4 if backbone.name == "qwen3_vl" else 2) + 1
+    assert watch.calls["sightline::rms_norm"] == norms
+    assert watch.calls["sightline::rotate"] == watch.calls["sightline::silu_times"] == 36
+    assert not {"aten::rsqrt", "aten::neg", "aten::silu"} & watch.calls.keys()
+    assert abs(watch.launches - launches) < 20, "docs/engine.md says how many"
+
+
 FAULTS = {
     "item": (lambda state: state.ints.sum().item(), "the host reads a value"),
     "a condition": (lambda state: bool(state.ints[0, 0] > 0), "the host reads a value"),

@@ -403,11 +403,12 @@ def test_kernels_may_change_between_attempts_also_where_an_older_manifest_notes_
     manifest = json.loads(path.read_text())
     if noted:
         manifest["settings"] |= {"rollout.attention": "auto", "model.vision_attention": "auto"}
+        manifest["settings"] |= {"model.fused_kernels": "auto"}
         path.write_text(json.dumps(manifest))
     other = dataclasses.replace(
         run,
         rollout=dataclasses.replace(run.rollout, attention="torch"),
-        model=dataclasses.replace(run.model, vision_attention="sdpa"),
+        model=dataclasses.replace(run.model, vision_attention="sdpa", fused_kernels="off"),
         learner=dataclasses.replace(run.learner, attention="sdpa", activation_checkpointing=True),
     )
     assert store(other).plan()["rl"].attempt == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,9 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
 from learner.forward import encode_media
+from rollout.decode.sampler import draw
 from rollout.staging import StagedWeights
 from streams.backbone.backbone import Backbone, to_array, to_tensor
 from streams.backbone.boundary import Boundary
@@ -142,6 +146,73 @@ class TestGradients:
             slope = (value[1] - value[0]) / (2 * step)
             assert features.grad[5, column].abs() > 1e-6
             assert float(features.grad[5, column]) == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+class Whole(TorchDispatchMode):
+    """Counts operations that make a tensor of [rows, vocabulary] of their own: neither views nor in place."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.made = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        fresh = all(returned.alias_info is None for returned in func._schema.returns)
+        if fresh and func is not torch.ops.aten._unsafe_view.default:
+            tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.made += [(func.__name__, t.dtype) for t in tensors if t.numel() == self.numel]
+        return out
+
+
+class TestLogits:
+    ROWS = 5
+
+    @pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def given(self, request, qwen3):
+        """A backbone in that dtype, hidden states, and what its head says of them in the dtype of the logits."""
+        dtype = request.param
+        other = copy.deepcopy(qwen3)
+        other.model.lm_head.to(dtype)
+        width = other.model.config.text_config.hidden_size
+        hidden = torch.randn((self.ROWS, width), generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.no_grad():
+            head = other.model.lm_head(hidden)
+        return other, hidden, head if dtype == torch.float64 else head.float()
+
+    def test_they_are_widened_divided_and_banned_bit_for_bit(self, given):
+        backbone, hidden, head = given
+        scales = torch.tensor([0.3, 1.0, 3.0, 0.7, 1.7], dtype=torch.float64)
+        with torch.no_grad():
+            rows = backbone.logits(hidden, scales)
+            for row, scale in enumerate(scales.tolist()):
+                wanted = (head / scale).index_fill(-1, torch.tensor(backbone.layout.banned), -torch.inf)
+                # The engine's rows of several temperatures, and the learner's one temperature for all.
+                assert rows.dtype == wanted.dtype
+                assert rows[row].equal(wanted[row])
+                assert backbone.logits(hidden, scale).equal(wanted)
+
+    def test_beside_product_and_softmax_all_rows_are_copied_once_and_once_to_be_summed(self, given):
+        backbone, hidden, head = given
+        with torch.no_grad(), Whole(head.numel()) as whole:
+            logits = backbone.logits(hidden, torch.ones(self.ROWS, dtype=torch.float64))
+        assert whole.made == [("mm.default", hidden.dtype), ("div.Tensor", head.dtype)]
+        count = torch.arange(self.ROWS)
+        with Whole(head.numel()) as whole:
+            draw(logits, False, count, count)
+        assert whole.made == [("_log_softmax.default", head.dtype), ("_to_copy.default", torch.float64)]
+
+    def test_the_gradient_passes_through_the_ban_list_and_the_temperature(self, given):
+        backbone, hidden, head = given
+        weights = [hidden.clone().requires_grad_(), backbone.model.lm_head.weight.requires_grad_()]
+        logp = torch.log_softmax(backbone.logits(weights[0], 0.7), dim=-1)
+        allowed = torch.ones(head.shape[-1], dtype=torch.bool)
+        allowed[list(backbone.layout.banned)] = False
+        upstream = torch.randn(logp[:, allowed].shape, generator=torch.Generator().manual_seed(2))
+        found = torch.autograd.grad((logp[:, allowed] * upstream).sum(), weights)
+        plain = torch.log_softmax((weights[0] @ weights[1].T).to(head.dtype)[:, allowed] / 0.7, dim=-1)
+        wanted = torch.autograd.grad((plain * upstream).sum(), weights)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 class TestLoading:

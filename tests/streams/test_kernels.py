@@ -19,6 +19,7 @@ from streams.backbone.kernel_choice import (
     FLASHINFER_HEAD_DIMS,
     choose_cuda_graphs,
     choose_decode_attention,
+    choose_fused_kernels,
     choose_learner_attention,
     choose_rollout_attention,
     choose_vision_attention,
@@ -228,6 +229,39 @@ def test_a_triton_that_is_not_installed_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("asked", "device", "dtype", "said"),
+    [
+        ("auto", "cuda", "bfloat16", "triton (auto)"),
+        ("auto", "cuda", "float32", "torch (float32 is not one of bfloat16, float16)"),
+        ("auto", "cuda", "float64", "off (float64 is for proofs, which are about the modules of transformers)"),
+        ("auto", "cpu", "bfloat16", "torch (no CUDA, the device is cpu)"),
+        ("auto", "cpu", "float64", "off (float64 is for proofs, which are about the modules of transformers)"),
+        ("torch", "cuda", "bfloat16", "torch (model.fused_kernels=torch)"),
+        ("off", "cuda", "bfloat16", "off (model.fused_kernels=off)"),
+        ("triton", "cuda", "float32", "triton (model.fused_kernels=triton)"),
+    ],
+)
+def test_norms_rotation_and_gated_units_are_fused_in_half_precision_on_cuda(triton, asked, device, dtype, said):
+    assert str(choose_fused_kernels(asked, device, dtype)) == said
+
+
+def test_fused_kernels_by_name_say_what_is_missing(triton, monkeypatch):
+    said = "model.fused_kernels=triton cannot run here: {}; use model.fused_kernels=auto or model.fused_kernels=torch"
+    with pytest.raises(ValueError, match=re.escape(said.format("no CUDA, the device is cpu"))):
+        choose_fused_kernels("triton", "cpu", "bfloat16")
+    for name in ("triton", "torch"):
+        with pytest.raises(ValueError, match=rf"{name} cannot run here: float64 .*; use model.fused_kernels=off"):
+            choose_fused_kernels(name, "cuda", "float64")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_fused_kernels("triton", "cpu", "float32").name == "triton"
+    assert choose_fused_kernels("auto", "cpu", "bfloat16").name == "torch"
+    monkeypatch.setattr(kernel_choice, "has_module", lambda name: name != "triton")
+    with pytest.raises(ValueError, match=re.escape(said.format("the package triton is not installed"))):
+        choose_fused_kernels("triton", "cuda", "bfloat16")
+    assert str(choose_fused_kernels("auto", "cuda", "bfloat16")) == "torch (the package triton is not installed)"
+
+
+@pytest.mark.parametrize(
     ("asked", "device", "decode", "said"),
     [
         ("auto", "cuda", "triton", "graphs (auto)"),
@@ -256,6 +290,7 @@ def test_flex_cannot_train_on_the_cpu():
         (lambda: RolloutConfig(attention="fast"), "rollout.attention='fast'"),
         (lambda: RolloutConfig(cuda_graphs="on"), "rollout.cuda_graphs='on'"),
         (lambda: ModelConfig(vision_attention="fast"), "model.vision_attention='fast'"),
+        (lambda: ModelConfig(fused_kernels="liger"), "model.fused_kernels='liger'"),
     ],
 )
 def test_an_unknown_kernel_is_refused_by_the_config(make, key):

@@ -45,7 +45,7 @@ def _guard() -> None:
         guards[CUDA] = guards[META]
 
 
-def fake_backbone(spec: TinySpec) -> Backbone:
+def fake_backbone(spec: TinySpec, fused_kernels: str = "off") -> Backbone:
     """Return a bfloat16 backbone of that shape on DEVICE. Only in a `fake_mode`."""
     tokenizer = build_tokenizer(spec.model_type)
     add_missing_tokens(tokenizer)
@@ -64,7 +64,7 @@ def fake_backbone(spec: TinySpec) -> Backbone:
     model.eval()
     layout = Layout(tokenizer, LayoutConfig(), spec.vocab_rows, spec.family.timestamps)
     image = ImageSpec.load({}, model.config.vision_config, spec.family)
-    return Backbone(model, tokenizer, layout, image, Path("fake"), {})
+    return Backbone(model, tokenizer, layout, image, Path("fake"), {}, fused_kernels=fused_kernels)
 
 
 def _on_device(tensor: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,7 @@ class Job:
     reference: str = ""
     float64: bool = True
     timeout_s: float = 60.0
+    fused_kernels: str = "auto"
 
 
 def train(step: int, loss: str, items: list[TrainItem], **settings: float) -> Call:
@@ -127,8 +128,10 @@ def float64(stack: ExitStack) -> None:
     stack.enter_context(norms_in_input_dtype())
     load = Backbone.load.__func__
 
-    def load_double(cls, path, layout, *, dtype, **more):
-        return load(cls, path, layout, dtype=torch.float64, **more)
+    def load_double(cls, path, layout, *, dtype, fused_kernels, **more):
+        # What `auto` chooses in float64.
+        fused_kernels = "off" if fused_kernels == "torch" else fused_kernels
+        return load(cls, path, layout, dtype=torch.float64, fused_kernels=fused_kernels, **more)
 
     stack.enter_context(mock.patch.object(Backbone, "load", classmethod(load_double)))
     masters = ZeROOptimizer._configure_master_weights
@@ -269,7 +272,15 @@ def play(job: Job, ranks: Any, stack: ExitStack) -> list[Any]:
         return made
 
     stack.enter_context(mock.patch.object(module, "deepspeed_config", everything_partitioned))
-    setup = LearnerSetup(job.checkpoint, LAYOUT, job.learner, total_steps=10, seed=0, reference=job.reference)
+    setup = LearnerSetup(
+        job.checkpoint,
+        LAYOUT,
+        job.learner,
+        total_steps=10,
+        seed=0,
+        reference=job.reference,
+        fused_kernels=job.fused_kernels,
+    )
     engine = LearnerEngine(setup, ranks)
     replies = []
     for call in job.calls:

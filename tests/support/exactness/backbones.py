@@ -54,7 +54,10 @@ def with_ban_list(backbone: Backbone, banned: tuple[int, ...]) -> Backbone:
     """Return the same model under another ban list."""
     layout = replace(backbone.layout)
     layout.banned = banned
-    return Backbone(backbone.model, backbone.tokenizer, layout, backbone.image, backbone.source, backbone.processors)
+    kernels = (backbone.vision_attention, backbone.fused_kernels)
+    return Backbone(
+        backbone.model, backbone.tokenizer, layout, backbone.image, backbone.source, backbone.processors, *kernels
+    )
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The text model with fewer kernels."""
