@@ -240,12 +240,14 @@ class EncodedClips(Generic[T]):
         return len(self._places)
 
     def _make_room(self, nbytes: int) -> bool:
-        idle = [key for key, place in self._places.items() if not place.waiting]
-        for key in idle:
+        idle = [(key, place.nbytes) for key, place in self._places.items() if not place.waiting]
+        if self._waiting and self.used - sum(size for _, size in idle) + nbytes > self.budget:
+            return False  # dropping what is kept would not help
+        for key, _ in idle:
             if self.used + nbytes <= self.budget:
                 break
             self._forget(key)
-        return self.used + nbytes <= self.budget or not self._waiting
+        return True
 
     def _forget(self, key: str) -> None:
         place = self._places.pop(key)
@@ -257,7 +259,7 @@ class WeightsTurn:
     """Who may touch the weights that encode: calls of the tower, or the copy that replaces them.
 
     Without it an encoding thread could read weights of two versions in one call. The copy comes first: it waits for the call
-    that is under way, and no other begins before it is over.
+    that is under way, and the next call waits for the copy.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -295,7 +297,10 @@ class WeightsTurn:
 
     def _wait(self, who: str, free: Callable[[], bool]) -> None:
         if not self._change.wait_for(free, self._limit_s):
-            raise TimeoutError(f"{who} rollout.group_deadline_s={self._limit_s:g} for the vision tower's weights")
+            raise TimeoutError(
+                f"{who} rollout.group_deadline_s={self._limit_s:g} for the vision tower's weights: raise it if one call of the "
+                "tower may take so long"
+            )
 
 
 class BusyShare:

@@ -78,8 +78,9 @@ class Decoder:
         """Give turns that were prefilled a seat and their first token. choosing: streams, and their rows of hidden [N, H]."""
         seats, slots = [], []
         for stream, _ in choosing:
-            seats.append(heappop(self._free))
+            # First what may fail: a seat that is taken is one of a turn, or nobody would give it back.
             slots.append(stream.slots.row(stream.ahead))
+            seats.append(heappop(self._free))
             self._turns[stream] = _Turn(seats[-1], version, len(stream.slots))
             self._greedy += stream.greedy
             self._contiguous += stream.contiguous

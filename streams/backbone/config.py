@@ -28,7 +28,7 @@ class ModelConfig:
     fused_kernels: str = "auto"
     """Norms, rotation and gated units of the text model, in engine and learner: `triton`, one kernel each; `torch`, which
     computes in place where no gradient is asked for; `off`, the modules of transformers; or `auto` = triton where it runs
-    (CUDA, half precision), else torch, whose results are those of `off`.
+    (CUDA, half precision), else torch, whose results are those of `off`; in float64 off.
     """
     tiny: TinySpec = field(default_factory=TinySpec)
     """Shape of the random model."""

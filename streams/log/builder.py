@@ -190,6 +190,7 @@ class LogBuilder:
         at = slice(self.length, self.length + len(ids))
         self._turn = turn
         count = len(ids)
+        assert positions.shape == (3, count), "a token has three positions"
         self._appends.append(
             _Append(
                 self.length,
@@ -310,4 +311,5 @@ def _none(name: str) -> np.ndarray:
 
 def _of_all(value: np.ndarray | float, count: int, dtype: type[np.generic]) -> np.ndarray:
     """Return one value for each token, [count]."""
+    assert not isinstance(value, np.ndarray) or len(value) == count, "every token has one value"
     return np.asarray(value, dtype) if isinstance(value, np.ndarray) else np.full(count, value, dtype)

@@ -124,7 +124,7 @@ def old_text(live: LiveTokens, start: TurnStart, window: int, kinds: tuple[int, 
 
 def among(kind: np.ndarray, kinds: tuple[int, ...]) -> np.ndarray:
     """bool [n]: the tokens of these kinds. np.isin, which sorts, takes ten times as long."""
-    return _table(kinds)[kind]
+    return _table(tuple(kinds))[kind]
 
 
 @lru_cache

@@ -168,7 +168,7 @@ class StreamWriter:
         if not self._generation_begun:
             self.log.begin_segment()
             self._generation_begun = True
-        ids = np.asarray(ids, np.int32)
+        ids = np.array(ids, np.int32)
         kinds = np.frombuffer(bytes(self.state.advance(ids.tolist())), np.int8)
         count = len(kinds)
         positions = self._cursors[self._lane].text(count)

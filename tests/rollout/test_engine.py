@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rollout.decode import sampler
 from rollout.engine.engine import Engine
 from rollout.engine.request import stream_bound
 from streams.memory import MemoryConfig
@@ -27,6 +28,14 @@ def requests(backbone, count=6, temperature=1.0, memory=MEMORY):
         request(backbone, memory, random_turns(backbone, rng, 6), f"s{i}", temperature=temperature)
         for i in range(count)
     ]
+
+
+def to_the_end(engine):
+    """Step until nothing is left to do; returns the logs by stream."""
+    done = {}
+    while engine.busy:
+        done |= {log.header.stream_id: log for log in engine.step()}
+    return done
 
 
 def test_a_stream_that_can_never_fit_is_refused_with_the_arithmetic(backbone):
@@ -65,6 +74,42 @@ def test_cancelled_streams_give_their_slots_back_and_leave_the_others_alone(back
         done |= {log.header.stream_id for log in engine.step()}
     assert done == {"s2", "s3", "s4"}
     assert engine.pool.available == engine.pool.capacity
+
+
+@pytest.mark.parametrize("fails_at", ["row", "draw", "forward"])
+def test_after_an_error_inside_a_step_the_engine_runs_as_many_streams_as_before(backbone, monkeypatch, fails_at):
+    """Wherever a step fails, `drop_all` gives every slot and every seat back; what runs then is what would have run."""
+    wanted = requests(backbone)
+    engine = Engine(backbone, kv_slots=20000, max_streams=3)
+    owner, name = {
+        "row": (type(engine.pool.book.open(1, keeps=False)), "row"),
+        "draw": (sampler, "draw"),
+        "forward": (backbone, "hidden"),
+    }[fails_at]
+    engine.pool.book.clear()
+    for calls in (1, 2, 3, 5):
+        left = iter(range(calls))
+        working = getattr(owner, name)
+
+        def failing(*args, left=left, working=working):
+            if next(left, None) is None:
+                raise RuntimeError("planted")
+            return working(*args)
+
+        for r in requests(backbone):
+            engine.add(r)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with pytest.raises(RuntimeError, match="planted"):
+                to_the_end(engine)
+        engine.drop_all()
+        assert not engine.busy
+        assert engine.pool.available == engine.pool.capacity
+    for r in wanted:
+        engine.add(r)
+    done = to_the_end(engine)
+    for log in run(backbone, requests(backbone)):
+        assert (log.ids == done[log.header.stream_id].ids).all()
 
 
 def test_greedy_streams_repeat_and_are_marked_untrainable(backbone):

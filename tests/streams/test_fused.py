@@ -126,9 +126,13 @@ def test_weights_are_copied_into_the_same_parameters_and_exports_load_without_th
     assert exported.model.model.language_model.layers[0].input_layernorm.weight.unique().tolist() == [3.0]
 
 
-def test_another_activation_is_refused(tmp_path):
-    backbone = Backbone.load(build_tiny(tmp_path / "tiny"), LayoutConfig())
-    text = backbone.model.model.language_model
-    text.config.hidden_act = "gelu"
-    with pytest.raises(ValueError, match=r"hidden_act='gelu': .* use model.fused_kernels=off"):
-        fused.fuse(text, "torch")
+def test_units_gated_by_another_activation_stay_as_they_are(tmp_path):
+    path = build_tiny(tmp_path / "tiny", seed=3, gain=2.0, std=1.0)
+    settings = json.loads((path / "config.json").read_text())
+    settings["text_config"]["hidden_act"] = "gelu"
+    (path / "config.json").write_text(json.dumps(settings))
+    plain, fused_one = (Backbone.load(path, LayoutConfig(), fused_kernels=name) for name in ("off", "torch"))
+    ids, positions = torch.arange(12)[None], torch.arange(12).expand(3, 1, -1)
+    with torch.no_grad():
+        assert fused_one.hidden(ids, positions, Causal()).equal(plain.hidden(ids, positions, Causal()))
+    assert "GELU" in type(plain.model.model.language_model.layers[0].mlp.act_fn).__name__

@@ -79,6 +79,19 @@ class TestLogBuilder:
         log.append([4, 5], Kind.THINK, np.zeros((3, 2)), turn=0, version=0, logp=np.array([-1.0, np.nan]))
         assert log.column("sampled").tolist() == log.finish().sampled.tolist() == [False] * 3 + [True, False]
 
+    def test_every_token_has_its_own_of_everything(self):
+        log = self.builder()
+        for wrong in (
+            {"positions": np.zeros((3, 1))},
+            {"kind": np.zeros(1, np.int8)},
+            {"target": np.ones(3, bool)},
+            {"logp": np.zeros(1)},
+        ):
+            given = {"kind": Kind.THINK, "positions": np.zeros((3, 2)), "turn": 0, "version": 0} | wrong
+            with pytest.raises(AssertionError):
+                log.append([4, 5], **given)
+        assert log.length == 3
+
     def test_turns_never_decrease(self):
         log = self.builder()
         log.append([4], Kind.SCAFFOLD, np.zeros((3, 1)), turn=2, version=0)

@@ -95,13 +95,9 @@ IN_PLACE = Kernels(_rms_norm, _rotate, _silu_times)
 def fuse(text: Any, name: str) -> None:
     """Let a text model of transformers (Qwen2.5-VL or Qwen3-VL) normalise, rotate and gate by other kernels.
 
-    name: `triton`, or `torch`, under which a forward with gradient runs the modules as they are.
-    Raises ValueError for an activation other than SiLU.
+    name: `triton`, or `torch`, under which a forward with gradient runs the modules as they are. The units of a model that
+    are not gated by SiLU stay as they are.
     """
-    if text.config.hidden_act != "silu":
-        raise ValueError(
-            f"text_config.hidden_act={text.config.hidden_act!r}: the fused kernels know silu; use model.fused_kernels=off"
-        )
     kernels, compute = IN_PLACE, _without_gradient
     if name == "triton":
         from streams.backbone.fused import kernels as fused_kernels
@@ -110,7 +106,8 @@ def fuse(text: Any, name: str) -> None:
         compute = _always
     for layer in text.layers:
         compute(layer.self_attn, partial(_attend, kernels))
-        compute(layer.mlp, partial(_gated, kernels))
+        if text.config.hidden_act == "silu":
+            compute(layer.mlp, partial(_gated, kernels))
     norm = type(text.norm)
     for module in text.modules():
         if isinstance(module, norm):
