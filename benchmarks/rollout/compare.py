@@ -111,13 +111,13 @@ def side_by_side(world: World, rounds: int, baseline_prompts: int, *, one_step: 
     return timed
 
 
-def rebuild_seconds(world: World, timed: Timed, turns: list[int]) -> float:
-    """Seconds of a stream of one prompt's group rebuilt every turn: the mean of these turns, times all of them."""
+def rebuild_seconds(world: World, timed: Timed) -> float:
+    """Seconds of a stream of one prompt's group that is rebuilt every turn."""
     run: EngineRun = timed.last["engine"]
     logs = run.logs[: world.preset.group]
     rebuild = Rebuild(world.backbone, world.folder / "export")
-    taken = [rebuild.turn(logs, turn, world.clips[0])[1] for turn in turns]
-    return float(np.mean(taken)) * world.chunks / len(logs)
+    # Every turn: the first ones, before the window of video is full, have less to prefill.
+    return sum(rebuild.turn(logs, turn, world.clips[0])[1] for turn in range(world.chunks)) / len(logs)
 
 
 def causes(world: World, timed: Timed) -> Row:
