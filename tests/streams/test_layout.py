@@ -192,9 +192,9 @@ class TestTurnState:
         assert sum(k == Kind.THINK for k in kinds) <= self.CONFIG.think_budget
         parsed = layout.parse_turn(0, np.array(ids), np.array(kinds), np.array(forced))
         assert (parsed.response is not None) == state.spoke
-        again = [t.think, *layout.tokenizer.encode(parsed.thought), t.think_end]
-        if parsed.well_formed and parsed.response is None:
-            assert len(ids) == len(again) + 2 or parsed.thought == "" or " " in parsed.thought
+        if parsed.well_formed:
+            # Compared as text: what was sampled need not be how the tokenizer would write it.
+            assert parsed.thought == layout.tokenizer.decode(ids[1 : ids.index(t.think_end)]).strip()
 
 
 _CACHED: list[Layout] = []
