@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.log.columns import Columns, Spec
 from streams.log.record import NEVER
 from streams.memory import LiveTokens, TurnStart
+from streams.memory.columns import Columns, Spec
 
 _LIVE = Spec(
     {

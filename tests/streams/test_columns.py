@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streams.log.columns import Columns, Spec
 from streams.log.record import NEVER, Kind
+from streams.memory.columns import Columns, Spec
 from streams.memory.live import LiveSet, TurnHistory
 
 

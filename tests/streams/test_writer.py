@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from streams.layout.layout import Layout
 from streams.layout.turn_state import TurnState
-from streams.log.columns import Columns
 from streams.log.pieces import join_pieces
 from streams.log.record import ChunkRecord, Kind
 from streams.memory import MemoryConfig, MemoryPolicy, make_policy
+from streams.memory.columns import Columns
 from streams.positions.mrope import PositionCursor, TimestampCursor
 from streams.writing.writer import StreamWriter, TurnInput
 from tests.support.lanes import LingeringTurns

@@ -1,7 +1,7 @@
 """Columns: arrays of one length that grow at their end without copying what is there.
 
-The log of a stream and its live tokens are such columns. Those of one dtype lie in one block, column by column: what is done
-to all columns costs a call a block.
+A stream's live tokens are such columns, and so are the numbers of its turns. Those of one dtype lie in one block, column by
+column: what is done to all columns costs a call a block.
 
 Invariants:
 * `append` costs amortised O(appended);
