@@ -37,15 +37,20 @@ class TorchBackend:
     def segments(self, segments: list[Segment]) -> _Ranges:
         ranges = []
         # Streams that began together have their tokens at the same places of their blocks: one mask serves them all.
-        masks: dict[tuple[int, int, bytes], torch.Tensor | None] = {}
+        masks: dict[tuple[int, int, bool, bytes], torch.Tensor] = {}
         for segment in segments:
-            first = int(np.minimum.reduce(segment.slots))
-            stop = int(np.maximum.reduce(segment.slots)) + 1
-            columns = segment.slots - first
-            key = segment.rows, stop - first, columns.tobytes()
-            if key not in masks:
-                masks[key] = self._mask(segment.rows, columns, stop - first)
-            ranges.append(_Range(segment.start, segment.rows, first, stop, masks[key]))
+            rows, slots = segment.rows, segment.slots
+            first, stop = int(np.minimum.reduce(slots)), int(np.maximum.reduce(slots)) + 1
+            whole = len(slots) == stop - first
+            mask = None
+            if rows > 1 or not whole:
+                # Where it sees the whole range, its own tokens' places say it all.
+                columns = (slots[-rows:] if whole else slots) - first
+                key = rows, stop - first, whole, columns.tobytes()
+                if key not in masks:
+                    masks[key] = self._mask(rows, columns, stop - first, whole=whole)
+                mask = masks[key]
+            ranges.append(_Range(segment.start, rows, first, stop, mask))
         return _Ranges(self._pool, self._groups, ranges)
 
     def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Batches:
@@ -69,18 +74,17 @@ class TorchBackend:
         behind = torch.arange(batch.keys, device=kv.device) >= lengths[:, None]
         return kv.new_zeros(behind.shape).masked_fill_(behind, -torch.inf)[:, None, None]
 
-    def _mask(self, rows: int, columns: np.ndarray, width: int) -> torch.Tensor | None:
-        """Return what to add to the scores, [1, 1, rows, width]; None where every row sees the whole range.
+    def _mask(self, rows: int, columns: np.ndarray, width: int, *, whole: bool) -> torch.Tensor:
+        """Return what to add to the scores, [1, 1, rows, width].
 
-        columns: where in the range the segment's slots lie, int64 [n]; the last are those of its own tokens.
+        columns: where in the range the segment's slots lie, int64 [n]; the last are those of its own tokens. whole: it sees
+        all of the range, and `columns` may be of its own tokens alone.
         """
-        if rows == 1 and len(columns) == width:
-            return None
         kv = self._pool.kv
         # Numbers and not bool, which SDPA would turn into numbers in every layer.
         number = np.float64 if kv.dtype == torch.float64 else np.float32
         mask = np.zeros((rows, width), number)
-        if len(columns) < width:  # what lies between belongs to nobody, or to another lane
+        if not whole:  # what lies between belongs to nobody, or to another lane
             unseen = np.ones(width, bool)
             unseen[columns] = False
             mask[:, unseen] = -np.inf

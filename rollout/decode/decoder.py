@@ -2,7 +2,7 @@
 
     first     the first token of turns that were just prefilled, from their hidden states
     step      forward the last token of every seat, draw or force the next, advance
-    collect   what was drawn since the last visit, read once; turns that are over are written into the logs
+    collect   turns that are over, read and written into the logs; what the others have drawn stays where it is
 
 Invariants:
 * a step reads and writes buffers of `DecodeState` and the pool only, and waits for nothing but what its attention backend
@@ -14,7 +14,8 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from rollout.attention import AttentionBackend
 from rollout.decode import sampler
 from rollout.decode.graphs import StepGraphs
-from rollout.decode.state import CHANGES, DecodeState, Field, Kinds, Seat
+from rollout.decode.state import CHANGES, ROW, DecodeState, Fields, Kinds
 from rollout.engine.forward import decode_forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
@@ -31,25 +32,19 @@ from streams.backbone.backbone import Backbone
 
 WORTH_A_STEP = 0.5
 """On a CPU a visit comes early once less than this share of the seats that it began with still run."""
-_FORCED = np.array([np.nan])
-"""The log-prob of a token that was not drawn."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Turn:
-    """A turn that is being generated, and what it has drawn that its log does not have yet.
+    """A turn that is being generated.
 
     Attributes:
         seat: its place in the buffers.
-        version: of the weights that drew `ids` and `logps`.
-        length: slots that hold forwarded tokens of its stream.
+        version: of the weights that drew what the buffers have of it.
     """
 
     seat: int
     version: int
-    length: int
-    ids: list[np.ndarray] = field(default_factory=list)
-    logps: list[np.ndarray] = field(default_factory=list)
 
 
 class Decoder:
@@ -57,8 +52,9 @@ class Decoder:
 
     def __init__(self, backbone: Backbone, pool: KVPool, backend: AttentionBackend, seats: int, steps: int) -> None:
         self._backbone, self._pool, self._backend, self._steps = backbone, pool, backend, steps
-        self.state = DecodeState(seats, steps + 1, pool.trash, backbone.device)
+        self.state = DecodeState(seats, pool.trash, backbone.device)
         self._turns: dict[Stream, _Turn] = {}
+        self._version = -1  # of the weights of the last visit
         self._free = list(range(seats))  # a heap: the lowest is taken first
         self._greedy = self._contiguous = 0  # how many of the turns
         self._graphs: StepGraphs | None = None
@@ -81,20 +77,27 @@ class Decoder:
             # First what may fail: a seat that is taken is one of a turn, or nobody would give it back.
             slots.append(stream.slots.row(stream.ahead))
             seats.append(heappop(self._free))
-            self._turns[stream] = _Turn(seats[-1], version, len(stream.slots))
+            self._turns[stream] = _Turn(seats[-1], version)
             self._greedy += stream.greedy
             self._contiguous += stream.contiguous
-        self.state.widen(max(len(row) for row in slots))
+        self.state.make_room(max(map(len, slots)), max(stream.ahead for stream, _ in choosing))
         taken = np.array(seats)
         scale = [stream.request.header.score_temperature for stream, _ in choosing]
         self.state.write(taken, [_seat(stream) for stream, _ in choosing], scale, slots)
         device = hidden.device
         rows = torch.tensor([row for _, row in choosing], device=device)
         at = torch.from_numpy(taken).to(device)
-        self._choose(self.state.ints.index_select(1, at), at, hidden[rows], self._kinds())
+        ints = self.state.ints.index_select(1, at)
+        self._choose(Fields(*ints.unbind()), ints, at, hidden[rows], self._kinds(), forwarded=False)
 
     def run(self, version: int) -> int:
         """Decode for one visit; returns the number of steps. version: of the weights."""
+        if version != self._version:
+            older = [stream for stream, turn in self._turns.items() if turn.version != version]
+            self._write(older)
+            for stream in older:
+                self._turns[stream].version = version
+            self._version = version
         running = sorted(turn.seat for turn in self._turns.values())
         kinds = self._kinds()
         if self._graphs is not None and self._graphs.replay(running, kinds, self._steps, version):
@@ -104,7 +107,7 @@ class Decoder:
         for step in range(self._steps):
             if seats.device.type == "cpu":
                 # Rows cost as much as they are many, and looking costs nothing.
-                alive = self.state.ints[Field.RUNNING].index_select(0, seats) != 0
+                alive = self.state.ints[ROW.running].index_select(0, seats) != 0
                 if not alive.all():
                     seats = seats[alive]
                 # One step at least: or turns would wait as long as others are over with their first token.
@@ -116,56 +119,57 @@ class Decoder:
     def step(self, seats: torch.Tensor, kinds: Kinds) -> None:
         """Forward the last token of seats int64 [n] and choose their next one."""
         state = self.state
-        now = state.ints.index_select(1, seats)
-        running = now[Field.RUNNING] != 0
-        length = now[Field.LENGTH]
-        slots = state.table[seats, length].masked_fill(~running, state.trash)
-        attend = self._backend.decode(state.table, seats, length + 1)
-        contiguous = now[Field.CONTIGUOUS] != 0 if kinds.contiguous else None
-        hidden = decode_forward(
-            now[Field.TOKEN], now[Field.POSITION], contiguous, slots, attend, self._backbone, self._pool
-        )
-        now[Field.LENGTH] += running
-        now[Field.POSITION] += running
-        self._choose(now, seats, hidden, kinds)
+        ints = state.ints.index_select(1, seats)
+        now = Fields(*ints.unbind())
+        running = now.running != 0
+        slots = state.table[seats, now.length].masked_fill(~running, state.trash)
+        attend = self._backend.decode(state.table, seats, now.length + 1)
+        contiguous = now.contiguous != 0 if kinds.contiguous else None
+        hidden = decode_forward(now.token, now.position, contiguous, slots, attend, self._backbone, self._pool)
+        self._choose(now, ints, seats, hidden, kinds, forwarded=True)
 
-    def collect(self, version: int) -> None:
-        """Take over what was drawn since the last visit; turns that are over go into the logs.
+    def collect(self) -> list[Stream]:
+        """Write the turns that are over into their logs; returns their streams."""
+        running = self.state.ints[ROW.running].tolist()
+        over = [stream for stream, turn in self._turns.items() if not running[turn.seat]]
+        self._write(over, end=self._backbone.layout.tokens.im_end)
+        for stream in over:
+            assert stream.between_turns, "a turn has stopped without its end"
+            self._leave(stream)
+        return over
 
-        version: of the weights that drew it.
+    def _write(self, streams: Sequence[Stream], end: int | None = None) -> None:
+        """Log what these turns have drawn since they began, or since weights last changed: under one version each.
+
+        end: the id that their last token must be; None: they go on.
         """
-        if not self._turns:
+        if not streams:
             return
-        fields = self.state.ints[[Field.EMITTED, Field.LENGTH, Field.RUNNING]].cpu().tolist()
-        # By seat, and as copies: on a CPU these are the buffers themselves.
-        ids, logps = (np.array(drawn.cpu().numpy().T, order="C") for drawn in (self.state.ids, self.state.logps))
-        for stream, turn in list(self._turns.items()):
-            emitted, length, running = (field[turn.seat] for field in fields)
-            if turn.version != version:
-                self._write(stream, turn)
-                turn = self._turns[stream] = _Turn(turn.seat, version, turn.length)
-            turn.ids.append(ids[turn.seat, :emitted])
-            turn.logps.append(logps[turn.seat, :emitted])
-            turn.length = length
-            if not running:
-                if turn.ids[-1][-1] != (end := self._backbone.layout.tokens.im_end):
-                    # The last token that a turn may have is its end, whatever the model would say.
-                    turn.ids.append(np.array([end]))
-                    turn.logps.append(_FORCED)
-                self._write(stream, turn)
-                assert stream.between_turns, "a turn has stopped without its end"
-                self._leave(stream)
-        self.state.ints[Field.EMITTED] = 0
-
-    def _write(self, stream: Stream, turn: _Turn) -> None:
-        """Log what a turn has drawn under one version of the weights: mostly all of it, as each write has its price."""
-        if not turn.ids:
-            return
-        logps = np.concatenate(turn.logps)
-        stream.writer.extend_generated(np.concatenate(turn.ids), turn.version, logps=logps, target=~np.isnan(logps))
-        forwarded = turn.length - len(stream.slots)
-        stream.slots.add(forwarded)
-        stream.forwarded += forwarded
+        turns = [self._turns[stream] for stream in streams]
+        seats = torch.tensor([turn.seat for turn in turns], device=self.state.ints.device)
+        emitted, length = self.state.ints[[ROW.emitted, ROW.length]].index_select(1, seats).cpu().numpy()
+        # A column more than was drawn: room for an end.
+        most = int(emitted.max()) + 1
+        ids, logps = (
+            drawn[:most].index_select(1, seats).cpu().numpy().T for drawn in (self.state.ids, self.state.logps)
+        )
+        ids, logps = ids.astype(np.int32, order="C"), logps.copy(order="C")
+        if end is not None:
+            # The last token that a turn may have is its end, whatever the model would say.
+            cut = (ids[np.arange(len(ids)), emitted - 1] != end).nonzero()[0]
+            ids[cut, emitted[cut]], logps[cut, emitted[cut]] = end, np.nan
+            emitted[cut] += 1
+        target = ~np.isnan(logps)
+        for i, (stream, turn, count, held) in enumerate(
+            zip(streams, turns, emitted.tolist(), length.tolist(), strict=True)
+        ):
+            stream.writer.extend_generated(
+                ids[i, :count], turn.version, logps=logps[i, :count], target=target[i, :count]
+            )
+            forwarded = held - len(stream.slots)
+            stream.slots.add(forwarded)
+            stream.forwarded += forwarded
+        self.state.ints[ROW.emitted].index_fill_(0, seats, 0)
 
     def forget(self, stream: Stream) -> None:
         """Stop a stream that was cancelled, wherever it is in its turn."""
@@ -189,50 +193,47 @@ class Decoder:
         some = 0 < self._greedy < len(self._turns)
         return Kinds(self._contiguous > 0, None if some else self._greedy > 0)
 
-    def _choose(self, now: torch.Tensor, seats: torch.Tensor, hidden: torch.Tensor, kinds: Kinds) -> None:
-        """Draw the next token of seats int64 [n] from hidden [n, H], and write it and their advanced state."""
+    def _choose(
+        self,
+        now: Fields[torch.Tensor],
+        ints: torch.Tensor,
+        seats: torch.Tensor,
+        hidden: torch.Tensor,
+        kinds: Kinds,
+        *,
+        forwarded: bool,
+    ) -> None:
+        """Draw the next token of seats int64 [n] from hidden [n, H], and write it and their advanced state.
+
+        ints: int64 [fields, n], what they have; now: its rows. forwarded: whether the keys of their last token have come into
+        the pool.
+        """
         state = self.state
         logits = self._backbone.logits(hidden, state.scale[seats])
-        greedy = now[Field.GREEDY] != 0 if kinds.greedy is None else kinds.greedy
-        drawn, logps = sampler.draw(logits, greedy, now[Field.SEED], now[Field.INDEX])
+        greedy = now.greedy != 0 if kinds.greedy is None else kinds.greedy
+        drawn, logps = sampler.draw(logits, greedy, now.seed, now.log_index)
         tokens = self._backbone.layout.tokens
-        running, thinking = now[Field.RUNNING] != 0, now[Field.THINKING] != 0
+        running, thinking = now.running != 0, now.thinking != 0
+        written = now.written + 1
         # The last token of a thought is its end, as TurnState.forced has it.
-        ends_thought = thinking & (now[Field.COUNT] == now[Field.THINK_BUDGET] - 1)
+        ends_thought = thinking & (written == now.think_budget)
         chosen = drawn.masked_fill(ends_thought, tokens.think_end)
-        emitted = now[Field.EMITTED]
-        state.ids[emitted, seats] = chosen
-        state.logps[emitted, seats] = logps.masked_fill(ends_thought, torch.nan)
-        count = now[Field.COUNT] + 1
+        state.ids[now.emitted, seats] = chosen
+        state.logps[now.emitted, seats] = logps.masked_fill(ends_thought, torch.nan)
+        thinks_on = thinking & (chosen != tokens.think_end)
         # Behind the last but one token of a turn its end is forced, and needs neither forward nor draw.
-        goes_on = running & (chosen != tokens.im_end) & (count < now[Field.MAX_NEW] - 1)
-        before = now[:CHANGES]
-        new = before.clone()
-        new[Field.TOKEN] = chosen
-        new[Field.INDEX] += 1
-        new[Field.COUNT] = count
-        new[Field.EMITTED] += 1
-        new[Field.THINKING] = thinking & (chosen != tokens.think_end)
-        new[Field.RUNNING] = goes_on
-        state.ints[:CHANGES].index_copy_(1, seats, torch.where(running, new, before))
+        goes_on = (chosen != tokens.im_end) & (written < now.max_new - 1)
+        position, length = (at + 1 if forwarded else at for at in (now.position, now.length))
+        # As Fields has them.
+        new = torch.stack((chosen, now.log_index + 1, position, length, written, thinks_on, goes_on, now.emitted + 1))
+        state.ints[:CHANGES].index_copy_(1, seats, torch.where(running, new, ints[:CHANGES]))
 
 
-def _seat(stream: Stream) -> Seat:
-    """Return what the buffers are told of a turn that was just prefilled."""
-    writer, config = stream.writer, stream.request.layout.config
-    assert writer.state is not None
-    return Seat(
-        TOKEN=0,
-        INDEX=writer.log.length,
-        POSITION=writer.next_position,
-        LENGTH=len(stream.slots),
-        COUNT=writer.state.count,
-        THINKING=writer.state.thinking,
-        RUNNING=True,
-        EMITTED=0,
-        THINK_BUDGET=config.think_budget,
-        MAX_NEW=config.max_new_tokens,
-        SEED=stream.request.header.seed,
-        GREEDY=stream.greedy,
-        CONTIGUOUS=stream.contiguous,
-    )
+def _seat(stream: Stream) -> tuple[int, ...]:
+    """Return what the buffers are told of a turn that was just prefilled: the rows of `ints`, in the order of Fields."""
+    writer = stream.writer
+    state = writer.state
+    assert state is not None
+    token, running, emitted = 0, True, 0
+    changing = (token, writer.log.length, writer.next_position, len(stream.slots), state.count, state.thinking)
+    return (*changing, running, emitted, *stream.constants)

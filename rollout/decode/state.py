@@ -1,74 +1,63 @@
 """The state of the streams that generate, in buffers on the device, where each has a seat.
 
 A decode step (`rollout.decode.decoder`) is a function of these buffers and of nothing else. The host writes a seat when its
-turn has been prefilled, and reads what was drawn once per visit.
+turn has been prefilled, and reads what it has drawn when the turn is over.
 
 Invariants:
-* no buffer is replaced while a visit decodes; a wider table is made before, as turns begin;
+* no buffer is replaced while a visit decodes; larger ones are made before, as turns begin;
 * a seat that does not run is left as it is by a decode step, whatever the batch computes for it;
 * `nobody`, the last seat, never runs: it fills batches up, and a step that is only tried out runs on it;
-* row i of `ids` and `logps` is the seat's i-th token since the last visit, for i < EMITTED.
+* row i of `ids` and `logps` is the seat's i-th token since it was last read, for i < `emitted`.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
 
-class Field(IntEnum):
-    """The rows of `DecodeState.ints`.
 
-    TOKEN: the last id, logged or drawn, that is not forwarded yet. INDEX: place in the log of the next token. POSITION: the
-    position id of TOKEN. LENGTH: slots of the seat that hold forwarded tokens. COUNT: tokens of the turn so far. THINKING:
-    inside the thought. RUNNING: the turn goes on. EMITTED: tokens since the last visit. THINK_BUDGET, MAX_NEW: of the
-    stream's layout. SEED, GREEDY, CONTIGUOUS: of the stream.
+class Fields(NamedTuple, Generic[T]):
+    """The rows of `DecodeState.ints`, one value a seat each. A decode step writes the first ones, up to `emitted`.
+
+    Attributes:
+        token: the last id, logged or drawn, that is not forwarded yet.
+        log_index: of the next token.
+        position: the position id of `token`.
+        length: slots of the seat that hold forwarded tokens.
+        written: tokens of the turn so far.
+        thinking: inside the thought.
+        running: the turn goes on.
+        emitted: tokens since it was last read.
+        think_budget, max_new: of the stream's layout.
+        seed, greedy, contiguous: of the stream.
     """
 
-    TOKEN = 0
-    INDEX = 1
-    POSITION = 2
-    LENGTH = 3
-    COUNT = 4
-    THINKING = 5
-    RUNNING = 6
-    EMITTED = 7
-    THINK_BUDGET = 8
-    MAX_NEW = 9
-    SEED = 10
-    GREEDY = 11
-    CONTIGUOUS = 12
+    token: T
+    log_index: T
+    position: T
+    length: T
+    written: T
+    thinking: T
+    running: T
+    emitted: T
+    think_budget: T
+    max_new: T
+    seed: T
+    greedy: T
+    contiguous: T
 
 
-CHANGES = Field.EMITTED + 1
-"""The first rows of `DecodeState.ints`, which a decode step writes; it only reads the others."""
+ROW = Fields(*range(len(Fields._fields)))
+"""Where each is."""
+CHANGES = ROW.emitted + 1
+"""How many of them a decode step writes."""
 
-
-class Seat(NamedTuple):
-    """What the host writes of a seat when its turn has been prefilled: the rows of `ints`, in their order."""
-
-    TOKEN: int
-    INDEX: int
-    POSITION: int
-    LENGTH: int
-    COUNT: int
-    THINKING: int
-    RUNNING: int
-    EMITTED: int
-    THINK_BUDGET: int
-    MAX_NEW: int
-    SEED: int
-    GREEDY: int
-    CONTIGUOUS: int
-
-
-assert Seat._fields == tuple(Field.__members__)
-
-TABLE_WIDTH = 64
-"""Slots by which a table grows at least, and what its width is a multiple of."""
+ROOM = 64
+"""What the width of the table and the rows of what is drawn are a multiple of, and at least."""
 
 
 class Kinds(NamedTuple):
@@ -87,41 +76,45 @@ class DecodeState:
     """The buffers of `seats` seats, and of `nobody`.
 
     Attributes:
-        ints: int64 [fields, seats + 1], see Field.
+        ints: int64 [fields, seats + 1], see Fields.
         scale: float64 [seats + 1], what the logits are divided by.
         table: int64 [seats + 1, width], each seat's slots: forwarded tokens, then those that come; `trash` behind them.
         ids: int64 [rows, seats + 1]; logps: float64 [rows, seats + 1], NaN where the id was forced.
     """
 
-    def __init__(self, seats: int, rows: int, trash: int, device: torch.device) -> None:
-        """rows: the most tokens of one seat between two visits. trash: slot that belongs to no stream."""
+    def __init__(self, seats: int, trash: int, device: torch.device) -> None:
+        """trash: slot that belongs to no stream."""
         self.trash = trash
         self.nobody = seats
         seats += 1
-        self.ints = torch.zeros((len(Field), seats), dtype=torch.int64, device=device)
+        self.ints = torch.zeros((len(ROW), seats), dtype=torch.int64, device=device)
         self.scale = torch.ones(seats, dtype=torch.float64, device=device)
-        self.table = torch.full((seats, TABLE_WIDTH), trash, dtype=torch.int64, device=device)
-        # One row more: where the batch writes for a seat that has ended.
-        self.ids = torch.zeros((rows + 1, seats), dtype=torch.int64, device=device)
-        self.logps = torch.zeros((rows + 1, seats), dtype=torch.float64, device=device)
+        self.table = torch.full((seats, ROOM), trash, dtype=torch.int64, device=device)
+        self.ids = torch.zeros((ROOM, seats), dtype=torch.int64, device=device)
+        self.logps = torch.zeros((ROOM, seats), dtype=torch.float64, device=device)
 
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
         """All of them: what a decode step reads and writes, but for the pool and the weights."""
         return self.ints, self.scale, self.table, self.ids, self.logps
 
-    def widen(self, width: int) -> None:
-        """Make room for streams of `width` slots. Not while a visit decodes."""
+    def make_room(self, width: int, tokens: int) -> None:
+        """Make room for streams of `width` slots, and for turns of so many tokens. Not while a visit decodes."""
         seats, before = self.table.shape
         if width > before:
-            # By half at least: with each table go the graphs that were captured on it.
-            width = -(-max(width, before * 3 // 2) // TABLE_WIDTH) * TABLE_WIDTH
-            wider = self.table.new_full((seats, width), self.trash)
+            wider = self.table.new_full((seats, _grown(before, width)), self.trash)
             wider[:, :before] = self.table
             self.table = wider
+        # One row more: where the batch writes for a seat that has ended.
+        rows = len(self.ids)
+        if tokens + 1 > rows:
+            more = (0, 0, 0, _grown(rows, tokens + 1) - rows)
+            self.ids, self.logps = (torch.nn.functional.pad(drawn, more) for drawn in (self.ids, self.logps))
 
-    def write(self, seats: np.ndarray, values: list[Seat], scale: list[float], rows: list[np.ndarray]) -> None:
-        """Set seats int64 [n]: what each has in `ints`, `scale`, and its slots, int64 [<= width]."""
+    def write(
+        self, seats: np.ndarray, values: list[tuple[int, ...]], scale: list[float], rows: list[np.ndarray]
+    ) -> None:
+        """Set seats int64 [n]: what each has in `ints`, in the order of Fields, in `scale`, and its slots, int64 [<= width]."""
         device = self.ints.device
         table = np.full((len(seats), self.table.shape[1]), self.trash)
         for row, slots in zip(table, rows, strict=True):
@@ -133,4 +126,9 @@ class DecodeState:
 
     def stop(self, seats: list[int]) -> None:
         """Stop seats whose streams are gone."""
-        self.ints[Field.RUNNING, seats] = 0
+        self.ints[ROW.running, seats] = 0
+
+
+def _grown(before: int, needed: int) -> int:
+    """Return the new size of a buffer: by half at least, as with it go the graphs that were captured on it."""
+    return -(-max(needed, before * 3 // 2) // ROOM) * ROOM

@@ -45,7 +45,9 @@ REMEMBERED = 32
 class Admission:
     """The queue of one engine. It opens the slots of streams that run; the engine closes them.
 
-    running: the oldest first.
+    Attributes:
+        running: the oldest first.
+        resting: those of them that are between two turns, or before their first; whoever begins and ends turns keeps it so.
     """
 
     def __init__(self, book: SlotBook, max_streams: int) -> None:
@@ -56,6 +58,7 @@ class Admission:
         self._came = 0
         self._preempted: list[str] = []
         self.running: list[Stream] = []
+        self.resting: set[Stream] = set()
 
     @property
     def possible(self) -> bool:
@@ -82,14 +85,19 @@ class Admission:
         stream = self._waiting.popleft()
         stream.slots = self._book.open(stream.bound, keeps=stream.keeps)
         insort(self.running, stream, key=_age)
+        self.resting.add(stream)
         return stream
+
+    def between_turns(self) -> list[Stream]:
+        """Return the resting ones, the oldest first."""
+        return sorted(self.resting, key=_age)
 
     def due(self) -> Iterator[Stream]:
         """Yield the streams whose next turn is there, the oldest first, and then those that are admitted."""
         before = len(self._preempted)
-        for stream in list(self.running):
+        for stream in self.between_turns():
             # Those that were given back meanwhile are the youngest of the list.
-            if stream.running and stream.between_turns and stream.source.ready:
+            if stream in self.resting and stream.source.ready:
                 yield stream
         # A pool that has just run full has no room for more.
         while len(self._preempted) == before and (admitted := self.admit()) is not None:
@@ -110,7 +118,7 @@ class Admission:
 
         Its slots are the caller's to close.
         """
-        self.running.remove(stream)
+        self._leave(stream)
         again.number = stream.number
         self._preempted.append(stream.id)
         # Whoever waits came later, or was given back before as a younger one.
@@ -118,7 +126,7 @@ class Admission:
 
     def release(self, stream: Stream) -> None:
         """Take a running stream out. Its slots are the caller's to close."""
-        self.running.remove(stream)
+        self._leave(stream)
         if stream.finished and not stream.keeps:
             self._shares.append(stream.peak / stream.bound)
 
@@ -131,4 +139,9 @@ class Admission:
         """Forget every stream."""
         self._waiting.clear()
         self.running.clear()
+        self.resting.clear()
         self._preempted.clear()
+
+    def _leave(self, stream: Stream) -> None:
+        self.running.remove(stream)
+        self.resting.discard(stream)

@@ -6,7 +6,7 @@ One visit of the host, read top to bottom in `Engine.step`:
               packed into rows, and their first tokens                  step_plan.py, forward.py
     admit     waiting streams that fit, whose turns begin with them     admission.py
     decode    several tokens of every stream, without the host          rollout.decode
-    collect   what was drawn, into the logs                             rollout.decode
+    collect   turns that are over, into the logs                        rollout.decode
     finish    logs of the streams that are over
 
 Invariants:
@@ -136,7 +136,7 @@ class Engine:
         self._begin_turns()
         if self._decoder.running:
             self.steps += self._decoder.run(self.version)
-            self._decoder.collect(self.version)
+            self.admission.resting.update(self._decoder.collect())
         return self._finish()
 
     def take_failed(self) -> list[StreamFailure]:
@@ -179,6 +179,7 @@ class Engine:
                 if self._give_back() is stream:
                     return plan
         plan.place(turn)
+        self.admission.resting.remove(stream)
         return plan
 
     def _give_back(self) -> Stream:
@@ -188,7 +189,6 @@ class Engine:
         self._decoder.forget(stream)
         self.admission.give_back(stream, _stream(stream.request, self.backbone, stream.bound, need))
         stream.slots.close()
-        stream.running = False
         return stream
 
     def _plan(self) -> StepPlan:
@@ -211,7 +211,7 @@ class Engine:
     def _finish(self) -> list[StreamLog]:
         """Write what goes out in pieces and release the streams that are over; returns the logs that were kept."""
         logs = []
-        for stream in list(self.admission.running):
+        for stream in self.admission.between_turns():
             if not stream.failure:
                 stream.write_piece()
             if stream.failure:
@@ -224,7 +224,7 @@ class Engine:
         return logs
 
     def _release(self, stream: Stream) -> None:
-        # A stream whose log cannot be written may be in the middle of a turn.
+        # One that is cancelled may be in the middle of a turn.
         self._decoder.forget(stream)
         stream.slots.close()
         self.admission.release(stream)

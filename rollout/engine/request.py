@@ -38,7 +38,7 @@ class StreamRequest:
         layout: the tokens of a turn.
         patch_seconds: time between two temporal patches, in seconds.
         pieces: where the log goes, piece by piece; None: it is kept, and returned whole.
-        piece_tokens: the least length of a piece, in tokens.
+        piece_tokens: the least length of a piece, in tokens; handed out between turns.
     """
 
     header: LogHeader
@@ -98,9 +98,9 @@ class Stream:
         slots: the slots of its forwarded tokens that are still visible; set when it is admitted.
         forwarded: the log index of the first token that was not forwarded yet.
         failure: why it cannot go on; empty while it can.
-        running: False once it was given back.
         contiguous: its positions are contiguous, so that the engine rotates its keys.
         greedy: it takes the largest logit.
+        constants: what the decoder is told of it, the same in every turn: the last of its fields.
     """
 
     request: StreamRequest
@@ -113,13 +113,15 @@ class Stream:
     slots: StreamSlots = field(init=False)
     forwarded: int = 0
     failure: str = ""
-    running: bool = True
     contiguous: bool = field(init=False)
     greedy: bool = field(init=False)
+    constants: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.contiguous = self.writer.regions is not None
-        self.greedy = self.request.header.temperature == 0
+        header, config = self.request.header, self.request.layout.config
+        self.greedy = header.temperature == 0
+        self.constants = (config.think_budget, config.max_new_tokens, header.seed, self.greedy, self.contiguous)
 
     @property
     def id(self) -> str:
@@ -153,7 +155,7 @@ class Stream:
     def write_piece(self) -> None:
         """Hand out the log up to `forwarded` once that is long enough, or all of it at the end; nothing without a sink.
 
-        A sink that cannot take the piece ends the stream.
+        Between two turns. A sink that cannot take the piece ends the stream.
         """
         sink, log = self.request.pieces, self.writer.log
         if sink is None or not (self.finished or self.forwarded - log.first >= self.request.piece_tokens):

@@ -47,8 +47,9 @@ class StreamSlots(ABC):
     """
 
     def __init__(self) -> None:
-        # Replaced as a whole when it changes: who has it keeps what was there.
+        # The first rows of `_room`. Rows come behind them, or in a new array: who has it keeps what was there.
         self.held: np.ndarray = _NONE
+        self._room: np.ndarray = _NONE
 
     def __len__(self) -> int:
         return len(self.held)
@@ -56,7 +57,7 @@ class StreamSlots(ABC):
     def add(self, count: int) -> np.ndarray:
         """Give slots to the next `count` tokens; returns them."""
         slots = self._take(count)
-        self.held = np.concatenate((self.held, slots))
+        self._hold(slots)
         return slots
 
     @property
@@ -103,12 +104,23 @@ class StreamSlots(ABC):
     @abstractmethod
     def _take(self, count: int) -> np.ndarray: ...
 
+    def _hold(self, slots: np.ndarray) -> None:
+        """Add the slots of the next tokens, int64 [n]."""
+        before = len(self.held)
+        after = before + len(slots)
+        if after > len(self._room):
+            self._room = np.empty(after + after // 2, np.int64)
+            self._room[:before] = self.held
+        self._room[before:after] = slots
+        self.held = self._room[:after]
+
     def _forget(self, rows: np.ndarray) -> np.ndarray:
+        """Let go of the tokens in these rows, int64 [n] ascending; returns their slots."""
         slots = self.held
         assert 0 <= rows[0] <= rows[-1] < len(slots), "only tokens that have slots leave"
         stay = np.ones(len(slots), bool)
         stay[rows] = False
-        self.held = slots[stay]
+        self.held = self._room = slots[stay]
         return slots[rows]
 
 
@@ -260,7 +272,7 @@ class _PagedSlots(StreamSlots):
         assert not self.keeps, "a slot that others hold does not come back when it is dropped"
         self._book.hold(source)
         self._owned += count
-        self.held = np.concatenate((self.held, source))
+        self._hold(source)
         return _NONE, _NONE
 
     def expect(self, ahead: int) -> None:

@@ -225,5 +225,5 @@ def _seen(stream: Stream, begin: int, end: int) -> np.ndarray:
         return slots
     held = stream.writer.held
     # What is logged behind this segment is not for it to see.
-    seen = slice(0, int(np.searchsorted(held.column("index"), end)))
+    seen = slice(0, int(held.column("index").searchsorted(np.int32(end))))
     return slots[seen][held.column("lane")[seen] <= stream.writer.log.column("lane", begin)[0]]

@@ -20,7 +20,10 @@ _QUERY = int(Kind.QUERY)  # numpy takes members of an IntEnum, but several times
 
 
 def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
-    """Return what the policy evicts, bool [n]; open queries stay. Raises ValueError for an answer that is no such array."""
+    """Return the rows of what the policy evicts, int64 ascending; open queries stay.
+
+    Raises ValueError for an answer that is not bool [n].
+    """
     leaving = _call(policy.leaving, f" in turn {start.turn}", live, start)
     if not isinstance(leaving, np.ndarray) or leaving.dtype != np.bool_ or leaving.shape != (len(live),):
         given = f"{leaving.dtype} {list(leaving.shape)}" if isinstance(leaving, np.ndarray) else repr(leaving)
@@ -29,13 +32,10 @@ def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndar
             f"one for each of the {len(live)} live tokens"
         )
     rows = leaving.nonzero()[0]
-    asked = rows[live.kind[rows] == _QUERY]
-    if not len(asked):
-        return leaving
-    pinned = start.closed_in[live.turn[asked]] >= start.turn
-    leaving = leaving.copy()
-    leaving[asked[pinned]] = False
-    return leaving
+    asked = live.kind[rows] == _QUERY
+    if not np.count_nonzero(asked):
+        return rows
+    return rows[~(asked & (start.closed_in[live.turn[rows]] >= start.turn))]
 
 
 def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:

@@ -13,26 +13,18 @@ import numpy as np
 
 from streams.log.record import NEVER
 from streams.memory import LiveTokens, TurnStart
-from streams.memory.columns import Columns, Spec
+from streams.memory.columns import Columns
 
-_LIVE = Spec(
-    {
-        "index": np.dtype(np.int64),
-        "kind": np.dtype(np.int8),
-        "turn": np.dtype(np.int32),
-        "ids": np.dtype(np.int32),
-        "ordinal": np.dtype(np.int64),
-        "lane": np.dtype(np.int8),
-    }
-)
-_PLACED = Spec(_LIVE | {"position": np.dtype(np.int64)})
+_LIVE = ("index", "kind", "turn", "ids", "ordinal", "lane")
+_PLACED = (*_LIVE, "position")
+_TURNS = ("video_turns", "generated", "closed_in")
 
 
 class LiveSet:
     """The tokens that the next one may attend to, its lane permitting.
 
-    Columns are those of LiveTokens, `lane`, and for contiguous streams `position`: the smallest of a token's three native
-    position ids.
+    Columns, int32 [n] each, are those of LiveTokens, `lane`, and for contiguous streams `position`: the smallest of a token's
+    three native position ids.
     """
 
     def __init__(self, *, positions: bool = False) -> None:
@@ -84,11 +76,8 @@ class LiveSet:
         return left
 
 
-_TURNS = Spec({name: np.dtype(np.int64) for name in ("video_turns", "generated", "closed_in")})
-
-
 class TurnHistory:
-    """The numbers of every turn that a TurnStart gives to policies: 24 bytes a turn."""
+    """The numbers of every turn that a TurnStart gives to policies: 12 bytes a turn."""
 
     def __init__(self) -> None:
         self._columns = Columns(_TURNS)

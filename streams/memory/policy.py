@@ -26,10 +26,10 @@ POSITIONS = (NATIVE, CONTIGUOUS)
 
 @dataclass(frozen=True)
 class LiveTokens:
-    """The live tokens of a stream, in log order; all [n], and views that change once those that leave are dropped.
+    """The live tokens of a stream, in log order; all int32 [n], and views that change once those that leave are dropped.
 
-    kind int8. turn int32. ids int32. index int64: place in the log. ordinal int64: place among the generated text (thoughts,
-    decisions, responses) of the whole stream, -1 for any other token.
+    index: place in the log. ordinal: place among the generated text (thoughts, decisions, responses) of the whole stream, -1
+    for any other token.
     """
 
     kind: np.ndarray
@@ -46,9 +46,9 @@ class LiveTokens:
 class TurnStart:
     """What a policy may know when turn `turn` starts.
 
-    has_video: whether it shows a chunk; video_tokens: how many tokens of it. video_turns, generated int64 [turn + 1]: number
+    has_video: whether it shows a chunk; video_tokens: how many tokens of it. video_turns, generated int32 [turn + 1]: number
     of video turns, and of generated text tokens, before each turn, the starting one included as last entry. closed_in
-    int64 [turn]: for the query of each earlier turn the turn that closed it; NEVER while open or where there was none.
+    int32 [turn]: for the query of each earlier turn the turn that closed it; NEVER while open or where there was none.
     """
 
     turn: int
@@ -108,18 +108,24 @@ def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
     old = np.zeros(len(live), bool)
     if start.has_video:
         # Both lists of turns ascend. `window` or more video turns have passed since every turn before `turn`.
-        turn = start.video_turns.searchsorted(start.video_turns[start.turn] - window, side="right")
-        before = tokens_before(live, turn)
+        enough = number(int(start.video_turns[start.turn]) - window)
+        before = tokens_before(live, int(start.video_turns.searchsorted(enough, side="right")))
         old[:before] = live.kind[:before] == _VIDEO
     return old
 
 
 def old_text(live: LiveTokens, start: TurnStart, window: int, kinds: tuple[int, ...] = TURN_TEXT) -> np.ndarray:
     """bool [n]: tokens of these kinds that are not of the last `window` turns."""
-    old = np.zeros(len(live), bool)
+    return with_old_text(np.zeros(len(live), bool), live, start, window, kinds)
+
+
+def with_old_text(
+    leaving: np.ndarray, live: LiveTokens, start: TurnStart, window: int, kinds: tuple[int, ...] = TURN_TEXT
+) -> np.ndarray:
+    """Set `leaving`, bool [n], where `old_text` is; returns it."""
     before = tokens_before(live, start.turn - window + 1)
-    old[:before] = among(live.kind[:before], kinds)
-    return old
+    leaving[:before] |= among(live.kind[:before], kinds)
+    return leaving
 
 
 def among(kind: np.ndarray, kinds: tuple[int, ...]) -> np.ndarray:
@@ -136,5 +142,9 @@ def _table(kinds: tuple[int, ...]) -> np.ndarray:
 
 def tokens_before(live: LiveTokens, turn: int) -> int:
     """Return how many of the live tokens are of turns before this one; they come first, as turns never decrease."""
-    # In the column's own dtype: with any other the search first converts the column.
-    return int(live.turn.searchsorted(np.int32(max(0, turn))))
+    return int(live.turn.searchsorted(number(turn)))
+
+
+def number(value: int) -> np.int32:
+    """Return what to search a column for: in the column's own dtype, as with any other it is converted first. At least -1."""
+    return np.int32(max(-1, value))

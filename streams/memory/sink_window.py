@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from streams.log.record import Kind
-from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_text, old_video, tokens_before
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, number, old_video, tokens_before, with_old_text
 from streams.positions.regions import Region
 
 # numpy takes members of an IntEnum, but several times as long as plain numbers.
@@ -32,21 +32,21 @@ class SinkWindow(MemoryPolicy):
         self.sink_tokens, self.tail_tokens = sink_tokens, tail_tokens
 
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        leaving = old_video(live, start, self.window)
-        leaving |= old_text(live, start, self.text_window, (Kind.SCAFFOLD, Kind.QUERY, Kind.END))
+        text = (Kind.SCAFFOLD, Kind.QUERY, Kind.END)
+        leaving = with_old_text(old_video(live, start, self.window), live, start, self.text_window, text)
         # Generated tokens of the turns that have left the text window: the tail is counted from their end. The ordinal of any
         # other token is -1, which is in no window.
         begins = max(0, start.turn - self.text_window + 1)
         ordinal = live.ordinal[: tokens_before(live, begins)]
-        between = (ordinal >= self.sink_tokens) & (ordinal < start.generated[begins] - self.tail_tokens)
+        between = (ordinal >= self.sink_tokens) & (ordinal < int(start.generated[begins]) - self.tail_tokens)
         leaving[: len(between)] |= between
         return leaving
 
     def regions(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
         region = np.full(len(live), _RETAINED, np.int8)
         # Turns up to the latest one whose video was evicted. A later turn without video waits for the video before it.
-        shown = start.video_turns[start.turn] + start.has_video
-        unseen = int(start.video_turns.searchsorted(shown - self.window))
+        shown = int(start.video_turns[start.turn]) + start.has_video
+        unseen = int(start.video_turns.searchsorted(number(shown - self.window)))
         region[: tokens_before(live, unseen)] = Region.TEXT
         old = tokens_before(live, start.turn - self.text_window + 1)
         kind, ordinal = live.kind[:old], live.ordinal[:old]

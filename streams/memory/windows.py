@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_text, old_video
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_video, with_old_text
 
 
 class Full(MemoryPolicy):
@@ -31,7 +31,7 @@ class Rcsm(MemoryPolicy):
 
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
         leaving = old_video(live, start, self.window)
-        return leaving if self.text_window is None else leaving | old_text(live, start, self.text_window)
+        return leaving if self.text_window is None else with_old_text(leaving, live, start, self.text_window)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         # One more turn than each window: slots of evicted tokens are freed after the forward that replaces them.
@@ -53,7 +53,7 @@ class RecentFrames(MemoryPolicy):
         self.text_window: int = window
 
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        return old_video(live, start, self.window) | old_text(live, start, self.text_window)
+        return with_old_text(old_video(live, start, self.window), live, start, self.text_window)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         return fixed + (min(turns, self.window) + 1) * per_turn

@@ -107,7 +107,7 @@ class RegionBook:
     def move(self, live: np.ndarray, region: np.ndarray, entry: int) -> None:
         """Move tokens between regions and log the moves.
 
-        live: int64 [n], log indices of the live tokens. region: int8 [n], the region of each from log index `entry` on.
+        live: int [n], log indices of the live tokens. region: int8 [n], the region of each from log index `entry` on.
         """
         moving = region != self._region
         rows = moving.nonzero()[0]
@@ -128,7 +128,7 @@ class RegionBook:
     def settle(self, live: np.ndarray, native: np.ndarray) -> None:
         """Lay out the regions for the running turn. Called once its prefill has been appended.
 
-        live, native: int64 [n], log indices of the live tokens and their native positions.
+        live, native: int [n], log indices of the live tokens and their native positions.
         """
         moved = self._region != _RETAINED
         static = moved.nonzero()[0]

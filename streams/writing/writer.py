@@ -51,7 +51,7 @@ class Begun(NamedTuple):
     """What a turn has begun with.
 
     Attributes:
-        left: int64 [n], the log indices of what was evicted. rows: their places among the tokens that were live before.
+        left: int32 [n], the log indices of what was evicted. rows: int64 [n], their places among the tokens that were live.
         prefill: of the log; a preceding copy is no part of it.
     """
 
@@ -109,7 +109,7 @@ class StreamWriter:
 
     @property
     def live(self) -> np.ndarray:
-        """Log indices int64 [n] of the live tokens, ascending."""
+        """Log indices int32 [n] of the live tokens, ascending."""
         return self.held.column("index")
 
     @property
@@ -161,14 +161,14 @@ class StreamWriter:
         Args:
             version: of the weights that sampled them.
             logps: float64 [n], the log-prob under which each was sampled, in nats, NaN for a forced one; None: none was
-                sampled. Arrays are kept, and must not be written any more.
+                sampled. Arrays are kept, ids of int32 too, and must not be written any more.
             target: bool [n], or one for all: they are trained on.
         """
         assert self.state is not None
         if not self._generation_begun:
             self.log.begin_segment()
             self._generation_begun = True
-        ids = np.array(ids, np.int32)
+        ids = np.asarray(ids, np.int32)
         kinds = np.frombuffer(bytes(self.state.advance(ids.tolist())), np.int8)
         count = len(kinds)
         positions = self._cursors[self._lane].text(count)
@@ -224,11 +224,12 @@ class StreamWriter:
             video_tokens=0 if chunk is None else chunk.num_tokens,
             generated=self.generated,
         )
-        leaving = evicted(self.policy, self.held.tokens(), start)
-        rows = leaving.nonzero()[0]
-        left = self.held.drop(rows)
+        rows = evicted(self.policy, self.held.tokens(), start)
+        count, left = len(self.held), self.held.drop(rows)
         self.log.expire(left)
         if self.regions is not None:
-            before = self.regions.leave(~leaving)
+            stays = np.ones(count, bool)
+            stays[rows] = False
+            before = self.regions.leave(stays)
             self.regions.move(self.live, placed(self.policy, self.held.tokens(), start, before), self.log.length)
         return left, rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rollout.attention import make_backend, with_decode
-from rollout.decode.state import Field
+from rollout.decode.state import ROW
 from rollout.engine.engine import Engine
 from rollout.engine.kv_pool import KVPool
 from rollout.staging import StagedWeights
@@ -104,7 +104,7 @@ def test_a_replayed_step_is_the_eager_step(backbone):
             engine.add(replace(made, features=tuple(f.to(backbone.device) for f in made.features)))
         engine.step()
     replayed, eager = (engine._decoder.state for engine in engines)
-    assert int(replayed.ints[Field.COUNT].max()) >= 4
+    assert int(replayed.ints[ROW.written].max()) >= 4
     assert torch.equal(replayed.ints, eager.ints)
     # Behind the last token of a seat lies whatever the batch computed for it.
     assert torch.equal(replayed.ids[:5, :6], eager.ids[:5, :6])

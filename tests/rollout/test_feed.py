@@ -151,18 +151,17 @@ def test_a_disk_that_is_full_ends_that_stream_by_name_and_no_other(fp32, tmp_pat
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["blocks", "pages"])
-def test_a_stream_that_ends_in_the_middle_of_a_turn_leaves_seat_and_slots_to_others(fp64, tmp_path, monkeypatch, paged):
+def test_a_stream_that_ends_in_the_middle_of_a_turn_leaves_seat_and_slots_to_others(fp64, monkeypatch, paged):
     wanted = {log.header.stream_id: log for log in run(fp64, streams(fp64, 4))}
     if paged:
         use_pages(monkeypatch)
     first, *others = streams(fp64, 4)
     engine = Engine(fp64, kv_slots=4000, max_streams=1, decode_steps=1)
-    writer = engine.add(dataclasses.replace(first, pieces=PieceFolder(tmp_path / "full"), piece_tokens=1))
+    writer = engine.add(first)
     for other in others:
         engine.add(other)
-    with file_size_limit(200):
-        engine.step()
-    assert [failed.stream_id for failed in engine.take_failed()] == ["s0"]
+    engine.step()
+    engine.cancel({"s0"})
     assert writer.state is not None
     assert not writer.state.over, "it ended in the middle of its first turn"
     logs = run_dry(engine)

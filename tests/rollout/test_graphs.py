@@ -114,10 +114,10 @@ def test_a_wider_table_is_captured_anew(backbone, monkeypatch):
     engine = engine_of(backbone)
     wanted = ids_of(engine, backbone, "a")
     captured, state = graphs_of(engine).captured, engine._decoder.state
-    width = state.table.shape[1]
-    state.widen(width)
-    assert state.table.shape[1] == width
-    state.widen(width + 1)
+    width, rows = state.table.shape[1], len(state.ids)
+    state.make_room(width, rows - 1)
+    assert (state.table.shape[1], len(state.ids)) == (width, rows)
+    state.make_room(width + 1, 0)
     assert state.table.shape[1] >= 1.5 * width - 1
     assert ids_of(engine, backbone, "a") == wanted
     assert graphs_of(engine).captured > captured

@@ -53,7 +53,7 @@ def made(backbone, *, paged: bool, attention: str = "triton") -> tuple[Decoder, 
     if attention == "triton":
         backend = TritonDecodeBackend(pool, backend, groups)
     decoder = Decoder(backbone, pool, backend, SEATS, STEPS)
-    decoder.state.widen(WIDTH)
+    decoder.state.make_room(WIDTH, 0)
     return decoder, pool
 
 
@@ -129,7 +129,7 @@ FAULTS = {
     "a new buffer": (lambda state: setattr(state, "ids", state.ids.clone()), "ids: another storage"),
     "another storage": (lambda state: setattr(state.ids, "data", state.ids.clone()), "another storage"),
     "set_": (lambda state: state.ids.set_(state.ids.clone()), "a tensor gets another storage"),
-    "a wider table": (lambda state: state.widen(2 * WIDTH), "table: another storage"),
+    "a wider table": (lambda state: state.make_room(2 * WIDTH, 0), "table: another storage"),
 }
 """Name -> (what a step must not do, what is said of it)."""
 
