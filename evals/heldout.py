@@ -120,18 +120,18 @@ def evaluate(
     gate = MismatchGate(config)
     done: dict[int, WatchedStream] = {}
     what = f"evaluation {condition.name}"
-    for (index, request), (summary_ref, payload) in session.spread(
+    summary: GroupSummary
+    for (index, request), summary, (_, payload) in session.crew.spread(
         enumerate(requests), send, config.rollout.max_streams, what
     ):
         task = request.task
-        summary: GroupSummary = session.call(summary_ref, f"the stream of {task.id}")
         done[index] = WatchedStream(request, summary, payload)
         gate.observe(f"rollout worker {summary.worker}", summary.monitor, summary.off)
         if summary.failed is not None:
             progress.say(f"eval: failed {task.id}: {summary.failed}{at_row(task)}")
     watched = [done[index] for index in range(len(tasks))]
     jobs = reward_jobs(watched)
-    scores = session.call(session.scorer.score.remote(jobs), "the scores of the evaluation")
+    scores = session.crew.score(jobs, "the scores of the evaluation")
     evicted = sum(stream.summary.evicted_tokens for stream in watched)
     log_tokens = sum(stream.summary.log_tokens for stream in watched)
     return collect(condition.name, scored_streams(watched, jobs, scores), evicted, log_tokens)
@@ -217,7 +217,7 @@ def scripted_rewards(
     jobs = tuple(
         RewardJob(task.id, task, plan, (silent_turns(plan.turns),)) for task, plan in zip(tasks, plans, strict=True)
     )
-    scores = session.call(session.scorer.score.remote(jobs), "the scores of the silent script")
+    scores = session.crew.score(jobs, "the scores of the silent script")
     return play_oracle(config, session, tasks, fits).reward, float(np.mean([r[0].total for r in scores]))
 
 

@@ -46,7 +46,7 @@ def run_evaluation(
         raise ValueError("there is no usable held-out task (see the skipped lines above, and data.heldout)")
     results: dict[str, EvalResult] = {}
     for name, checkpoint in checkpoints.items():
-        session.setup_workers(worker_setup(checkpoint, config.learner.boundary))
+        session.crew.set_up(worker_setup(checkpoint, config.learner.boundary))
         results[name] = evaluate(config, session, tasks, Condition("trained"), progress, name)
         _report(name, results[name], tracker, progress)
     last, checkpoint = list(checkpoints.items())[-1]

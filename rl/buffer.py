@@ -27,7 +27,7 @@ G = TypeVar("G")
 
 @dataclass
 class GroupBuffer(Generic[G]):
-    """Groups between admission and training. `admit` -> `fulfil` or `drop` -> `next_batch` -> `trained`.
+    """Groups between admission and training. `admit` -> `fulfil` or `drop` -> `next_batch` -> `trained` or `take_back`.
 
     Attributes:
         limits: The capacity C, the batch size B, the lag, and the bound on age that follows from them.
@@ -36,7 +36,7 @@ class GroupBuffer(Generic[G]):
     limits: AgeBound
     _next: int = 0
     _waiting: dict[int, G | None] = field(default_factory=dict)
-    _in_training: int = 0
+    _in_training: list[int] = field(default_factory=list)  # tickets
 
     @property
     def admitted(self) -> int:
@@ -46,7 +46,7 @@ class GroupBuffer(Generic[G]):
     @property
     def untrained(self) -> int:
         """Number of groups that are admitted and not yet trained."""
-        return len(self._waiting) + self._in_training
+        return len(self._waiting) + len(self._in_training)
 
     @property
     def ready(self) -> int:
@@ -68,6 +68,10 @@ class GroupBuffer(Generic[G]):
     def waits(self, ticket: int) -> bool:
         """Return whether the group of `ticket` has been neither dropped nor cut into a batch."""
         return ticket in self._waiting
+
+    def holds(self, ticket: int) -> bool:
+        """Return whether the group of `ticket` has been neither dropped nor trained."""
+        return ticket in self._waiting or ticket in self._in_training
 
     def fulfil(self, ticket: int, group: G) -> None:
         """Make the scored group of a ticket ready for a batch."""
@@ -92,12 +96,18 @@ class GroupBuffer(Generic[G]):
             return None
         for ticket in oldest:
             del self._waiting[ticket]
-        self._in_training = len(groups)
+        self._in_training = oldest
         return groups
+
+    def take_back(self) -> list[int]:
+        """Undo `next_batch`, as the step was not made: its groups are to be rolled out again. Returns their tickets."""
+        tickets, self._in_training = self._in_training, []
+        self._waiting.update(dict.fromkeys(tickets))
+        return tickets
 
     def trained(self) -> None:
         """Note that the step over the last batch is over."""
-        self._in_training = 0
+        self._in_training = []
 
     def check_age(self, learner_version: int, oldest_version: int, group: str) -> int:
         """Return the age of a group when it is trained. Raises RuntimeError if it is above the bound proved above."""

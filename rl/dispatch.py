@@ -116,12 +116,14 @@ class Dispatcher:
 
     def request(self, assignment: Assignment) -> RolloutTask:
         """Return the message that asks a worker for the assignment's group."""
-        return self._request(assignment.group, assignment.task, assignment.plan, assignment.features)
+        return _rollout_task(self._config, assignment.group, assignment.task, assignment.plan, assignment.features)
 
     def extra(self, name: str) -> RolloutTask:
         """Return a request for one more group of the source, under a name of its own, which is not trained on."""
         _, task = next(self._source)
-        return self._request(f"{name}/{task.id}", task, self._config.data.plan_of(task), self._kept(task)[0])
+        return _rollout_task(
+            self._config, f"{name}/{task.id}", task, self._config.data.plan_of(task), self._kept(task)[0]
+        )
 
     # --- back -----------------------------------------------------------------------------------------------------
 
@@ -158,9 +160,10 @@ class Dispatcher:
     def reissue(self, worker: int) -> tuple[int, ...]:
         """Take back all untrained groups that need the lost `worker`, and give it none until it is `restored`.
 
-        Returns their tickets; `next` assigns them again. A group in training stays: if the learner could not fetch its
-        payload, that step fails.
+        Returns their tickets; `next` assigns them again. A group in training stays: if the learner cannot fetch its payload,
+        that step fails, and `reissue_batch` takes it back.
         """
+        self._ledger.lose(worker)
         self._lives[worker] = Life(worker, self._lives[worker].number + 1)
         self._load[worker] = 0
         self._lost.add(worker)
@@ -175,8 +178,15 @@ class Dispatcher:
         self._returned |= taken
         return tuple(sorted(taken))
 
-    def restored(self, worker: int) -> None:
-        """Give groups again to a worker that was lost and now runs again."""
+    def reissue_batch(self) -> tuple[int, ...]:
+        """Take back the groups of a batch that could not be trained, as media were lost. Returns their tickets."""
+        tickets = self._buffer.take_back()
+        self._returned |= {ticket: self._latest.pop(ticket) for ticket in tickets}
+        return tuple(tickets)
+
+    def restored(self, worker: int, version: int) -> None:
+        """Give groups again to a worker that was lost, and now runs this version."""
+        self._ledger.restore(worker, version)
         self._lost.remove(worker)
 
     # --- which worker ---------------------------------------------------------------------------------------------
@@ -199,21 +209,11 @@ class Dispatcher:
 
     def _assign(self, ticket: int, epoch: int, task: StreamTask, plan: Plan, worker: int) -> Assignment:
         assignment = Assignment(ticket, epoch, task, plan, self._lives[worker], *self._kept(task))
-        # Nobody reports that a group was trained: forget the assignments whose tickets no longer wait.
-        self._latest = {t: a for t, a in self._latest.items() if self._buffer.waits(t)} | {ticket: assignment}
+        # Nobody reports that a group was trained: forget the assignments whose groups are.
+        self._latest = {t: a for t, a in self._latest.items() if self._buffer.holds(t)} | {ticket: assignment}
         self._load[worker] += 1
         self.clips.add(task.id)
         return assignment
-
-    def _request(self, group: str, task: StreamTask, plan: Plan, features: Any) -> RolloutTask:
-        return RolloutTask(
-            group=group,
-            task=task,
-            plan=plan,
-            streams=self._config.algorithm.group_size,
-            temperature=self._config.rollout.temperature,
-            features=features,
-        )
 
     def _kept(self, task: StreamTask) -> tuple[Any, Life | None]:
         """Return (features, their maker) of the task's clip; (None, None) if no living process has made them."""
@@ -224,3 +224,14 @@ class Dispatcher:
         """Return whether all that the group needs is, or will be, in the memory of living workers."""
         needed = (assignment.life, assignment.maker)
         return all(self._lives[life.worker] == life for life in needed if life is not None)
+
+
+def _rollout_task(config: RunConfig, group: str, task: StreamTask, plan: Plan, features: Any) -> RolloutTask:
+    return RolloutTask(
+        group=group,
+        task=task,
+        plan=plan,
+        streams=config.algorithm.group_size,
+        temperature=config.rollout.temperature,
+        features=features,
+    )

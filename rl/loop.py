@@ -8,7 +8,7 @@ lets each worker run one group at a time, so that no batch depends on timing.
 Invariants:
 * no sample is older than the bound of `rl.buffer`;
 * at most two published versions are alive (`rl.versions`);
-* every admitted group is trained, dropped by name, or left over at the end;
+* every admitted group is trained, dropped by name, or left over at the end, whatever workers and scorers die meanwhile;
 * weights that the mismatch gate refuses reach no worker and no checkpoint.
 """
 
@@ -29,7 +29,8 @@ from rl.periodic_eval import PeriodicEvaluation
 from rl.results import ReadyGroup, RLResult
 from rl.step_report import StepReport
 from rl.versions import VersionLedger
-from rl.workers import Workers
+from rl.workers import PublishedGroups, Workers
+from runtime.cluster.events import lost_with_an_actor
 from runtime.context import StageContext
 from runtime.mismatch_gate import MismatchGate
 from runtime.store.manifests import plain
@@ -57,11 +58,12 @@ class RLLoop:
         self.version = self.stage.began_at
         self.result = RLResult.restore(context.resume.counters) if context.resume else RLResult()
         self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(age_bound(config))
-        ledger = VersionLedger(len(self.session.workers), self.buffer.limits.lag, self.version)
+        ledger = VersionLedger(config.rollout.workers, self.buffer.limits.lag, self.version)
         done = self.stage.done
         self.dispatch = Dispatcher(config, self.buffer, ledger, epochs(tasks, config.seed, done), len(done))
         self.gate = MismatchGate(config)
-        self.workers = Workers(self.session, self.stage.events, ledger, self.gate)
+        self.workers = Workers(self.session, self.stage.events, ledger, self.gate, self.stage.revival)
+        self.stage.revival.watch(self.dispatch.reissue, self._worker_back)
         self.evaluation = PeriodicEvaluation(self.stage, self.workers, self)
         self.report = StepReport(context, [line.values for line in self.stage.journal.of_kind("step")])
         self.published_off: OffToken | None = None
@@ -90,28 +92,19 @@ class RLLoop:
             wait()
         stage.finish(self.version, self._counters())
         # `_check_published` is about the last version: every worker must have swapped to it.
-        while self.workers.ledger.fetching:
+        while not self.workers.ledger.settled:
             wait()
         self._check_published()
-        for worker in self.session.workers:
-            stats = self.session.call(worker.stats.remote(), "a worker's counters")
-            self.result.clips_encoded += stats.clips_encoded
+        for stats in self.session.crew.of_living(lambda worker: worker.stats.remote(), "say its counters"):
+            self.result.clips_encoded += 0 if stats is None else stats.clips_encoded
         self.result.distinct_clips = len(self.dispatch.clips)
         return self._account()
 
     def _check_published(self) -> None:
-        """Have each worker roll out one group on the weights it swapped in, and the learner that published them score
-        it.
-
-        This shows that publishing works: a swap that copied nothing, or named the wrong version, fails here.
-        """
-        payloads = []
-        for i, worker in enumerate(self.session.workers):
-            request = self.dispatch.extra(f"published-{i}")
-            summary, payload = worker.rollout.options(num_returns=2).remote(request)
-            if self.session.call(summary, f"a group on the published weights of worker {i}").failed is None:
-                payloads.append(payload)
-        score = self.session.call(self.session.learners.score(tuple(payloads)), "the published weights' scores")
+        """Have each worker roll out a group on the weights it swapped in, and the learner that published them score it."""
+        groups = PublishedGroups(self.workers, self.version, self.dispatch.extra)
+        payloads = groups.payloads(self.stage.events.wait)
+        score = self.session.call(self.session.learners.score(payloads), "the published weights' scores")
         self.result.published, self.result.published_by_kind = score.diff, score.by_kind
         self.published_off = score.off
 
@@ -195,6 +188,20 @@ class RLLoop:
             report,
             f"optimiser step {self.version + 1}",
             lambda value: self._trained(value, weights, groups, ages),
+            self._untrained,
+        )
+
+    def _untrained(self, error: Exception) -> None:
+        """Have a batch rolled out again whose media were lost before the learner had fetched them; raise any other error.
+
+        One rank fetches before it computes. Several may have begun to wait for one another: that ends the run.
+        """
+        if not lost_with_an_actor(error) or self.session.learners.ranks > 1:
+            raise error
+        self._training = False
+        tickets = self.dispatch.reissue_batch()
+        self.stage.context.progress.say(
+            f"rl: the media of step {self.version + 1} were lost with a worker: its {len(tickets)} groups are rolled out again"
         )
 
     def _trained(self, report: TrainReport, weights: Any, groups: list[ReadyGroup], ages: list[int]) -> None:
@@ -215,8 +222,8 @@ class RLLoop:
         if evaluate:
             self.evaluation.begin(self.version)
 
-    def score_log(self, summary: GroupSummary, payload: Any, handle: Callable[[ScoreReport], None]) -> bool:
-        """Have the learner score a held-out stream for `handle`.
+    def score_log(self, summary: GroupSummary, payload: Any, handle: Callable[[ScoreReport | None], None]) -> bool:
+        """Have the learner score a held-out stream for `handle`, which gets None if its media are lost.
 
         Returns False, and does nothing, if the learner is at another version than the stream's, or about to be.
         """
@@ -227,15 +234,28 @@ class RLLoop:
             self.gate.observe("learner, on held-out logs", report.diff, report.off)
             handle(report)
 
+        def failed(error: Exception) -> None:
+            if not lost_with_an_actor(error):
+                raise error
+            handle(None)
+
         self.stage.events.expect(
             self.session.learners.score((payload,), (summary.log_tokens,)),
             f"the learner's scores of {summary.group}",
             scored,
+            failed,
         )
         return True
 
+    # --- workers that come and go ---------------------------------------------------------------------------------
+
+    def _worker_back(self, worker: int, version: int) -> None:
+        self.dispatch.restored(worker, version)
+        self.workers.catch_up()
+
     def _account(self) -> RLResult:
-        """Return the result so far, with its time and best checkpoint."""
+        """Return the result so far, with its time, best checkpoint, and deaths."""
+        self.result.deaths = self.stage.deaths
         self.result.seconds, self.result.best = self.stage.seconds, self.stage.best
         return self.result
 

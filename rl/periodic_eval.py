@@ -45,8 +45,11 @@ SHARE = 4
 class LogScorer(Protocol):
     """The learner, as an evaluation sees it."""
 
-    def score_log(self, summary: GroupSummary, payload: Any, handle: Callable[[ScoreReport], None]) -> bool:
-        """Score a held-out stream for `handle`. Returns False, and does nothing, if the learner is at other weights."""
+    def score_log(self, summary: GroupSummary, payload: Any, handle: Callable[[ScoreReport | None], None]) -> bool:
+        """Score a held-out stream for `handle`, which gets None if its media are lost.
+
+        Returns False, and does nothing, if the learner is at other weights.
+        """
 
 
 @dataclass
@@ -94,7 +97,7 @@ class PeriodicEvaluation:
         if running is None:
             return
         for worker in range(len(self._load)):
-            runs_it = self._workers.ledger.running[worker] >= running.version
+            runs_it = self._workers.ledger.runs(worker, running.version)
             while runs_it and running.left and self._load[worker] < self._per_worker:
                 self._start(running, running.left.popleft(), worker)
         if not running.left and not running.under_way and not running.scoring:
@@ -115,7 +118,15 @@ class PeriodicEvaluation:
             request,
             f"the evaluation of {task.id}",
             lambda summary, payload: self._watched(running, summary, payload, request, worker),
+            lambda: self._lost(running, task, worker),
         )
+
+    def _lost(self, running: _Running, task: StreamTask, worker: int) -> None:
+        """Let another worker, or the one that takes its place, watch the task."""
+        self._load[worker] -= 1
+        running.under_way -= 1
+        running.left.appendleft(task)
+        self.pump()
 
     def _watched(
         self, running: _Running, summary: GroupSummary, payload: Any, request: RolloutTask, worker: int
@@ -129,10 +140,11 @@ class PeriodicEvaluation:
             running.under_way -= 1
         self.pump()
 
-    def _compared(self, running: _Running, report: ScoreReport, summary: GroupSummary) -> None:
-        assert summary.versions == (report.version,), "the learner scored before it trained on"
+    def _compared(self, running: _Running, report: ScoreReport | None, summary: GroupSummary) -> None:
         running.under_way -= 1
-        running.diffs.append(report.diff)
+        if report is not None:
+            assert summary.versions == (report.version,), "the learner scored before it trained on"
+            running.diffs.append(report.diff)
         self.pump()
 
     def _finish(self, running: _Running, jobs: Sequence[RewardJob], scores: Sequence[tuple[RewardResult, ...]]) -> None:

@@ -51,6 +51,7 @@ class RLResult:
         distinct_clips: Different clips that were rolled out.
         best: Step, metric and value of the best checkpoint; {} without one.
         seconds: Time of all attempts, up to the checkpoints that they were continued from.
+        deaths: Processes that died and were replaced, by the actor's name.
     """
 
     steps: int = 0
@@ -70,6 +71,7 @@ class RLResult:
     distinct_clips: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    deaths: dict[str, int] = field(default_factory=dict)
 
     def count_step(
         self, report: TrainReport, groups: Sequence[ReadyGroup], ages: Sequence[int], mean_reward: float | None

@@ -9,6 +9,7 @@ from conf.schema import RunConfig
 from evals.best import check_best
 from evals.stage import ROWS as HELDOUT
 from rl.loop import RLLoop
+from runtime.cluster.revival import deaths_in_words
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
 
@@ -32,6 +33,7 @@ def run(run: Run) -> dict[str, Any]:
     run.progress.say(
         f"rl: {result.steps} steps in {result.seconds:.0f} s, mean reward {_shown(result.mean_reward_first)} -> "
         f"{_shown(result.mean_reward_last)}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
+        f"{deaths_in_words(result.deaths)}"
     )
     run.gate.judge("learner, on the published weights", result.published, loop.published_off)
     return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["rl"].kept]}

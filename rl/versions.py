@@ -4,7 +4,7 @@ Invariants:
 * a worker fetches one version at a time, always the newest;
 * at most two published versions are alive: the newest, and an older one that is still being fetched;
 * no optimiser step starts while an older version is being fetched, as it would publish a third;
-* a worker more than `max_lag` versions behind gets no task.
+* a worker more than `max_lag` versions behind gets no task, nor one that is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class VersionLedger:
         workers: Number of workers.
         max_lag: How many versions a worker may be behind and still get tasks.
         published: The newest version.
-        running: The version that each worker runs.
+        running: The version that each worker runs; no entry while it is lost.
         fetching: The version that a worker fetches; no entry if it fetches none.
     """
 
@@ -45,7 +45,7 @@ class VersionLedger:
 
     def next_fetches(self) -> list[int]:
         """Return the workers that have to fetch the newest version now, and note that they do."""
-        due = [w for w in self.running if w not in self.fetching and self.running[w] < self.published]
+        due = [w for w in sorted(self.running) if w not in self.fetching and self.running[w] < self.published]
         for worker in due:
             self.fetching[worker] = self.published
         return due
@@ -55,6 +55,25 @@ class VersionLedger:
         del self.fetching[worker]
         self.running[worker] = version
 
+    def lose(self, worker: int) -> None:
+        """Note that a worker died, with whatever it fetched; also if it was lost already."""
+        self.running.pop(worker, None)
+        self.fetching.pop(worker, None)
+
+    def restore(self, worker: int, version: int) -> None:
+        """Note that a worker is there again, and runs this version."""
+        assert worker not in self.running, "it was not lost"
+        self.running[worker] = version
+
+    def runs(self, worker: int, version: int) -> bool:
+        """Return whether a worker runs this version or a newer one."""
+        return worker in self.running and self.running[worker] >= version
+
     def may_work(self, worker: int, learner_version: int) -> bool:
-        """Return whether a worker is at most `max_lag` versions behind the learner."""
-        return learner_version - self.running[worker] <= self.max_lag
+        """Return whether a worker is there, and at most `max_lag` versions behind the learner."""
+        return self.runs(worker, learner_version - self.max_lag)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every worker is there, and fetches nothing."""
+        return not self.fetching and len(self.running) == self.workers

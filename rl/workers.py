@@ -3,7 +3,8 @@
 Invariants:
 * every reply of a worker passes the mismatch gate before it is used;
 * a worker fetches a published version at once, or, if it is fetching another, the newest one after that
-  (`rl.versions`).
+  (`rl.versions`);
+* what a scorer leaves without a reply is asked of the one that takes its place.
 """
 
 from __future__ import annotations
@@ -14,42 +15,68 @@ from typing import Any
 from rewards.compose import RewardResult
 from rl.versions import VersionLedger
 from runtime.cluster.events import Events
+from runtime.cluster.revival import SCORER, Revival
 from runtime.cluster.session import Session
 from runtime.mismatch_gate import MismatchGate
 from streams.messages import GroupSummary, RewardJob, RolloutTask, SwapReport
+
+CHECK_TRIES = 10
+"""Tasks that each worker may try until it has one to compare with."""
 
 
 class Workers:
     """Calls the workers and the scorer for one stage; their replies are events."""
 
-    def __init__(self, session: Session, events: Events, ledger: VersionLedger, gate: MismatchGate) -> None:
-        self._session, self._events, self._gate = session, events, gate
+    def __init__(
+        self, session: Session, events: Events, ledger: VersionLedger, gate: MismatchGate, revival: Revival
+    ) -> None:
+        self._session, self._events, self._gate, self._revival = session, events, gate, revival
         self.ledger = ledger
         self._weights: Any = None
         self._swaps: list[SwapReport] = []
 
     def roll_out(
-        self, worker: int, request: RolloutTask, what: str, handle: Callable[[GroupSummary, Any], None]
+        self,
+        worker: int,
+        request: RolloutTask,
+        what: str,
+        handle: Callable[[GroupSummary, Any], None],
+        lost: Callable[[], None] | None = None,
     ) -> None:
-        """Send a group to a worker. Calls `handle` with its summary and a reference to its payload."""
-        summary, payload = self._session.workers[worker].rollout.options(num_returns=2).remote(request)
+        """Send a group to a worker. Calls `handle` with its summary and a reference to its payload, or `lost` if it died."""
+        summary, payload = self._session.crew.workers[worker].rollout.options(num_returns=2).remote(request)
 
         def arrived(value: GroupSummary) -> None:
+            self._revival.alive(f"rollout-{worker}")
             self._gate.observe(f"rollout worker {worker}", value.monitor, value.off)
             handle(value, payload)
 
-        self._events.expect(summary, f"{what} on rollout worker {worker}", arrived)
+        self._events.expect(summary, f"{what} on rollout worker {worker}", arrived, lost=lost)
 
     def score(
         self, jobs: tuple[RewardJob, ...], what: str, handle: Callable[[list[tuple[RewardResult, ...]]], None]
     ) -> None:
         """Have the rewards of `jobs` computed. Calls `handle` with, for each job, one result per stream."""
-        self._events.expect(self._session.scorer.score.remote(jobs), f"the scores of {what}", handle)
+
+        def scored(results: list[tuple[RewardResult, ...]]) -> None:
+            self._revival.alive(SCORER)
+            handle(results)
+
+        self._events.expect(
+            self._session.crew.scorer.score.remote(jobs),
+            f"the scores of {what}",
+            scored,
+            lost=lambda: self.score(jobs, what, handle),
+        )
 
     def publish(self, version: int, weights: Any) -> None:
         """Have the workers fetch new weights. weights: object reference to a WeightsUpdate."""
         self.ledger.publish(version)
         self._weights = weights
+        self._start_fetches()
+
+    def catch_up(self) -> None:
+        """Have workers that are behind, as those that were lost, fetch the newest weights."""
         self._start_fetches()
 
     def take_swaps(self) -> list[SwapReport]:
@@ -62,7 +89,7 @@ class Workers:
             self._events.expect(
                 # In a list, so that Ray passes the reference itself, and the worker fetches the weights in the
                 # background.
-                self._session.workers[worker].update_weights.remote([self._weights]),
+                self._session.crew.workers[worker].update_weights.remote([self._weights]),
                 f"rollout worker {worker} to swap to version {self.ledger.published}",
                 self._swapped,
             )
@@ -71,3 +98,47 @@ class Workers:
         self.ledger.swapped(report.worker, report.version)
         self._swaps.append(report)
         self._start_fetches()
+
+
+class PublishedGroups:
+    """One group of every worker on the weights that it swapped in last, for the learner that published them to score.
+
+    A swap that copied nothing, or named the wrong version, fails there. A task that fails, or a worker that dies, costs a try
+    of CHECK_TRIES.
+    """
+
+    def __init__(self, workers: Workers, version: int, extra: Callable[[str], RolloutTask]) -> None:
+        """version: the newest. extra: makes a request for one more group, under this name."""
+        self._workers, self._version, self._extra = workers, version, extra
+        self._left = [CHECK_TRIES] * workers.ledger.workers
+        self._asked: set[int] = set()
+        self._found: dict[int, Any] = {}
+
+    def payloads(self, wait: Callable[[], None]) -> tuple[Any, ...]:
+        """Return a group's payload of each worker that could roll one out. wait: `Events.wait`."""
+        while unfinished := [w for w in range(len(self._left)) if w not in self._found and self._open(w)]:
+            for worker in unfinished:
+                if worker not in self._asked and self._workers.ledger.runs(worker, self._version):
+                    self._ask(worker)
+            wait()
+        return tuple(self._found[worker] for worker in sorted(self._found))
+
+    def _open(self, worker: int) -> bool:
+        return worker in self._asked or self._left[worker] > 0
+
+    def _ask(self, worker: int) -> None:
+        self._left[worker] -= 1
+        self._asked.add(worker)
+
+        def arrived(summary: GroupSummary, payload: Any) -> None:
+            self._asked.discard(worker)
+            if summary.failed is None:
+                self._found[worker] = payload
+
+        self._workers.roll_out(
+            worker,
+            self._extra(f"published-{worker}"),
+            "a group on the published weights",
+            arrived,
+            lambda: self._asked.discard(worker),
+        )

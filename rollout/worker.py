@@ -69,7 +69,10 @@ class RolloutWorker:
 
         return await asyncio.to_thread(device_info, ray.util.get_node_ip_address())
 
-    async def usage(self) -> ProcessUsage:
+    async def usage(self) -> ProcessUsage | None:
+        """Return where its time and memory went; None if it has loaded nothing, as it took another one's place."""
+        if self._service is None:
+            return None
         from streams.scoring.compiled import compile_count
 
         return ProcessUsage(f"rollout worker {self._worker}", self._ready().meter.usage(), compile_count())
@@ -129,8 +132,8 @@ class RolloutWorker:
             future = await asyncio.to_thread(service.stage, fetched, time.monotonic() - began)
             return await asyncio.wrap_future(future)
 
-    async def stats(self) -> WorkerStats:
-        return self._ready().stats()
+    async def stats(self) -> WorkerStats | None:
+        return None if self._service is None else self._service.stats()
 
     async def pid(self) -> int:
         return os.getpid()

@@ -79,8 +79,12 @@ def judge_rows(
 ) -> JudgedRows:
     """Judge the rows of a file for a stage that starts from the folder `checkpoint`."""
     rows = row_texts(config, tasks, use)
-    reply = session.workers[0].read_rows.remote(str(checkpoint), config.layout, rows)
-    return judged(config, tasks, session.call(reply, f"the tokenizer of {checkpoint} to read {len(rows)} rows"), use)
+    words = session.crew.of_worker(
+        0,
+        lambda worker: worker.read_rows.remote(str(checkpoint), config.layout, rows),
+        f"read {len(rows)} rows with the tokenizer of {checkpoint}",
+    )
+    return judged(config, tasks, words, use)
 
 
 def row_texts(config: RunConfig, tasks: tuple[StreamTask, ...], use: RowUse) -> tuple[RowTexts, ...]:
@@ -183,8 +187,10 @@ def play_oracle(
     order = np.random.default_rng(0).permutation(len(tasks)) if math.isfinite(seconds) else range(len(tasks))
     chosen = [tasks[int(i)] for i in order]
     jobs = tuple(ScriptedJob(task, config.data.plan_of(task), dict(fits.get(task.id, {}))) for task in chosen)
-    reply = session.scorer.oracle.remote(jobs, config.layout.think_budget, seconds)
-    results, think_tokens = session.call(reply, "the scores of the scripted oracle")
+    results, think_tokens = session.crew.of_scorer(
+        lambda scorer: scorer.oracle.remote(jobs, config.layout.think_budget, seconds),
+        "the scores of the scripted oracle",
+    )
     return OracleReport(tuple(zip(chosen, results, strict=False)), think_tokens)
 
 

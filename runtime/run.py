@@ -200,7 +200,7 @@ class Run:
         session = self.ready_session()
         self.plan_devices(geometry)
         version = found.state.version if found else 0
-        infos = session.setup_workers(self.worker_setup(checkpoint, learner.boundary, version))
+        infos = session.crew.set_up(self.worker_setup(checkpoint, learner.boundary, version))
         setup = self.learner_setup(checkpoint, learner, steps)
         trained = session.setup_learner(replace(setup, version=version, reference=str(reference or "")))
         if found and found.resumable:

@@ -9,14 +9,19 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.checkpointer import Checkpointer
-from runtime.cluster.events import ActorDeath, Events
+from rollout.setup import WorkerSetup
+from runtime.checkpointer import FINAL, Checkpointer
+from runtime.cluster.events import Events
+from runtime.cluster.revival import Revival
 from runtime.context import StageContext
 from runtime.stop import Requeue
-from runtime.store.checkpoint import CheckpointState
+from runtime.store.checkpoint import CheckpointState, step_name
 from runtime.store.journal import StepJournal, journal_path
 
 
@@ -26,7 +31,13 @@ class TrainingStage:
     def __init__(self, context: StageContext, *, patience: int, group_size: int = 1) -> None:
         """patience: groups dropped in a row before the stage gives up. group_size: streams of a group."""
         self.context = context
-        self.events = Events(context.config.cluster.call_timeout_s, context.stop, self.actor_died)
+        self.revival = Revival(
+            context.session,
+            lambda *given: self.events.expect(*given),
+            lambda line: context.progress.say(f"{context.stage}: {line}"),
+            lambda setup: _there(setup, self),
+        )
+        self.events = Events(context.config.cluster.call_timeout_s, context.stop, self.revival.died)
         state = context.resume
         self.began_at = state.step if state else 0
         self.consumed = list(state.consumed) if state else []
@@ -38,6 +49,7 @@ class TrainingStage:
         self.written: set[int] = {self.began_at} if state else set()
         self._group_size = group_size
         self._seconds_before: float = state.counters.get("seconds", 0.0) if state else 0.0
+        self._deaths_before: dict[str, int] = state.counters.get("deaths", {}) if state else {}
         self._dropped_in_a_row = 0
 
     @property
@@ -50,10 +62,10 @@ class TrainingStage:
         """Time of earlier attempts, up to the checkpoints that they were continued from, and of this one until now."""
         return self._seconds_before + self.context.seconds()
 
-    def actor_died(self, death: ActorDeath) -> None:
-        """Handle the death of an actor. Raises RuntimeError, since no actor can be replaced while a stage runs."""
-        words = self.context.session.book.explain(death.error)
-        raise RuntimeError(f"an actor died during {death.what}: {words}") from death.error
+    @property
+    def deaths(self) -> dict[str, int]:
+        """Processes that were replaced, by the actor's name; in earlier attempts, up to their checkpoints, and in this one."""
+        return dict(Counter(self._deaths_before) + Counter(self.revival.deaths))
 
     # --- groups and steps -----------------------------------------------------------------------------------------
 
@@ -105,9 +117,11 @@ class TrainingStage:
         )
 
     def finish(self, step: int, counters: dict[str, Any]) -> None:
-        """Write the stage's last checkpoint, and wait for it and all before it."""
+        """Write the stage's last checkpoint, and wait for it and all before it, and for workers that are being replaced."""
         self.save(step, counters, final=True)
         self._wait_for_saves()
+        while self.revival.loading:
+            self.events.wait()
 
     def leave(self, step: int, counters: dict[str, Any]) -> NoReturn:
         """End as asked, between two steps: with a checkpoint of `step`, unless there is one. Raises Requeue."""
@@ -133,3 +147,12 @@ class TrainingStage:
     def _save_failed(self, error: Exception, step: int, *, final: bool) -> None:
         self.saving.discard(step)
         self.checkpoints.save_failed(error, step, final=final)
+
+
+def _there(setup: WorkerSetup, stage: TrainingStage) -> WorkerSetup:
+    """Return the setup with the stage's newest checkpoint, if the one that it began with has been deleted for others."""
+    if Path(setup.checkpoint).is_dir():
+        return setup
+    step = max(stage.written)
+    name = FINAL if step == stage.context.steps else step_name(step)
+    return replace(setup, checkpoint=str(stage.checkpoints.folder / name / "hf"), version=step)

@@ -17,6 +17,7 @@ from typing import Any
 
 from conf.schema import RunConfig
 from learner.messages import TrainBatch, TrainGroup
+from runtime.cluster.events import lost_with_an_actor
 from runtime.context import StageContext
 from runtime.task_order import epochs, group_id
 from runtime.training_stage import TrainingStage
@@ -32,13 +33,19 @@ AHEAD = 2
 
 @dataclass
 class SftResult:
-    """What the cold start reports. seconds: time of all attempts, up to the checkpoints that they continued from."""
+    """What the cold start reports.
+
+    Attributes:
+        seconds: time of all attempts, up to the checkpoints that they continued from.
+        deaths: processes that died and were replaced, by the actor's name.
+    """
 
     steps: int = 0
     first_loss: float = float("nan")
     last_loss: float = float("nan")
     skipped: list[SkippedSample] = field(default_factory=list)
     seconds: float = 0.0
+    deaths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def restore(cls, counters: dict[str, Any]) -> SftResult:
@@ -86,7 +93,23 @@ class SftLoop:
         report, _ = self.session.learners.train(_train_batch(self.config, self.result.steps, taken))
         groups = tuple(sample.group for sample in taken)
         self.stage.events.expect(
-            report, f"cold-start step {self.result.steps + 1}", lambda value: self._trained(value, groups)
+            report,
+            f"cold-start step {self.result.steps + 1}",
+            lambda value: self._trained(value, groups),
+            self._untrained,
+        )
+
+    def _untrained(self, error: Exception) -> None:
+        """Have a batch laid out again whose media were lost before the learner had fetched them; raise any other error.
+
+        One rank fetches before it computes. Several may have begun to wait for one another: that ends the run.
+        """
+        if not lost_with_an_actor(error) or self.session.learners.ranks > 1:
+            raise error
+        self._training = False
+        count = self.demonstrations.take_back()
+        self.stage.context.progress.say(
+            f"sft: the media of step {self.result.steps + 1} were lost with a worker: its {count} samples are laid out again"
         )
 
     def _trained(self, report: TrainReport, groups: tuple[str, ...]) -> None:
@@ -114,7 +137,7 @@ class SftLoop:
 
     def _counters(self) -> dict[str, Any]:
         """Return the result so far, as checkpoints store it."""
-        self.result.seconds = self.stage.seconds
+        self.result.seconds, self.result.deaths = self.stage.seconds, self.stage.deaths
         return asdict(self.result)
 
 

@@ -2,7 +2,8 @@
 
 Invariants:
 * samples are taken in the order in which they were sent, whichever worker finishes first;
-* a sample that cannot be laid out is reported, and the next one takes its place.
+* a sample that cannot be laid out is reported, and the next one takes its place;
+* what a worker has laid out, or was about to, is lost with it, and is laid out again.
 """
 
 from __future__ import annotations
@@ -18,12 +19,24 @@ from streams.messages import GroupSummary, ScriptTask
 
 
 @dataclass
-class _Sent:
-    """A demonstration at a worker. summary: None until the worker has replied. payload: the log, by reference."""
+class _Sample:
+    """A demonstration that is not trained yet.
+
+    Attributes:
+        worker: that it was sent to; None: to nobody yet.
+        call: told apart by identity, as it may be sent again.
+        payload: its log, by reference. summary: None until the worker has replied.
+    """
 
     script: ScriptTask
-    payload: Any
+    worker: int | None = None
+    call: object = None
+    payload: Any = None
     summary: GroupSummary | None = None
+
+    def forget(self) -> None:
+        """Have it laid out again."""
+        self.worker = self.call = self.payload = self.summary = None
 
 
 @dataclass(frozen=True)
@@ -47,37 +60,78 @@ class DemonstrationQueue:
     ) -> None:
         """refused: called with a sample that could not be laid out, and the reason, when its turn comes."""
         self._stage, self._scripts, self._ahead, self._refused = stage, scripts, ahead, refused
-        self._waiting: deque[_Sent] = deque()
-        self._taken: list[LaidOut] = []
+        self._waiting: deque[_Sample] = deque()
+        self._taken: list[_Sample] = []  # of the batch that is being put together
+        self._batch: list[_Sample] = []  # that was taken last
         self._turn = 0
+        self._lost: set[int] = set()
+        stage.revival.watch(self._worker_lost, self._worker_back)
 
     def fill(self) -> None:
         """Send scripts to the workers, in turns, until enough are ahead."""
-        workers = self._stage.context.session.workers
         while len(self._waiting) < self._ahead:
-            script = next(self._scripts)
-            worker = workers[self._turn % len(workers)]
-            self._turn += 1
-            summary, payload = worker.script.options(num_returns=2).remote(script)
-            sent = _Sent(script, payload)
-            self._waiting.append(sent)
-            self._stage.events.expect(summary, f"the demonstration of {script.group}", partial(self._arrived, sent))
+            self._waiting.append(_Sample(next(self._scripts)))
+        for sample in self._waiting:
+            if sample.worker is None:
+                self._send(sample)
 
     def take(self, count: int) -> list[LaidOut] | None:
         """Return the next `count` demonstrations, None while one of them is still at a worker."""
         while len(self._taken) < count and self._waiting and (summary := self._waiting[0].summary) is not None:
-            sent = self._waiting.popleft()
+            sample = self._waiting.popleft()
             if summary.failed is None:
                 self._stage.found_good()
-                self._taken.append(LaidOut(summary.group, sent.payload, summary.log_tokens))
+                self._taken.append(sample)
             else:
-                self._refused(sent.script, summary.failed)
+                self._refused(sample.script, summary.failed)
             self.fill()
         if len(self._taken) < count:
             return None
-        taken, self._taken = self._taken, []
-        return taken
+        self._batch, self._taken = self._taken, []
+        return [_laid_out(sample) for sample in self._batch]
 
-    @staticmethod
-    def _arrived(sent: _Sent, summary: GroupSummary) -> None:
-        sent.summary = summary
+    def take_back(self) -> int:
+        """Have the batch that was taken last laid out again, as it could not be trained. Returns its length."""
+        batch, self._batch = self._batch, []
+        for sample in batch:
+            sample.forget()
+        self._put_back(batch)
+        return len(batch)
+
+    def _put_back(self, samples: list[_Sample]) -> None:
+        self._waiting.extendleft(reversed(samples))
+        self.fill()
+
+    def _send(self, sample: _Sample) -> None:
+        workers = self._stage.context.session.crew.workers
+        living = [worker for worker in range(len(workers)) if worker not in self._lost]
+        if not living:
+            return
+        worker = sample.worker = living[self._turn % len(living)]
+        self._turn += 1
+        summary, sample.payload = workers[worker].script.options(num_returns=2).remote(sample.script)
+        sample.call = object()
+        what = f"the demonstration of {sample.script.group}"
+        self._stage.events.expect(summary, what, partial(self._arrived, sample, sample.call))
+
+    def _arrived(self, sample: _Sample, call: object, summary: GroupSummary) -> None:
+        if sample.call is call:
+            self._stage.revival.alive(f"rollout-{sample.worker}")
+            sample.summary = summary
+
+    def _worker_lost(self, worker: int) -> None:
+        self._lost.add(worker)
+        taken, self._taken = self._taken, []
+        for sample in (*taken, *self._waiting):
+            if sample.worker == worker:
+                sample.forget()
+        self._put_back(taken)
+
+    def _worker_back(self, worker: int, version: int) -> None:
+        self._lost.discard(worker)
+        self.fill()
+
+
+def _laid_out(sample: _Sample) -> LaidOut:
+    assert sample.summary is not None
+    return LaidOut(sample.summary.group, sample.payload, sample.summary.log_tokens)

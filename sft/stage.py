@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from runtime.cluster.revival import deaths_in_words
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
 from sft.demonstrations import scripted_words
@@ -24,6 +25,7 @@ def run(run: Run) -> dict[str, Any]:
     run.files.note(ROWS, result)
     run.progress.say(
         f"sft: {result.steps} steps in {result.seconds:.0f} s, loss {result.first_loss:.3f} -> {result.last_loss:.3f}"
+        f"{deaths_in_words(result.deaths)}"
     )
     return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["sft"].kept]}
 

@@ -49,8 +49,9 @@ class ActorBook:
     def namespace(self) -> str:
         return f"sightline-{self.run}"
 
-    def ray_name(self, name: str) -> str:
-        return f"sightline/{self.run}/{name}"
+    def ray_name(self, name: str, again: int = 0) -> str:
+        """again: how many actors of this name there were before."""
+        return f"sightline/{self.run}/{name}" + (f".{again}" if again else "")
 
     def environment(self, name: str) -> dict[str, str]:
         """Return the environment variables that `streams.support.actor_log` reads in the actor's process."""
@@ -59,10 +60,14 @@ class ActorBook:
     def add(self, name: str, handle: Any) -> None:
         self._names[handle._actor_id.hex()] = name
 
+    def name_of(self, error: RayActorError) -> str:
+        """Return the short name of the actor that died; empty if that is not known."""
+        return self._names.get(error.actor_id or "", "")
+
     def explain(self, error: RayActorError) -> str:
         """Return which actor died, where, of what, and the end of its log."""
         text = str(error)
-        name = self._names.get(error.actor_id or "") or _field(text, "class_name") or "an actor"
+        name = self.name_of(error) or _field(text, "class_name") or "an actor"
         place = [f"node {ip}"] if (ip := _field(text, "ip")) else []
         place += [f"pid {pid}"] if (pid := _field(text, "pid")) else []
         died = f"{name} died ({', '.join(place)})" if place else f"{name} died"

@@ -3,7 +3,8 @@
 Invariants:
 * every wait has a timeout and names what did not come;
 * in a loop, a request to stop is noticed within about a second, whatever is pending;
-* in a loop, an actor's death is an event: a handler hears of every call that it leaves without a reply.
+* in a loop, an actor's death is an event: a handler hears of every call that it leaves without a reply, and then whoever
+  made the call, who may make it again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from runtime.stop import StopSignal
 
@@ -22,6 +23,12 @@ SLICE_S = 1.0
 """How long one look at the pending calls lasts: Python runs signal handlers only between two of them."""
 CALL_LIMIT = "cluster.call_timeout_s"
 START_LIMIT = "cluster.start_timeout_s"
+MOST_DEATHS = 3
+"""Processes of one actor that may die, one after the other, before any has done something."""
+
+
+class ActorLostError(RuntimeError):
+    """An actor died while the run waited for it; its cause is Ray's error."""
 
 
 def wait_for(
@@ -34,14 +41,23 @@ def wait_for(
     """Return the value of `reference`, waiting for it at most `timeout_s` seconds.
 
     limit: the config key that `timeout_s` comes from. explain: words for a dead actor. Raises TimeoutError and
-    RuntimeError, which say what was waited for and who died of what.
+    ActorLostError, which say what was waited for and who died of what.
     """
     try:
         return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError as error:
         raise TimeoutError(f"waited {timeout_s:g} s for {what}; raise {limit} if it is only slow") from error
     except RayActorError as error:
-        raise RuntimeError(f"an actor died while the run waited for {what}: {explain(error)}") from error
+        raise ActorLostError(f"an actor died while the run waited for {what}: {explain(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def lost_with_an_actor(error: Exception) -> bool:
+    """Return whether a call failed because what it was given is gone: whoever had it in memory has died."""
+    return isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError)
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class _Pending:
     what: str
     handle: Callable[[Any], None]
     failed: Callable[[Exception], None] | None
+    lost: Callable[[], None] | None
 
 
 class Events:
@@ -76,9 +93,13 @@ class Events:
         what: str,
         handle: Callable[[Any], None],
         failed: Callable[[Exception], None] | None = None,
+        lost: Callable[[], None] | None = None,
     ) -> None:
-        """Call `handle(value)` when `reference` is there; `failed(error)` instead of raising, if given."""
-        self._pending[reference] = _Pending(what, handle, failed)
+        """Call `handle(value)` when `reference` is there; `failed(error)` instead of raising, if given.
+
+        lost: called if the actor died, once `on_death` has returned.
+        """
+        self._pending[reference] = _Pending(what, handle, failed, lost)
 
     def wait(self) -> None:
         """Handle one event, or return because a stop was asked for. Raises TimeoutError, RuntimeError."""
@@ -103,6 +124,8 @@ class Events:
             value = ray.get(reference, timeout=self._timeout_s)
         except RayActorError as error:
             self._on_death(ActorDeath(entry.what, error))
+            if entry.lost is not None:
+                entry.lost()
             return
         except (ray.exceptions.RayTaskError, OSError) as error:
             if entry.failed is None:

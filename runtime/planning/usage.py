@@ -20,10 +20,15 @@ from streams.support.usage import ProcessUsage
 USAGE_FILE = "usage.json"
 
 
-def usage_report(usage: list[ProcessUsage], plan: DevicePlan, by_kind: dict[str, LogpDiff]) -> dict[str, Any]:
-    """Return the report. usage: processes in the order of the plan's devices. by_kind: mismatch by kind of token."""
+def usage_report(usage: list[ProcessUsage | None], plan: DevicePlan, by_kind: dict[str, LogpDiff]) -> dict[str, Any]:
+    """Return the report. by_kind: mismatch by kind of token.
+
+    usage: processes in the order of the plan's devices, None for one that died with its account.
+    """
     processes = {}
     for process, device in zip(usage, plan.devices, strict=True):
+        if process is None:
+            continue
         # Subtract what the process held before it loaded anything, so that peaks compare with the estimate.
         phases = {name: replace(phase, peak=max(0, phase.peak - device.held)) for name, phase in process.phases.items()}
         peak = max((phase.peak for phase in phases.values()), default=0)

@@ -56,14 +56,19 @@ class Here:
 
     def __init__(self, service: Any, scorer: Scorer) -> None:
         self.worker = SimpleNamespace(rollout=Remote(lambda task: service.submit(task).result(timeout=WAIT_S)))
-        self.scorer = SimpleNamespace(score=Remote(scorer.score))
+        self.scorer = scorer
+        self.crew = self
 
     def call(self, reference: Any, what: str) -> Any:
         return reference
 
-    def spread(self, items: Iterable[Any], send: Any, per_worker: int, what: str) -> Iterator[tuple[Any, Any]]:
+    def score(self, jobs: Any, what: str) -> Any:
+        return self.scorer.score(jobs)
+
+    def spread(self, items: Iterable[Any], send: Any, per_worker: int, what: str) -> Iterator[tuple[Any, Any, Any]]:
         for item in items:
-            yield item, send(self.worker, item)
+            references = send(self.worker, item)
+            yield item, references[0], references
 
 
 @pytest.fixture(scope="module")

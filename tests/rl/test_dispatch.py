@@ -151,6 +151,13 @@ class Simulation:
             self.buffer.trained()
             self.ledger.publish(self.version)
 
+    def unfetched(self) -> None:
+        """The learner could not fetch the media of its batch."""
+        assert list(self.dispatch.reissue_batch()) == self.in_training
+        self.ended.subtract(self.in_training)
+        self.taken_back |= set(self.in_training)
+        self.in_training = []
+
     def swap(self) -> None:
         due = self.ledger.next_fetches()
         for worker in [*due, *self.ledger.fetching]:
@@ -172,13 +179,13 @@ class Simulation:
         self.lives[worker] += 1
         self.taken_back |= needed
         self.lost.add(worker)
-        self.ledger.fetching.pop(worker, None)
+        assert worker not in self.ledger.fetching
         self.check()
 
     def restore(self, worker: int) -> None:
         self.lost.remove(worker)
-        self.ledger.running[worker] = self.ledger.published
-        self.dispatch.restored(worker)
+        # With what the stage began with, or with a newer checkpoint.
+        self.dispatch.restored(worker, self.ledger.published if self.version % 2 else 0)
 
     def check(self) -> None:
         under_way = Counter(assignment.worker for assignment, _ in self.calls)
@@ -210,7 +217,7 @@ class Simulation:
 
 ACTIONS = (
     *("send", "send", "send", "reply", "reply", "score", "score", "fail"),
-    *("train", "done", "swap", "lose", "restore", "late"),
+    *("train", "done", "swap", "lose", "restore", "late", "unfetched"),
 )
 
 
@@ -243,6 +250,8 @@ def test_in_any_schedule_of_losses_every_ticket_ends_once_within_the_age_bound(
             world.train()
         elif action == "done":
             world.step_done()
+        elif action == "unfetched" and world.in_training:
+            world.unfetched()
         elif action == "swap":
             world.swap()
         elif action == "lose":
@@ -296,7 +305,7 @@ def test_a_deterministic_group_waits_for_its_own_worker_after_a_resume_and_after
     assert (first.worker, second.worker) == (1, 2)
     assert dispatch.reissue(1) == (0,)
     assert dispatch.next(0, PLENTY) is None, "not to another worker, and nothing overtakes it"
-    dispatch.restored(1)
+    dispatch.restored(1, 0)
     again = dispatch.next(0, PLENTY)
     assert (again.worker, again.ticket, again.group) == (1, 0, first.group)
 

@@ -58,7 +58,7 @@ def test_a_group_that_failed_at_its_worker_is_dropped_and_said(loop):
 def test_what_comes_of_a_group_that_was_assigned_again_is_ignored(loop):
     first = admitted(loop)
     loop.dispatch.reissue(0)
-    loop.dispatch.restored(0)
+    loop.dispatch.restored(0, 0)
     second = admitted(loop)
     assert (second.ticket, second.group) == (first.ticket, first.group)
     loop._rolled_out(summary(first, failed="the worker is gone"), None, first)

@@ -21,8 +21,9 @@ def alive(ledger: VersionLedger) -> set[int]:
 def test_in_any_order_of_events_two_versions_live_and_only_the_newest_is_fetched(workers, max_lag, data):
     ledger = VersionLedger(workers, max_lag)
     assert ledger.running == dict.fromkeys(range(workers), 0)
+    lost: set[int] = set()
     for _ in range(data.draw(st.integers(1, 60), label="events")):
-        action = data.draw(st.sampled_from(["publish", "fetch", "swap", "swap"]))
+        action = data.draw(st.sampled_from(["publish", "fetch", "swap", "swap", "lose", "restore"]))
         before = dict(ledger.running)
         under_way = dict(ledger.fetching)
         if action == "publish":
@@ -33,8 +34,18 @@ def test_in_any_order_of_events_two_versions_live_and_only_the_newest_is_fetched
         elif action == "fetch":
             due = ledger.next_fetches()
             assert all(ledger.fetching[worker] == ledger.published for worker in due)
-            assert sorted(due) == [w for w in before if w not in under_way and before[w] < ledger.published]
+            assert due == [w for w in sorted(before) if w not in under_way and before[w] < ledger.published]
             assert under_way.items() <= ledger.fetching.items(), "a fetch under way is left alone"
+        elif action == "lose":
+            worker = data.draw(st.integers(0, workers - 1), label="lost")
+            ledger.lose(worker)
+            lost.add(worker)
+            before.pop(worker, None)
+            assert not ledger.may_work(worker, ledger.published)
+        elif action == "restore":
+            if lost:
+                ledger.restore(worker := lost.pop(), data.draw(st.integers(0, ledger.published), label="version"))
+                assert worker not in ledger.fetching
         elif ledger.fetching:
             worker = data.draw(st.sampled_from(sorted(ledger.fetching)), label="worker")
             version = ledger.fetching[worker]
@@ -46,6 +57,7 @@ def test_in_any_order_of_events_two_versions_live_and_only_the_newest_is_fetched
         assert all(ledger.running[w] < version for w, version in ledger.fetching.items())
         for worker, running in ledger.running.items():
             assert ledger.may_work(worker, ledger.published) is (ledger.published - running <= max_lag)
+        assert ledger.settled is (not lost and not ledger.fetching)
 
 
 def test_a_worker_beyond_the_lag_gets_no_task_until_it_has_swapped():

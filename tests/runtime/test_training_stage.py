@@ -169,13 +169,13 @@ def test_an_actors_death_is_told_for_every_call_it_leaves_and_waiting_goes_on(cl
 
 
 @pytest.mark.slow
-def test_a_stage_ends_when_an_actor_dies_and_says_during_what_and_which(cluster, tmp_path):
-    book = SimpleNamespace(explain=lambda error: f"rollout-0 died: {error.actor_id}")
+def test_a_stage_ends_when_the_learner_dies_and_says_during_what(cluster, tmp_path):
+    book = SimpleNamespace(name_of=lambda error: "learner", explain=lambda error: f"the learner died: {error.actor_id}")
     actor = _Actor.remote()
     stage, _ = made(tmp_path)
     stage.context.session.book = book
-    stage.events.expect(actor.wait.remote(60), "group 0/a on rollout worker 0", print)
+    stage.events.expect(actor.wait.remote(60), "optimiser step 3", print)
     ray.kill(actor)
-    said = f"an actor died during group 0/a on rollout worker 0: rollout-0 died: {actor._actor_id.hex()}"
+    said = f"an actor died during optimiser step 3: the learner died: {actor._actor_id.hex()}"
     with pytest.raises(RuntimeError, match=said):
         stage.events.wait()

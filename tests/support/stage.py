@@ -46,7 +46,11 @@ def stage_context(
         stage=stage,
         steps=steps,
         config=config,
-        session=SimpleNamespace(workers=[None] * workers, book=SimpleNamespace(explain=str), **session),
+        session=SimpleNamespace(
+            crew=SimpleNamespace(workers=[None] * workers),
+            book=SimpleNamespace(explain=str, name_of=lambda error: ""),
+            **session,
+        ),
         tracker=told,
         progress=told,
         stop=StopSignal(),

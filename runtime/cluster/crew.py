@@ -1,0 +1,166 @@
+"""The rollout workers and the scorer of a session: those that die are replaced, and asked again.
+
+Neither holds anything that cannot be made again. While a training stage runs, its events bring the deaths, and
+`runtime.cluster.revival` replaces; here are the calls that are waited for one by one, between stages and in evaluations.
+
+Invariants:
+* there is one process for each place at any time: one that only seems to be dead is ended before another is made;
+* an actor that dies MOST_DEATHS times in a row without a reply ends the run, with what it died of.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+
+from conf.platform import ClusterConfig
+from rewards.compose import RewardResult
+from rollout.setup import WorkerInfo, WorkerSetup
+from runtime.cluster.actors import ActorBook
+from runtime.cluster.events import CALL_LIMIT, MOST_DEATHS, START_LIMIT, ActorLostError, first_line, wait_for
+from runtime.cluster.maker import ActorMaker
+from streams.messages import RewardJob
+
+log = logging.getLogger("sightline.cluster")
+_NO_MORE = object()
+Send = Callable[[Any], Any]
+"""Calls an actor; returns a reference to its reply."""
+
+
+class Crew:
+    """workers, scorer: the actors as they are now. setup: what the workers have loaded, None before the first stage."""
+
+    def __init__(self, config: ClusterConfig, book: ActorBook, maker: ActorMaker, workers: int) -> None:
+        self._config, self._book, self._maker = config, book, maker
+        self.workers = [maker.worker(i) for i in range(workers)]
+        self.scorer = maker.scorer()
+        self.setup: WorkerSetup | None = None
+
+    # --- places ---------------------------------------------------------------------------------------------------
+
+    def replace_worker(self, worker: int) -> Any:
+        """Start a process in the place of a rollout worker; returns it. It has loaded nothing."""
+        ray.kill(self.workers[worker])
+        self.workers[worker] = self._maker.worker(worker)
+        return self.workers[worker]
+
+    def replace_scorer(self) -> None:
+        """Start a process in the place of the scorer."""
+        ray.kill(self.scorer)
+        self.scorer = self._maker.scorer()
+
+    def set_up(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
+        """Have all workers load a stage's checkpoint; returns what they report."""
+        self.setup = setup
+        return tuple(self.of_workers(lambda worker: worker.setup.remote(setup), f"load {setup.checkpoint}", start=True))
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    def of_workers(self, send: Send, what: str, *, start: bool = False) -> list[Any]:
+        """Return the replies of all workers, who are asked at once.
+
+        what: they are to do, for messages. start: it may take as long as loading a model.
+        """
+        references = [send(worker) for worker in self.workers]
+        return [self.of_worker(i, send, what, start=start, asked=reference) for i, reference in enumerate(references)]
+
+    def of_worker(self, worker: int, send: Send, what: str, *, start: bool = False, asked: Any = None) -> Any:
+        """Return a worker's reply. asked: the reference, if it was asked already."""
+        what = f"rollout worker {worker} to {what}"
+        return self._ask(lambda: send(self.workers[worker]), lambda: self.replace_worker(worker), what, start, asked)
+
+    def of_scorer(self, send: Send, what: str, *, start: bool = False) -> Any:
+        """Return the scorer's reply. what: is waited for."""
+        return self._ask(lambda: send(self.scorer), self.replace_scorer, what, start)
+
+    def of_living(self, send: Send, what: str) -> list[Any]:
+        """Return the workers' replies; None for one that has died: what it would say is lost with it."""
+        found: list[Any] = []
+        for worker, reference in enumerate([send(worker) for worker in self.workers]):
+            try:
+                found.append(self._wait(reference, f"rollout worker {worker} to {what}"))
+            except ActorLostError as error:
+                log.warning("%s", first_line(error))
+                found.append(None)
+        return found
+
+    def score(self, jobs: tuple[RewardJob, ...], what: str) -> tuple[tuple[RewardResult, ...], ...]:
+        """Return the rewards of `jobs`: for each job, one result per stream."""
+        return self.of_scorer(lambda scorer: scorer.score.remote(jobs), what)
+
+    def spread(
+        self, items: Iterable[Any], send: Callable[[Any, Any], Any], per_worker: int, what: str
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """Run `send(worker, item)` over all workers: it returns references, to a reply and to what goes with it.
+
+        Yields (item, reply, references) as they finish, with at most `per_worker` under way on each. What a worker that died
+        had under way is sent again. Raises TimeoutError, ActorLostError.
+        """
+        pending: dict[Any, tuple[Any, Any, int]] = {}
+        load, deaths = [0] * len(self.workers), [0] * len(self.workers)
+        again: deque[Any] = deque()
+        iterator = iter(items)
+        timeout = self._config.call_timeout_s
+        while True:
+            while min(load) < per_worker:
+                item = again.popleft() if again else next(iterator, _NO_MORE)
+                if item is _NO_MORE:
+                    break
+                worker = load.index(min(load))
+                references = send(self.workers[worker], item)
+                pending[references[0]] = (item, references, worker)
+                load[worker] += 1
+            if not pending:
+                return
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
+            if not done:
+                raise TimeoutError(f"waited {timeout:g} s for {what}: {len(pending)} calls under way, none finished")
+            item, references, worker = pending.pop(done[0])
+            load[worker] -= 1
+            try:
+                reply = self._wait(done[0], f"{what} on rollout worker {worker}")
+            except ActorLostError as error:
+                again.append(item)
+                if _is_of(error, self.workers[worker]):
+                    deaths[worker] += 1
+                    self._reload(worker, error, last=deaths[worker] >= MOST_DEATHS)
+                continue
+            deaths[worker] = 0
+            yield item, reply, references
+
+    def _reload(self, worker: int, error: ActorLostError, *, last: bool) -> None:
+        """Replace a worker that died, and wait until it has loaded. last: it has died too often; raises the error."""
+        if last:
+            raise error
+        log.warning("%s; another process takes its place, its work is done again", first_line(error))
+        self.replace_worker(worker)
+        setup = self.setup
+        self.of_worker(worker, lambda actor: actor.setup.remote(setup), "load in place of one that died", start=True)
+
+    def _ask(
+        self, ask: Callable[[], Any], replace: Callable[[], Any], what: str, start: bool, asked: Any = None
+    ) -> Any:
+        reference = ask() if asked is None else asked
+        for left in reversed(range(MOST_DEATHS)):
+            try:
+                return self._wait(reference, what, start=start)
+            except ActorLostError as error:
+                if not left:
+                    raise
+                log.warning("%s; another process takes its place", first_line(error))
+                replace()
+                reference = ask()
+        raise AssertionError("the last try returns or raises")
+
+    def _wait(self, reference: Any, what: str, *, start: bool = False) -> Any:
+        seconds = self._config.start_timeout_s if start else self._config.call_timeout_s
+        return wait_for(reference, seconds, what, self._book.explain, START_LIMIT if start else CALL_LIMIT)
+
+
+def _is_of(error: ActorLostError, actor: Any) -> bool:
+    """Return whether it is this actor that died, and not the one before it."""
+    return getattr(error.__cause__, "actor_id", None) == actor._actor_id.hex()

@@ -1,0 +1,72 @@
+"""Makes the actors of a session in the bundles that are reserved for them: at the start, and again in place of one that died.
+
+Invariants:
+* an actor that is made again has the short name, the bundle and the log of the one before;
+* an actor without a GPU in its bundle sees none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from conf.schema import RunConfig
+from learner.worker import LeadLearner, Learner
+from rewards.scorer import Scorer
+from rollout.worker import RolloutWorker
+from runtime.cluster.actors import ActorBook, named_class, short_name
+from runtime.cluster.preflight import Bundle
+
+
+class ActorMaker:
+    """bundles: as `runtime.cluster.placement.plan_bundles` orders them, and as `group` has reserved them."""
+
+    def __init__(self, config: RunConfig, book: ActorBook, bundles: list[Bundle], group: PlacementGroup) -> None:
+        self._config, self._book, self._bundles, self._group = config, book, bundles, group
+        self._made: Counter[str] = Counter()
+
+    def learner(self, rank: int) -> Any:
+        config = self._config
+        threads = max(config.learner.threads, int(config.sft.learner.get("threads", 1)))
+        lead = Learner if config.learner.ranks == 1 else LeadLearner
+        return self._make(lead if rank == 0 else Learner, rank, threads, config.cluster.call_timeout_s)
+
+    def worker(self, worker: int) -> Any:
+        config = self._config
+        threads = config.rollout.threads
+        return self._make(RolloutWorker, config.learner.ranks + worker, threads, worker, threads, config.data.cache_mb)
+
+    def scorer(self) -> Any:
+        return self._make(Scorer, len(self._bundles) - 1, 1, self._config.reward)
+
+    def _make(self, actor: type, index: int, threads: int, *args: Any) -> Any:
+        bundle = self._bundles[index]
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        name = short_name(bundle.name)
+        # Only rank 0 of several learners answers calls beside its work.
+        groups = getattr(actor, "concurrency_groups", None)
+        make: Any = ray.remote
+        named = named_class(actor, name)
+        remote = make(concurrency_groups=groups)(named) if groups else make(named)
+        environment = {"OMP_NUM_THREADS": str(threads)} | _hidden_gpus(bundle) | self._book.environment(name)
+        options = remote.options(
+            # Ray may still know the one that died by its name.
+            name=self._book.ray_name(name, self._made[name]),
+            num_cpus=bundle.cpus,
+            num_gpus=bundle.gpus,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": environment},
+        )
+        handle = options.remote(*args)
+        self._made[name] += 1
+        self._book.add(name, handle)
+        return handle
+
+
+def _hidden_gpus(bundle: Bundle) -> dict[str, str]:
+    """Return the variables that hide GPUs from an actor that has none reserved: it must not take another's memory."""
+    return {} if bundle.gpus else {"CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,120 @@
+"""Rollout workers and scorers that die while a stage runs: another process takes their place.
+
+Neither has anything that cannot be made again: a worker loads the stage's checkpoint and fetches the newest weights, and what
+it had under way is asked for again by those who asked before. A learner's death ends the run.
+
+Invariants:
+* a process is replaced once, however many calls it leaves without a reply, and ended before it is;
+* one that dies MOST_DEATHS times in a row before it has done anything ends the run, with the cause of the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rollout.setup import WorkerInfo, WorkerSetup
+from runtime.cluster.events import MOST_DEATHS, ActorDeath
+from runtime.cluster.session import Session
+
+SCORER = "scorer"
+
+
+def deaths_in_words(deaths: dict[str, int]) -> str:
+    """Return what to add to a stage's last line; empty if nobody died."""
+    if not deaths:
+        return ""
+    named = ", ".join(f"{name} {count}" for name, count in sorted(deaths.items()))
+    return f"; {sum(deaths.values())} processes died and were replaced ({named})"
+
+
+class Revival:
+    """The actors of one stage that may come and go.
+
+    Attributes:
+        deaths: how many processes were replaced, by the actor's short name.
+        loading: workers whose new process is not ready yet.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        expect: Callable[..., None],
+        say: Callable[[str], None],
+        newest: Callable[[WorkerSetup], WorkerSetup],
+    ) -> None:
+        """expect: `Events.expect` of the stage. say: tells the user, a line each.
+
+        newest: returns the setup with a checkpoint of the stage that is still there.
+        """
+        self._session, self._expect, self._say, self._newest = session, expect, say, newest
+        self._gone: set[str] = set()  # ids of the processes that are known to be dead
+        self._in_vain: dict[str, list[str]] = {}  # what each actor's processes died of that had done nothing
+        self._lost: list[Callable[[int], object]] = []
+        self._back: list[Callable[[int, int], None]] = []
+        self.deaths: dict[str, int] = {}
+        self.loading: set[int] = set()
+
+    def watch(self, lost: Callable[[int], object], back: Callable[[int, int], None]) -> None:
+        """Have others told: lost(worker) when its process has died, back(worker, version) when another one has loaded."""
+        self._lost.append(lost)
+        self._back.append(back)
+
+    def alive(self, name: str) -> None:
+        """Note that an actor has done something."""
+        self._in_vain.pop(name, None)
+
+    def died(self, death: ActorDeath) -> None:
+        """Replace the process. Raises RuntimeError for an actor that cannot be, and for one that dies over and over."""
+        book, error = self._session.book, death.error
+        name = book.name_of(error)
+        if not name.startswith("rollout-") and name != SCORER:
+            raise RuntimeError(f"an actor died during {death.what}: {book.explain(error)}") from error
+        if error.actor_id in self._gone:
+            return
+        self._gone.add(str(error.actor_id))
+        self._count(name, death)
+        if name == SCORER:
+            self._session.crew.replace_scorer()
+            return
+        worker = int(name.removeprefix("rollout-"))
+        self.loading.add(worker)
+        for tell in self._lost:
+            tell(worker)
+        self._session.crew.replace_worker(worker)
+        self._load(worker)
+
+    def _load(self, worker: int) -> None:
+        crew = self._session.crew
+        assert crew.setup is not None, "a stage runs"
+        setup = self._newest(crew.setup)
+        self._expect(
+            crew.workers[worker].setup.remote(setup),
+            f"rollout-{worker} to load {setup.checkpoint} in place of one that died",
+            lambda info: self._loaded(worker, setup.version, info),
+            lambda error: self._failed(worker, setup, error),
+        )
+
+    def _failed(self, worker: int, setup: WorkerSetup, error: Exception) -> None:
+        if Path(setup.checkpoint).is_dir():
+            raise error
+        # Newer ones took its place while the worker was about to read it.
+        self._load(worker)
+
+    def _loaded(self, worker: int, version: int, info: WorkerInfo) -> None:
+        self.loading.discard(worker)
+        self._say(f"rollout-{worker} is there again (pid {info.pid}, node {info.node})")
+        for tell in self._back:
+            tell(worker, version)
+
+    def _count(self, name: str, death: ActorDeath) -> None:
+        words = self._session.book.explain(death.error)
+        self.deaths[name] = self.deaths.get(name, 0) + 1
+        causes = self._in_vain.setdefault(name, [])
+        causes.append(words)
+        if len(causes) >= MOST_DEATHS:
+            raise RuntimeError(
+                f"{name} died {len(causes)} times in a row before it had done anything, last during {death.what}; the first "
+                f"time: {causes[0]}"
+            ) from death.error
+        self._say(f"{words.splitlines()[0]}; another process takes its place, its work is done again")

@@ -1,0 +1,103 @@
+"""Rollout workers and scorers are killed while a run is under way: it goes on by itself, and ends as if nothing had been.
+
+Real drivers and actors; whoever is killed, and when, is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.killed_runs import (
+    DETERMINISTIC,
+    LIMIT_S,
+    STEPS,
+    Driver,
+    check_exactly_once,
+    exported,
+    first_difference,
+    losses,
+    trained,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def pid_of(root: Path, actor: str) -> int:
+    """The newest process of an actor, by its log."""
+    return int(re.findall(r" pid (\d+),", (root / "logs" / f"{actor}.log").read_text())[-1])
+
+
+def kill(root: Path, actor: str) -> int:
+    pid = pid_of(root, actor)
+    with contextlib.suppress(ProcessLookupError):  # killed before, and nobody has noticed yet
+        os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def test_a_deterministic_run_ends_bit_for_bit_as_it_would_have_without_the_deaths(undisturbed, tmp_path):
+    root = tmp_path / "run"
+    driver = Driver(root, *DETERMINISTIC)
+    for stage, step, actor in (
+        ("sft", 2, "rollout-0"),
+        ("rl", 1, "rollout-1"),
+        ("rl", 2, "scorer"),
+        ("rl", 4, "rollout-0"),
+    ):
+        driver.wait_for_step(stage, step)
+        kill(root, actor)
+    assert driver.wait() == 0, driver.output
+    check_exactly_once(root)
+    for stage in ("sft", "rl"):
+        assert trained(root, stage) == trained(undisturbed, stage)
+        assert losses(root, stage) == losses(undisturbed, stage), first_difference(root, undisturbed, stage)
+        assert exported(root, stage) == exported(undisturbed, stage)
+    for actor in ("rollout-0", "rollout-1", "scorer"):
+        assert re.search(rf"{actor} died \(node .*; another process takes its place", driver.output), driver.output
+    assert "Traceback" not in driver.output
+
+
+def test_an_asynchronous_run_outlives_the_deaths_of_all_its_workers_and_scorers(tmp_path):
+    root = tmp_path / "run"
+    seed = random.SystemRandom().randrange(10**6)
+    chance = random.Random(seed)
+    driver = Driver(root)
+    killed = []
+    for stage, step, actors in (
+        ("sft", chance.randint(1, 5), ("rollout-0", "rollout-1")),
+        ("sft", STEPS, ("scorer", "rollout-0")),  # between two stages, or as the second begins
+        ("rl", chance.randint(1, 3), ("rollout-0", "rollout-1", "scorer")),
+        ("rl", chance.randint(4, 5), ("rollout-1",)),
+    ):
+        driver.wait_for_step(stage, step)
+        time.sleep(chance.uniform(0, 0.5))
+        killed += [(stage, step, kill(root, actor)) for actor in actors]
+    print(f"seed {seed}: {killed}")
+    assert driver.wait() == 0, driver.output
+    check_exactly_once(root)
+    assert not [pid for _, _, pid in killed if Path(f"/proc/{pid}").exists()]
+    assert "Traceback" not in driver.output
+
+
+def test_a_worker_that_dies_over_and_over_ends_the_run_with_the_first_cause(tmp_path):
+    root = tmp_path / "run"
+    driver = Driver(root)
+    driver.wait_for_step("sft", 1)
+    seen: set[int] = set()
+    give_up = time.monotonic() + LIMIT_S
+    while driver.process.poll() is None:
+        assert time.monotonic() < give_up, driver.output
+        if (pid := pid_of(root, "rollout-0")) not in seen:
+            seen.add(kill(root, "rollout-0"))
+            assert pid in seen
+        time.sleep(0.02)
+    assert driver.wait() == 1, driver.output
+    assert "rollout-0 died 3 times in a row before it had done anything" in driver.output
+    assert 3 <= len(seen) <= 4, "the first one may have been at work"
