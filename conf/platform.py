@@ -109,6 +109,10 @@ class ClusterConfig:
     """
     call_timeout_s: float = 600.0
     """Longest single call to an actor, in seconds: a group, an optimiser step, a save."""
+    hang_s: float = 300.0
+    """Seconds without a sign of life after which a rollout worker is ended and replaced while a stage trains: its process does
+    not answer, or one visit of its engine lasts that long (the first ones compile and capture kernels).
+    """
     log_to_driver: bool = False
     """Also print on the driver's terminal what actors print."""
 
@@ -119,11 +123,9 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.num_cpus={self.num_cpus} must be >= 0 and cluster.actor_cpus={self.actor_cpus} > 0"
             )
-        if not (0 < self.start_timeout_s < math.inf and 0 < self.call_timeout_s < math.inf):
-            raise ValueError(
-                f"cluster.start_timeout_s={self.start_timeout_s} and cluster.call_timeout_s={self.call_timeout_s} must be "
-                "positive numbers of seconds"
-            )
+        for key in ("start_timeout_s", "call_timeout_s", "hang_s"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"cluster.{key}={getattr(self, key)} must be a positive number of seconds")
         if "://" in self.address:
             raise ValueError(
                 f"cluster.address={self.address}: the driver has to run on a node of the cluster, so this is not an URL; "

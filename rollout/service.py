@@ -136,6 +136,7 @@ class RolloutService:
         self._promises = Promises(f"rollout worker {worker}")
         self._inbox = Inbox()
         self._busy = BusyShare()
+        self._visit_began: float | None = None
         self._prepare = WorkThread("prepare")
         self._encode = WorkThread("encode") if self._features.ahead else None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -178,7 +179,9 @@ class RolloutService:
         return future
 
     def stats(self) -> WorkerStats:
-        return WorkerStats(worker=self.worker, clips_encoded=self._features.clips_encoded)
+        began = self._visit_began
+        visit_s = 0.0 if began is None else time.monotonic() - began
+        return WorkerStats(worker=self.worker, clips_encoded=self._features.clips_encoded, visit_s=visit_s)
 
     def close(self) -> None:
         """End the threads and the decode process; whatever is not finished ends in ServiceClosedError.
@@ -253,11 +256,12 @@ class RolloutService:
 
     def _round(self) -> bool:
         """Wait for work, take in what is new and run one step; False once the service closes."""
+        self._visit_began = None
         waiting = self._inbox.wait(lambda: self.engine.busy or bool(self._groups.unencoded))
         if waiting is None:
             return False
         groups, swaps = waiting
-        began = time.monotonic()
+        began = self._visit_began = time.monotonic()
         for swap in swaps:
             self._swap(swap)
         for group in groups:

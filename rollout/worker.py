@@ -133,6 +133,7 @@ class RolloutWorker:
             return await asyncio.wrap_future(future)
 
     async def stats(self) -> WorkerStats | None:
+        """Return its counters, also as a sign of life; None if it has loaded nothing."""
         return None if self._service is None else self._service.stats()
 
     async def pid(self) -> int:

@@ -1,8 +1,9 @@
-"""A polite end: SIGTERM asks for a checkpoint and an exit status that means "run me again".
+"""A polite end: SIGTERM, or a terminal that goes away (SIGHUP), asks for a checkpoint and a status that means "run me again".
 
 Invariants:
-* while a training loop runs, the first SIGTERM only sets a flag, and the loop acts on it between two steps;
-* anywhere else there is nothing to save, and SIGTERM ends the run at once;
+* while a training loop runs, the first signal only sets a flag, and the loop acts on it between two steps;
+* anywhere else there is nothing to save, and a signal ends the run at once;
+* under `nohup`, which has SIGHUP ignored, it stays ignored;
 * after the grace time the process ends whatever it is doing, with the same status.
 """
 
@@ -28,29 +29,36 @@ class Requeue(BaseException):
 
 
 class StopSignal:
-    """Listens for SIGTERM once installed. `last_checkpoint`: the newest complete one, for messages."""
+    """Listens for SIGTERM and SIGHUP once installed. `last_checkpoint`: the newest complete one, for messages."""
 
     def __init__(self, grace_s: float = 60.0, status: int = REQUEUE_STATUS) -> None:
         self.grace_s, self.status = grace_s, status
         self.last_checkpoint = "none"
         self._asked = threading.Event()
         self._deferred = False
+        self._hang_up = signal.getsignal(signal.SIGHUP)
 
     @property
     def requested(self) -> bool:
         return self._asked.is_set()
 
     def install(self) -> None:
-        """Install the handler of SIGTERM."""
+        """Install the handler."""
         signal.signal(signal.SIGTERM, self._on_signal)
+        if self._hang_up is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Wrap `ray.init`, which replaces our handler: turn its SystemExit into Requeue, and install our handler again.
 
+        What it starts ignores SIGHUP, which a terminal that goes away sends to all of them: without Ray there would be no
+        checkpoint.
+
         In the last moments of `ray.init` (under a second) Ray's native handler aborts the process: nothing is lost
         then, but the exit status is not ours.
         """
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
         except SystemExit:
@@ -61,7 +69,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, SIGTERM only sets `requested`, which the loop acts on between two steps. Outside, it raises Requeue."""
+        """Inside, a signal only sets `requested`, which the loop acts on between two steps. Outside, it raises Requeue."""
         if self.requested:
             raise Requeue("stopped before the stage began")
         self._deferred = True
@@ -82,7 +90,7 @@ class StopSignal:
 
     def _out_of_time(self) -> None:
         print(
-            f"stopping: no checkpoint within checkpoint.grace_s={self.grace_s:g} s of SIGTERM; the last complete one "
+            f"stopping: no checkpoint within checkpoint.grace_s={self.grace_s:g} s of the signal; the last complete one "
             f"is {self.last_checkpoint}; exit status {self.status} (requeue)",
             file=sys.stderr,
             flush=True,

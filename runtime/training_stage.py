@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rollout.setup import WorkerSetup
 from runtime.checkpointer import FINAL, Checkpointer
 from runtime.cluster.events import Events
-from runtime.cluster.revival import Revival
+from runtime.cluster.revival import Revival, Watch
 from runtime.context import StageContext
 from runtime.stop import Requeue
 from runtime.store.checkpoint import CheckpointState, step_name
@@ -37,7 +37,9 @@ class TrainingStage:
             lambda line: context.progress.say(f"{context.stage}: {line}"),
             lambda setup: _there(setup, self),
         )
-        self.events = Events(context.config.cluster.call_timeout_s, context.stop, self.revival.died)
+        cluster = context.config.cluster
+        look = Watch(context.session.crew, cluster.hang_s).look
+        self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, look)
         state = context.resume
         self.began_at = state.step if state else 0
         self.consumed = list(state.consumed) if state else []

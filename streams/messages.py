@@ -23,7 +23,7 @@ from streams.memory import MemoryConfig
 from streams.task import Plan, Reason, StreamTask
 from streams.turns import ParsedTurn
 
-MESSAGES_VERSION = 12
+MESSAGES_VERSION = 13
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,16 @@ class SwapReport:
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """Counters since the worker's setup."""
+    """What a worker says of itself.
+
+    Attributes:
+        clips_encoded: since its setup.
+        visit_s: for how long its engine has been at work without waiting for more, in seconds; 0 while it waits.
+    """
 
     worker: int
     clips_encoded: int
+    visit_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,18 @@ class _Pending:
 class Events:
     """Pending references and their handlers; `wait` runs the handler of whichever comes first."""
 
-    def __init__(self, timeout_s: float, stop: StopSignal, on_death: Callable[[ActorDeath], None]) -> None:
-        """on_death: called once for every pending call of an actor that died. If it returns, waiting goes on."""
-        self._timeout_s, self._stop, self._on_death = timeout_s, stop, on_death
+    def __init__(
+        self,
+        timeout_s: float,
+        stop: StopSignal,
+        on_death: Callable[[ActorDeath], None],
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """on_death: called once for every pending call of an actor that died. If it returns, waiting goes on.
+
+        look: called at every wait, and about once a second while it lasts.
+        """
+        self._timeout_s, self._stop, self._on_death, self._look = timeout_s, stop, on_death, look
         self._pending: dict[Any, _Pending] = {}
 
     def __len__(self) -> int:
@@ -108,6 +117,7 @@ class Events:
         asked_before = self._stop.requested
         deadline = time.monotonic() + self._timeout_s
         while True:
+            self._look()
             left = deadline - time.monotonic()
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=max(0.0, min(SLICE_S, left)))
             if done:

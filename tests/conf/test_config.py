@@ -164,7 +164,14 @@ NUMBERS = (
     *("learner.lr", "learner.weight_decay", "learner.grad_clip", "learner.collective_timeout_s", "sft.epochs"),
     *("sft.decision_weight_clamp", "sft.answer_weight", "algorithm.clip_low", "algorithm.clip_high"),
     *("algorithm.kl_coef", "monitor.max", "monitor.mean", "monitor.k3", "eval.transcript_mb", "checkpoint.grace_s"),
-    *("cluster.actor_cpus", "cluster.start_timeout_s", "cluster.call_timeout_s", "watch.at", "watch.seconds"),
+    *(
+        "cluster.actor_cpus",
+        "cluster.start_timeout_s",
+        "cluster.call_timeout_s",
+        "cluster.hang_s",
+        "watch.at",
+        "watch.seconds",
+    ),
 )
 
 

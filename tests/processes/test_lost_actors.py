@@ -101,3 +101,16 @@ def test_a_worker_that_dies_over_and_over_ends_the_run_with_the_first_cause(tmp_
     assert driver.wait() == 1, driver.output
     assert "rollout-0 died 3 times in a row before it had done anything" in driver.output
     assert 3 <= len(seen) <= 4, "the first one may have been at work"
+
+
+def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path):
+    root = tmp_path / "run"
+    driver = Driver(root, "cluster.hang_s=6")
+    driver.wait_for_step("rl", 1)
+    pid = pid_of(root, "rollout-0")
+    os.kill(pid, signal.SIGSTOP)
+    assert driver.wait() == 0, driver.output
+    assert re.search(r"rollout-0 has not answered for \d+ s \(cluster\.hang_s=6\): it is ended", driver.output)
+    assert "rl: rollout-0 is there again" in driver.output
+    check_exactly_once(root)
+    assert not Path(f"/proc/{pid}").exists(), "a process that is stopped is ended, too"

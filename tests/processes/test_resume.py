@@ -1,7 +1,7 @@
 """Killed anywhere, a run goes on: nothing is lost, nothing is trained twice, and deterministic losses are the same bits.
 
 Real drivers are killed with SIGKILL at random moments of SFT and RL (the seed of the moments is printed), one is asked
-to stop with SIGTERM. Steps x batch are whole epochs, so every (epoch, task) must have been trained exactly once.
+to stop with SIGHUP. Steps x batch are whole epochs, so every (epoch, task) must have been trained exactly once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_an_asynchronous_run_that_is_killed_and_stopped_trains_every_group_exact
     asked = Driver(root)
     asked.wait_for_step("rl", 2)
     began = time.monotonic()
-    asked.signal(signal.SIGTERM)
+    asked.hang_up()
     status = asked.wait()
     assert status in (75, 0), asked.output
     assert time.monotonic() - began < 60

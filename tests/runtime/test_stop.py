@@ -35,28 +35,30 @@ LOOP = """with stop.deferred():
         raise Requeue("stopped at step 3")"""
 
 
-def ended(body, grace=5.0, signals=1):
-    """(status, output, error output, seconds) of PROGRAM after SIGTERM."""
+def ended(body, grace=5.0, signals=1, number=signal.SIGTERM):
+    """(status, output, error output, seconds) of PROGRAM after a signal."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(grace=grace, body=body)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever runs the tests may ignore it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     began = time.monotonic()
     for _ in range(signals):
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         time.sleep(0.1)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err, time.monotonic() - began
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("signals", [1, 3])
-def test_a_training_loop_writes_its_checkpoint_and_ends_with_the_requeue_status(signals):
-    status, out, _, _ = ended(LOOP.format(writes=0.3), signals=signals)
+def test_a_training_loop_writes_its_checkpoint_and_ends_with_the_requeue_status(signals, number):
+    status, out, _, _ = ended(LOOP.format(writes=0.3), signals=signals, number=number)
     assert status == 75
     assert out == "checkpoint written\nasked: stopped at step 3\n"
 
@@ -123,3 +125,19 @@ def test_a_library_that_takes_the_signal_over_does_not_keep_it():
     status, out, _, _ = ended(body)
     assert status == 75
     assert "stopped between the stages' steps" in out
+
+
+def test_under_nohup_a_terminal_that_goes_away_ends_nothing():
+    program = PROGRAM.format(grace=5.0, body='print("ready", flush=True); time.sleep(0.5); print("went on")')
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=60)[0] == "went on\n"
+    assert process.returncode == 0

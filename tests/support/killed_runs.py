@@ -59,6 +59,7 @@ class Driver:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever runs the tests may ignore it
             )
 
     @property
@@ -78,6 +79,11 @@ class Driver:
     def signal(self, number: int) -> None:
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
+
+    def hang_up(self) -> None:
+        """As a terminal that goes away does: SIGHUP to all processes of the run that it has started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGHUP)
 
     def wait(self) -> int:
         try:

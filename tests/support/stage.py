@@ -36,7 +36,6 @@ def stage_context(
     stage: str,
     steps: int,
     *,
-    workers: int = 1,
     resume: CheckpointState | None = None,
     **session: Any,
 ) -> tuple[StageContext, Told]:
@@ -47,7 +46,7 @@ def stage_context(
         steps=steps,
         config=config,
         session=SimpleNamespace(
-            crew=SimpleNamespace(workers=[None] * workers),
+            crew=SimpleNamespace(workers=[]),
             book=SimpleNamespace(explain=str, name_of=lambda error: ""),
             **session,
         ),
