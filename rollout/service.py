@@ -136,7 +136,6 @@ class RolloutService:
         self._promises = Promises(f"rollout worker {worker}")
         self._inbox = Inbox()
         self._busy = BusyShare()
-        self._visit_began: float | None = None
         self._prepare = WorkThread("prepare")
         self._encode = WorkThread("encode") if self._features.ahead else None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -179,9 +178,7 @@ class RolloutService:
         return future
 
     def stats(self) -> WorkerStats:
-        began = self._visit_began
-        visit_s = 0.0 if began is None else time.monotonic() - began
-        return WorkerStats(worker=self.worker, clips_encoded=self._features.clips_encoded, visit_s=visit_s)
+        return WorkerStats(self.worker, self._features.clips_encoded, self._busy.lasts())
 
     def close(self) -> None:
         """End the threads and the decode process; whatever is not finished ends in ServiceClosedError.
@@ -256,12 +253,11 @@ class RolloutService:
 
     def _round(self) -> bool:
         """Wait for work, take in what is new and run one step; False once the service closes."""
-        self._visit_began = None
         waiting = self._inbox.wait(lambda: self.engine.busy or bool(self._groups.unencoded))
         if waiting is None:
             return False
         groups, swaps = waiting
-        began = self._visit_began = time.monotonic()
+        self._busy.begin()
         for swap in swaps:
             self._swap(swap)
         for group in groups:
@@ -277,7 +273,7 @@ class RolloutService:
         except StoppedError:
             return False  # `close` settles what is left
         self._step()
-        self._busy.add(time.monotonic() - began)
+        self._busy.end()
         return True
 
     def _step(self) -> None:

@@ -304,14 +304,27 @@ class WeightsTurn:
 
 
 class BusyShare:
-    """The share of time that the engine thread had work. Engine thread only."""
+    """The share of time that the engine thread had work. Engine thread only, but for `lasts`."""
 
     def __init__(self) -> None:
         self._busy_s = 0.0
         self._since = time.monotonic()
+        self._began: float | None = None  # of the visit that is under way
 
-    def add(self, seconds: float) -> None:
-        self._busy_s += seconds
+    def begin(self) -> None:
+        """Note that a visit begins."""
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """Note that it is over."""
+        assert self._began is not None
+        self._busy_s += time.monotonic() - self._began
+        self._began = None
+
+    def lasts(self) -> float:
+        """Return for how long the visit under way lasts, in seconds; 0 between two. From any thread."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def take(self, now: float) -> float:
         """Return the share since the last call, in [0, 1]. now: time of the monotonic clock, in seconds."""
