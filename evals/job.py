@@ -17,6 +17,7 @@ from evals.summary import heldout_fields, mismatch_fields
 from evals.transcripts.record import write_transcripts
 from learner.setup import LearnerSetup
 from rollout.setup import WorkerSetup
+from runtime.cluster.events import MOST_DEATHS
 from runtime.cluster.session import Session
 from runtime.tracking.metric_names import metric_name
 from runtime.tracking.progress import Progress
@@ -62,7 +63,15 @@ def run_evaluation(
     report: ScoreReport | None = None
     if config.eval.score_logs:
         session.setup_learner(learner_setup(checkpoint))
-        report = session.call(session.learners.score(results[last].payloads), "the learner to score held-out logs")
+        report = session.score_logs(results[last].payloads, "the learner to score held-out logs")
+        for _ in range(MOST_DEATHS):
+            if report is not None:
+                break
+            progress.say(f"eval {last}: logs were lost with a worker that died: its streams are watched again")
+            results[last] = evaluate(config, session, tasks, Condition("trained"), progress, last)
+            report = session.score_logs(results[last].payloads, "the learner to score held-out logs")
+        if report is None:
+            raise RuntimeError(f"held-out logs were lost {MOST_DEATHS + 1} times with workers that died")
         tracker.metrics(learner_mismatch(report.diff), step=0)
     write_transcripts(config, session, results, tuple(checkpoints), tracker, progress)
     oracle, silent = scripted_rewards(config, session, tasks, fits)

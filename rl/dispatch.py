@@ -85,6 +85,7 @@ class Dispatcher:
         self._lost: set[int] = set()
         self._latest: dict[int, Assignment] = {}
         self._returned: dict[int, Assignment] = {}
+        self._bare: set[int] = set()  # tickets whose groups are given no features
         # A reference keeps its features alive in the object store: the budget limits how much a long dataset pins
         # there.
         self._features: ByteBudgetCache[tuple[Any, Life]] = ByteBudgetCache(config.data.cache_mb * 2**20)
@@ -170,7 +171,10 @@ class Dispatcher:
         taken = {
             ticket: assignment
             for ticket, assignment in self._latest.items()
-            if self._buffer.waits(ticket) and not self._intact(assignment)
+            if self._buffer.waits(ticket)
+            and any(
+                life is not None and self._lives[life.worker] != life for life in (assignment.life, assignment.maker)
+            )
         }
         for ticket in taken:
             self._buffer.reopen(ticket)
@@ -181,8 +185,15 @@ class Dispatcher:
     def reissue_batch(self) -> tuple[int, ...]:
         """Take back the groups of a batch that could not be trained, as media were lost. Returns their tickets."""
         tickets = self._buffer.take_back()
-        self._returned |= {ticket: self._latest.pop(ticket) for ticket in tickets}
+        for ticket in tickets:
+            self.again(self._latest[ticket])
         return tuple(tickets)
+
+    def again(self, assignment: Assignment) -> None:
+        """Have a group rolled out again, without the features that it was given: whoever made them may have died unseen."""
+        self._features.forget(assignment.task.id)
+        self._bare.add(assignment.ticket)
+        self._returned[assignment.ticket] = self._latest.pop(assignment.ticket)
 
     def restored(self, worker: int, version: int) -> None:
         """Give groups again to a worker that was lost, and now runs this version."""
@@ -208,7 +219,8 @@ class Dispatcher:
         return min(free, key=lambda w: self._load[w], default=None)
 
     def _assign(self, ticket: int, epoch: int, task: StreamTask, plan: Plan, worker: int) -> Assignment:
-        assignment = Assignment(ticket, epoch, task, plan, self._lives[worker], *self._kept(task))
+        kept = (None, None) if ticket in self._bare else self._kept(task)
+        assignment = Assignment(ticket, epoch, task, plan, self._lives[worker], *kept)
         # Nobody reports that a group was trained: forget the assignments whose groups are.
         self._latest = {t: a for t, a in self._latest.items() if self._buffer.holds(t)} | {ticket: assignment}
         self._load[worker] += 1
@@ -219,11 +231,6 @@ class Dispatcher:
         """Return (features, their maker) of the task's clip; (None, None) if no living process has made them."""
         features, maker = self._features.get(task.id) or (None, None)
         return (features, maker) if maker is not None and self._lives[maker.worker] == maker else (None, None)
-
-    def _intact(self, assignment: Assignment) -> bool:
-        """Return whether all that the group needs is, or will be, in the memory of living workers."""
-        needed = (assignment.life, assignment.maker)
-        return all(self._lives[life.worker] == life for life in needed if life is not None)
 
 
 def _rollout_task(config: RunConfig, group: str, task: StreamTask, plan: Plan, features: Any) -> RolloutTask:

@@ -30,7 +30,7 @@ from rl.results import ReadyGroup, RLResult
 from rl.step_report import StepReport
 from rl.versions import VersionLedger
 from rl.workers import PublishedGroups, Workers
-from runtime.cluster.events import lost_with_an_actor
+from runtime.cluster.events import MOST_DEATHS, lost_with_an_actor
 from runtime.context import StageContext
 from runtime.mismatch_gate import MismatchGate
 from runtime.store.manifests import plain
@@ -102,9 +102,17 @@ class RLLoop:
 
     def _check_published(self) -> None:
         """Have each worker roll out a group on the weights it swapped in, and the learner that published them score it."""
-        groups = PublishedGroups(self.workers, self.version, self.dispatch.extra)
-        payloads = groups.payloads(self.stage.events.wait)
-        score = self.session.call(self.session.learners.score(payloads), "the published weights' scores")
+        for _ in range(MOST_DEATHS):
+            groups = PublishedGroups(self.workers, self.version, self.dispatch.extra)
+            payloads = groups.payloads(self.stage.events.wait)
+            score = self.session.score_logs(payloads, "the published weights' scores")
+            # The next stage must find every worker there.
+            while self.stage.revival.loading:
+                self.stage.events.wait()
+            if score is not None:
+                break
+        else:
+            raise RuntimeError(f"groups on the published weights were lost {MOST_DEATHS} times with workers that died")
         self.result.published, self.result.published_by_kind = score.diff, score.by_kind
         self.published_off = score.off
 
@@ -129,6 +137,10 @@ class RLLoop:
         if not self.dispatch.returned(assignment, summary):
             return
         task = assignment.task
+        if summary.failed is not None and assignment.features is not None:
+            # What it was given may have died with whoever made it: the worker makes its own.
+            self.dispatch.again(assignment)
+            return
         if summary.failed is not None:
             self.result.skipped.append(SkippedSample.failure(task, str(summary.failed)))
             self.result.dropped_clip_seconds += summary.clip_seconds

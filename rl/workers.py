@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rewards.compose import RewardResult
@@ -86,15 +87,18 @@ class Workers:
 
     def _start_fetches(self) -> None:
         for worker in self.ledger.next_fetches():
+            actor = self._session.crew.workers[worker]
             self._events.expect(
                 # In a list, so that Ray passes the reference itself, and the worker fetches the weights in the
                 # background.
-                self._session.crew.workers[worker].update_weights.remote([self._weights]),
+                actor.update_weights.remote([self._weights]),
                 f"rollout worker {worker} to swap to version {self.ledger.published}",
-                self._swapped,
+                partial(self._swapped, actor),
             )
 
-    def _swapped(self, report: SwapReport) -> None:
+    def _swapped(self, actor: Any, report: SwapReport) -> None:
+        if self._session.crew.workers[report.worker] is not actor:
+            return  # it died meanwhile, and another one has its place
         self.ledger.swapped(report.worker, report.version)
         self._swaps.append(report)
         self._start_fetches()

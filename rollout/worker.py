@@ -62,6 +62,7 @@ class RolloutWorker:
         self._worker = worker
         self._cache_mb = cache_mb
         self._service: RolloutService | None = None
+        self._loading = asyncio.Lock()
 
     async def device(self) -> DeviceInfo:
         """Return the device that this worker would load onto, before it does."""
@@ -102,8 +103,10 @@ class RolloutWorker:
         """(Re)load a checkpoint for a stage; running groups of an earlier stage are forgotten."""
         if setup.messages_version != MESSAGES_VERSION:
             raise ValueError(f"worker speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
-        await self._close_service()
-        await asyncio.to_thread(self._open_service, setup)
+        # One after the other: a worker may be asked for the next stage while it loads in place of one that died.
+        async with self._loading:
+            await self._close_service()
+            await asyncio.to_thread(self._open_service, setup)
         service = self._ready()
         log.info("loaded %s as version %d, %d KV slots", setup.checkpoint, setup.version, service.engine.pool.capacity)
         return WorkerInfo(

@@ -80,6 +80,7 @@ class SftLoop:
             # A stop lets the step under way finish: if that was the last one, the stage is complete.
             wait()
         stage.finish(self.result.steps, self._counters())
+        self.demonstrations.clear()
         return self.result
 
     def _train(self) -> None:
@@ -114,6 +115,7 @@ class SftLoop:
 
     def _trained(self, report: TrainReport, groups: tuple[str, ...]) -> None:
         self._training = False
+        self.demonstrations.trained()
         self.result.steps += 1
         loss = report.metrics["loss"]
         if self.result.steps == 1:

@@ -90,6 +90,15 @@ class DemonstrationQueue:
         self._batch, self._taken = self._taken, []
         return [_laid_out(sample) for sample in self._batch]
 
+    def trained(self) -> None:
+        """Let go of the batch that was taken last."""
+        self._batch = []
+
+    def clear(self) -> None:
+        """Let go of all samples, at the end of the stage."""
+        self._waiting.clear()
+        self._taken, self._batch = [], []
+
     def take_back(self) -> int:
         """Have the batch that was taken last laid out again, as it could not be trained. Returns its length."""
         batch, self._batch = self._batch, []

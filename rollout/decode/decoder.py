@@ -159,13 +159,14 @@ class Decoder:
             cut = (ids[np.arange(len(ids)), emitted - 1] != end).nonzero()[0]
             ids[cut, emitted[cut]], logps[cut, emitted[cut]] = end, np.nan
             emitted[cut] += 1
-        target = ~np.isnan(logps)
+        columns = (ids, logps, ~np.isnan(logps))
         for i, (stream, turn, count, held) in enumerate(
             zip(streams, turns, emitted.tolist(), length.tolist(), strict=True)
         ):
-            stream.writer.extend_generated(
-                ids[i, :count], turn.version, logps=logps[i, :count], target=target[i, :count]
-            )
+            drawn = [column[i, :count] for column in columns]
+            if 2 * count < most:  # a log keeps what it is given, and a view keeps the turns that were read with it
+                drawn = [column.copy() for column in drawn]
+            stream.writer.extend_generated(drawn[0], turn.version, logps=drawn[1], target=drawn[2])
             forwarded = held - len(stream.slots)
             stream.slots.add(forwarded)
             stream.forwarded += forwarded

@@ -75,7 +75,7 @@ class StepGraphs:
         self._seats = torch.full((state.nobody,), state.nobody, device=state.ints.device)
         self._graphs: dict[tuple[int, Kinds], Callable[[], None]]
         self._capture: CudaCapture
-        self._buffers: tuple[int, ...]
+        self._buffers: tuple[tuple[int, torch.Size], ...]
         self._addresses: dict[str, int]
         self._version: int | None
         self._forget()
@@ -140,9 +140,10 @@ class StepGraphs:
         self._addresses = {}
         self._version = None
 
-    def _now(self) -> tuple[int, ...]:
-        # Un-rotated keys are not among them: they are made once, before the first step that needs them is captured.
-        return tuple(buffer.data_ptr() for buffer in (*self._state.buffers, self._pool.kv))
+    def _now(self) -> tuple[tuple[int, torch.Size], ...]:
+        # Un-rotated keys are not among them: they are made once, before the first step that needs them is captured. A buffer
+        # that grew twice may lie where it did at first.
+        return tuple((buffer.data_ptr(), buffer.shape) for buffer in (*self._state.buffers, self._pool.kv))
 
 
 def addresses(model: torch.nn.Module) -> dict[str, int]:

@@ -63,6 +63,7 @@ class Revival:
         """
         self._session, self._expect, self._say, self._newest = session, expect, say, newest
         self._gone: set[str] = set()  # ids of the processes that are known to be dead
+        self._useful: set[str] = set()  # actors whose present process has done something
         self._in_vain: dict[str, list[str]] = {}  # what each actor's processes died of that had done nothing
         self._lost: list[Callable[[int], object]] = []
         self._back: list[Callable[[int, int], None]] = []
@@ -76,6 +77,7 @@ class Revival:
 
     def alive(self, name: str) -> None:
         """Note that an actor has done something."""
+        self._useful.add(name)
         self._in_vain.pop(name, None)
 
     def died(self, death: ActorDeath) -> None:
@@ -125,7 +127,9 @@ class Revival:
         words = self._session.book.explain(death.error)
         self.deaths[name] = self.deaths.get(name, 0) + 1
         causes = self._in_vain.setdefault(name, [])
-        causes.append(words)
+        if name not in self._useful:
+            causes.append(words)
+        self._useful.discard(name)
         if len(causes) >= MOST_DEATHS:
             raise RuntimeError(
                 f"{name} died {len(causes)} times in a row before it had done anything, last during {death.what}; the first "

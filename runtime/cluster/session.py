@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from conf.schema import RunConfig
@@ -23,12 +24,13 @@ from learner.setup import LearnerSetup
 from runtime.cluster.actors import ActorBook, run_id
 from runtime.cluster.connect import connect
 from runtime.cluster.crew import Crew
-from runtime.cluster.events import CALL_LIMIT, START_LIMIT, wait_for
+from runtime.cluster.events import CALL_LIMIT, START_LIMIT, lost_with_an_actor, wait_for
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.maker import ActorMaker
 from runtime.cluster.placement import placement_note, plan_bundles
 from runtime.cluster.preflight import Bundle, run_preflight
 from streams.backbone.tiny_spec import TinySpec
+from streams.messages import ScoreReport
 from streams.support.usage import DeviceInfo, ProcessUsage
 
 QUIET_WAIT_S = 2.0
@@ -112,6 +114,16 @@ class Session:
 
     def setup_learner(self, setup: LearnerSetup) -> int:
         return self.learners.setup(setup, self.config.cluster.start_timeout_s)
+
+    def score_logs(self, payloads: tuple[Any, ...], what: str) -> ScoreReport | None:
+        """Return the learner's scores of these logs; None if their media went with a worker that died."""
+        try:
+            report: ScoreReport = self.call(self.learners.score(payloads), what)
+        except RayTaskError as error:
+            if not lost_with_an_actor(error):
+                raise
+            return None
+        return report
 
     def call(self, reference: Any, what: str) -> Any:
         """Return an actor's reply. Raises TimeoutError and RuntimeError, as `wait_for`."""

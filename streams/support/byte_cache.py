@@ -30,8 +30,7 @@ class ByteBudgetCache(Generic[T]):
 
     def put(self, key: str, value: T, nbytes: int) -> None:
         """Keep `value`, which counts `nbytes`, and drop others until it fits."""
-        if key in self._values:
-            self.used -= self._values.pop(key)[1]
+        self.forget(key)
         if nbytes > self.budget:
             return
         while self.used + nbytes > self.budget:
@@ -39,6 +38,11 @@ class ByteBudgetCache(Generic[T]):
             self.used -= freed
         self._values[key] = (value, nbytes)
         self.used += nbytes
+
+    def forget(self, key: str) -> None:
+        """Drop the value of `key`, if it is kept."""
+        if key in self._values:
+            self.used -= self._values.pop(key)[1]
 
     def clear(self) -> None:
         self._values.clear()

@@ -65,10 +65,11 @@ def test_a_deterministic_run_ends_bit_for_bit_as_it_would_have_without_the_death
 
 
 def test_an_asynchronous_run_outlives_the_deaths_of_all_its_workers_and_scorers(tmp_path):
+    """Also between two stages, and in the evaluation, when streams that are over wait for the learner in their memory."""
     root = tmp_path / "run"
     seed = random.SystemRandom().randrange(10**6)
     chance = random.Random(seed)
-    driver = Driver(root)
+    driver = Driver(root, "job.stages=[data,sft,rl,eval]")
     killed = []
     for stage, step, actors in (
         ("sft", chance.randint(1, 5), ("rollout-0", "rollout-1")),
@@ -79,6 +80,8 @@ def test_an_asynchronous_run_outlives_the_deaths_of_all_its_workers_and_scorers(
         driver.wait_for_step(stage, step)
         time.sleep(chance.uniform(0, 0.5))
         killed += [(stage, step, kill(root, actor)) for actor in actors]
+    driver.wait_for(r"eval rl: n ")
+    killed += [("eval", 0, kill(root, actor)) for actor in ("rollout-0", "rollout-1")]
     print(f"seed {seed}: {killed}")
     assert driver.wait() == 0, driver.output
     check_exactly_once(root)

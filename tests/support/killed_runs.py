@@ -76,6 +76,13 @@ class Driver:
             assert time.monotonic() < deadline, f"{stage} did not reach step {step}:\n{self.output}"
             time.sleep(0.02)
 
+    def wait_for(self, said: str) -> None:
+        """Until the run says this, a regular expression, or ends."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.process.poll() is None and not re.search(said, self.output):
+            assert time.monotonic() < deadline, f"nothing like {said!r}:\n{self.output}"
+            time.sleep(0.02)
+
     def signal(self, number: int) -> None:
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
