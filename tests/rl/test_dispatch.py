@@ -351,3 +351,17 @@ def test_a_group_beside_the_buffer_is_the_next_of_the_source_and_takes_no_ticket
     assert extra.task != first.task
     assert buffer.admitted == 1
     assert dispatch.next(0, PLENTY).ticket == 1
+
+
+def test_a_group_whose_features_were_lost_unseen_is_rolled_out_again_without_any():
+    dispatch, _ = dispatcher(workers=1, limit=8)
+    first = dispatch.next(0, PLENTY)
+    dispatch.returned(first, reply(first, features="clip"))
+    dispatch.drop(first)
+    given, other, *_ = (a for a in all_of(dispatch) if a.features is not None)
+    dispatch.returned(given, reply(given))
+    dispatch.again(given)
+    dispatch.returned(other, reply(other, features="another"))
+    again = dispatch.next(0, PLENTY)
+    assert (again.ticket, again.group, again.features) == (given.ticket, given.group, None)
+    assert not dispatch.is_latest(given)

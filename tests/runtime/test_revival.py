@@ -1,0 +1,180 @@
+"""Who is replaced, who ends the run, and who is ended because it hangs; without processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from runtime.cluster import revival
+from runtime.cluster.events import ActorDeath
+from runtime.cluster.revival import Revival, Watch, deaths_in_words
+from streams.messages import WorkerStats
+
+
+class World:
+    """A crew of two whose processes are numbers, and what the revival does with them."""
+
+    def __init__(self, setup) -> None:
+        self.made = 0
+        self.names: dict[str, str] = {}
+        self.told: list[object] = []
+        self.said: list[str] = []
+        self.loads: list[tuple] = []
+        self.crew = SimpleNamespace(
+            workers=[self.process("rollout-0"), self.process("rollout-1")],
+            scorer=self.process("scorer"),
+            setup=setup,
+            replace_worker=self.replace,
+            replace_scorer=lambda: self.told.append("scorer"),
+        )
+        book = SimpleNamespace(
+            name_of=lambda error: self.names.get(error.actor_id, ""), explain=lambda error: f"died {error.actor_id}"
+        )
+        session = SimpleNamespace(crew=self.crew, book=book)
+        self.revival = Revival(session, lambda *given: self.loads.append(given), self.said.append, lambda setup: setup)
+        self.revival.watch(
+            lambda worker: self.told.append(("lost", worker)), lambda *given: self.told.append(("back", *given))
+        )
+
+    def process(self, name: str):
+        self.made += 1
+        self.names[str(self.made)] = name
+        number = self.made
+        return SimpleNamespace(number=number, setup=SimpleNamespace(remote=lambda setup: ("setup", number)))
+
+    def replace(self, worker: int) -> None:
+        self.crew.workers[worker] = self.process(f"rollout-{worker}")
+
+    def die(self, number: int, what: str = "group 0/a") -> None:
+        error = ActorDiedError()
+        error.actor_id = str(number)
+        self.revival.died(ActorDeath(what, error))
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(SimpleNamespace(checkpoint=str(tmp_path), version=7))
+
+
+def test_a_worker_is_replaced_once_and_told_of(world):
+    for _ in range(3):  # calls that it leaves without a reply
+        world.die(1)
+    assert (world.told, world.revival.loading, world.revival.deaths) == ([("lost", 0)], {0}, {"rollout-0": 1})
+    ((reference, what, loaded, _),) = world.loads
+    assert reference == ("setup", 4)
+    assert what.startswith("rollout-0 to load ")
+    loaded(SimpleNamespace(pid=12, node="here"))
+    assert world.told[-1] == ("back", 0, 7)
+    assert not world.revival.loading
+    assert world.said == [
+        "died 1; another process takes its place, its work is done again",
+        "rollout-0 is there again (pid 12, node here)",
+    ]
+
+
+def test_a_checkpoint_that_was_deleted_meanwhile_is_not_the_end(world, tmp_path):
+    world.die(1)
+    _, _, _, failed = world.loads.pop()
+    world.crew.setup = SimpleNamespace(checkpoint=str(tmp_path), version=9)
+    tmp_path.rmdir()
+    failed(FileNotFoundError("gone"))
+    tmp_path.mkdir()
+    _, _, loaded, failed = world.loads.pop()
+    with pytest.raises(ValueError, match="another cause"):
+        failed(ValueError("another cause"))
+    loaded(SimpleNamespace(pid=1, node="here"))
+    assert world.told[-1] == ("back", 0, 9)
+
+
+def test_whoever_dies_three_times_without_having_done_anything_ends_the_run(world):
+    world.revival.alive("rollout-0")
+    world.die(1)  # it had worked: that does not count
+    world.die(4)
+    world.die(5)
+    with pytest.raises(
+        RuntimeError, match=r"rollout-0 died 3 times in a row .*, last during load; the first time: died 4"
+    ):
+        world.die(6, "load")
+
+
+def test_one_that_does_something_between_its_deaths_goes_on_for_ever(world):
+    for number in (1, *range(4, 20)):
+        world.die(number)
+        if number % 2:
+            world.revival.alive("rollout-0")
+    assert world.revival.deaths == {"rollout-0": 17}
+
+
+def test_a_scorer_is_replaced_and_a_learner_ends_the_run(world):
+    world.die(3)
+    assert world.told == ["scorer"]
+    world.names["9"] = "learner"
+    with pytest.raises(RuntimeError, match="an actor died during optimiser step 4: died 9"):
+        world.die(9, "optimiser step 4")
+    with pytest.raises(RuntimeError, match="an actor died during a save"):
+        world.die(1000, "a save")  # nobody that is known
+
+
+def test_deaths_in_words():
+    assert deaths_in_words({}) == ""
+    assert (
+        deaths_in_words({"scorer": 1, "rollout-0": 2}) == "; 3 processes died and were replaced (rollout-0 2, scorer 1)"
+    )
+
+
+class Watched:
+    """Ray's side of a watch: replies that come when they are told to, and who was ended."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.asked, self.ended = 0.0, [], []
+        self.replies: dict[object, object] = {}
+        monkeypatch.setattr(revival.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(revival.ray, "wait", lambda refs, timeout: ([r for r in refs if r in self.replies], []))
+        monkeypatch.setattr(revival.ray, "get", lambda ref: self.replies[ref])
+        monkeypatch.setattr(revival.ray, "kill", self.ended.append)
+        self.crew = SimpleNamespace(workers=[self.process(), self.process()])
+        self.watch = Watch(self.crew, hang_s=10.0)
+
+    def process(self):
+        def remote():
+            self.asked.append(object())
+            return self.asked[-1]
+
+        actor_id = SimpleNamespace(hex=lambda: str(id(remote)))
+        return SimpleNamespace(stats=SimpleNamespace(remote=remote), _actor_id=actor_id)
+
+    def run(self, seconds: int, answer) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            self.replies |= {ref: answer for ref in self.asked if answer is not None}
+            self.watch.look()
+
+
+def test_who_answers_and_does_not_hang_in_a_visit_is_left_alone(monkeypatch):
+    world = Watched(monkeypatch)
+    world.run(100, WorkerStats(0, 0, visit_s=9.0))
+    assert 50 <= len(world.asked) <= 100, "two workers, every few seconds"
+    assert world.ended == []
+
+
+def test_who_does_not_answer_is_ended_once_and_the_next_one_is_watched_anew(monkeypatch, caplog):
+    world = Watched(monkeypatch)
+    world.run(9, None)
+    assert world.ended == []
+    world.run(30, None)
+    assert world.ended == world.crew.workers
+    assert "rollout-1 has not answered for 11 s (cluster.hang_s=10): it is ended" in caplog.text
+    world.crew.workers[0] = world.process()
+    world.run(9, None)
+    assert len(world.ended) == 2
+    world.run(9, None)
+    assert world.ended[2:] == world.crew.workers[:1]
+
+
+def test_whose_engine_is_stuck_in_one_visit_is_ended(monkeypatch, caplog):
+    world = Watched(monkeypatch)
+    world.run(10, WorkerStats(0, 0, visit_s=11.0))
+    assert world.ended == world.crew.workers
+    assert "rollout-0 has been in one visit of its engine for 11 s" in caplog.text
