@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from runtime.stop import StopSignal
 
@@ -49,6 +49,15 @@ def wait_for(
         raise TimeoutError(f"waited {timeout_s:g} s for {what}; raise {limit} if it is only slow") from error
     except RayActorError as error:
         raise ActorLostError(f"an actor died while the run waited for {what}: {explain(error)}") from error
+    except RayTaskError:
+        raise  # the call's own error, with its type
+    except RayError as error:
+        raise _in_words(error, what) from error
+
+
+def _in_words(error: RayError, what: str) -> RuntimeError:
+    """Return Ray's own failure, such as a node without memory, as an error that the run ends with."""
+    return RuntimeError(f"{what} failed: {type(error).__name__}: {str(error).strip()}")
 
 
 def first_line(error: Exception) -> str:
@@ -137,10 +146,12 @@ class Events:
             if entry.lost is not None:
                 entry.lost()
             return
-        except (ray.exceptions.RayTaskError, OSError) as error:
+        except (RayTaskError, OSError) as error:
             if entry.failed is None:
                 raise
             entry.failed(error)
             return
+        except RayError as error:
+            raise _in_words(error, entry.what) from error
         # Outside the try: what a handler raises is its own, never taken for the reply's failure.
         entry.handle(value)

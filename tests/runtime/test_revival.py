@@ -5,11 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from runtime.cluster import revival
-from runtime.cluster.events import ActorDeath
+from runtime.cluster import events, revival
+from runtime.cluster.events import ActorDeath, Events, wait_for
 from runtime.cluster.revival import Revival, Watch, deaths_in_words
+from runtime.stop import StopSignal
 from streams.messages import WorkerStats
 
 
@@ -178,3 +179,18 @@ def test_whose_engine_is_stuck_in_one_visit_is_ended(monkeypatch, caplog):
     world.run(10, WorkerStats(0, 0, visit_s=11.0))
     assert world.ended == world.crew.workers
     assert "rollout-0 has been in one visit of its engine for 11 s" in caplog.text
+
+
+def test_rays_own_failures_end_a_wait_in_words(monkeypatch):
+    def get(*_, **__):
+        raise OutOfMemoryError("node 10.0.0.1 ran out of memory")
+
+    monkeypatch.setattr(events.ray, "get", get)
+    monkeypatch.setattr(events.ray, "wait", lambda refs, num_returns, timeout: (refs[:1], refs[1:]))
+    said = r"the scores of 0/a failed: OutOfMemoryError: .*node 10\.0\.0\.1 ran out of memory"
+    with pytest.raises(RuntimeError, match=said):
+        wait_for("reference", 1.0, "the scores of 0/a")
+    waiting = Events(1.0, StopSignal(), lambda death: None)
+    waiting.expect("reference", "the scores of 0/a", print)
+    with pytest.raises(RuntimeError, match=said):
+        waiting.wait()
