@@ -2,8 +2,8 @@
 
 Invariants:
 * a total lies in [0, 1] and does not depend on the order of the terms;
-* if a term raises, or returns anything but one value in [0, 1] per answer, that stream's total is 0 and `failed` names
-  the cause; the run goes on;
+* if a term raises, takes too long, or returns anything but one value in [0, 1] per answer, that stream's total is 0 and
+  `failed` names the cause; the run goes on;
 * settings that cannot work are refused when the config is made.
 """
 
@@ -21,6 +21,7 @@ from rewards import brevity as _brevity  # noqa: F401  (these three register the
 from rewards import format as _format  # noqa: F401
 from rewards import thinkstream as _thinkstream  # noqa: F401
 from rewards.correctness import correct_answers
+from rewards.deadline import OutOfTimeError, deadline
 from rewards.outcome import StreamOutcome, match_answers
 from rewards.registry import Term, build
 from rewards.timing import Timing
@@ -41,10 +42,14 @@ class RewardConfig:
     default 1; with `reward.combine=weighted_sum` only). There is no default term: a file's terms would be merged
     with it.
     """
+    timeout_s: float = 60.0
+    """Seconds that a term may take for one stream, in Python code; a stream whose reward takes longer is left out and named."""
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINES:
             raise ValueError(f"reward.combine={self.combine!r} is not one of {', '.join(COMBINES)}")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"reward.timeout_s={self.timeout_s} must be a positive number of seconds")
         for name, params in self.terms.items():
             _read_term(name, params, self.combine)
 
@@ -87,12 +92,14 @@ class RewardResult:
 class Reward:
     """The configured reward; call it with a stream's outcome."""
 
-    def __init__(self, terms: Mapping[str, tuple[Term, float]], combine: str) -> None:
+    def __init__(
+        self, terms: Mapping[str, tuple[Term, float]], combine: str, timeout_s: float = RewardConfig.timeout_s
+    ) -> None:
         if not terms:
             raise ValueError("reward.terms is empty: name at least one term, for example reward.terms.correctness={}")
         # Floating-point products depend on their order; a config's order of keys must not.
         self._terms = {name: terms[name] for name in sorted(terms)}
-        self._combine = combine
+        self._combine, self._timeout_s = combine, timeout_s
         given = [term for term, _ in self._terms.values() if isinstance(term, Timing)]
         self.timing = given[0] if given else Timing()
         """Scores `AnswerResult.timing`: the configured timing term, or its defaults where there is none."""
@@ -102,6 +109,7 @@ class Reward:
         return cls(
             {name: _read_term(name, params, config.combine) for name, params in config.terms.items()},
             config.combine,
+            config.timeout_s,
         )
 
     def __call__(self, outcome: StreamOutcome) -> RewardResult:
@@ -131,7 +139,14 @@ class Reward:
         values: dict[str, np.ndarray] = {}
         for name, (term, _) in self._terms.items():
             try:
-                values[name] = _checked(term(outcome), len(outcome.task.answers))
+                with deadline(self._timeout_s):
+                    given = term(outcome)
+                values[name] = _checked(given, len(outcome.task.answers))
+            except OutOfTimeError as error:
+                # The last frame is the deadline's own.
+                where = traceback.extract_tb(error.__traceback__)[-2]
+                cause = f"{error} (reward.timeout_s), last in {where.filename}:{where.lineno}"
+                return {}, f"stream {outcome.task.id}: reward.terms.{name}: {cause}{at_row(outcome.task)}"
             except Exception as error:  # noqa: BLE001  (the named boundary: costs this stream, not the run)
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 cause = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"

@@ -14,12 +14,17 @@ from types import SimpleNamespace
 import pytest
 import ray
 
+from rewards.compose import RewardConfig
+from rewards.scorer import Scorer
 from runtime.cluster.events import Events
 from runtime.stop import Requeue, StopSignal
 from runtime.store.checkpoint import CheckpointState, read_state
 from runtime.store.journal import journal_path, read_lines
 from runtime.training_stage import TrainingStage
+from streams.messages import RewardJob
+from streams.task import Plan
 from tests.support.configs import composed
+from tests.support.rewards import one_answer, stream
 from tests.support.stage import stage_context
 
 BASE = composed("checkpoint.every=2", "checkpoint.keep=2")
@@ -179,3 +184,14 @@ def test_a_stage_ends_when_the_learner_dies_and_says_during_what(cluster, tmp_pa
     said = f"an actor died during optimiser step 3: the learner died: {actor._actor_id.hex()}"
     with pytest.raises(RuntimeError, match=said):
         stage.events.wait()
+
+
+@pytest.mark.slow
+def test_a_reward_that_never_ends_costs_its_stream_in_a_scorers_process(cluster):
+    terms = {"mine": {"target": "tests.support.stuck_reward:stuck"}}
+    scorer = ray.remote(num_cpus=0)(Scorer).remote(RewardConfig(terms=terms, timeout_s=0.5))
+    job = RewardJob("0/a", one_answer(), Plan(12, 1.0), (stream({2: "stuck"}), stream({5: "red"})))
+    ((first, second),) = ray.get(scorer.score.remote((job,)), timeout=60)
+    assert "reward.terms.mine: took longer than 0.5 s (reward.timeout_s), last in " in first.failed
+    assert "stuck_reward.py:" in first.failed
+    assert (second.failed, second.total) == (None, 1.0)
