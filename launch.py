@@ -103,9 +103,7 @@ def start(config: RunConfig, overrides: list[str]) -> None:
         print(f"{stopped}; no stage was under way, the same command starts again", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
     except KeyboardInterrupt:
-        known = stop.last_checkpoint
-        again = f"goes on from {known}" if known != "none" else "starts again what was not finished"
-        print(f"stopped by Ctrl-C; the same command with resume=auto {again}", file=sys.stderr)
+        print(f"stopped by Ctrl-C; the same command with resume=auto {stop.goes_on}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:  # named boundary: a stop
         if not stop.requested:
@@ -178,7 +176,7 @@ def _fail(config: RunConfig, error: Exception, stop: StopSignal) -> NoReturn:
     if stop.requested:
         raise error
     note = _keep_traceback(config.root / "logs" / "driver-error.txt")
-    print(f"error: {error}\n{note}", file=sys.stderr)
+    print(f"error: {error}\n{note}\nthe same command with resume=auto {stop.goes_on}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -42,6 +42,12 @@ class StopSignal:
     def requested(self) -> bool:
         return self._asked.is_set()
 
+    @property
+    def goes_on(self) -> str:
+        """What the same command would do, in words."""
+        known = self.last_checkpoint
+        return f"goes on from {known}" if known != "none" else "starts again what was not finished"
+
     def install(self) -> None:
         """Install the handler."""
         signal.signal(signal.SIGTERM, self._on_signal)

@@ -103,6 +103,7 @@ def test_a_worker_that_dies_over_and_over_ends_the_run_with_the_first_cause(tmp_
         time.sleep(0.02)
     assert driver.wait() == 1, driver.output
     assert "rollout-0 died 3 times in a row before it had done anything" in driver.output
+    assert re.search(r"the same command with resume=auto (goes on from \S+|starts again)", driver.output)
     assert 3 <= len(seen) <= 4, "the first one may have been at work"
 
 
