@@ -42,6 +42,8 @@ from streams.support.meter import Meter
 from streams.video.reader import Clip, ReaderClosedError
 
 GroupResult = tuple[GroupSummary, GroupPayload | None]
+REPLACED = "the group was asked for again: this copy is not needed"
+"""A group is asked for again while it runs if what it was given, the memory of another worker, was lost."""
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Groups:
         self._self_check, self._meter = self_check, meter
         self.unencoded: deque[Group] = deque()
         self._running: dict[str, Group] = {}
+        self._replaced: list[Group] = []  # by a later copy of theirs, and not answered yet
 
     # --- prepare thread ---------------------------------------------------------------------------------------
 
@@ -172,6 +175,11 @@ class Groups:
         assert group.encoding is not None
         group.encoded = group.encoding.made
         assert group.encoded is not None
+        if (other := self._running.get(group.task.group)) is not None:
+            if group.began < other.began:
+                return self._failed(group, RuntimeError(REPLACED))
+            self._engine.cancel(set(other.stream_ids()))
+            self._replaced.append(self._running.pop(group.task.group))
         try:
             group.features = self._features.embed(group.encoded)
             for request in self._requests(group):
@@ -212,7 +220,10 @@ class Groups:
                 yield group, result
 
     def drop_late(self) -> Iterator[tuple[Group, GroupResult]]:
-        """Fail the groups that are past their deadline, and yield them."""
+        """Fail the groups that are past their deadline, or that a later copy has replaced, and yield them."""
+        replaced, self._replaced = self._replaced, []
+        for group in replaced:
+            yield group, self._failed(group, RuntimeError(REPLACED))
         now = time.monotonic()
         for name, group in list(self._running.items()):
             if now > group.deadline:

@@ -38,7 +38,7 @@ class TrainingStage:
             lambda setup: _there(setup, self),
         )
         cluster = context.config.cluster
-        look = Watch(context.session.crew, cluster.hang_s).look
+        look = Watch(context.session.crew, cluster.hang_s, cluster.start_timeout_s).look
         self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, look)
         state = context.resume
         self.began_at = state.step if state else 0

@@ -140,16 +140,19 @@ class Revival:
 
 @dataclass
 class _Asked:
+    """limit_s: how long its reply may take. reply: None until it is asked."""
+
     actor: Any
     at: float
+    limit_s: float
     reply: Any = None
 
 
 class Watch:
-    """Looks after the workers of a crew. hang_s: seconds without a sign of life."""
+    """Looks after the workers of a crew. hang_s: seconds without a sign of life. start_s: until a process gives its first."""
 
-    def __init__(self, crew: Crew, hang_s: float) -> None:
-        self._crew, self._hang_s = crew, hang_s
+    def __init__(self, crew: Crew, hang_s: float, start_s: float) -> None:
+        self._crew, self._hang_s, self._start_s = crew, hang_s, max(start_s, hang_s)
         self._asked: dict[int, _Asked] = {}
         self._ended: set[str] = set()
 
@@ -159,21 +162,21 @@ class Watch:
         for worker, actor in enumerate(self._crew.workers):
             asked = self._asked.get(worker)
             if asked is None or asked.actor is not actor:
-                # A process that has just been made may take as long as it likes to start: its setup has a limit of its own.
-                self._asked[worker] = _Asked(actor, now)
+                # Whoever starts imports for a while before it answers anything.
+                self._asked[worker] = _Asked(actor, now, self._start_s)
             elif asked.reply is None:
                 if now - asked.at >= BEAT_S:
-                    self._asked[worker] = _Asked(actor, now, actor.stats.remote())
+                    self._asked[worker] = _Asked(actor, now, asked.limit_s, actor.stats.remote())
             else:
                 self._read(worker, asked, now)
 
     def _read(self, worker: int, asked: _Asked, now: float) -> None:
         done, _ = ray.wait([asked.reply], timeout=0)
         if not done:
-            if now - asked.at > self._hang_s:
+            if now - asked.at > asked.limit_s:
                 self._end(worker, asked.actor, f"has not answered for {now - asked.at:.0f} s")
             return
-        self._asked[worker] = _Asked(asked.actor, now)
+        self._asked[worker] = _Asked(asked.actor, now, self._hang_s)
         try:
             stats: WorkerStats | None = ray.get(done[0])
         except RayActorError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from rollout.groups import REPLACED
 from streams.backbone.boundary import Boundary
 from streams.memory import MemoryConfig
 from streams.messages import ScriptedTurn, ScriptTask
@@ -85,6 +87,23 @@ def test_a_group_comes_back_as_one_parsed_log_per_stream(shared, tasks):
     assert len({log.ids.tobytes() for log in payload.logs}) == 3, "streams of a group are sampled apart"
     assert payload.media_kind == "features"
     assert payload.media.shape[0] == TURNS
+    assert_idle(shared)
+
+
+def test_a_group_that_is_asked_for_again_while_it_runs_is_run_once_for_who_asked_last(shared, tasks, monkeypatch):
+    """As when the memory of another worker was lost, which it had been given: its name must not run twice."""
+    _, alone = roll(shared, group(tasks[0], "0/again"))
+    step, go_on = shared.engine.step, threading.Event()
+    monkeypatch.setattr(shared.engine, "step", lambda: step() if go_on.is_set() else [])
+    first = shared.submit(group(tasks[0], "0/again"))
+    wait_until(lambda: "0/again" in shared._groups._running, "the first never ran")
+    second = shared.submit(group(tasks[0], "0/again"))
+    summary, payload = first.result(timeout=WAIT_S)
+    assert (summary.failed, payload) == (f"RuntimeError: {REPLACED}", None)
+    go_on.set()
+    summary, payload = second.result(timeout=WAIT_S)
+    assert summary.failed is None
+    assert_same(payload, alone)
     assert_idle(shared)
 
 

@@ -136,7 +136,7 @@ class Watched:
         monkeypatch.setattr(revival.ray, "get", lambda ref: self.replies[ref])
         monkeypatch.setattr(revival.ray, "kill", self.ended.append)
         self.crew = SimpleNamespace(workers=[self.process(), self.process()])
-        self.watch = Watch(self.crew, hang_s=10.0)
+        self.watch = Watch(self.crew, hang_s=10.0, start_s=40.0)
 
     def process(self):
         def remote():
@@ -162,13 +162,16 @@ def test_who_answers_and_does_not_hang_in_a_visit_is_left_alone(monkeypatch):
 
 def test_who_does_not_answer_is_ended_once_and_the_next_one_is_watched_anew(monkeypatch, caplog):
     world = Watched(monkeypatch)
+    world.run(39, None)
+    assert world.ended == [], "they may still start"
+    world.run(1, WorkerStats(0, 0))
     world.run(9, None)
     assert world.ended == []
     world.run(30, None)
     assert world.ended == world.crew.workers
     assert "rollout-1 has not answered for 11 s (cluster.hang_s=10): it is ended" in caplog.text
     world.crew.workers[0] = world.process()
-    world.run(9, None)
+    world.run(39, None)
     assert len(world.ended) == 2
     world.run(9, None)
     assert world.ended[2:] == world.crew.workers[:1]
