@@ -109,7 +109,7 @@ def test_a_worker_that_dies_over_and_over_ends_the_run_with_the_first_cause(tmp_
 
 def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path):
     root = tmp_path / "run"
-    driver = Driver(root, "cluster.hang_s=6")
+    driver = Driver(root, "cluster.hang_s=15")
     driver.wait_for_step("rl", 1)
     pid = pid_of(root, "rollout-0")
     os.kill(pid, signal.SIGSTOP)
