@@ -114,7 +114,7 @@ def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path):
     pid = pid_of(root, "rollout-0")
     os.kill(pid, signal.SIGSTOP)
     assert driver.wait() == 0, driver.output
-    assert re.search(r"rollout-0 has not answered for \d+ s \(cluster\.hang_s=6\): it is ended", driver.output)
+    assert re.search(r"rollout-0 has not answered for \d+ s \(cluster\.hang_s=15\): it is ended", driver.output)
     assert "rl: rollout-0 is there again" in driver.output
     check_exactly_once(root)
     assert not Path(f"/proc/{pid}").exists(), "a process that is stopped is ended, too"
