@@ -204,12 +204,8 @@ class RLLoop:
         )
 
     def _untrained(self, error: Exception) -> None:
-        """Have a batch rolled out again whose media were lost before the learner had fetched them; raise any other error.
-
-        One rank fetches before it computes. Several may have begun to wait for one another: that ends the run.
-        """
-        if not lost_with_an_actor(error) or self.session.learners.ranks > 1:
-            raise error
+        """Have a batch rolled out again whose media were lost before the learner had fetched them; raise any other error."""
+        self.session.learners.check_unfetched(error)
         self._training = False
         tickets = self.dispatch.reissue_batch()
         self.stage.context.progress.say(

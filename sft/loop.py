@@ -17,7 +17,6 @@ from typing import Any
 
 from conf.schema import RunConfig
 from learner.messages import TrainBatch, TrainGroup
-from runtime.cluster.events import lost_with_an_actor
 from runtime.context import StageContext
 from runtime.task_order import epochs, group_id
 from runtime.training_stage import TrainingStage
@@ -101,12 +100,8 @@ class SftLoop:
         )
 
     def _untrained(self, error: Exception) -> None:
-        """Have a batch laid out again whose media were lost before the learner had fetched them; raise any other error.
-
-        One rank fetches before it computes. Several may have begun to wait for one another: that ends the run.
-        """
-        if not lost_with_an_actor(error) or self.session.learners.ranks > 1:
-            raise error
+        """Have a batch laid out again whose media were lost before the learner had fetched them; raise any other error."""
+        self.session.learners.check_unfetched(error)
         self._training = False
         count = self.demonstrations.take_back()
         self.stage.context.progress.say(

@@ -15,7 +15,7 @@ from typing import Any
 from learner.messages import TrainBatch
 from learner.parallel.assign import share_out
 from learner.setup import LearnerSetup, RankPlace
-from runtime.cluster.events import START_LIMIT, wait_for
+from runtime.cluster.events import START_LIMIT, lost_with_an_actor, wait_for
 
 
 class LearnerGroup:
@@ -55,6 +55,14 @@ class LearnerGroup:
             part = dataclasses.replace(batch, groups=tuple(batch.groups[i] for i in share))
             replies.append(actor.train.options(num_returns=2).remote(part))
         return self._joined([report for report, _ in replies], f"optimiser step {batch.step + 1}"), replies[0][1]
+
+    def check_unfetched(self, error: Exception) -> None:
+        """Raise the error of a step unless it only says that media were gone before the learner had fetched them.
+
+        One rank fetches before it computes: the step was not made. Several may have begun to wait for one another.
+        """
+        if self.ranks > 1 or not lost_with_an_actor(error):
+            raise error
 
     def weights(self) -> Any:
         """Return a reference to the current weights."""

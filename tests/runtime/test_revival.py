@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
 from runtime.cluster import events, revival
 from runtime.cluster.events import ActorDeath, Events, wait_for
+from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.revival import Revival, Watch, deaths_in_words
 from runtime.stop import StopSignal
 from streams.messages import WorkerStats
@@ -197,3 +198,12 @@ def test_rays_own_failures_end_a_wait_in_words(monkeypatch):
     waiting.expect("reference", "the scores of 0/a", print)
     with pytest.raises(RuntimeError, match=said):
         waiting.wait()
+
+
+def test_a_step_is_made_again_only_if_its_one_rank_could_not_fetch():
+    lost, other = ObjectLostError.__new__(ObjectLostError), ValueError("another cause")
+    LearnerGroup([None]).check_unfetched(lost)
+    with pytest.raises(ValueError, match="another cause"):
+        LearnerGroup([None]).check_unfetched(other)
+    with pytest.raises(ObjectLostError):
+        LearnerGroup([None, None]).check_unfetched(lost)
