@@ -24,7 +24,7 @@ import torch
 from rollout.attention import AttentionBackend
 from rollout.decode import sampler
 from rollout.decode.graphs import StepGraphs
-from rollout.decode.state import CHANGES, ROW, DecodeState, Fields, Kinds
+from rollout.decode.state import CHANGES, ROW, Array, DecodeState, Fields, Kinds
 from rollout.engine.forward import decode_forward
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.request import Stream
@@ -58,6 +58,8 @@ class Decoder:
         self._free = list(range(seats))  # a heap: the lowest is taken first
         self._greedy = self._contiguous = 0  # how many of the turns
         self._graphs: StepGraphs | None = None
+        # What a token adds to the fields that a step writes, where its predecessor's keys have come into the pool, or not.
+        self._moves = [torch.tensor(_moves(forwarded), device=backbone.device) for forwarded in (False, True)]
 
     @property
     def running(self) -> bool:
@@ -67,6 +69,7 @@ class Decoder:
     @torch.no_grad()
     def capture(self) -> str:
         """Replay steps as CUDA graphs from now on; returns why not, if a step cannot be captured."""
+        self.state.use_tensors()
         self._graphs = StepGraphs(self.step, self.state, self._pool, self._backbone)
         return self._graphs.prepare()
 
@@ -84,11 +87,12 @@ class Decoder:
         taken = np.array(seats)
         scale = [stream.request.header.score_temperature for stream, _ in choosing]
         self.state.write(taken, [_seat(stream) for stream, _ in choosing], scale, slots)
-        device = hidden.device
-        rows = torch.tensor([row for _, row in choosing], device=device)
-        at = torch.from_numpy(taken).to(device)
-        ints = self.state.ints.index_select(1, at)
-        self._choose(Fields(*ints.unbind()), ints, at, hidden[rows], self._kinds(), forwarded=False)
+        rows = torch.tensor([row for _, row in choosing], device=hidden.device)
+        at = self.state.array(torch.from_numpy(taken).to(hidden.device))
+        ints = self.state.arrays.ints[:, at]
+        # None has begun before, so none has ended.
+        kinds = self._kinds()._replace(ended=False)
+        self._choose(Fields(*ints), ints, at, hidden[rows], kinds, forwarded=False)
 
     def run(self, version: int) -> int:
         """Decode for one visit; returns the number of steps. version: of the weights."""
@@ -103,13 +107,17 @@ class Decoder:
         if self._graphs is not None and self._graphs.replay(running, kinds, self._steps, version):
             return self._steps
         seats = torch.tensor(running, device=self.state.ints.device)
+        if not self.state.on_host:
+            for _ in range(self._steps):
+                self.step(seats, kinds)
+            return self._steps
+        # Rows cost as much as they are many, and looking costs nothing.
+        kinds = kinds._replace(ended=False)
         enough = WORTH_A_STEP * len(seats)
         for step in range(self._steps):
-            if seats.device.type == "cpu":
-                # Rows cost as much as they are many, and looking costs nothing.
-                alive = self.state.ints[ROW.running].index_select(0, seats) != 0
-                if not alive.all():
-                    seats = seats[alive]
+            alive = self.state.ints[ROW.running].numpy()[seats.numpy()] != 0
+            if not alive.all():
+                seats = seats[torch.from_numpy(alive)]
                 # One step at least: or turns would wait as long as others are over with their first token.
                 if not len(seats) or (step and len(seats) < enough):
                     return step
@@ -119,14 +127,19 @@ class Decoder:
     def step(self, seats: torch.Tensor, kinds: Kinds) -> None:
         """Forward the last token of seats int64 [n] and choose their next one."""
         state = self.state
-        ints = state.ints.index_select(1, seats)
-        now = Fields(*ints.unbind())
-        running = now.running != 0
-        slots = state.table[seats, now.length].masked_fill(~running, state.trash)
-        attend = self._backend.decode(state.table, seats, now.length + 1)
-        contiguous = now.contiguous != 0 if kinds.contiguous else None
-        hidden = decode_forward(now.token, now.position, contiguous, slots, attend, self._backbone, self._pool)
-        self._choose(now, ints, seats, hidden, kinds, forwarded=True)
+        tensor, where = state.tensor, state.library.where
+        at = state.array(seats)
+        ints = state.arrays.ints[:, at]
+        now = Fields(*ints)
+        slots = state.arrays.table[at, now.length]
+        if kinds.ended:
+            slots = where(now.running != 0, slots, state.trash)
+        attend = self._backend.decode(state.table, seats, tensor(now.length + 1))
+        contiguous = tensor(now.contiguous != 0) if kinds.contiguous else None
+        hidden = decode_forward(
+            tensor(now.token), tensor(now.position), contiguous, tensor(slots), attend, self._backbone, self._pool
+        )
+        self._choose(now, ints, at, hidden, kinds, forwarded=True)
 
     def collect(self) -> list[Stream]:
         """Write the turns that are over into their logs; returns their streams."""
@@ -195,39 +208,39 @@ class Decoder:
         return Kinds(self._contiguous > 0, None if some else self._greedy > 0)
 
     def _choose(
-        self,
-        now: Fields[torch.Tensor],
-        ints: torch.Tensor,
-        seats: torch.Tensor,
-        hidden: torch.Tensor,
-        kinds: Kinds,
-        *,
-        forwarded: bool,
+        self, now: Fields[Array], ints: Array, seats: Array, hidden: torch.Tensor, kinds: Kinds, *, forwarded: bool
     ) -> None:
         """Draw the next token of seats int64 [n] from hidden [n, H], and write it and their advanced state.
 
         ints: int64 [fields, n], what they have; now: its rows. forwarded: whether the keys of their last token have come into
         the pool.
         """
-        state = self.state
-        logits = self._backbone.logits(hidden, state.scale[seats])
-        greedy = now.greedy != 0 if kinds.greedy is None else kinds.greedy
-        drawn, logps = sampler.draw(logits, greedy, now.seed, now.log_index)
+        arrays, array, tensor = self.state.arrays, self.state.array, self.state.tensor
+        where = self.state.library.where
+        logits = self._backbone.logits(hidden, tensor(arrays.scale[seats]))
+        greedy = tensor(now.greedy != 0) if kinds.greedy is None else kinds.greedy
+        drawn, logps = sampler.draw(logits, greedy, tensor(now.seed), tensor(now.log_index))
         tokens = self._backbone.layout.tokens
-        running, thinking = now.running != 0, now.thinking != 0
-        written = now.written + 1
+        new = ints[:CHANGES] + array(self._moves[forwarded])
+        thinking, written = now.thinking != 0, new[ROW.written]
         # The last token of a thought is its end, as TurnState.forced has it.
         ends_thought = thinking & (written == now.think_budget)
-        chosen = drawn.masked_fill(ends_thought, tokens.think_end)
-        state.ids[now.emitted, seats] = chosen
-        state.logps[now.emitted, seats] = logps.masked_fill(ends_thought, torch.nan)
-        thinks_on = thinking & (chosen != tokens.think_end)
+        chosen = where(ends_thought, tokens.think_end, array(drawn))
+        arrays.ids[now.emitted, seats] = chosen
+        arrays.logps[now.emitted, seats] = where(ends_thought, torch.nan, array(logps))
+        new[ROW.token] = chosen
+        new[ROW.thinking] = thinking & (chosen != tokens.think_end)
         # Behind the last but one token of a turn its end is forced, and needs neither forward nor draw.
-        goes_on = (chosen != tokens.im_end) & (written < now.max_new - 1)
-        position, length = (at + 1 if forwarded else at for at in (now.position, now.length))
-        # As Fields has them.
-        new = torch.stack((chosen, now.log_index + 1, position, length, written, thinks_on, goes_on, now.emitted + 1))
-        state.ints[:CHANGES].index_copy_(1, seats, torch.where(running, new, ints[:CHANGES]))
+        new[ROW.running] = (chosen != tokens.im_end) & (written < now.max_new - 1)
+        if kinds.ended:
+            new = where(now.running != 0, new, ints[:CHANGES])
+        arrays.ints[:CHANGES, seats] = new
+
+
+def _moves(forwarded: bool) -> list[list[int]]:
+    """Return what is added to each of the fields that a step writes, [CHANGES, 1]; it sets those anew that 0 is added to."""
+    by = Fields(0, 1, int(forwarded), int(forwarded), 1, 0, 0, 1, *[0] * (len(ROW) - CHANGES))
+    return [[value] for value in by[:CHANGES]]
 
 
 def _seat(stream: Stream) -> tuple[int, ...]:
