@@ -94,6 +94,9 @@ def _quoted(text: str) -> str:
 
 def start(config: RunConfig, overrides: list[str]) -> None:
     """Plan and run the job's stages. Imports are inside: `--help` and a config error must not wait for torch and Ray."""
+    if not config.cluster.existing:
+        # Ray reads this as it is imported: a local one then listens on the loopback interface only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Before anything that takes long, so that a wait for the lock or the check of a large checkpoint can be interrupted.
     stop = StopSignal(config.checkpoint.grace_s, config.checkpoint.requeue_status)
     stop.install()

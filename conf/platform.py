@@ -49,6 +49,10 @@ class CheckpointConfig:
     """
     grace_s: float = 60.0
     """Seconds from SIGTERM to the end of the process: the time there is for a last checkpoint."""
+    deadline_s: float = 1800.0
+    """Seconds after which a checkpoint that is still being written is given up, as one that failed."""
+    most_failures: int = 3
+    """Checkpoints of a stage that may fail in a row before the run ends: what it trains then would be lost. 0 = any number."""
     requeue_status: int = 75
     """Exit status after SIGTERM, from 1 to 255: the one that tells the scheduler to run the same command again."""
 
@@ -59,6 +63,11 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
         if self.optimizer not in ("all", "latest", "none"):
             raise ValueError(f"checkpoint.optimizer={self.optimizer!r} is not one of all, latest, none")
+        if not 0 < self.deadline_s < math.inf or self.most_failures < 0:
+            raise ValueError(
+                f"checkpoint.deadline_s={self.deadline_s} must be a positive number of seconds and checkpoint.most_failures="
+                f"{self.most_failures} not negative"
+            )
         if not 0 < self.grace_s < math.inf or not 1 <= self.requeue_status <= 255:
             raise ValueError(
                 f"checkpoint.grace_s={self.grace_s} must be positive and checkpoint.requeue_status="
@@ -113,6 +122,13 @@ class ClusterConfig:
     """Seconds without a sign of life after which a rollout worker is ended and replaced while a stage trains: its process does
     not answer, or one visit of its engine lasts that long (the first ones compile and capture kernels).
     """
+    learner_restarts: int = 3
+    """How often in a run a learner that died is started again, with new rollout workers, from the newest checkpoint. A second
+    death that comes no further than the one before ends the run all the same. 0: the first death ends it.
+    """
+    preemptions: int = 20
+    """How often in a run a learner is started again that something outside took away: a node that was drained or lost, SIGTERM.
+    """
     log_to_driver: bool = False
     """Also print on the driver's terminal what actors print."""
 
@@ -123,6 +139,9 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.num_cpus={self.num_cpus} must be >= 0 and cluster.actor_cpus={self.actor_cpus} > 0"
             )
+        for key in ("learner_restarts", "preemptions"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"cluster.{key}={getattr(self, key)} must be a number of restarts, at least 0")
         for key in ("start_timeout_s", "call_timeout_s", "hang_s"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"cluster.{key}={getattr(self, key)} must be a positive number of seconds")

@@ -16,6 +16,10 @@ import numpy as np
 from learner.losses.config import LossConfig
 
 
+class RankDiedError(RuntimeError):
+    """The process of a learner rank died while the others worked on; the message names it, and Ray's cause."""
+
+
 @dataclass(frozen=True)
 class Runs:
     """A float64 array as runs of equal values: one run if a stream has one advantage, one per turn if its turns have.

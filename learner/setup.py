@@ -21,7 +21,7 @@ class RankPlace:
 
     Attributes:
         rank, world: This rank and how many there are.
-        host, port: Address of rank 0's TCPStore; port 0 = a single rank, which opens its own.
+        host, port: Address of rank 0's TCPStore; a single rank opens none.
         timeout_s: Timeout of every collective.
     """
 

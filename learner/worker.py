@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from learner.messages import TrainBatch
+from learner.messages import RankDiedError, TrainBatch
 from learner.setup import LearnerSetup, RankPlace
 from streams.messages import MESSAGES_VERSION, GroupPayload, ScoreReport, TrainReport, WeightsUpdate
 from streams.support.actor_log import open_actor_log
@@ -152,8 +152,8 @@ class LeadLearner(Learner):
     def join(self, what: str, replies: list[Any]) -> Any:
         """Return rank 0's reply once all ranks have replied.
 
-        Raises RuntimeError as soon as a rank fails, and names it: a rank that died, rather than those that lost their
-        connection to it. Raises TimeoutError that names the ranks which did not reply in time.
+        Raises RuntimeError as soon as a rank fails, and names it; RankDiedError for one that died, rather than for those that
+        lost their connection to it. Raises TimeoutError that names the ranks which did not reply in time.
         """
         failures = self._failures(replies, self._timeout)
         if failures is None:
@@ -161,10 +161,11 @@ class LeadLearner(Learner):
             raise TimeoutError(f"waited {self._timeout:g} s for learner ranks {missing} to finish {what}")
         if failures:
             rank, error = min(failures.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
-            how = "died" if isinstance(error, RayActorError) else "failed"
+            if isinstance(error, RayActorError):
+                raise RankDiedError(f"learner rank {rank} of {len(replies)} died during {what}: {error}") from error
             # Ray's own text repeats the remote traceback; the cause alone is what a reader needs.
             cause = getattr(error, "cause", None) or error
-            raise RuntimeError(f"learner rank {rank} of {len(replies)} {how} during {what}: {cause}") from error
+            raise RuntimeError(f"learner rank {rank} of {len(replies)} failed during {what}: {cause}") from error
         return ray.get(replies[0], timeout=self._timeout)
 
     def _failures(self, replies: list[Any], timeout_s: float) -> dict[int, Exception] | None:

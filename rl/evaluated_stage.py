@@ -62,12 +62,12 @@ class EvaluatedStage(TrainingStage):
         self.context.progress.say(f"eval at step {step}: {shown}")
         self.journal.append(step, values, kind="eval")
         self._promote(step)
-        self.chart(max(self.written, default=0))
+        self.chart(max(self.checkpoints.written, default=0))
 
     def completed(self, step: int) -> set[str]:
         """Keep the checkpoint of `step` if it is the best. Returns the names of those that may still become the best."""
         self._promote(step)
-        return {step_name(written) for written in self.written if self._awaited(written)}
+        return {step_name(written) for written in self.checkpoints.written if self._awaited(written)}
 
     def _awaited(self, step: int) -> bool:
         return self.evaluation_due(step) and not self.journal.has("eval", step)
@@ -76,7 +76,7 @@ class EvaluatedStage(TrainingStage):
         """Keep the export of `step` as `best` if it and its result are there, and the result beats the best so far."""
         metric = f"eval/{self._decides}"
         value = next((line.values.get(metric) for line in self.journal.of_kind("eval") if line.step == step), None)
-        if step not in self.written or value is None:
+        if step not in self.checkpoints.written or value is None:
             return
         if self.best and self.best["value"] >= value:
             return

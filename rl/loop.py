@@ -80,7 +80,7 @@ class RLLoop:
         stage.name_cut_off()
         if stage.evaluation_missing():
             self.evaluation.begin(self.version)
-        while self.version < self.total or stage.saving or self.evaluation.active:
+        while self.version < self.total or stage.checkpoints.busy or self.evaluation.active:
             if stage.context.stop.requested:
                 # The step under way is finished first: the checkpoint must hold what the learner has.
                 while self._training:
@@ -184,7 +184,9 @@ class RLLoop:
     # --- optimiser steps ------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        if self._training or self.version >= self.total or not self.workers.ledger.may_publish():
+        if self._training or self.stage.checkpoints.holds or self.version >= self.total:
+            return
+        if not self.workers.ledger.may_publish():
             return
         if self.config.algorithm.mode == "sync" and self.evaluation.active:
             return  # the learner must first score the evaluation's logs, at the version that sampled them

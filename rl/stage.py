@@ -9,7 +9,7 @@ from conf.schema import RunConfig
 from evals.best import check_best
 from evals.stage import ROWS as HELDOUT
 from rl.loop import RLLoop
-from runtime.cluster.revival import deaths_in_words
+from runtime.recovery.revival import deaths_in_words
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
 

@@ -16,9 +16,9 @@ from typing import Any
 from rewards.compose import RewardResult
 from rl.versions import VersionLedger
 from runtime.cluster.events import Events
-from runtime.cluster.revival import SCORER, Revival
 from runtime.cluster.session import Session
 from runtime.mismatch_gate import MismatchGate
+from runtime.recovery.revival import SCORER, Revival
 from streams.messages import GroupSummary, RewardJob, RolloutTask, SwapReport
 
 CHECK_TRIES = 10

@@ -1,21 +1,25 @@
 """Writes one stage's checkpoints in the background: the learner saves, a Ray task checks, flushes and renames.
 
 Invariants:
-* neither learner nor driver waits until the disk is flushed;
-* a checkpoint that could not be written is reported and training continues, unless it was the stage's last one;
+* neither learner nor driver waits until the disk is flushed; only a checkpoint that is due while the one before is still being
+  written holds the learner up, so that there is never more than one under way, nor more to lose than two intervals;
+* a checkpoint that could not be written, or not within `checkpoint.deadline_s`, is reported, and training continues; not if it
+  was the stage's last one, nor after `checkpoint.most_failures` in a row: what is trained then would be lost, too;
 * old checkpoints are deleted only after a new one is complete.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
-from dataclasses import replace
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from runtime.cluster.events import Events
 from runtime.context import StageContext
 from runtime.store.checkpoint import CheckpointState, commit, partial_path, prune, step_name
 from runtime.store.manifests import settings
@@ -30,52 +34,155 @@ def _commit(saved: Any, partial: str, final: str, state: CheckpointState) -> str
     return final
 
 
-class Checkpointer:
-    """Checkpoints of one stage, under `run_root/checkpoints/<stage>`."""
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that is being written. began: `time.monotonic`."""
 
-    def __init__(self, context: StageContext) -> None:
-        self._context, self._config = context, context.config
+    step: int
+    final: bool
+    reference: Any
+    began: float
+
+
+class Checkpointer:
+    """Checkpoints of one stage, under `run_root/checkpoints/<stage>`.
+
+    Attributes:
+        written: the steps whose checkpoints are complete.
+    """
+
+    def __init__(
+        self, context: StageContext, events: Events, completed: Callable[[int], Collection[str]], began_at: int | None
+    ) -> None:
+        """completed: told of each step whose checkpoint is complete; returns the names of those that must outlive newer ones.
+
+        began_at: the step that the stage goes on from.
+        """
+        self._context, self._config, self._events, self._completed = context, context.config, events, completed
         self.folder = (self._config.root / "checkpoints" / context.stage).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in (path for path in self.folder.iterdir() if path.suffix in (".partial", ".replaced")):
             shutil.rmtree(left, ignore_errors=True)
+        self.written: set[int] = set() if began_at is None else {began_at}
+        self._under_way: _Save | None = None
+        self._owed: CheckpointState | None = None
+        self._failures = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._under_way is not None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the learner must stay as it is: its checkpoint is due, but the one before is still being written."""
+        return self._owed is not None
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step`. The last step's is the final one, saved apart."""
         every = self._config.checkpoint.every
         return bool(every) and step % every == 0 and step < self._context.steps
 
-    def save(self, state: CheckpointState, *, final: bool = False) -> Any:
-        """Start writing. Returns a reference that is ready when the checkpoint is complete. Raises OSError."""
+    def save(self, state: CheckpointState, *, final: bool = False) -> None:
+        """Start writing, as soon as the one before is there. Raises RuntimeError if too much has failed."""
+        if self.busy:
+            assert not final, "the last one is written when all others are there"
+            self._owed = state
+            self._context.progress.say(
+                f"{self._context.stage}: the checkpoint of step {state.step} is due and that of an earlier step is still being "
+                "written: training waits for it"
+            )
+            return
+        try:
+            reference = self._start(state, final=final)
+        except OSError as error:
+            self._failed(error, state.step, final=final)
+            return
+        self._under_way = _Save(state.step, final, reference, time.monotonic())
+        self._context.saves.add(reference)
+        self._events.expect(reference, f"the checkpoint of step {state.step}", self._saved, self._save_failed)
+
+    def settle(self) -> None:
+        """Wait until none is under way, nor owed."""
+        while self.busy:
+            self._events.wait()
+
+    def look(self) -> None:
+        """Give up a checkpoint that takes longer than it may. Raises RuntimeError if too much has failed."""
+        limit, save = self._config.checkpoint.deadline_s, self._under_way
+        if save is None or time.monotonic() - save.began <= limit:
+            return
+        self._events.forget(save.reference)
+        ray.cancel(save.reference, force=True)
+        # Its files stay: whoever cannot write there may not be able to delete, and must not wait for it.
+        self._over(TimeoutError(f"it was not there within checkpoint.deadline_s={limit:g} s"))
+
+    def newest(self) -> tuple[Path, int]:
+        """Return the export of the newest checkpoint, and its step."""
+        step = max(self.written)
+        return self.folder / (FINAL if step == self._context.steps else step_name(step)) / "hf", step
+
+    def _start(self, state: CheckpointState, *, final: bool) -> Any:
+        """Return a reference that is ready when the checkpoint is complete. Raises OSError."""
         self._context.lock.check()
-        name = FINAL if final else step_name(state.step)
         state = replace(
             state,
             tracking_run=self._context.tracker.run_id or "",
             settings=settings(self._config, self._context.stage),
         )
-        path = self.folder / name
+        path = self.folder / _name(state.step, final=final)
         partial = partial_path(path)
         resumable = self._config.checkpoint.optimizer != "none"
         saved = self._context.session.learners.save(str(partial), self._context.streaming, resumable=resumable)
         return _commit.remote(saved, str(partial), str(path), state)
 
-    def saved(self, path: str, protect: Collection[str] = ()) -> None:
-        """Note that the checkpoint at `path` is complete, and prune older ones, except the names in `protect`."""
+    def _saved(self, path: str) -> None:
+        save = self._end()
+        self._failures = 0
+        self.written.add(save.step)
         self._context.stop.last_checkpoint = path
-        prune(self.folder, self._config.checkpoint.keep, self._config.checkpoint.optimizer, protect)
+        config = self._config.checkpoint
+        prune(self.folder, config.keep, config.optimizer, self._completed(save.step))
+        self._pay()
 
-    def save_failed(self, error: Exception, step: int, *, final: bool) -> None:
-        """Report that a checkpoint could not be written. Raises RuntimeError if it was the stage's last one."""
-        name = FINAL if final else step_name(step)
+    def _save_failed(self, error: Exception) -> None:
+        assert self._under_way is not None
         # Its partial files would keep a full disk full.
-        shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
+        shutil.rmtree(partial_path(self.folder / _name(self._under_way.step, final=self._under_way.final)), True)
+        self._over(error)
+
+    def _over(self, error: Exception) -> None:
+        save = self._end()
+        self._failed(error, save.step, final=save.final)
+        self._pay()
+
+    def _end(self) -> _Save:
+        assert self._under_way is not None, "a checkpoint ends that is under way"
+        save, self._under_way = self._under_way, None
+        self._context.saves.discard(save.reference)
+        return save
+
+    def _pay(self) -> None:
+        """Start writing the checkpoint that is owed."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            self.save(owed)
+
+    def _failed(self, error: Exception, step: int, *, final: bool) -> None:
         cause = str(error).strip().splitlines()[-1]
-        self._context.progress.say(
-            f"{self._context.stage}: the checkpoint of step {step} could not be written: {cause}"
-        )
+        stage, known = self._context.stage, self._context.stop.last_checkpoint
+        self._context.progress.say(f"{stage}: the checkpoint of step {step} could not be written: {cause}")
+        self._failures += 1
+        most = self._config.checkpoint.most_failures
+        advice = f"fix that (free disk under {self.folder}?) and run again with resume=auto: it goes on from {known}"
         if final:
+            raise RuntimeError(f"the final checkpoint of {stage} could not be written ({cause}); {advice}") from error
+        if most and self._failures >= most:
             raise RuntimeError(
-                f"the final checkpoint of {self._context.stage} could not be written ({cause}); fix that (free disk "
-                f"under {self.folder}?) and run again with resume=auto: it goes on from {self._context.stop.last_checkpoint}"
+                f"{self._failures} checkpoints of {stage} in a row could not be written (checkpoint.most_failures={most}), the "
+                f"last because {cause}; {advice}"
             ) from error
+
+
+def _name(step: int, *, final: bool) -> str:
+    return FINAL if final else step_name(step)

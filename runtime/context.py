@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ class StageContext:
         lock: the lock on run_root, checked before a checkpoint is written.
         streaming: the contents of streaming.json in exported checkpoints.
         resume: the state that the stage continues from; None if it starts.
+        deaths: processes that died in the stage, by the actor's name; counted on.
+        saves: references to checkpoints that are being written.
     """
 
     stage: str
@@ -36,6 +39,8 @@ class StageContext:
     lock: RunLock
     streaming: dict[str, Any]
     resume: CheckpointState | None = None
+    deaths: Counter[str] = field(default_factory=Counter)
+    saves: set[Any] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:

@@ -28,6 +28,7 @@ from runtime.planning.clip_cache import check_features
 from runtime.planning.device_plan import DevicePlan, plan_devices
 from runtime.planning.disk import check_disk, checkpoint_size
 from runtime.planning.usage import usage_lines, usage_report, write_usage
+from runtime.recovery.restarts import LEARNER, LearnerLoss, Restarts, learner_loss, words_of
 from runtime.rows import RowUse
 from runtime.starting_point import StartingPoint
 from runtime.stop import Requeue, StopSignal
@@ -96,6 +97,7 @@ class Run:
         self.began = time.monotonic()
         self.gate = MismatchGate(config)
         self.files = TaskFiles(config, progress.say)
+        self.restarts = Restarts(config.cluster)
         self._introduced = False
         self._plan: DevicePlan | None = None
         self._checked: set[Path] = set()
@@ -140,7 +142,7 @@ class Run:
                     continue
                 if plan is not None:
                     self.store.begin(stage)
-                result = does.run(self)
+                result = self._attempts(stage, does)
                 if plan is not None:
                     self.store.finish(stage, plain(result))
             status = "FINISHED"
@@ -151,6 +153,33 @@ class Run:
             self.tracker.close(status)
             if self.session is not None:
                 self.session.close()
+
+    def _attempts(self, stage: str, does: Stage) -> dict[str, Any] | None:
+        """Run a stage, again with new processes where it loses its learner. Returns its result."""
+        while True:
+            try:
+                return does.run(self)
+            except RuntimeError as error:
+                loss = None if self.session is None else learner_loss(error, self.session)
+                if loss is None:
+                    raise
+                self._begin_again(stage, loss, error)
+
+    def _begin_again(self, stage: str, loss: LearnerLoss, error: RuntimeError) -> None:
+        """Start new processes, and plan the stage anew from what is on disk. Raises RuntimeError if it may not go on."""
+        steps = read_lines(journal_path(self.root, stage)) if stage in TRAINING else []
+        which = self.restarts.allow(stage, steps[-1].step if steps else 0, loss, error)
+        self.progress.say(f"{stage}: {words_of(loss)}; new processes go on from the newest checkpoint ({which})")
+        assert self.session is not None
+        self.session.restart()
+        self._introduced = False
+        self.restarts.settle_saves(self.config.cluster.call_timeout_s)
+        if stage in TRAINING:
+            found = self.store.plans[stage].resume
+            self.restarts.deaths(stage, found.state if found else None)[LEARNER] += 1
+            if self.store.again(stage).fresh:
+                clear(self.root, [stage])
+            self.store.begin(stage)
 
     # --- what the stages share --------------------------------------------------------------------------------
 
@@ -223,6 +252,8 @@ class Run:
             streaming=streaming_settings(self.config),
             resume=found.state if found else None,
             lock=self.lock,
+            deaths=self.restarts.deaths(stage, found.state if found else None),
+            saves=self.restarts.saves,
         )
 
     def geometry(self, checkpoint: Path) -> ModelGeometry:

@@ -3,25 +3,25 @@
 Invariants:
 * a group is in a checkpoint's `consumed` exactly if its weights have seen it, in `dropped` if it was given up by name;
 * a step is in the journal before it is in the charts, and in the charts only once a checkpoint includes it;
-* neither the learner nor the loop waits for a checkpoint, except at the stage's end;
+* the loop never waits for a checkpoint, except at the stage's end (the learner: see `runtime.checkpointer`);
 * a stage that is asked to stop leaves a checkpoint of its last step behind.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rollout.setup import WorkerSetup
-from runtime.checkpointer import FINAL, Checkpointer
+from runtime.checkpointer import Checkpointer
 from runtime.cluster.events import Events
-from runtime.cluster.revival import Revival, Watch
 from runtime.context import StageContext
+from runtime.recovery.revival import Revival
+from runtime.recovery.watch import Watch
 from runtime.stop import Requeue
-from runtime.store.checkpoint import CheckpointState, step_name
+from runtime.store.checkpoint import CheckpointState
 from runtime.store.journal import StepJournal, journal_path
 
 
@@ -36,22 +36,20 @@ class TrainingStage:
             lambda *given: self.events.expect(*given),
             lambda line: context.progress.say(f"{context.stage}: {line}"),
             lambda setup: _there(setup, self),
+            context.deaths,
         )
         cluster = context.config.cluster
-        look = Watch(context.session.crew, cluster.hang_s, cluster.start_timeout_s).look
-        self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, look)
+        self._watch = Watch(context.session.crew, cluster.hang_s, cluster.start_timeout_s)
+        self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, self._look)
         state = context.resume
         self.began_at = state.step if state else 0
         self.consumed = list(state.consumed) if state else []
         self.dropped = list(state.dropped) if state else []
-        self.checkpoints = Checkpointer(context)
+        self.checkpoints = Checkpointer(context, self.events, self._completed, self.began_at if state else None)
         self.journal = StepJournal.open(journal_path(context.config.root, context.stage), self.began_at)
         self.patience = patience
-        self.saving: set[int] = set()
-        self.written: set[int] = {self.began_at} if state else set()
         self._group_size = group_size
         self._seconds_before: float = state.counters.get("seconds", 0.0) if state else 0.0
-        self._deaths_before: dict[str, int] = state.counters.get("deaths", {}) if state else {}
         self._dropped_in_a_row = 0
 
     @property
@@ -66,8 +64,8 @@ class TrainingStage:
 
     @property
     def deaths(self) -> dict[str, int]:
-        """Processes that were replaced, by the actor's name; in earlier attempts, up to their checkpoints, and in this one."""
-        return dict(Counter(self._deaths_before) + Counter(self.revival.deaths))
+        """Processes that were replaced, by the actor's name; in earlier runs, up to their checkpoints, and in this one."""
+        return dict(self.context.deaths)
 
     # --- groups and steps -----------------------------------------------------------------------------------------
 
@@ -95,7 +93,7 @@ class TrainingStage:
     # --- checkpoints and the end ----------------------------------------------------------------------------------
 
     def save(self, step: int, counters: dict[str, Any], *, final: bool = False) -> None:
-        """Start writing the checkpoint of `step`, which is also the version of its weights. counters: the result so far."""
+        """Have the checkpoint of `step` written, which is also the version of its weights. counters: the result so far."""
         state = CheckpointState(
             self.context.stage,
             version=step,
@@ -105,56 +103,40 @@ class TrainingStage:
             group_size=self._group_size,
             counters=counters,
         )
-        try:
-            reference = self.checkpoints.save(state, final=final)
-        except OSError as error:
-            self.checkpoints.save_failed(error, step, final=final)
-            return
-        self.saving.add(step)
-        self.events.expect(
-            reference,
-            f"the checkpoint of step {step}",
-            lambda path: self._saved(path, step),
-            lambda error: self._save_failed(error, step, final=final),
-        )
+        self.checkpoints.save(state, final=final)
 
     def finish(self, step: int, counters: dict[str, Any]) -> None:
         """Write the stage's last checkpoint, and wait for it and all before it, and for workers that are being replaced."""
+        self.checkpoints.settle()
         self.save(step, counters, final=True)
-        self._wait_for_saves()
+        self.checkpoints.settle()
         while self.revival.loading:
             self.events.wait()
 
     def leave(self, step: int, counters: dict[str, Any]) -> NoReturn:
         """End as asked, between two steps: with a checkpoint of `step`, unless there is one. Raises Requeue."""
-        if step and step not in self.saving | self.written:
+        self.checkpoints.settle()
+        if step and step not in self.checkpoints.written:
             self.save(step, counters)
-        self._wait_for_saves()
+            self.checkpoints.settle()
         raise Requeue(f"{self.context.stage}: stopped at step {step}, checkpoint {self.context.stop.last_checkpoint}")
 
     def completed(self, step: int) -> Collection[str]:
         """Act on the checkpoint of `step`, now complete. Returns the names of those that must outlive newer ones."""
         return ()
 
-    def _wait_for_saves(self) -> None:
-        while self.saving:
-            self.events.wait()
+    def _look(self) -> None:
+        self._watch.look()
+        self.checkpoints.look()
 
-    def _saved(self, path: str, step: int) -> None:
-        self.saving.discard(step)
-        self.written.add(step)
-        self.checkpoints.saved(path, self.completed(step))
+    def _completed(self, step: int) -> Collection[str]:
         self.chart(step)
-
-    def _save_failed(self, error: Exception, step: int, *, final: bool) -> None:
-        self.saving.discard(step)
-        self.checkpoints.save_failed(error, step, final=final)
+        return self.completed(step)
 
 
 def _there(setup: WorkerSetup, stage: TrainingStage) -> WorkerSetup:
     """Return the setup with the stage's newest checkpoint, if the one that it began with has been deleted for others."""
     if Path(setup.checkpoint).is_dir():
         return setup
-    step = max(stage.written)
-    name = FINAL if step == stage.context.steps else step_name(step)
-    return replace(setup, checkpoint=str(stage.checkpoints.folder / name / "hf"), version=step)
+    export, step = stage.checkpoints.newest()
+    return replace(setup, checkpoint=str(export), version=step)

@@ -84,7 +84,7 @@ class SftLoop:
 
     def _train(self) -> None:
         self.demonstrations.fill()
-        if self._training:
+        if self._training or self.stage.checkpoints.holds:
             return
         taken = self.demonstrations.take(self.config.sft.batch)
         if taken is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from runtime.cluster.revival import deaths_in_words
+from runtime.recovery.revival import deaths_in_words
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
 from sft.demonstrations import scripted_words

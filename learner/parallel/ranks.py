@@ -2,7 +2,7 @@
 
 Invariants:
 - It imports no ray.
-- No port is fixed: rank 0's store takes a free one on its own node and reports it.
+- No port is fixed: rank 0's store takes a free one on its own node and reports it. A single rank opens none.
 - Every collective has the place's timeout, and the error of a rank that waited in vain names the rank and its wait.
 - All ranks make the same calls in the same order: a rank that finds a fault reports it in `agree`, and never leaves the
   others waiting.
@@ -11,6 +11,8 @@ Invariants:
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,17 +22,24 @@ import torch.distributed as dist
 from learner.setup import RankPlace
 
 T = TypeVar("T")
+LOOPBACK = "127.0.0.1"
 
 
 def open_store(place: RankPlace) -> dist.TCPStore:
-    """Open rank 0's store on `place.port`, or on a free port if that is 0. Returns without waiting for other ranks."""
+    """Open rank 0's store on `place.port`, or on a free port if that is 0. Returns without waiting for other ranks.
+
+    It listens where `place.host` is and nowhere else: whoever reaches the port can write into the store.
+    """
+    listener = socket.create_server((place.host, place.port))
+    port = listener.getsockname()[1]
     return dist.TCPStore(
         place.host,
-        place.port,
+        port,
         place.world,
         is_master=True,
         timeout=timedelta(seconds=place.timeout_s),
         wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )
 
 
@@ -44,6 +53,10 @@ def prepare_environment(place: RankPlace) -> None:
         MASTER_ADDR=place.host,
         MASTER_PORT=str(place.port),
     )
+    if place.host == LOOPBACK and sys.platform == "linux":
+        # Ranks that are all on this machine listen for nobody else.
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.ops
@@ -61,7 +74,7 @@ class Ranks:
 
         Raises RuntimeError if the ranks do not meet within `place.timeout_s`.
         """
-        if place.rank == 0 and store is None:
+        if place.world > 1 and place.rank == 0 and store is None:
             store = open_store(place)
         port = store.port if store is not None else place.port
         self.place = RankPlace(place.rank, place.world, place.host, port, place.timeout_s)
@@ -69,10 +82,16 @@ class Ranks:
         timeout = timedelta(seconds=place.timeout_s)
         if not dist.is_initialized():
             try:
-                if store is None:
-                    store = dist.TCPStore(place.host, place.port, place.world, is_master=False, timeout=timeout)
+                meeting: dist.Store
+                if place.world == 1:
+                    meeting = dist.HashStore()  # in memory: nobody else is to come
+                else:
+                    host = (place.host, place.port, place.world)
+                    meeting = store or dist.TCPStore(*host, is_master=False, timeout=timeout)
                 backend = "nccl" if torch.cuda.is_available() else "gloo"
-                dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+                dist.init_process_group(
+                    backend, store=meeting, rank=place.rank, world_size=place.world, timeout=timeout
+                )
             except (RuntimeError, dist.DistError) as error:
                 raise RuntimeError(
                     f"learner rank {place.rank} could not join the {place.world} ranks at {place.host}:{port} within "

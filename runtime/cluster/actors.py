@@ -104,8 +104,14 @@ def _field(text: str, key: str) -> str:
     return found[1] if found else ""
 
 
+_ADVICE = re.compile(r"\s*(?:Some common causes include|There are some potential root causes).*")
+_NO_CAUSE = "Worker unexpectedly exits with a connection error code 2. End of file."
+"""What Ray knows of a process that was killed, or that has crashed: its connection was closed."""
+
+
 def _cause(text: str) -> str:
-    """Return Ray's message without the fields that `explain` has already used."""
+    """Return Ray's message without the fields that `explain` has already used, and without its guesses."""
     known = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:", "The actor died unexpectedly")
     lines = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(known)]
-    return "\n".join(lines).strip() or text
+    said = _ADVICE.sub("", "\n".join(lines).strip() or text)
+    return said.replace(_NO_CAUSE, "it was killed (SIGKILL, by hand or for lack of memory), or it crashed.")

@@ -1,7 +1,7 @@
 """The rollout workers and the scorer of a session: those that die are replaced, and asked again.
 
 Neither holds anything that cannot be made again. While a training stage runs, its events bring the deaths, and
-`runtime.cluster.revival` replaces; here are the calls that are waited for one by one, between stages and in evaluations.
+`runtime.recovery.revival` replaces; here are the calls that are waited for one by one, between stages and in evaluations.
 
 Invariants:
 * there is one process for each place at any time: one that only seems to be dead is ended before another is made;

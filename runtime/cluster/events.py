@@ -119,14 +119,23 @@ class Events:
         """
         self._pending[reference] = _Pending(what, handle, failed, lost)
 
+    def forget(self, reference: Any) -> None:
+        """Wait for `reference` no more."""
+        self._pending.pop(reference, None)
+
     def wait(self) -> None:
-        """Handle one event, or return because a stop was asked for. Raises TimeoutError, RuntimeError."""
+        """Handle one event, or return because a stop was asked for, or nothing is left to wait for.
+
+        Raises TimeoutError, RuntimeError.
+        """
         if not self._pending:
             raise RuntimeError("nothing is under way that could be waited for: this is a defect of the loop")
         asked_before = self._stop.requested
         deadline = time.monotonic() + self._timeout_s
         while True:
             self._look()
+            if not self._pending:
+                return None
             left = deadline - time.monotonic()
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=max(0.0, min(SLICE_S, left)))
             if done:

@@ -29,6 +29,11 @@ class ActorMaker:
         self._config, self._book, self._bundles, self._group = config, book, bundles, group
         self._made: Counter[str] = Counter()
 
+    @property
+    def names(self) -> list[str]:
+        """What the actors are called, the learner's ranks first."""
+        return [bundle.name for bundle in self._bundles]
+
     def learner(self, rank: int) -> Any:
         config = self._config
         threads = max(config.learner.threads, int(config.sft.learner.get("threads", 1)))

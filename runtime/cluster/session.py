@@ -60,7 +60,9 @@ class Session:
             if note := placement_note(config, gpus):
                 log.warning(note)
             run_preflight(config, bundles)
-            self._start_actors(bundles)
+            make = self._make = ActorMaker(config, self.book, bundles, self._reserve(bundles))
+            self._start_learner()
+            self.crew = Crew(config.cluster, self.book, make, config.rollout.workers)
         except BaseException:
             self.close()
             raise
@@ -76,6 +78,14 @@ class Session:
             remove_placement_group(self._group)
             self._group = None
         ray.shutdown()
+
+    def restart(self) -> None:
+        """Start new processes in the places of the learner's ranks and the rollout workers; none has loaded anything."""
+        for rank in self.learners.actors:
+            ray.kill(rank)
+        self._start_learner()
+        for worker in range(len(self.crew.workers)):
+            self.crew.replace_worker(worker)
 
     def wait_ready(self) -> dict[str, int]:
         """Wait until every actor's process answers; returns their pids by name."""
@@ -150,12 +160,10 @@ class Session:
             )
         return group
 
-    def _start_actors(self, bundles: list[Bundle]) -> None:
-        config = self.config
-        make = ActorMaker(config, self.book, bundles, self._reserve(bundles))
-        self.learners = LearnerGroup([make.learner(rank) for rank in range(config.learner.ranks)])
-        self._learner_ready = dict(zip([b.name for b in bundles], self.learners.warm_up(), strict=False))
-        self.crew = Crew(config.cluster, self.book, make, config.rollout.workers)
+    def _start_learner(self) -> None:
+        ranks = range(self.config.learner.ranks)
+        self.learners = LearnerGroup([self._make.learner(rank) for rank in ranks])
+        self._learner_ready = dict(zip(self._make.names, self.learners.warm_up(), strict=False))
 
 
 def _free() -> str:

@@ -201,6 +201,11 @@ class StageStore:
             self.plans = self._from_path(Path(self.config.resume).resolve(), wanted)
         return self.plans
 
+    def again(self, stage: str) -> StagePlan:
+        """Plan a stage anew that was under way in this run, from what it has left."""
+        plan = self.plans[stage] = self._auto(stage)
+        return plan
+
     def _auto(self, stage: str) -> StagePlan:
         manifest = self.read(stage)
         if not manifest:

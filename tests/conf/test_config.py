@@ -163,7 +163,15 @@ NUMBERS = (
     *("model.tiny.rope_theta", "data.video.chunk_seconds", "rollout.temperature", "rollout.group_deadline_s"),
     *("learner.lr", "learner.weight_decay", "learner.grad_clip", "learner.collective_timeout_s", "sft.epochs"),
     *("sft.decision_weight_clamp", "sft.answer_weight", "algorithm.clip_low", "algorithm.clip_high"),
-    *("algorithm.kl_coef", "monitor.max", "monitor.mean", "monitor.k3", "eval.transcript_mb", "checkpoint.grace_s"),
+    *(
+        "algorithm.kl_coef",
+        "monitor.max",
+        "monitor.mean",
+        "monitor.k3",
+        "eval.transcript_mb",
+        "checkpoint.grace_s",
+        "checkpoint.deadline_s",
+    ),
     *(
         "cluster.actor_cpus",
         "cluster.start_timeout_s",

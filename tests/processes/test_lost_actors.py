@@ -5,7 +5,6 @@ Real drivers and actors; whoever is killed, and when, is printed.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
@@ -23,23 +22,13 @@ from tests.support.killed_runs import (
     check_exactly_once,
     exported,
     first_difference,
+    kill,
     losses,
+    pid_of,
     trained,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-
-def pid_of(root: Path, actor: str) -> int:
-    """The newest process of an actor, by its log."""
-    return int(re.findall(r" pid (\d+),", (root / "logs" / f"{actor}.log").read_text())[-1])
-
-
-def kill(root: Path, actor: str) -> int:
-    pid = pid_of(root, actor)
-    with contextlib.suppress(ProcessLookupError):  # killed before, and nobody has noticed yet
-        os.kill(pid, signal.SIGKILL)
-    return pid
 
 
 def test_a_deterministic_run_ends_bit_for_bit_as_it_would_have_without_the_deaths(undisturbed, tmp_path):

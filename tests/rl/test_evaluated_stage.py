@@ -59,7 +59,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_named(standing):
 
 
 def test_a_checkpoint_whose_evaluation_is_still_to_come_outlives_newer_ones(standing):
-    standing.written |= {8, 9}
+    standing.checkpoints.written |= {8, 9}
     assert standing.completed(9) == {"step000008"}
     standing.journal.append(8, {"eval/reward": 0.1}, kind="eval")
     assert standing.completed(9) == set()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
-from runtime.cluster import events, revival
+from runtime.cluster import events
 from runtime.cluster.events import ActorDeath, Events, wait_for
 from runtime.cluster.learners import LearnerGroup
-from runtime.cluster.revival import Revival, Watch, deaths_in_words
+from runtime.recovery import watch
+from runtime.recovery.revival import Revival, deaths_in_words
+from runtime.recovery.watch import Watch
 from runtime.stop import StopSignal
 from streams.messages import WorkerStats
 
@@ -35,7 +38,9 @@ class World:
             name_of=lambda error: self.names.get(error.actor_id, ""), explain=lambda error: f"died {error.actor_id}"
         )
         session = SimpleNamespace(crew=self.crew, book=book)
-        self.revival = Revival(session, lambda *given: self.loads.append(given), self.said.append, lambda setup: setup)
+        self.revival = Revival(
+            session, lambda *given: self.loads.append(given), self.said.append, lambda setup: setup, Counter()
+        )
         self.revival.watch(
             lambda worker: self.told.append(("lost", worker)), lambda *given: self.told.append(("back", *given))
         )
@@ -132,10 +137,10 @@ class Watched:
     def __init__(self, monkeypatch) -> None:
         self.now, self.asked, self.ended = 0.0, [], []
         self.replies: dict[object, object] = {}
-        monkeypatch.setattr(revival.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(revival.ray, "wait", lambda refs, timeout: ([r for r in refs if r in self.replies], []))
-        monkeypatch.setattr(revival.ray, "get", lambda ref: self.replies[ref])
-        monkeypatch.setattr(revival.ray, "kill", self.ended.append)
+        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(watch.ray, "wait", lambda refs, timeout: ([r for r in refs if r in self.replies], []))
+        monkeypatch.setattr(watch.ray, "get", lambda ref: self.replies[ref])
+        monkeypatch.setattr(watch.ray, "kill", self.ended.append)
         self.crew = SimpleNamespace(workers=[self.process(), self.process()])
         self.watch = Watch(self.crew, hang_s=10.0, start_s=40.0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def made(folder, *, resume=None, session=(), **values):
 def test_a_stage_goes_on_from_where_its_checkpoint_stood(tmp_path):
     state = CheckpointState("rl", 4, 4, ("0/a", "0/b"), ("0/c",), 2, {"seconds": 100.0})
     stage, _ = made(tmp_path, resume=state)
-    assert (stage.began_at, stage.done, stage.written) == (4, ["0/a", "0/b", "0/c"], {4})
+    assert (stage.began_at, stage.done, stage.checkpoints.written) == (4, ["0/a", "0/b", "0/c"], {4})
     assert 100 <= stage.seconds < 160
 
 
@@ -106,8 +107,7 @@ def test_a_step_is_charted_once_a_checkpoint_holds_it_and_in_the_journal_before(
     trained(stage, 3)  # while it is being written
     assert told.charted == []
     assert [line.step for line in read_lines(journal_path(tmp_path, "rl"))] == [1, 2, 3]
-    while stage.saving:
-        stage.events.wait()
+    stage.checkpoints.settle()
     assert told.charted == [1, 2]
     state = read_state(tmp_path / "checkpoints" / "rl" / "step000002")
     assert (state.step, state.version, state.consumed, state.dropped) == (2, 2, ("0/1", "0/2"), ("0/bad",))
@@ -130,11 +130,10 @@ def test_a_checkpoint_that_cannot_be_written_costs_itself_and_the_last_one_the_s
     for step in (1, 2):
         trained(stage, step)
     stage.save(2, {})
-    while stage.saving:
-        stage.events.wait()
+    stage.checkpoints.settle()
     assert len(told.said) == 1
     assert "rl: the checkpoint of step 2 could not be written: " in told.said[0]
-    assert (told.charted, stage.written) == ([], set())
+    assert (told.charted, stage.checkpoints.written) == ([], set())
     with pytest.raises(RuntimeError, match=r"the final checkpoint of rl could not be written .*No space left"):
         stage.finish(2, {})
     learners.fails = False
@@ -145,13 +144,72 @@ def test_a_checkpoint_that_cannot_be_written_costs_itself_and_the_last_one_the_s
 
 
 @ray.remote(num_cpus=0)
+def _export_once(path, there):
+    deadline = time.monotonic() + 60
+    while not os.path.exists(there):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return ray.get(_export.remote(path, False))
+
+
+class SlowLearners:
+    """Write an export once a file is there."""
+
+    def __init__(self, there) -> None:
+        self.there = str(there)
+
+    def save(self, path, streaming, *, resumable):
+        return _export_once.remote(path, self.there)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_due_too_early_holds_the_learner_and_is_written_next(cluster, tmp_path):
+    stage, told = made(tmp_path, session={"learners": SlowLearners(tmp_path / "go")})
+    for step in (1, 2):
+        trained(stage, step)
+    stage.save(2, {})
+    assert not stage.checkpoints.holds
+    for step in (3, 4):
+        trained(stage, step)
+    stage.save(4, {})
+    assert stage.checkpoints.holds
+    assert "the checkpoint of step 4 is due and that of an earlier step is still being written" in told.said[-1]
+    assert {path.name for path in stage.checkpoints.folder.iterdir()} <= {"step000002.partial"}, "one at a time"
+    (tmp_path / "go").touch()
+    stage.checkpoints.settle()
+    assert not stage.checkpoints.holds
+    assert stage.checkpoints.written == {2, 4}
+    assert read_state(stage.checkpoints.folder / "step000004").consumed == ("0/1", "0/2", "0/3", "0/4")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_takes_too_long_is_given_up_and_too_many_of_them_end_the_stage(cluster, tmp_path):
+    config = composed("checkpoint.every=2", "checkpoint.deadline_s=0.5", "checkpoint.most_failures=2")
+    context, told = stage_context(
+        replace(config, run_root=str(tmp_path)), "rl", steps=9, learners=SlowLearners(tmp_path / "never")
+    )
+    stage = TrainingStage(context, patience=2)
+    stage.save(2, {})
+    began = time.monotonic()
+    stage.checkpoints.settle()
+    assert time.monotonic() - began < 30
+    assert told.said == [
+        "rl: the checkpoint of step 2 could not be written: it was not there within checkpoint.deadline_s=0.5 s"
+    ]
+    stage.save(4, {})
+    with pytest.raises(
+        RuntimeError, match=r"2 checkpoints of rl in a row .*most_failures=2\), the last because it was not"
+    ):
+        stage.checkpoints.settle()
+    assert not context.saves
+
+
+@ray.remote(num_cpus=0)
 class _Actor:
     def pid(self):
         return os.getpid()
 
     def wait(self, seconds):
-        import time
-
         time.sleep(seconds)
         return seconds
 

@@ -1,0 +1,1 @@
+"""What a run does about processes that die or hang."""

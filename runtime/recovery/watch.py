@@ -1,0 +1,78 @@
+"""Signs of life: a rollout worker that hangs is ended, so that it is replaced like one that died.
+
+Invariants:
+* a worker that gives no sign of life for `cluster.hang_s` is ended: what it leaves without a reply comes as its death;
+* looking for signs of life waits for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from runtime.cluster.crew import Crew
+from streams.messages import WorkerStats
+
+log = logging.getLogger("sightline.cluster")
+BEAT_S = 2.0
+"""How often a worker is asked, at most."""
+
+
+@dataclass
+class _Asked:
+    """limit_s: how long its reply may take. reply: None until it is asked."""
+
+    actor: Any
+    at: float
+    limit_s: float
+    reply: Any = None
+
+
+class Watch:
+    """Looks after the workers of a crew. hang_s: seconds without a sign of life. start_s: until a process gives its first."""
+
+    def __init__(self, crew: Crew, hang_s: float, start_s: float) -> None:
+        self._crew, self._hang_s, self._start_s = crew, hang_s, max(start_s, hang_s)
+        self._asked: dict[int, _Asked] = {}
+        self._ended: set[str] = set()
+
+    def look(self) -> None:
+        """Ask every worker for a sign of life, now and then, and end those that gave none."""
+        now = time.monotonic()
+        for worker, actor in enumerate(self._crew.workers):
+            asked = self._asked.get(worker)
+            if asked is None or asked.actor is not actor:
+                # Whoever starts imports for a while before it answers anything.
+                self._asked[worker] = _Asked(actor, now, self._start_s)
+            elif asked.reply is None:
+                if now - asked.at >= BEAT_S:
+                    self._asked[worker] = _Asked(actor, now, asked.limit_s, actor.stats.remote())
+            else:
+                self._read(worker, asked, now)
+
+    def _read(self, worker: int, asked: _Asked, now: float) -> None:
+        done, _ = ray.wait([asked.reply], timeout=0)
+        if not done:
+            if now - asked.at > asked.limit_s:
+                self._end(worker, asked.actor, f"has not answered for {now - asked.at:.0f} s")
+            return
+        self._asked[worker] = _Asked(asked.actor, now, self._hang_s)
+        try:
+            stats: WorkerStats | None = ray.get(done[0])
+        except RayActorError:
+            return  # it died: its calls say so
+        if stats is not None and stats.visit_s > self._hang_s:
+            self._end(worker, asked.actor, f"has been in one visit of its engine for {stats.visit_s:.0f} s")
+
+    def _end(self, worker: int, actor: Any, why: str) -> None:
+        key = actor._actor_id.hex()
+        if key in self._ended:
+            return
+        self._ended.add(key)
+        log.warning("rollout-%d %s (cluster.hang_s=%g): it is ended", worker, why, self._hang_s)
+        ray.kill(actor)
