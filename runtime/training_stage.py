@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from rollout.setup import WorkerSetup
 from runtime.checkpointer import Checkpointer
 from runtime.cluster.events import Events
+from runtime.cluster.watch import Watch
 from runtime.context import StageContext
 from runtime.recovery.revival import Revival
-from runtime.recovery.watch import Watch
 from runtime.stop import Requeue
 from runtime.store.checkpoint import CheckpointState
 from runtime.store.journal import StepJournal, journal_path

@@ -19,6 +19,7 @@ from ray.exceptions import RuntimeEnvSetupError
 
 from conf.platform import ClusterConfig
 from runtime.cluster.code import cluster_environment, local_path, modules_folder
+from runtime.recovery import reaper
 from streams.support.files import MODULES_VARIABLE
 
 ANSWER_TIMEOUT_S = 10.0
@@ -49,7 +50,7 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
         # "local" rather than nothing: Ray would look for a cluster that runs already.
         environment = {"PYTHONPATH": local_path(), "TOKENIZERS_PARALLELISM": "false"}
         try:
-            ray.init(
+            started = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus or None,
                 include_dashboard=False,
@@ -61,6 +62,7 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
                 f"Ray did not start on this machine: {error} Is there memory, and room in /tmp, and is the machine too busy "
                 "(Ray waits 30 s for itself)? Its logs are in /tmp/ray/session_latest/logs; then run the same command again"
             ) from error
+        reaper.start(started.address_info["session_dir"])  # type: ignore[attr-defined]
         return
     # Ray would warn that it leaves out .git and .venv by itself.
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")

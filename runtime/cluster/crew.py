@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,8 +22,9 @@ from conf.platform import ClusterConfig
 from rewards.compose import RewardResult
 from rollout.setup import WorkerInfo, WorkerSetup
 from runtime.cluster.actors import ActorBook
-from runtime.cluster.events import CALL_LIMIT, MOST_DEATHS, START_LIMIT, ActorLostError, first_line, wait_for
+from runtime.cluster.events import CALL_LIMIT, MOST_DEATHS, SLICE_S, START_LIMIT, ActorLostError, first_line, wait_for
 from runtime.cluster.maker import ActorMaker
+from runtime.cluster.watch import Watch
 from streams.messages import RewardJob
 
 log = logging.getLogger("sightline.cluster")
@@ -104,7 +106,7 @@ class Crew:
         load, deaths = [0] * len(self.workers), [0] * len(self.workers)
         again: deque[Any] = deque()
         iterator = iter(items)
-        timeout = self._config.call_timeout_s
+        watch = Watch(self, self._config.hang_s, self._config.start_timeout_s)
         while True:
             while min(load) < per_worker:
                 item = again.popleft() if again else next(iterator, _NO_MORE)
@@ -116,13 +118,11 @@ class Crew:
                 load[worker] += 1
             if not pending:
                 return
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
-            if not done:
-                raise TimeoutError(f"waited {timeout:g} s for {what}: {len(pending)} calls under way, none finished")
-            item, references, worker = pending.pop(done[0])
+            first = self._first(list(pending), what, watch)
+            item, references, worker = pending.pop(first)
             load[worker] -= 1
             try:
-                reply = self._wait(done[0], f"{what} on rollout worker {worker}")
+                reply = self._wait(first, f"{what} on rollout worker {worker}")
             except ActorLostError as error:
                 again.append(item)
                 if _is_of(error, self.workers[worker]):
@@ -131,6 +131,17 @@ class Crew:
                 continue
             deaths[worker] = 0
             yield item, reply, references
+
+    def _first(self, references: list[Any], what: str, watch: Watch) -> Any:
+        """Return the first of these that is ready; workers that hang meanwhile are ended. Raises TimeoutError."""
+        timeout = self._config.call_timeout_s
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            watch.look()
+            done, _ = ray.wait(references, num_returns=1, timeout=min(SLICE_S, left))
+            if done:
+                return done[0]
+        raise TimeoutError(f"waited {timeout:g} s for {what}: {len(references)} calls under way, none finished")
 
     def _reload(self, worker: int, error: ActorLostError, *, last: bool) -> None:
         """Replace a worker that died, and wait until it has loaded. last: it has died too often; raises the error."""
@@ -145,12 +156,15 @@ class Crew:
         self, ask: Callable[[], Any], replace: Callable[[], Any], what: str, start: bool, asked: Any = None
     ) -> Any:
         reference = ask() if asked is None else asked
+        hung = False
         for left in reversed(range(MOST_DEATHS)):
             try:
                 return self._wait(reference, what, start=start)
-            except ActorLostError as error:
-                if not left:
+            except (ActorLostError, TimeoutError) as error:
+                # One that hangs is ended once: another one that takes as long is only slow, as the message says.
+                if not left or (hung and isinstance(error, TimeoutError)):
                     raise
+                hung = hung or isinstance(error, TimeoutError)
                 log.warning("%s; another process takes its place", first_line(error))
                 replace()
                 reference = ask()

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
-from runtime.cluster import events
+from runtime.cluster import events, watch
 from runtime.cluster.events import ActorDeath, Events, wait_for
 from runtime.cluster.learners import LearnerGroup
-from runtime.recovery import watch
+from runtime.cluster.watch import Watch
 from runtime.recovery.revival import Revival, deaths_in_words
-from runtime.recovery.watch import Watch
 from runtime.stop import StopSignal
 from streams.messages import WorkerStats
 

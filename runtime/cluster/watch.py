@@ -10,15 +10,22 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError
 
-from runtime.cluster.crew import Crew
 from streams.messages import WorkerStats
 
 log = logging.getLogger("sightline.cluster")
+
+
+class Workers(Protocol):
+    """workers: the actors as they are now."""
+
+    workers: list[Any]
+
+
 BEAT_S = 2.0
 """How often a worker is asked, at most."""
 
@@ -36,7 +43,7 @@ class _Asked:
 class Watch:
     """Looks after the workers of a crew. hang_s: seconds without a sign of life. start_s: until a process gives its first."""
 
-    def __init__(self, crew: Crew, hang_s: float, start_s: float) -> None:
+    def __init__(self, crew: Workers, hang_s: float, start_s: float) -> None:
         self._crew, self._hang_s, self._start_s = crew, hang_s, max(start_s, hang_s)
         self._asked: dict[int, _Asked] = {}
         self._ended: set[str] = set()

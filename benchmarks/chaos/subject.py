@@ -1,0 +1,125 @@
+"""The run that is attacked: a real driver with real actors, what it has left behind, and what outlives it.
+
+Invariants:
+* steps times batch are whole epochs: every (epoch, task) must be trained exactly once, whatever happens;
+* a process counts as the run's if it descends from the driver, and as left behind if it lives SETTLE_S after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.support.killed_runs import CLIPS, Driver, charts, journal
+
+BATCH = 2
+STEPS = {"sft": 12, "rl": 24}
+OVERRIDES = (
+    f"sft.steps={STEPS['sft']}",
+    f"algorithm.steps={STEPS['rl']}",
+    "checkpoint.every=4",
+    "eval.every=8",
+    # Hits come at random, so two of them may find the learner at one step.
+    "cluster.learner_restarts=1000",
+    "cluster.hang_s=20",
+)
+SETTLE_S = 10.0
+
+
+class Subject:
+    """One run_root, and the driver that works on it."""
+
+    def __init__(self, root: Path, *overrides: str) -> None:
+        self.root = root
+        self._overrides = (*OVERRIDES, *overrides)
+        self._known: dict[int, str] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Type the command, again if it was typed before."""
+        self.driver = Driver(self.root, *self._overrides)
+
+    @property
+    def ended(self) -> bool:
+        return self.driver.process.poll() is not None
+
+    def steps(self) -> list[str]:
+        """The steps that this driver has reported, such as `rl 7`."""
+        return re.findall(rf"\b((?:sft|rl) \d+)/(?:{STEPS['sft']}|{STEPS['rl']})\b", self.driver.output)
+
+    def told(self, pattern: str) -> int:
+        """How often this driver has said something like this."""
+        return len(re.findall(pattern, self.driver.output))
+
+    def look(self) -> None:
+        """Remember the processes that the run has now."""
+        self._known |= _family(self.driver.process.pid)
+
+    def left_behind(self) -> list[int]:
+        """Wait SETTLE_S after the driver's end; return the processes that are still there."""
+        time.sleep(SETTLE_S)
+        return [pid for pid, began in self._known.items() if _began(pid) == began]
+
+    def kill_all(self) -> None:
+        """End whatever is left of the run."""
+        self.look()
+        for pid, began in self._known.items():
+            if _began(pid) == began:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def audit(self) -> tuple[list[str], list[str]]:
+        """What a finished run has lost, and what it has done twice."""
+        rows = (self.root / "data" / "train.jsonl").read_text().splitlines()
+        tasks = [json.loads(row)["id"] for row in rows]
+        assert len(tasks) == CLIPS, "the generator makes one task a clip"
+        lost, twice = [], []
+        for stage, steps in STEPS.items():
+            state = json.loads((self.root / "checkpoints" / stage / "final" / "state.json").read_text())
+            trained = Counter(state["consumed"])
+            wanted = {f"{epoch}/{task}" for epoch in range(BATCH * steps // CLIPS) for task in tasks}
+            lost += [f"{stage} group {group}" for group in sorted(wanted - trained.keys())]
+            twice += [f"{stage} group {group}" for group, count in trained.items() if count > 1 or group not in wanted]
+            lines = [line for line in journal(self.root, stage) if line["kind"] == "step"]
+            noted = Counter(line["step"] for line in lines)
+            lost += [f"{stage} step {step} of the journal" for step in range(1, steps + 1) if step not in noted]
+            twice += [f"{stage} step {step} of the journal" for step, count in noted.items() if count > 1]
+            if Counter(group for line in lines for group in line["groups"]) != trained:
+                twice.append(f"{stage}: journal and checkpoint name different groups")
+        runs, charted = charts(self.root)
+        twice += [f"{runs} MLflow runs"] if runs != 1 else []
+        for metric, stage in (("sft/loss", "sft"), ("train/loss", "rl")):
+            points = Counter(charted[metric])
+            lost += [f"{metric} of step {step}" for step in range(1, STEPS[stage] + 1) if step not in points]
+            twice += [f"{metric} of step {step}" for step, count in points.items() if count > 1]
+        return lost, twice
+
+
+def _began(pid: int) -> str:
+    """When a process began, as the kernel counts; empty if it is gone, or only waits for its parent to look."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    return ""
+
+
+def _family(pid: int) -> dict[int, str]:
+    """A process and all that descend from it -> when they began."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found: dict[int, str] = {}
+    todo = [pid]
+    while todo:
+        here = todo.pop()
+        found[here] = _began(here)
+        todo += children.get(here, [])
+    return {pid: began for pid, began in found.items() if began}
