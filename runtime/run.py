@@ -29,6 +29,7 @@ from runtime.planning.device_plan import DevicePlan, plan_devices
 from runtime.planning.disk import check_disk, checkpoint_size
 from runtime.planning.usage import usage_lines, usage_report, write_usage
 from runtime.recovery.restarts import LEARNER, LearnerLoss, Restarts, learner_loss, words_of
+from runtime.recovery.stacks import ask_everywhere
 from runtime.rows import RowUse
 from runtime.starting_point import StartingPoint
 from runtime.stop import Requeue, StopSignal
@@ -148,6 +149,10 @@ class Run:
             status = "FINISHED"
         except Requeue:
             status = "KILLED"
+            raise
+        except TimeoutError:
+            if self.session is not None:
+                self.progress.say(ask_everywhere(self.session.book.log_folder))
             raise
         finally:
             self.tracker.close(status)

@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.support.killed_runs import CLIPS, Driver, charts, journal
+from tests.support.processes import family, still_there
 
 BATCH = 2
 STEPS = {"sft": 12, "rl": 24}
@@ -59,20 +60,19 @@ class Subject:
 
     def look(self) -> None:
         """Remember the processes that the run has now."""
-        self._known |= _family(self.driver.process.pid)
+        self._known |= family(self.driver.process.pid)
 
     def left_behind(self) -> list[int]:
         """Wait SETTLE_S after the driver's end; return the processes that are still there."""
         time.sleep(SETTLE_S)
-        return [pid for pid, began in self._known.items() if _began(pid) == began]
+        return still_there(self._known)
 
     def kill_all(self) -> None:
         """End whatever is left of the run."""
         self.look()
-        for pid, began in self._known.items():
-            if _began(pid) == began:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        for pid in still_there(self._known):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def audit(self) -> tuple[list[str], list[str]]:
         """What a finished run has lost, and what it has done twice."""
@@ -99,27 +99,3 @@ class Subject:
             lost += [f"{metric} of step {step}" for step in range(1, STEPS[stage] + 1) if step not in points]
             twice += [f"{metric} of step {step}" for step, count in points.items() if count > 1]
         return lost, twice
-
-
-def _began(pid: int) -> str:
-    """When a process began, as the kernel counts; empty if it is gone, or only waits for its parent to look."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] == "Z" else fields[19]
-    return ""
-
-
-def _family(pid: int) -> dict[int, str]:
-    """A process and all that descend from it -> when they began."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    found: dict[int, str] = {}
-    todo = [pid]
-    while todo:
-        here = todo.pop()
-        found[here] = _began(here)
-        todo += children.get(here, [])
-    return {pid: began for pid, began in found.items() if began}

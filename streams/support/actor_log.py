@@ -5,6 +5,7 @@
 
 Invariants:
 * a crash of the interpreter (segmentation fault, abort) leaves its stack in the same file;
+* STACKS_SIGNAL has the stacks of all threads written there, whatever the process is doing;
 * the file rotates;
 * an actor whose folder cannot be written runs without a log.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,6 +28,7 @@ ACTOR_VARIABLE = "SIGHTLINE_ACTOR"
 FOLDER_VARIABLE = "SIGHTLINE_LOG_DIR"
 STARTS = " starts:"
 """In the first line of every process: a file holds those of all attempts."""
+STACKS_SIGNAL = signal.SIGUSR1
 MAX_BYTES = 16 * 2**20
 BACKUPS = 2
 
@@ -71,6 +74,7 @@ class _CrashAwareHandler(RotatingFileHandler):
         stream = super()._open()
         # It writes to a file descriptor, so it must be enabled anew for every file that a rotation opens.
         faulthandler.enable(stream, all_threads=True)
+        faulthandler.register(STACKS_SIGNAL, stream, all_threads=True)
         return stream
 
 

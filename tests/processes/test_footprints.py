@@ -1,4 +1,4 @@
-"""A local run, with all that it starts, listens for this machine only."""
+"""What a local run shows to others: nothing listens beyond this machine, and nothing is left soon after its driver."""
 
 from __future__ import annotations
 
@@ -6,28 +6,18 @@ import contextlib
 import ipaddress
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.killed_runs import Driver
+from tests.support.processes import command, family, still_there
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LISTEN = "0A"
-
-
-def family(pid: int) -> dict[int, str]:
-    """A process and all that descend from it, with their command lines."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found, before = {pid}, set()
-    while found != before:
-        before = set(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in found}
+OUTLIVES_S = 10.0
 
 
 def sockets(pid: int) -> set[str]:
@@ -54,17 +44,18 @@ def listening() -> dict[str, ipaddress.IPv4Address | ipaddress.IPv6Address]:
     return found
 
 
-def test_nothing_of_a_local_run_listens_beyond_this_machine(tmp_path):
+def test_a_local_run_listens_for_this_machine_only_and_nothing_of_it_outlives_a_killed_driver_for_long(tmp_path):
     driver = Driver(tmp_path / "run", "learner.ranks=2")
     driver.wait_for_step("rl", 1)
-    bound = listening()
-    found = [
-        (command, bound[inode])
-        for pid, command in family(driver.process.pid).items()
-        for inode in sockets(pid) & bound.keys()
-    ]
-    driver.signal(signal.SIGTERM)
-    assert driver.wait() == 75, driver.output
+    bound, known = listening(), family(driver.process.pid)
+    found = [(command(pid), bound[inode]) for pid in known for inode in sockets(pid) & bound.keys()]
+    names = {pid: command(pid) for pid in known}
+    driver.signal(signal.SIGKILL)
+    killed = time.monotonic()
+    driver.wait()
     for name in ("gcs_server", "raylet", "learner-0", "learner-1", "rollout-0", "scorer"):
-        assert any(name in command for command, _ in found), f"{name} listens somewhere: {found}"
-    assert [(command, address) for command, address in found if not address.is_loopback] == []
+        assert any(name in line for line, _ in found), f"{name} listens somewhere: {found}"
+    assert [(line, address) for line, address in found if not address.is_loopback] == []
+    while still_there(known) and time.monotonic() < killed + OUTLIVES_S:
+        time.sleep(0.1)
+    assert [names[pid] for pid in still_there(known)] == []
