@@ -67,6 +67,7 @@ class Checkpointer:
         self._under_way: _Save | None = None
         self._owed: CheckpointState | None = None
         self._failures = 0
+        self._told = False
 
     @property
     def busy(self) -> bool:
@@ -88,10 +89,12 @@ class Checkpointer:
         if self.busy:
             assert not final, "the last one is written when all others are there"
             self._owed = state
-            self._context.progress.say(
-                f"{self._context.stage}: the checkpoint of step {state.step} is due and that of an earlier step is still being "
-                "written: training waits for it"
-            )
+            if not self._told:
+                self._told = True
+                self._context.progress.say(
+                    f"{self._context.stage}: the checkpoint of step {state.step} is due and that of an earlier step is still "
+                    "being written: training waits for it, now and whenever that happens"
+                )
             return
         try:
             reference = self._start(state, final=final)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from conf.platform import ClusterConfig
 from learner.messages import RankDiedError
@@ -71,7 +71,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _loss(error: RayActorError, session: Session) -> LearnerLoss:
-    outside = bool(getattr(error, "preempted", False)) or bool(_OUTSIDE.search(str(error)))
+    # Nobody answers where it was, before anybody knows that its node is gone.
+    outside = isinstance(error, ActorUnavailableError) or error.preempted or bool(_OUTSIDE.search(str(error)))
     return LearnerLoss(session.book.explain(error), outside)
 
 

@@ -65,6 +65,11 @@ class RayHead:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def nodes(self) -> list[int]:
+        """The process that each node descends from, the head's first."""
+        return [process.pid for process in self._processes]
+
     def add_node(self, cpus: int, wrapper: tuple[str, ...] = ()) -> None:
         """wrapper: a command that ends by running its arguments."""
         self._start(f"--address={self.address}", f"--num-cpus={cpus}", wrapper=wrapper)

@@ -1,0 +1,40 @@
+"""A node of a cluster is lost with all that runs on it: what it held starts anew where there is room, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+
+import pytest
+
+from tests.support.killed_runs import Driver, check_exactly_once, pid_of
+from tests.support.processes import family
+from tests.support.ray_head import RayHead
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_the_node_of_learner_and_worker_is_lost_and_another_one_takes_their_place(tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    with RayHead(0) as head:
+        for _ in range(3):
+            head.add_node(1)
+        for name, value in (head.environment | {"RAY_ADDRESS": head.address}).items():
+            monkeypatch.setenv(name, value)
+        # Four actors fill two of the three nodes.
+        driver = Driver(root, "cluster.address=auto", "cluster.actor_cpus=0.5")
+        driver.wait_for_step("rl", 3)
+        assert driver.process.poll() is None, driver.output
+        learner = pid_of(root, "learner")
+        (lost,) = [node for processes in head.nodes if learner in (node := family(processes))]
+        for pid in lost:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert driver.wait() == 0, driver.output
+        check_exactly_once(root, driver.output)
+        assert re.search(r"rl: learner died.*; new processes go on from the newest checkpoint \(loss", driver.output)
+        assert "from outside" in driver.output
+        assert "restart 1 of 3" not in driver.output, "a node that is lost is nothing that the learner did"
+        assert "Traceback" not in driver.output
