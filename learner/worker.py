@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from learner.messages import RankDiedError, TrainBatch
 from learner.setup import LearnerSetup, RankPlace
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from learner.engine import LearnerEngine
     from learner.parallel.ranks import Ranks
 
+DEATHS = (RayActorError, OutOfMemoryError)
+"""What Ray says of a rank that died; the second of one that its memory monitor has ended."""
 FAILURE_GRACE_S = 3.0
 """Seconds to wait for the other ranks' replies after one has failed, in case a rank died and caused that failure."""
 
@@ -160,8 +162,8 @@ class LeadLearner(Learner):
             missing = [rank for rank, ref in enumerate(replies) if not ray.wait([ref], timeout=0)[0]]
             raise TimeoutError(f"waited {self._timeout:g} s for learner ranks {missing} to finish {what}")
         if failures:
-            rank, error = min(failures.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
-            if isinstance(error, RayActorError):
+            rank, error = min(failures.items(), key=lambda item: (not isinstance(item[1], DEATHS), item[0]))
+            if isinstance(error, DEATHS):
                 raise RankDiedError(f"learner rank {rank} of {len(replies)} died during {what}: {error}") from error
             # Ray's own text repeats the remote traceback; the cause alone is what a reader needs.
             cause = getattr(error, "cause", None) or error

@@ -40,8 +40,13 @@ class EvaluatedStage(TrainingStage):
         every = self.context.config.eval.every
         return bool(every) and bool(self.heldout) and (step % every == 0 or step == self.context.steps)
 
-    def name_cut_off(self) -> None:
-        """Report evaluations that an earlier attempt did not finish: by now the workers run newer weights."""
+    def catch_up(self) -> None:
+        """Decide about the checkpoint that the stage goes on from, and report evaluations that an earlier attempt left out.
+
+        The checkpoint may have been completed when nobody was there to hear of it. The workers run newer weights by now.
+        """
+        if self.began_at:
+            self._promote(self.began_at)
         for line in self.journal.of_kind("step"):
             if line.step < self.began_at and self._awaited(line.step):
                 self.context.progress.say(

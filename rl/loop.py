@@ -77,7 +77,7 @@ class RLLoop:
         """
         stage, wait = self.stage, self.stage.events.wait
         stage.chart(self.version)
-        stage.name_cut_off()
+        stage.catch_up()
         if stage.evaluation_missing():
             self.evaluation.begin(self.version)
         while self.version < self.total or stage.checkpoints.busy or self.evaluation.active:

@@ -103,7 +103,9 @@ class Checkpointer:
             return
         self._under_way = _Save(state.step, final, reference, time.monotonic())
         self._context.saves.add(reference)
-        self._events.expect(reference, f"the checkpoint of step {state.step}", self._saved, self._save_failed)
+        self._events.expect(
+            reference, f"the checkpoint of step {state.step}", self._saved, self._save_failed, own_limit=True
+        )
 
     def settle(self) -> None:
         """Wait until none is under way, nor owed."""
@@ -151,7 +153,8 @@ class Checkpointer:
     def _save_failed(self, error: Exception) -> None:
         assert self._under_way is not None
         # Its partial files would keep a full disk full.
-        shutil.rmtree(partial_path(self.folder / _name(self._under_way.step, final=self._under_way.final)), True)
+        name = _name(self._under_way.step, final=self._under_way.final)
+        shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
         self._over(error)
 
     def _over(self, error: Exception) -> None:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
+
 from conf.schema import RunConfig
 from conf.streaming import streaming_settings
 from learner.config import LearnerConfig
@@ -164,21 +166,23 @@ class Run:
         while True:
             try:
                 return does.run(self)
-            except RuntimeError as error:
+            except (RuntimeError, RayError) as error:
                 loss = None if self.session is None else learner_loss(error, self.session)
                 if loss is None:
                     raise
+                if self.stop.requested:
+                    self.restarts.settle_saves(self.config.checkpoint.grace_s)
+                    raise Requeue(f"{stage}: stopped, and {words_of(loss)}") from error
                 self._begin_again(stage, loss, error)
 
-    def _begin_again(self, stage: str, loss: LearnerLoss, error: RuntimeError) -> None:
+    def _begin_again(self, stage: str, loss: LearnerLoss, error: Exception) -> None:
         """Start new processes, and plan the stage anew from what is on disk. Raises RuntimeError if it may not go on."""
-        steps = read_lines(journal_path(self.root, stage)) if stage in TRAINING else []
-        which = self.restarts.allow(stage, steps[-1].step if steps else 0, loss, error)
+        which = self.restarts.allow(stage, _reached(self.store, stage), loss, error)
         self.progress.say(f"{stage}: {words_of(loss)}; new processes go on from the newest checkpoint ({which})")
         assert self.session is not None
         self.session.restart()
         self._introduced = False
-        self.restarts.settle_saves(self.config.cluster.call_timeout_s)
+        self.restarts.settle_saves(self.config.checkpoint.deadline_s)
         if stage in TRAINING:
             found = self.store.plans[stage].resume
             self.restarts.deaths(stage, found.state if found else None)[LEARNER] += 1
@@ -345,3 +349,14 @@ class Run:
             vision_attention=self.config.model.vision_attention,
             fused_kernels=self.config.model.fused_kernels,
         )
+
+
+def _reached(store: StageStore, stage: str) -> int:
+    """Return the last step that this run has made of a stage, or that it goes on from."""
+    plan = store.plans.get(stage)
+    if plan is None or stage not in TRAINING:
+        return 0
+    if plan.resume is not None and stage not in store.settled:
+        return plan.step  # the journal is still that of an earlier run
+    lines = read_lines(journal_path(store.root, stage))
+    return max((line.step for line in lines if line.kind == "step"), default=plan.step)

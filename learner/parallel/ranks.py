@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -28,16 +29,25 @@ LOOPBACK = "127.0.0.1"
 def open_store(place: RankPlace) -> dist.TCPStore:
     """Open rank 0's store on `place.port`, or on a free port if that is 0. Returns without waiting for other ranks.
 
-    It listens where `place.host` is and nowhere else: whoever reaches the port can write into the store.
+    It listens where `place.host` is and nowhere else: whoever reaches the port can write into the store. (Everywhere, where
+    the node has that address only in the eyes of others.)
     """
-    listener = socket.create_server((place.host, place.port))
+    timeout = timedelta(seconds=place.timeout_s)
+    family = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0][0]
+    try:
+        listener = socket.create_server((place.host, place.port), family=family)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        address = (place.host, place.port, place.world)
+        return dist.TCPStore(*address, is_master=True, timeout=timeout, wait_for_workers=False)
     port = listener.getsockname()[1]
     return dist.TCPStore(
         place.host,
         port,
         place.world,
         is_master=True,
-        timeout=timedelta(seconds=place.timeout_s),
+        timeout=timeout,
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )

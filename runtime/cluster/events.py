@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from runtime.stop import StopSignal
 
@@ -47,12 +47,24 @@ def wait_for(
         return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError as error:
         raise TimeoutError(f"waited {timeout_s:g} s for {what}; raise {limit} if it is only slow") from error
-    except RayActorError as error:
-        raise ActorLostError(f"an actor died while the run waited for {what}: {explain(error)}") from error
     except RayTaskError:
         raise  # the call's own error, with its type
     except RayError as error:
+        if (death := death_of(error, reference)) is not None:
+            raise ActorLostError(f"an actor died while the run waited for {what}: {explain(death)}") from death
         raise _in_words(error, what) from error
+
+
+def death_of(error: BaseException, reference: Any) -> RayActorError | None:
+    """Return the actor's death that the reply `reference` failed with; None for another error.
+
+    Of an actor that Ray's memory monitor has ended Ray tells by an error of its own, which does not name the actor.
+    """
+    if isinstance(error, RayActorError):
+        return error
+    if isinstance(error, OutOfMemoryError) and isinstance(reference, ray.ObjectRef):
+        return RayActorError(reference.task_id().actor_id().hex(), f"its node ran out of memory: {str(error).strip()}")
+    return None
 
 
 def _in_words(error: RayError, what: str) -> RuntimeError:
@@ -83,6 +95,7 @@ class _Pending:
     handle: Callable[[Any], None]
     failed: Callable[[Exception], None] | None
     lost: Callable[[], None] | None
+    own_limit: bool
 
 
 class Events:
@@ -112,12 +125,15 @@ class Events:
         handle: Callable[[Any], None],
         failed: Callable[[Exception], None] | None = None,
         lost: Callable[[], None] | None = None,
+        *,
+        own_limit: bool = False,
     ) -> None:
         """Call `handle(value)` when `reference` is there; `failed(error)` instead of raising, if given.
 
-        lost: called if the actor died, once `on_death` has returned.
+        lost: called if the actor died, once `on_death` has returned. own_limit: whoever expects it gives it up in time, in
+        `look`.
         """
-        self._pending[reference] = _Pending(what, handle, failed, lost)
+        self._pending[reference] = _Pending(what, handle, failed, lost, own_limit)
 
     def forget(self, reference: Any) -> None:
         """Wait for `reference` no more."""
@@ -137,12 +153,14 @@ class Events:
             if not self._pending:
                 return None
             left = deadline - time.monotonic()
-            done, _ = ray.wait(list(self._pending), num_returns=1, timeout=max(0.0, min(SLICE_S, left)))
+            limited = any(not entry.own_limit for entry in self._pending.values())
+            slice_s = max(0.0, min(SLICE_S, left)) if limited else SLICE_S
+            done, _ = ray.wait(list(self._pending), num_returns=1, timeout=slice_s)
             if done:
                 return self._handle(done[0])
             if self._stop.requested and not asked_before:
                 return None
-            if left <= 0:
+            if left <= 0 and limited:
                 waiting = "; ".join(entry.what for entry in list(self._pending.values())[:5])
                 raise TimeoutError(f"waited {self._timeout_s:g} s ({CALL_LIMIT}) and nothing finished of: {waiting}")
 
@@ -150,17 +168,17 @@ class Events:
         entry = self._pending.pop(reference)
         try:
             value = ray.get(reference, timeout=self._timeout_s)
-        except RayActorError as error:
-            self._on_death(ActorDeath(entry.what, error))
-            if entry.lost is not None:
-                entry.lost()
-            return
         except (RayTaskError, OSError) as error:
             if entry.failed is None:
                 raise
             entry.failed(error)
             return
         except RayError as error:
-            raise _in_words(error, entry.what) from error
+            if (death := death_of(error, reference)) is None:
+                raise _in_words(error, entry.what) from error
+            self._on_death(ActorDeath(entry.what, death))
+            if entry.lost is not None:
+                entry.lost()
+            return
         # Outside the try: what a handler raises is its own, never taken for the reply's failure.
         entry.handle(value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from streams.messages import WorkerStats
 
@@ -71,7 +71,7 @@ class Watch:
         self._asked[worker] = _Asked(asked.actor, now, self._hang_s)
         try:
             stats: WorkerStats | None = ray.get(done[0])
-        except RayActorError:
+        except (RayActorError, OutOfMemoryError):
             return  # it died: its calls say so
         if stats is not None and stats.visit_s > self._hang_s:
             self._end(worker, asked.actor, f"has been in one visit of its engine for {stats.visit_s:.0f} s")

@@ -4,7 +4,7 @@ It is a process of its own, with a pipe from the driver as its standard input: t
 its path, and imports nothing of ours.
 
 Invariants:
-* it ends no process but those that have files of this Ray's session open, and none while the driver lives;
+* it ends no process but those that write files of this Ray's session, and none while the driver lives;
 * it ends GRACE_S after its driver at most, and does not listen to the terminal.
 """
 
@@ -32,20 +32,23 @@ def start(session: str) -> None:
 
 
 def holders(session: str) -> dict[int, str]:
-    """Return the processes that have files below this folder open, and when each began."""
+    """Return the processes that have files below this folder open for writing, and when each began."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
-            if any(_target(link).startswith(f"{session}/") for link in (process / "fd").iterdir()):
+            if any(_writes(link, session) for link in (process / "fd").iterdir()):
                 found[int(process.name)] = _began(int(process.name))
     return found
 
 
-def _target(link: Path) -> str:
-    """What an open file is; empty if it is closed by now."""
-    with contextlib.suppress(OSError):
-        return os.readlink(link)
-    return ""
+def _writes(link: Path, session: str) -> bool:
+    """Whether an open file is below the session's folder, and open for writing: whoever reads the logs there is not Ray."""
+    with contextlib.suppress(OSError):  # it is closed by now
+        if os.readlink(link).startswith(f"{session}/"):
+            info = link.parent.with_name("fdinfo") / link.name
+            flags = next(line for line in info.read_text().splitlines() if line.startswith("flags:"))
+            return bool(int(flags.split()[1], 8) & (os.O_WRONLY | os.O_RDWR))
+    return False
 
 
 def _began(pid: int) -> str:

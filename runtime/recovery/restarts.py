@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from conf.platform import ClusterConfig
 from learner.messages import RankDiedError
-from runtime.cluster.events import first_line, lost_with_an_actor
+from runtime.cluster.events import death_of, first_line, lost_with_an_actor
 from runtime.cluster.session import Session
 from runtime.store.checkpoint import CheckpointState
 
@@ -46,19 +46,23 @@ class LearnerLoss:
 def learner_loss(error: BaseException, session: Session) -> LearnerLoss | None:
     """Return the loss of the learner that an attempt ended with; None if it ended with something else."""
     for cause in _chain(error):
-        if isinstance(cause, RankDiedError):
+        if isinstance(cause, RankDiedError) and not isinstance(
+            cause, RayTaskError
+        ):  # that one quotes the other traceback
             return LearnerLoss(str(cause), bool(_OUTSIDE.search(str(cause))))
         if isinstance(cause, RayActorError) and session.book.name_of(cause).startswith(LEARNER):
             return _loss(cause, session)
     if any(isinstance(cause, Exception) and lost_with_an_actor(cause) for cause in _chain(error)):
         # Weights that nobody can fetch any more may be missed before their learner is.
         for actor in session.learners.actors:
+            reply = actor.warm_up.remote()
             try:
-                ray.get(actor.warm_up.remote(), timeout=ANSWER_S)
+                ray.get(reply, timeout=ANSWER_S)
             except GetTimeoutError:
                 continue
-            except RayActorError as dead:
-                return _loss(dead, session)
+            except RayError as error_of_reply:
+                if (dead := death_of(error_of_reply, reply)) is not None:
+                    return _loss(dead, session)
     return None
 
 
@@ -105,7 +109,7 @@ class Restarts:
         before = resumed.counters.get("deaths", {}) if resumed else {}
         return self._deaths.setdefault(stage, Counter(before))
 
-    def allow(self, stage: str, step: int, loss: LearnerLoss, error: RuntimeError) -> str:
+    def allow(self, stage: str, step: int, loss: LearnerLoss, error: Exception) -> str:
         """Note a loss at `step`; returns which restart this is, in words. Raises `error`, or RuntimeError, for none more."""
         config = self._config
         if loss.outside:
@@ -123,9 +127,9 @@ class Restarts:
                 self._end(f"twice at {stage} step {step} without getting further", loss, error)
         return f"restart {count} of {config.learner_restarts}"
 
-    def _end(self, how: str, loss: LearnerLoss, error: RuntimeError) -> NoReturn:
+    def _end(self, how: str, loss: LearnerLoss, error: Exception) -> NoReturn:
         if len(self._failures) < 2:
-            raise error
+            raise error if isinstance(error, RuntimeError) else RuntimeError(loss.words) from error
         first = self._failures[0]
         raise RuntimeError(
             f"the learner died {how}. The first time, at {first.stage} step {first.step}: {first.words}\n"

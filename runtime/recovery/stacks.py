@@ -31,7 +31,7 @@ def ask_here(folder: str) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
             pairs = (pair.partition(b"=") for pair in (process / "environ").read_bytes().split(b"\0"))
-            values = {name.decode(): value.decode(errors="replace") for name, _, value in pairs}
+            values = {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs}
             if values.get(FOLDER_VARIABLE) == folder and _listens(process):
                 os.kill(int(process.name), STACKS_SIGNAL)
                 asked.append(values.get(ACTOR_VARIABLE, process.name))

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,9 @@ _LEARNER_FREE = (
     "activation_checkpointing",
 )
 
+_ROLLOUT_FREE = ("workers", "max_streams", "kv_memory_mb", "group_deadline_s", "threads", "attention")
 _FREE = (
-    *(
-        f"rollout.{key}"
-        for key in (
-            "workers",
-            "max_streams",
-            "kv_memory_mb",
-            "group_deadline_s",
-            "threads",
-            "attention",
-        )
-    ),
+    *(f"rollout.{key}" for key in _ROLLOUT_FREE),
     "model.vision_attention",
     "model.fused_kernels",
     *(f"learner.{key}" for key in _LEARNER_FREE),
@@ -116,6 +107,7 @@ class StagePlan:
 class StageStore:
     """Reads and writes the manifests of one run_root.
 
+    settled: the stages that go on from a checkpoint, and have set aside what was beyond it.
     corrected: whether a stage starts over under other settings than those of an attempt that left nothing.
     """
 
@@ -124,6 +116,7 @@ class StageStore:
     say: Callable[[str], None]
     plans: dict[str, StagePlan] = field(default_factory=dict)
     corrected: bool = False
+    settled: set[str] = field(default_factory=set)
 
     def path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
@@ -182,6 +175,7 @@ class StageStore:
         found = self.plans[stage].resume
         if found is None:
             return
+        self.settled.add(stage)
         own = self._own(stage)
         for name in set_aside_after(own, found.state.step if own in found.path.parents else -1):
             self.say(f"{stage}: set aside {own / name}: the stage goes on from {found.path}")
@@ -202,8 +196,12 @@ class StageStore:
         return self.plans
 
     def again(self, stage: str) -> StagePlan:
-        """Plan a stage anew that was under way in this run, from what it has left."""
-        plan = self.plans[stage] = self._auto(stage)
+        """Plan a stage anew that was under way in this run, from what it has left; as before if it had not got to training."""
+        before = self.plans[stage]
+        same = before.resume is not None and stage not in self.settled
+        plan = replace(before, attempt=before.attempt + 1) if same else self._auto(stage)
+        assert not plan.skip, "a stage that was under way is not finished"
+        self.plans[stage] = plan
         return plan
 
     def _auto(self, stage: str) -> StagePlan:

@@ -53,7 +53,7 @@ def test_a_full_disk_costs_the_best_checkpoint_and_not_the_run(standing, monkeyp
 
 
 def test_an_evaluation_that_a_kill_cut_off_is_named(standing):
-    standing.name_cut_off()
+    standing.catch_up()
     assert len(standing.said) == 1
     assert "evaluation of step 4 was cut off" in standing.said[0]
 
@@ -70,3 +70,9 @@ def test_evaluations_are_due_by_the_schedule_and_after_the_last_step(standing):
     assert not standing.evaluation_missing(), "that of step 6 is in the journal"
     standing.heldout = ()
     assert not standing.evaluation_due(2)
+
+
+def test_a_checkpoint_that_was_completed_when_nobody_looked_may_still_be_the_best(standing):
+    assert standing.best == {}
+    standing.catch_up()
+    assert (standing.best["step"], standing.best["value"]) == (6, 0.75)

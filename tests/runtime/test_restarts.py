@@ -78,6 +78,12 @@ def test_words_are_one_line():
     assert words_of(CRASH) == "learner died (pid 1): it was killed"
 
 
+def test_an_error_of_ray_that_ends_the_run_is_told_in_words():
+    with pytest.raises(RuntimeError, match="learner died") as raised:
+        rules(learner_restarts=0).allow("rl", 8, CRASH, RayTaskError("swap", "traceback", OSError()))
+    assert not isinstance(raised.value, RayTaskError)
+
+
 # --- what is a loss of the learner ------------------------------------------------------------------------------------
 
 
@@ -114,7 +120,8 @@ def session(monkeypatch):
 
 def test_a_learner_that_died_is_a_loss_wherever_the_run_noticed_it(session):
     assert learner_loss(caused(RuntimeError("during a step"), death("1")), session) == LearnerLoss("died 1", False)
-    rank = RayTaskError("join", "traceback", RankDiedError("learner rank 1 of 2 died: gone"))
+    rank = RayTaskError("join", "traceback", RankDiedError("learner rank 1 of 2 died: gone")).as_instanceof_cause()
+    assert isinstance(rank, RankDiedError)
     assert learner_loss(rank, session) == LearnerLoss("learner rank 1 of 2 died: gone", False)
     assert learner_loss(caused(RuntimeError("the final checkpoint"), rank), session) is not None
 

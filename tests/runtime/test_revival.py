@@ -6,10 +6,12 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from ray import ActorID, JobID, ObjectRef
+from ray._raylet import TaskID
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
 from runtime.cluster import events, watch
-from runtime.cluster.events import ActorDeath, Events, wait_for
+from runtime.cluster.events import ActorDeath, ActorLostError, Events, death_of, wait_for
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.watch import Watch
 from runtime.recovery.revival import Revival, deaths_in_words
@@ -201,6 +203,48 @@ def test_rays_own_failures_end_a_wait_in_words(monkeypatch):
     waiting = Events(1.0, StopSignal(), lambda death: None)
     waiting.expect("reference", "the scores of 0/a", print)
     with pytest.raises(RuntimeError, match=said):
+        waiting.wait()
+
+
+def test_an_actor_that_rays_memory_monitor_ended_has_died(monkeypatch):
+    job = JobID.from_int(1)
+    parent = TaskID.for_fake_task(job)
+    actor = ActorID.of(job, parent, 3)
+    reference = ObjectRef(TaskID.for_actor_task(job, parent, 1, actor).binary() + b"\1\0\0\0")
+    assert reference.task_id().actor_id() == actor
+    error = OutOfMemoryError("memory on the node was at 97 %")
+    death = death_of(error, reference)
+    assert death.actor_id == actor.hex()
+    assert str(death) == "its node ran out of memory: memory on the node was at 97 %"
+    assert death_of(RuntimeError(), reference) is None
+
+    def get(*_, **__):
+        raise error
+
+    monkeypatch.setattr(events.ray, "get", get)
+    with pytest.raises(ActorLostError, match="its node ran out of memory"):
+        wait_for(reference, 1.0, "the scores of 0/a")
+
+
+def test_a_call_with_a_limit_of_its_own_is_waited_for_as_long_as_that(monkeypatch):
+    now = [0.0]
+
+    def wait(refs, num_returns, timeout):
+        now[0] += timeout
+        return ([refs[0]], []) if now[0] > 30 else ([], refs)
+
+    monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(events.ray, "wait", wait)
+    monkeypatch.setattr(events.ray, "get", lambda *_, **__: "written")
+    found = []
+    waiting = Events(5.0, StopSignal(), lambda death: None)
+    waiting.expect("saved", "the checkpoint of step 2", found.append, own_limit=True)
+    waiting.wait()
+    assert (found, now[0] > 30) == (["written"], True)
+    now[0] = 0.0
+    waiting.expect("saved", "the checkpoint of step 2", found.append, own_limit=True)
+    waiting.expect("step", "optimiser step 3", found.append)
+    with pytest.raises(TimeoutError, match=r"nothing finished of: the checkpoint of step 2; optimiser step 3"):
         waiting.wait()
 
 
