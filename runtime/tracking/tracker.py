@@ -3,7 +3,8 @@
 Metrics of a step are logged in one batch; docs/metrics.md lists their names.
 
 Invariants:
-* a failing tracker (named boundary) is reported once and never stops or slows training;
+* a failing tracker (named boundary) is reported once, until it works again, and never stops or slows training;
+* what it cannot take is kept, and delivered in order when it works again; at the end it is tried once more;
 * a metric, parameter or artifact that MLflow refuses is left out, and no other;
 * a resumed run continues its own MLflow run;
 * a metric has at most one value per step;
@@ -32,6 +33,10 @@ from streams.support.redact import public_setting, public_uri, public_words
 log = logging.getLogger("sightline.tracking")
 CLOSE_TIMEOUT_S = 60.0
 RUN_FILE = "tracking.json"
+RETRY_S = 15.0
+"""How long to leave a store alone that could not take something; MLflow's client has tried for half a minute by then."""
+AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""MLflow's error codes for a store that does not answer."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow's error codes for an entry that it does not accept, as opposed to a store that cannot be written."""
 
@@ -66,13 +71,17 @@ class Tracker:
         self.run_id: str | None = None
         self._config, self._root, self._name = config, root, run_name
         self._resume, self._remember, self._known = resume, remember, known
-        # The default store moves with its run_root.
-        self._store = public_uri(config.uri) or "mlflow.db"
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         if self.enabled:
             root.mkdir(parents=True, exist_ok=True)
             self._thread.start()
+
+    @property
+    def _store(self) -> str:
+        """What RUN_FILE calls the store. The default one moves with its run_root."""
+        return public_uri(self._config.uri) or "mlflow.db"
 
     def params(self, values: dict[str, Any]) -> None:
         self._put("params", {metric_name(key): public_setting(key, value)[:500] for key, value in values.items()})
@@ -94,22 +103,51 @@ class Tracker:
             return
         self._put("end", status)
         self._queue.put(None)
+        self._closing.set()
         self._thread.join(timeout=CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             log.warning("tracking: %s did not take everything within %g s", self.uri, CLOSE_TIMEOUT_S)
 
     def _put(self, kind: str, value: Any) -> None:
-        if self.enabled and self.failed is None:
+        if self.enabled:
             self._queue.put((kind, value))
 
     def _work(self) -> None:
-        try:
-            self._drain()
-        except Exception as error:  # noqa: BLE001 - named boundary: the tracker
-            self.failed = public_words(f"{type(error).__name__}: {error}", self._address)
-            log.warning("tracking to %s stopped, training goes on: %s", self.uri, self.failed.splitlines()[0])
+        store: _Store | None = None
+        while (entry := self._queue.get()) is not None:
+            while True:
+                last = self._closing.is_set()
+                try:
+                    store = store or self._open()
+                    store.write(*entry)
+                except Exception as error:  # noqa: BLE001 - named boundary: the tracker
+                    # What has reached it nobody knows: it is asked when it is there again.
+                    store = None
+                    self._away(error)
+                    if last:
+                        log.warning("tracking to %s: given up, the journal has it all", self.uri)
+                        return
+                    self._closing.wait(RETRY_S)
+                else:
+                    self._there()
+                    break
 
-    def _drain(self) -> None:
+    def _away(self, error: Exception) -> None:
+        if self.failed is None:
+            self.failed = public_words(f"{type(error).__name__}: {error}", self._address)
+            log.warning(
+                "tracking to %s fails, training goes on, what is logged meanwhile is kept: %s",
+                self.uri,
+                self.failed.splitlines()[0],
+            )
+
+    def _there(self) -> None:
+        if self.failed is not None:
+            log.warning("tracking to %s works again", self.uri)
+            self.failed = None
+
+    def _open(self) -> _Store:
+        """Connect, and return the MLflow run of this invocation."""
         # 4 attempts outlast half a minute without a server; MLflow's default of 7 takes minutes and as many warnings.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
@@ -120,17 +158,7 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         client = mlflow.MlflowClient(tracking_uri=self._address)
         run, continued = self._open_run(client)
-        store = _Store(client, run, continued, self._refused)
-        while (entry := self._queue.get()) is not None:
-            kind, value = entry
-            if kind == "params":
-                store.params(value)
-            elif kind == "metrics":
-                store.metrics(*value)
-            elif kind == "artifact":
-                store.artifact(value)
-            else:
-                client.set_terminated(run, status=value)
+        return _Store(client, run, continued, self._refused)
 
     def _refused(self, what: str, error: Exception) -> None:
         """Report, once, an entry that the store refused."""
@@ -147,10 +175,12 @@ class Tracker:
         """Return (id, whether it is continued) of the MLflow run to write to."""
         from mlflow.exceptions import MlflowException
 
-        if self._resume and (known := self._before()):
+        if known := self.run_id or (self._before() if self._resume else ""):
             try:
                 client.update_run(known, status="RUNNING")
             except MlflowException as error:
+                if error.error_code in AWAY:
+                    raise
                 log.warning(
                     "tracking: %s does not know run %s any more: %s",
                     self.uri,
@@ -200,6 +230,17 @@ class _Store:
         self._client, self._run, self._continued, self._refused = client, run, continued, refused
         self._logged: dict[str, set[int]] = {}
         self._left_out: set[str] = set()
+
+    def write(self, kind: str, value: Any) -> None:
+        """Write one entry of the queue."""
+        if kind == "params":
+            self.params(value)
+        elif kind == "metrics":
+            self.metrics(*value)
+        elif kind == "artifact":
+            self.artifact(value)
+        else:
+            self._client.set_terminated(self._run, status=value)
 
     def params(self, values: dict[str, str]) -> None:
         from mlflow.entities import Param
