@@ -129,7 +129,9 @@ class Tracker:
                         return
                     self._closing.wait(RETRY_S)
                 else:
-                    self._there()
+                    if self.failed is not None:
+                        log.warning("tracking to %s works again", self.uri)
+                        self.failed = None
                     break
 
     def _away(self, error: Exception) -> None:
@@ -140,11 +142,6 @@ class Tracker:
                 self.uri,
                 self.failed.splitlines()[0],
             )
-
-    def _there(self) -> None:
-        if self.failed is not None:
-            log.warning("tracking to %s works again", self.uri)
-            self.failed = None
 
     def _open(self) -> _Store:
         """Connect, and return the MLflow run of this invocation."""
