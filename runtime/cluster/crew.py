@@ -41,6 +41,7 @@ class Crew:
         self.workers = [maker.worker(i) for i in range(workers)]
         self.scorer = maker.scorer()
         self.setup: WorkerSetup | None = None
+        self._watch = Watch(self, config.hang_s, config.start_timeout_s)
 
     # --- places ---------------------------------------------------------------------------------------------------
 
@@ -106,7 +107,6 @@ class Crew:
         load, deaths = [0] * len(self.workers), [0] * len(self.workers)
         again: deque[Any] = deque()
         iterator = iter(items)
-        watch = Watch(self, self._config.hang_s, self._config.start_timeout_s)
         while True:
             while min(load) < per_worker:
                 item = again.popleft() if again else next(iterator, _NO_MORE)
@@ -118,7 +118,7 @@ class Crew:
                 load[worker] += 1
             if not pending:
                 return
-            first = self._first(list(pending), what, watch)
+            first = self._first(list(pending), what)
             item, references, worker = pending.pop(first)
             load[worker] -= 1
             try:
@@ -132,12 +132,12 @@ class Crew:
             deaths[worker] = 0
             yield item, reply, references
 
-    def _first(self, references: list[Any], what: str, watch: Watch) -> Any:
+    def _first(self, references: list[Any], what: str) -> Any:
         """Return the first of these that is ready; workers that hang meanwhile are ended. Raises TimeoutError."""
         timeout = self._config.call_timeout_s
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            watch.look()
+            self._watch.look()
             done, _ = ray.wait(references, num_returns=1, timeout=min(SLICE_S, left))
             if done:
                 return done[0]
@@ -172,7 +172,8 @@ class Crew:
 
     def _wait(self, reference: Any, what: str, *, start: bool = False) -> Any:
         seconds = self._config.start_timeout_s if start else self._config.call_timeout_s
-        return wait_for(reference, seconds, what, self._book.explain, START_LIMIT if start else CALL_LIMIT)
+        limit = START_LIMIT if start else CALL_LIMIT
+        return wait_for(reference, seconds, what, self._book.explain, limit, self._watch.look)
 
 
 def _is_of(error: ActorLostError, actor: Any) -> bool:

@@ -37,14 +37,21 @@ def wait_for(
     what: str,
     explain: Callable[[RayActorError], str] = str,
     limit: str = CALL_LIMIT,
+    look: Callable[[], None] | None = None,
 ) -> Any:
     """Return the value of `reference`, waiting for it at most `timeout_s` seconds.
 
-    limit: the config key that `timeout_s` comes from. explain: words for a dead actor. Raises TimeoutError and
+    limit: the config key that `timeout_s` comes from. explain: words for a dead actor. look: called about once a second
+    meanwhile. Raises TimeoutError and
     ActorLostError, which say what was waited for and who died of what.
     """
+    deadline = time.monotonic() + timeout_s
+    while look is not None and (left := deadline - time.monotonic()) > 0:
+        look()
+        if ray.wait([reference], timeout=min(SLICE_S, left))[0]:
+            break
     try:
-        return ray.get(reference, timeout=timeout_s)
+        return ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
     except GetTimeoutError as error:
         raise TimeoutError(f"waited {timeout_s:g} s for {what}; raise {limit} if it is only slow") from error
     except RayTaskError:

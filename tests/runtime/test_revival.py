@@ -248,6 +248,20 @@ def test_a_call_with_a_limit_of_its_own_is_waited_for_as_long_as_that(monkeypatc
         waiting.wait()
 
 
+def test_whoever_waits_for_one_call_looks_after_the_others_meanwhile(monkeypatch):
+    now, looks = [0.0], []
+
+    def wait(refs, timeout):
+        now[0] += timeout
+        return (refs, []) if now[0] > 3 else ([], refs)
+
+    monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(events.ray, "wait", wait)
+    monkeypatch.setattr(events.ray, "get", lambda reference, timeout: timeout)
+    assert wait_for("reference", 10.0, "its pid", look=lambda: looks.append(now[0])) == 6.0
+    assert looks == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_a_step_is_made_again_only_if_its_one_rank_could_not_fetch():
     lost, other = ObjectLostError.__new__(ObjectLostError), ValueError("another cause")
     LearnerGroup([None]).check_unfetched(lost)
