@@ -180,3 +180,11 @@ def check_exactly_once(root: Path, output: str = "") -> None:
 def exported(root: Path, stage: str) -> dict[str, bytes]:
     """The files of a stage's last weights, by name."""
     return {file.name: file.read_bytes() for file in (root / "checkpoints" / stage / "final" / "hf").iterdir()}
+
+
+def check_same_bits(root: Path, undisturbed: Path) -> None:
+    """Groups, losses and last weights of both stages."""
+    for stage in ("sft", "rl"):
+        assert trained(root, stage) == trained(undisturbed, stage)
+        assert losses(root, stage) == losses(undisturbed, stage), first_difference(root, undisturbed, stage)
+        assert exported(root, stage) == exported(undisturbed, stage)
