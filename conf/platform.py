@@ -119,8 +119,8 @@ class ClusterConfig:
     call_timeout_s: float = 600.0
     """Longest single call to an actor, in seconds: a group, an optimiser step, a save."""
     hang_s: float = 300.0
-    """Seconds without a sign of life after which a rollout worker is ended and replaced while a stage trains: its process does
-    not answer, or one visit of its engine lasts that long (the first ones compile and capture kernels).
+    """Seconds without a sign of life after which a rollout worker or learner is ended, as if it had died: its process does not
+    answer, or one visit of a worker's engine lasts that long (the first ones compile and capture kernels).
     """
     learner_restarts: int = 3
     """How often in a run a learner that died is started again, with new rollout workers, from the newest checkpoint. A second

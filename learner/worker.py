@@ -44,6 +44,13 @@ class Learner:
         self._ranks: Ranks | None = None
         self._store: Any = None
 
+    # In a thread of its own: it is asked for while a step runs.
+    concurrency_groups = {"beat": 1}  # noqa: RUF012
+
+    @ray.method(concurrency_group="beat")
+    def beat(self) -> None:
+        """Give a sign of life."""
+
     def warm_up(self) -> int:
         """Import the slow modules while the driver makes data; return the pid."""
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("CUDA_VISIBLE_DEVICES") else "cuda")
@@ -148,7 +155,7 @@ class LeadLearner(Learner):
     """Rank 0 of several ranks. `join` runs in a thread beside the training calls and replies for the whole group."""
 
     # `join` waits for as long as a step runs: with threads of its own it does not keep this rank's other calls waiting.
-    concurrency_groups = {"join": 8}  # noqa: RUF012
+    concurrency_groups = {"beat": 1, "join": 8}  # noqa: RUF012
 
     @ray.method(concurrency_group="join")
     def join(self, what: str, replies: list[Any]) -> Any:

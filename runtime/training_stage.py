@@ -39,7 +39,8 @@ class TrainingStage:
             context.deaths,
         )
         cluster = context.config.cluster
-        self._watch = Watch(context.session.crew, cluster.hang_s, cluster.start_timeout_s)
+        session = context.session
+        self._watch = Watch(session.crew, cluster.hang_s, cluster.start_timeout_s, session.learners)
         self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, self._look)
         state = context.resume
         self.began_at = state.step if state else 0

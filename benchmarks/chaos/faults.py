@@ -81,6 +81,15 @@ def _hangs(subject: Subject, chance: random.Random) -> None:
     wait_until(subject, lambda: subject.told(rf"{name} is there again") > there)
 
 
+def _learner_hangs(subject: Subject, chance: random.Random) -> None:
+    """Stop the learner for good: it is ended, and the stage goes on from its newest checkpoint."""
+    before = subject.told(r"learner died \(")
+    _strike(subject, "learner", signal.SIGSTOP)
+    wait_until(subject, lambda: subject.told(r"learner died \(") > before)
+    now = len(subject.steps())
+    wait_until(subject, lambda: len(subject.steps()) > now)
+
+
 def _pauses(actor: str) -> Callable[[Subject, random.Random], None]:
     """Stop an actor for a while."""
 
@@ -119,6 +128,7 @@ KINDS: dict[str, Callable[[Subject, random.Random], None]] = {
     "scorer": _replaced("scorer"),
     "scorer pauses": _pauses("scorer"),
     "learner": _replaced("learner"),
+    "learner hangs": _learner_hangs,
     "learner pauses": _pauses("learner"),
     "driver": _driver(signal.SIGKILL),
     "driver is asked to stop": _driver(signal.SIGTERM),

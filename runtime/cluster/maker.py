@@ -52,7 +52,7 @@ class ActorMaker:
         bundle = self._bundles[index]
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         name = short_name(bundle.name)
-        # Only rank 0 of several learners answers calls beside its work.
+        # The learner's ranks answer some calls beside their work.
         groups = getattr(actor, "concurrency_groups", None)
         make: Any = ray.remote
         named = named_class(actor, name)

@@ -1,7 +1,8 @@
-"""Signs of life: a rollout worker that hangs is ended, so that it is replaced like one that died.
+"""Signs of life: a rollout worker or learner that hangs is ended, so that it is replaced like one that died.
 
 Invariants:
-* a worker that gives no sign of life for `cluster.hang_s` is ended: what it leaves without a reply comes as its death;
+* a worker, or a rank of the learner, that gives no sign of life for `cluster.hang_s` is ended: what it leaves without a reply
+  comes as its death;
 * looking for signs of life waits for nothing.
 """
 
@@ -20,14 +21,20 @@ from streams.messages import WorkerStats
 log = logging.getLogger("sightline.cluster")
 
 
+BEAT_S = 2.0
+"""How often an actor is asked, at most."""
+
+
 class Workers(Protocol):
     """workers: the actors as they are now."""
 
     workers: list[Any]
 
 
-BEAT_S = 2.0
-"""How often a worker is asked, at most."""
+class Ranks(Protocol):
+    """actors: the learner's ranks as they are now."""
+
+    actors: list[Any]
 
 
 @dataclass
@@ -41,45 +48,54 @@ class _Asked:
 
 
 class Watch:
-    """Looks after the workers of a crew. hang_s: seconds without a sign of life. start_s: until a process gives its first."""
+    """Looks after the workers of a crew, and the learner's ranks. hang_s: seconds without a sign of life.
 
-    def __init__(self, crew: Workers, hang_s: float, start_s: float) -> None:
-        self._crew, self._hang_s, self._start_s = crew, hang_s, max(start_s, hang_s)
-        self._asked: dict[int, _Asked] = {}
+    start_s: seconds until a process gives its first.
+    """
+
+    def __init__(self, crew: Workers, hang_s: float, start_s: float, learners: Ranks | None = None) -> None:
+        self._crew, self._learners, self._hang_s, self._start_s = crew, learners, hang_s, max(start_s, hang_s)
+        self._asked: dict[str, _Asked] = {}
         self._ended: set[str] = set()
 
     def look(self) -> None:
-        """Ask every worker for a sign of life, now and then, and end those that gave none."""
-        now = time.monotonic()
+        """Ask everyone for a sign of life, now and then, and end those that gave none."""
         for worker, actor in enumerate(self._crew.workers):
-            asked = self._asked.get(worker)
-            if asked is None or asked.actor is not actor:
-                # Whoever starts imports for a while before it answers anything.
-                self._asked[worker] = _Asked(actor, now, self._start_s)
-            elif asked.reply is None:
-                if now - asked.at >= BEAT_S:
-                    self._asked[worker] = _Asked(actor, now, asked.limit_s, actor.stats.remote())
-            else:
-                self._read(worker, asked, now)
+            self._look_at(f"rollout-{worker}", actor, actor.stats)
+        ranks = [] if self._learners is None else self._learners.actors
+        for rank, actor in enumerate(ranks):
+            self._look_at("learner" if len(ranks) == 1 else f"learner-{rank}", actor, actor.beat)
 
-    def _read(self, worker: int, asked: _Asked, now: float) -> None:
+    def _look_at(self, name: str, actor: Any, sign: Any) -> None:
+        now = time.monotonic()
+        asked = self._asked.get(name)
+        if asked is None or asked.actor is not actor:
+            # Whoever starts imports for a while before it answers anything.
+            self._asked[name] = _Asked(actor, now, self._start_s)
+        elif asked.reply is None:
+            if now - asked.at >= BEAT_S:
+                self._asked[name] = _Asked(actor, now, asked.limit_s, sign.remote())
+        else:
+            self._read(name, asked, now)
+
+    def _read(self, name: str, asked: _Asked, now: float) -> None:
         done, _ = ray.wait([asked.reply], timeout=0)
         if not done:
             if now - asked.at > asked.limit_s:
-                self._end(worker, asked.actor, f"has not answered for {now - asked.at:.0f} s")
+                self._end(name, asked.actor, f"has not answered for {now - asked.at:.0f} s")
             return
-        self._asked[worker] = _Asked(asked.actor, now, self._hang_s)
+        self._asked[name] = _Asked(asked.actor, now, self._hang_s)
         try:
             stats: WorkerStats | None = ray.get(done[0])
         except (RayActorError, OutOfMemoryError):
             return  # it died: its calls say so
         if stats is not None and stats.visit_s > self._hang_s:
-            self._end(worker, asked.actor, f"has been in one visit of its engine for {stats.visit_s:.0f} s")
+            self._end(name, asked.actor, f"has been in one visit of its engine for {stats.visit_s:.0f} s")
 
-    def _end(self, worker: int, actor: Any, why: str) -> None:
+    def _end(self, name: str, actor: Any, why: str) -> None:
         key = actor._actor_id.hex()
         if key in self._ended:
             return
         self._ended.add(key)
-        log.warning("rollout-%d %s (cluster.hang_s=%g): it is ended", worker, why, self._hang_s)
+        log.warning("%s %s (cluster.hang_s=%g): it is ended", name, why, self._hang_s)
         ray.kill(actor)

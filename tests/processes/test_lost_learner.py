@@ -82,3 +82,17 @@ def test_a_learner_that_dies_again_before_it_got_further_ends_the_run_with_the_f
     assert re.search(r"the same command with resume=auto (goes on from \S+|starts again)", driver.output)
     assert len(seen) == 2
     assert not [pid for pid in seen if os.path.exists(f"/proc/{pid}")]
+
+
+def test_a_learner_that_hangs_is_ended_and_the_stage_goes_on(tmp_path):
+    root = tmp_path / "run"
+    driver = Driver(root, "cluster.hang_s=15")
+    driver.wait_for_step("rl", 1)
+    pid = kill(root, "learner", signal.SIGSTOP)
+    assert driver.wait() == 0, driver.output
+    assert re.search(r"learner has not answered for \d+ s \(cluster\.hang_s=15\): it is ended", driver.output)
+    assert re.search(
+        r"rl: learner died .*; new processes go on from the newest checkpoint \(restart 1 of 3\)", driver.output
+    )
+    check_exactly_once(root, driver.output)
+    assert not os.path.exists(f"/proc/{pid}"), "a process that is stopped is ended, too"

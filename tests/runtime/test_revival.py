@@ -143,7 +143,8 @@ class Watched:
         monkeypatch.setattr(watch.ray, "get", lambda ref: self.replies[ref])
         monkeypatch.setattr(watch.ray, "kill", self.ended.append)
         self.crew = SimpleNamespace(workers=[self.process(), self.process()])
-        self.watch = Watch(self.crew, hang_s=10.0, start_s=40.0)
+        self.learners = SimpleNamespace(actors=[])
+        self.watch = Watch(self.crew, 10.0, 40.0, self.learners)
 
     def process(self):
         def remote():
@@ -151,7 +152,8 @@ class Watched:
             return self.asked[-1]
 
         actor_id = SimpleNamespace(hex=lambda: str(id(remote)))
-        return SimpleNamespace(stats=SimpleNamespace(remote=remote), _actor_id=actor_id)
+        sign = SimpleNamespace(remote=remote)
+        return SimpleNamespace(stats=sign, beat=sign, _actor_id=actor_id)
 
     def run(self, seconds: int, answer) -> None:
         for _ in range(seconds):
@@ -189,6 +191,20 @@ def test_whose_engine_is_stuck_in_one_visit_is_ended(monkeypatch, caplog):
     world.run(10, WorkerStats(0, 0, visit_s=11.0))
     assert world.ended == world.crew.workers
     assert "rollout-0 has been in one visit of its engine for 11 s" in caplog.text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_of_the_learner_that_does_not_answer_is_ended(monkeypatch, caplog, ranks):
+    world = Watched(monkeypatch)
+    world.crew.workers.clear()
+    world.learners.actors += [world.process() for _ in range(ranks)]
+    world.run(20, WorkerStats(0, 0))  # any answer is one
+    assert world.ended == []
+    world.learners.actors[-1].beat.remote = object  # nobody will answer that
+    world.run(14, WorkerStats(0, 0))
+    assert world.ended == world.learners.actors[-1:]
+    name = "learner" if ranks == 1 else "learner-1"
+    assert f"{name} has not answered for 11 s (cluster.hang_s=10): it is ended" in caplog.text
 
 
 def test_rays_own_failures_end_a_wait_in_words(monkeypatch):

@@ -86,6 +86,7 @@ class Learners:
     """Write an export, or run out of disk."""
 
     fails = False
+    actors = ()
 
     def save(self, path, streaming, *, resumable):
         return _export.remote(path, self.fails)
@@ -154,6 +155,8 @@ def _export_once(path, there):
 
 class SlowLearners:
     """Write an export once a file is there."""
+
+    actors = ()
 
     def __init__(self, there) -> None:
         self.there = str(there)

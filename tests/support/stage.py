@@ -48,7 +48,7 @@ def stage_context(
         session=SimpleNamespace(
             crew=SimpleNamespace(workers=[]),
             book=SimpleNamespace(explain=str, name_of=lambda error: ""),
-            **session,
+            **{"learners": SimpleNamespace(actors=[])} | session,
         ),
         tracker=told,
         progress=told,
