@@ -42,8 +42,7 @@ def wait_for(
     """Return the value of `reference`, waiting for it at most `timeout_s` seconds.
 
     limit: the config key that `timeout_s` comes from. explain: words for a dead actor. look: called about once a second
-    meanwhile. Raises TimeoutError and
-    ActorLostError, which say what was waited for and who died of what.
+    meanwhile. Raises TimeoutError and ActorLostError, which say what was waited for and who died of what.
     """
     deadline = time.monotonic() + timeout_s
     while look is not None and (left := deadline - time.monotonic()) > 0:

@@ -24,7 +24,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from conf.platform import ClusterConfig
 from learner.messages import RankDiedError
-from runtime.cluster.events import death_of, first_line, lost_with_an_actor
+from runtime.cluster.events import death_of, lost_with_an_actor
 from runtime.cluster.session import Session
 from runtime.store.checkpoint import CheckpointState
 
@@ -46,9 +46,8 @@ class LearnerLoss:
 def learner_loss(error: BaseException, session: Session) -> LearnerLoss | None:
     """Return the loss of the learner that an attempt ended with; None if it ended with something else."""
     for cause in _chain(error):
-        if isinstance(cause, RankDiedError) and not isinstance(
-            cause, RayTaskError
-        ):  # that one quotes the other traceback
+        # Ray's own copy of it, which comes first, quotes the other process's traceback.
+        if isinstance(cause, RankDiedError) and not isinstance(cause, RayTaskError):
             return LearnerLoss(str(cause), bool(_OUTSIDE.search(str(cause))))
         if isinstance(cause, RayActorError) and session.book.name_of(cause).startswith(LEARNER):
             return _loss(cause, session)
@@ -147,4 +146,4 @@ class Restarts:
 
 def words_of(loss: LearnerLoss) -> str:
     """Return who died of what, in one line."""
-    return first_line(RuntimeError(loss.words))
+    return loss.words.partition("\n")[0]
