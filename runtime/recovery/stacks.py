@@ -3,7 +3,7 @@
 Invariants:
 * an actor is asked by a signal (`streams.support.actor_log`), so it answers whatever it is doing, but for one that is stopped;
 * only processes that listen for the signal get it: it would end any other;
-* replies are waited for no longer than ASK_S, and a failure of Ray is said, not raised: the run is ending with an error already.
+* replies are waited for no longer than ASK_S, and a failure of Ray is said, not raised: the run ends with an error already.
 """
 
 from __future__ import annotations
