@@ -122,6 +122,10 @@ class ClusterConfig:
     """Seconds without a sign of life after which a rollout worker or learner is ended, as if it had died: its process does not
     answer, or one visit of a worker's engine lasts that long (the first ones compile and capture kernels).
     """
+    wait_s: float = 1800.0
+    """Seconds that a run waits for nodes with room, once it has lost some: for the learner, and while fewer than
+    `rollout.min_workers` rollout workers have room. Then it ends.
+    """
     learner_restarts: int = 3
     """How often in a run a learner that died is started again, with new rollout workers, from the newest checkpoint. A second
     death that comes no further than the one before ends the run all the same. 0: the first death ends it.
@@ -142,7 +146,7 @@ class ClusterConfig:
         for key in ("learner_restarts", "preemptions"):
             if getattr(self, key) < 0:
                 raise ValueError(f"cluster.{key}={getattr(self, key)} must be a number of restarts, at least 0")
-        for key in ("start_timeout_s", "call_timeout_s", "hang_s"):
+        for key in ("start_timeout_s", "call_timeout_s", "hang_s", "wait_s"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"cluster.{key}={getattr(self, key)} must be a positive number of seconds")
         if "://" in self.address:

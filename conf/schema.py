@@ -115,6 +115,11 @@ class RunConfig:
         return Path(self.run_root)
 
     @property
+    def least_workers(self) -> int:
+        """Rollout workers that the run begins and goes on with at least; where groups belong to workers, all."""
+        return self.rollout.workers if self.deterministic else self.rollout.min_workers
+
+    @property
     def streams_per_step(self) -> int:
         return self.algorithm.groups_per_step * self.algorithm.group_size
 

@@ -22,6 +22,7 @@ from evals.categories import ALL, category_name
 from rewards.compose import RewardResult
 from rewards.scripted import silent_turns
 from runtime.cluster.session import Session
+from runtime.cluster.spread import spread
 from runtime.mismatch_gate import MismatchGate
 from runtime.rows import play_oracle
 from runtime.tracking.progress import Progress
@@ -116,13 +117,16 @@ def evaluate(
     def send(worker: Any, item: tuple[int, RolloutTask]) -> Any:
         return worker.rollout.options(num_returns=2).remote(item[1])
 
+    def given_up(item: tuple[int, RolloutTask], worker: int, why: str) -> GroupSummary:
+        return GroupSummary(item[1].group, item[1].task.id, worker, failed=why)
+
     requests = [stream_request(config, task, condition, stage) for task in tasks]
     gate = MismatchGate(config)
     done: dict[int, WatchedStream] = {}
     what = f"evaluation {condition.name}"
     summary: GroupSummary
-    for (index, request), summary, (_, payload) in session.crew.spread(
-        enumerate(requests), send, config.rollout.max_streams, what
+    for (index, request), summary, (_, payload) in spread(
+        session.crew, enumerate(requests), send, config.rollout.max_streams, what, given_up
     ):
         task = request.task
         done[index] = WatchedStream(request, summary, payload)

@@ -8,6 +8,7 @@ Invariants:
 * every ticket is fulfilled or dropped exactly once, by its latest assignment; replies to earlier ones are ignored;
 * lost groups are assigned before any new one is admitted, in the order of their tickets;
 * no worker has more than its limit of groups under way, and none gets a group while it is lost or lags too far behind;
+* a group that may have ended a worker has one to itself (`runtime.recovery.suspects`);
 * with `deterministic` group number n belongs to worker n mod W, which has one group at a time, also after a loss.
 """
 
@@ -21,6 +22,7 @@ from conf.schema import RunConfig
 from rl.buffer import GroupBuffer
 from rl.results import ReadyGroup
 from rl.versions import VersionLedger
+from runtime.recovery.suspects import Suspects
 from runtime.task_order import group_id
 from streams.messages import GroupSummary, RolloutTask
 from streams.support.byte_cache import ByteBudgetCache
@@ -75,9 +77,14 @@ class Dispatcher:
         ledger: VersionLedger,
         source: Iterator[tuple[int, StreamTask]],
         done: int = 0,
+        suspects: Suspects | None = None,
     ) -> None:
-        """source: (epoch, task) of the groups still to come. done: number of groups trained or dropped before."""
+        """source: (epoch, task) of the groups still to come. done: number of groups trained or dropped before.
+
+        suspects: told of everything that is sent to a worker.
+        """
         self._config, self._buffer, self._ledger, self._source = config, buffer, ledger, source
+        self._suspects = suspects or Suspects()
         self._done_before = done
         self._limit = 1 if config.deterministic else max(1, config.rollout.max_streams // config.algorithm.group_size)
         self._load = [0] * ledger.workers
@@ -102,14 +109,14 @@ class Dispatcher:
         """
         if self._returned:
             ticket = min(self._returned)
-            worker = self._worker_for(ticket, version)
+            worker = self._worker_for(ticket, version, self._returned[ticket].group)
             if worker is None:
                 return None
             lost = self._returned.pop(ticket)
             return self._assign(ticket, lost.epoch, lost.task, lost.plan, worker)
         if not self._buffer.may_admit() or self._buffer.untrained >= left:
             return None
-        worker = self._worker_for(self._buffer.admitted, version)
+        worker = self._worker_for(self._buffer.admitted, version, "")
         if worker is None:
             return None
         epoch, task = next(self._source)
@@ -195,6 +202,17 @@ class Dispatcher:
         self._bare.add(assignment.ticket)
         self._returned[assignment.ticket] = self._latest.pop(assignment.ticket)
 
+    def give_up(self) -> list[tuple[Assignment, str]]:
+        """Give up the groups that end their workers; returns them, and why."""
+        found = []
+        for ticket, assignment in sorted(self._returned.items()):
+            if (why := self._suspects.condemned(assignment.group)) is not None:
+                self._buffer.drop(ticket)
+                found.append((assignment, why))
+        for assignment, _ in found:
+            del self._returned[assignment.ticket]
+        return found
+
     def restored(self, worker: int, version: int) -> None:
         """Give groups again to a worker that was lost, and now runs this version."""
         self._ledger.restore(worker, version)
@@ -202,8 +220,8 @@ class Dispatcher:
 
     # --- which worker ---------------------------------------------------------------------------------------------
 
-    def _worker_for(self, ticket: int, version: int) -> int | None:
-        """Return the worker for a ticket; None if none may take a group now.
+    def _worker_for(self, ticket: int, version: int, group: str) -> int | None:
+        """Return the worker for a ticket; None if none may take a group now. group: its name; "" for one not sent before.
 
         It is the worker that owns the group's number if runs are deterministic, else the one with the fewest groups.
         """
@@ -214,7 +232,10 @@ class Dispatcher:
         free = [
             w
             for w in workers
-            if self._load[w] < self._limit and w not in self._lost and self._ledger.may_work(w, version)
+            if self._load[w] < self._limit
+            and w not in self._lost
+            and self._ledger.may_work(w, version)
+            and self._suspects.may_take(w, group)
         ]
         return min(free, key=lambda w: self._load[w], default=None)
 

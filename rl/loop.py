@@ -59,11 +59,11 @@ class RLLoop:
         self.result = RLResult.restore(context.resume.counters) if context.resume else RLResult()
         self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(age_bound(config))
         ledger = VersionLedger(config.rollout.workers, self.buffer.limits.lag, self.version)
-        done = self.stage.done
-        self.dispatch = Dispatcher(config, self.buffer, ledger, epochs(tasks, config.seed, done), len(done))
+        done, suspects = self.stage.done, self.stage.revival.suspects
+        self.dispatch = Dispatcher(config, self.buffer, ledger, epochs(tasks, config.seed, done), len(done), suspects)
         self.gate = MismatchGate(config)
         self.workers = Workers(self.session, self.stage.events, ledger, self.gate, self.stage.revival)
-        self.stage.revival.watch(self.dispatch.reissue, self._worker_back)
+        self.stage.revival.watch(self._worker_lost, self._worker_back)
         self.evaluation = PeriodicEvaluation(self.stage, self.workers, self)
         self.report = StepReport(context, [line.values for line in self.stage.journal.of_kind("step")])
         self.published_off: OffToken | None = None
@@ -92,7 +92,7 @@ class RLLoop:
             wait()
         stage.finish(self.version, self._counters())
         # `_check_published` is about the last version: every worker must have swapped to it.
-        while not self.workers.ledger.settled:
+        while not self.workers.ledger.settled or stage.revival.coming:
             wait()
         self._check_published()
         for stats in self.session.crew.of_living(lambda worker: worker.stats.remote(), "say its counters"):
@@ -103,11 +103,11 @@ class RLLoop:
     def _check_published(self) -> None:
         """Have each worker roll out a group on the weights it swapped in, and the learner that published them score it."""
         for _ in range(MOST_DEATHS):
-            groups = PublishedGroups(self.workers, self.version, self.dispatch.extra)
+            groups = PublishedGroups(self.workers, self.version, self.dispatch.extra, self._expected)
             payloads = groups.payloads(self.stage.events.wait)
             score = self.session.score_logs(payloads, "the published weights' scores")
             # The next stage must find every worker there.
-            while self.stage.revival.loading:
+            while self.stage.revival.coming:
                 self.stage.events.wait()
             if score is not None:
                 break
@@ -115,6 +115,10 @@ class RLLoop:
             raise RuntimeError(f"groups on the published weights were lost {MOST_DEATHS} times with workers that died")
         self.result.published, self.result.published_by_kind = score.diff, score.by_kind
         self.published_off = score.off
+
+    def _expected(self) -> set[int]:
+        """Return the workers that are there, or will soon be."""
+        return set(self.workers.ledger.running) | self.stage.revival.coming
 
     # --- groups: admitted, rolled out, scored ---------------------------------------------------------------------
 
@@ -173,6 +177,9 @@ class RLLoop:
         mend: what has to be fixed, for that error.
         """
         self.dispatch.drop(assignment)
+        self._dropped(assignment, reason, mend)
+
+    def _dropped(self, assignment: Assignment, reason: str, mend: str) -> None:
         self.result.dropped_groups += 1
         self.stage.drop(
             assignment.group,
@@ -258,6 +265,12 @@ class RLLoop:
         return True
 
     # --- workers that come and go ---------------------------------------------------------------------------------
+
+    def _worker_lost(self, worker: int) -> None:
+        self.dispatch.reissue(worker)
+        for assignment, why in self.dispatch.give_up():
+            self.result.skipped.append(SkippedSample.failure(assignment.task, why))
+            self._dropped(assignment, f"{why}{at_row(assignment.task)}", mend="the data or the workers")
 
     def _worker_back(self, worker: int, version: int) -> None:
         self.dispatch.restored(worker, version)

@@ -34,6 +34,7 @@ from rewards.compose import RewardResult
 from rl.evaluated_stage import EvaluatedStage
 from rl.workers import Workers
 from runtime.tracking.metric_names import metric_name
+from streams.data.dataset import at_row
 from streams.log.mismatch import LogpDiff
 from streams.messages import GroupSummary, RewardJob, RolloutTask, ScoreReport
 from streams.task import StreamTask
@@ -97,8 +98,7 @@ class PeriodicEvaluation:
         if running is None:
             return
         for worker in range(len(self._load)):
-            runs_it = self._workers.ledger.runs(worker, running.version)
-            while runs_it and running.left and self._load[worker] < self._per_worker:
+            while running.left and self._may_start(running, running.left[0], worker):
                 self._start(running, running.left.popleft(), worker)
         if not running.left and not running.under_way and not running.scoring:
             running.scoring = True
@@ -109,8 +109,18 @@ class PeriodicEvaluation:
                 lambda scores: self._finish(running, jobs, scores),
             )
 
+    def _may_start(self, running: _Running, task: StreamTask, worker: int) -> bool:
+        return (
+            self._workers.ledger.runs(worker, running.version)
+            and self._load[worker] < self._per_worker
+            and self._workers.suspects.may_take(worker, self._request(running, task).group)
+        )
+
+    def _request(self, running: _Running, task: StreamTask) -> RolloutTask:
+        return stream_request(self._config, task, Condition("trained"), f"step{running.version}")
+
     def _start(self, running: _Running, task: StreamTask, worker: int) -> None:
-        request = stream_request(self._config, task, Condition("trained"), f"step{running.version}")
+        request = self._request(running, task)
         self._load[worker] += 1
         running.under_way += 1
         self._workers.roll_out(
@@ -118,14 +128,19 @@ class PeriodicEvaluation:
             request,
             f"the evaluation of {task.id}",
             lambda summary, payload: self._watched(running, summary, payload, request, worker),
-            lambda: self._lost(running, task, worker),
+            lambda: self._lost(running, task, request, worker),
         )
 
-    def _lost(self, running: _Running, task: StreamTask, worker: int) -> None:
-        """Let another worker, or the one that takes its place, watch the task."""
+    def _lost(self, running: _Running, task: StreamTask, request: RolloutTask, worker: int) -> None:
+        """Let another worker, or the one that takes its place, watch the task, unless it ends them all."""
         self._load[worker] -= 1
         running.under_way -= 1
-        running.left.appendleft(task)
+        why = self._workers.suspects.condemned(request.group)
+        if why is None:
+            running.left.appendleft(task)
+        else:
+            self._stage.context.progress.say(f"eval: failed {task.id}: {why}{at_row(task)}")
+            running.watched.append(WatchedStream(request, GroupSummary(request.group, task.id, worker, failed=why)))
         self.pump()
 
     def _watched(

@@ -75,5 +75,5 @@ class VersionLedger:
 
     @property
     def settled(self) -> bool:
-        """Whether every worker is there, and fetches nothing."""
-        return not self.fetching and len(self.running) == self.workers
+        """Whether every worker that is there runs the newest version."""
+        return all(version == self.published for version in self.running.values())

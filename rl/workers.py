@@ -33,6 +33,7 @@ class Workers:
     ) -> None:
         self._session, self._events, self._gate, self._revival = session, events, gate, revival
         self.ledger = ledger
+        self.suspects = revival.suspects
         self._weights: Any = None
         self._swaps: list[SwapReport] = []
 
@@ -45,10 +46,13 @@ class Workers:
         lost: Callable[[], None] | None = None,
     ) -> None:
         """Send a group to a worker. Calls `handle` with its summary and a reference to its payload, or `lost` if it died."""
-        summary, payload = self._session.crew.workers[worker].rollout.options(num_returns=2).remote(request)
+        suspects = self.suspects
+        suspects.sent(worker, request.group)
+        summary, payload = self._session.crew.places.workers[worker].rollout.options(num_returns=2).remote(request)
 
         def arrived(value: GroupSummary) -> None:
             self._revival.alive(f"rollout-{worker}")
+            suspects.over(worker, request.group)
             self._gate.observe(f"rollout worker {worker}", value.monitor, value.off)
             handle(value, payload)
 
@@ -87,7 +91,7 @@ class Workers:
 
     def _start_fetches(self) -> None:
         for worker in self.ledger.next_fetches():
-            actor = self._session.crew.workers[worker]
+            actor = self._session.crew.places.workers[worker]
             self._events.expect(
                 # In a list, so that Ray passes the reference itself, and the worker fetches the weights in the
                 # background.
@@ -97,7 +101,7 @@ class Workers:
             )
 
     def _swapped(self, actor: Any, report: SwapReport) -> None:
-        if self._session.crew.workers[report.worker] is not actor:
+        if self._session.crew.places.workers[report.worker] is not actor:
             return  # it died meanwhile, and another one has its place
         self.ledger.swapped(report.worker, report.version)
         self._swaps.append(report)
@@ -111,9 +115,14 @@ class PublishedGroups:
     of CHECK_TRIES.
     """
 
-    def __init__(self, workers: Workers, version: int, extra: Callable[[str], RolloutTask]) -> None:
-        """version: the newest. extra: makes a request for one more group, under this name."""
-        self._workers, self._version, self._extra = workers, version, extra
+    def __init__(
+        self, workers: Workers, version: int, extra: Callable[[str], RolloutTask], expected: Callable[[], set[int]]
+    ) -> None:
+        """version: the newest. extra: makes a request for one more group, under this name.
+
+        expected: returns the workers that are there, or will be: others are not waited for.
+        """
+        self._workers, self._version, self._extra, self._expected = workers, version, extra, expected
         self._left = [CHECK_TRIES] * workers.ledger.workers
         self._asked: set[int] = set()
         self._found: dict[int, Any] = {}
@@ -128,7 +137,7 @@ class PublishedGroups:
         return tuple(self._found[worker] for worker in sorted(self._found))
 
     def _open(self, worker: int) -> bool:
-        return worker in self._asked or self._left[worker] > 0
+        return worker in self._asked or (self._left[worker] > 0 and worker in self._expected())
 
     def _ask(self, worker: int) -> None:
         self._left[worker] -= 1

@@ -21,7 +21,11 @@ class RolloutConfig:
     """The rollout workers and their engines."""
 
     workers: int = 2
-    """Rollout actors, each with one engine."""
+    """Rollout actors, each with one engine: as many as are wanted."""
+    min_workers: int = 1
+    """Fewest of them that a run begins and goes on with. The others join when nodes have room for them. With
+    `deterministic` all are needed.
+    """
     max_streams: int = 64
     """Streams that one engine runs at once."""
     decode_steps: int = 8
@@ -54,6 +58,8 @@ class RolloutConfig:
         for key in ("workers", "max_streams", "decode_steps", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"rollout.{key}={getattr(self, key)} must be at least 1")
+        if not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"rollout.min_workers={self.min_workers} must lie in 1..{self.workers} (rollout.workers)")
         if self.kv_memory_mb < 0:
             raise ValueError(f"rollout.kv_memory_mb={self.kv_memory_mb} must be a number of MiB, 0 for what is left")
         if self.attention not in ROLLOUT_ATTENTION:

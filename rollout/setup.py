@@ -70,7 +70,10 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker answers to its setup. attention: the engine's attention backend, and why that one."""
+    """What a worker answers to its setup.
+
+    attention: the engine's attention backend, and why that one. oom_kills: processes that its node ended for lack of memory.
+    """
 
     worker: int
     node: str
@@ -78,3 +81,4 @@ class WorkerInfo:
     kv_slots: int
     parameters: int
     attention: str
+    oom_kills: int = 0

@@ -40,7 +40,7 @@ from streams.messages import (
 )
 from streams.support.actor_log import open_actor_log
 from streams.support.imports import large_imports
-from streams.support.usage import DeviceInfo, ProcessUsage
+from streams.support.usage import DeviceInfo, ProcessUsage, oom_kills
 
 if TYPE_CHECKING:
     from rollout.service import RolloutService
@@ -116,6 +116,7 @@ class RolloutWorker:
             kv_slots=service.engine.pool.capacity,
             parameters=sum(p.numel() for p in service.backbone.model.parameters()),
             attention=str(service.engine.attention),
+            oom_kills=oom_kills(),
         )
 
     async def rollout(self, task: RolloutTask) -> tuple[GroupSummary, GroupPayload | None]:

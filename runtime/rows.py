@@ -79,8 +79,7 @@ def judge_rows(
 ) -> JudgedRows:
     """Judge the rows of a file for a stage that starts from the folder `checkpoint`."""
     rows = row_texts(config, tasks, use)
-    words = session.crew.of_worker(
-        0,
+    words = session.crew.of_any_worker(
         lambda worker: worker.read_rows.remote(str(checkpoint), config.layout, rows),
         f"read {len(rows)} rows with the tokenizer of {checkpoint}",
     )

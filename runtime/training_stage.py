@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from rollout.setup import WorkerSetup
 from runtime.checkpointer import Checkpointer
 from runtime.cluster.events import Events
-from runtime.cluster.watch import Watch
 from runtime.context import StageContext
 from runtime.recovery.revival import Revival
+from runtime.recovery.watch import Watch
 from runtime.stop import Requeue
 from runtime.store.checkpoint import CheckpointState
 from runtime.store.journal import StepJournal, journal_path
@@ -33,14 +33,14 @@ class TrainingStage:
         self.context = context
         self.revival = Revival(
             context.session,
-            lambda *given: self.events.expect(*given),
+            lambda *given: self.events.expect(*given, own_limit=True),
             lambda line: context.progress.say(f"{context.stage}: {line}"),
             lambda setup: _there(setup, self),
             context.deaths,
         )
         cluster = context.config.cluster
         session = context.session
-        self._watch = Watch(session.crew, cluster.hang_s, cluster.start_timeout_s, session.learners)
+        self._watch = Watch(session.crew.places, cluster.hang_s, cluster.start_timeout_s, session.learners)
         self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, self._look)
         state = context.resume
         self.began_at = state.step if state else 0
@@ -48,6 +48,7 @@ class TrainingStage:
         self.dropped = list(state.dropped) if state else []
         self.checkpoints = Checkpointer(context, self.events, self._completed, self.began_at if state else None)
         self.journal = StepJournal.open(journal_path(context.config.root, context.stage), self.began_at)
+        self.revival.begin()
         self.patience = patience
         self._group_size = group_size
         self._seconds_before: float = state.counters.get("seconds", 0.0) if state else 0.0
@@ -107,11 +108,11 @@ class TrainingStage:
         self.checkpoints.save(state, final=final)
 
     def finish(self, step: int, counters: dict[str, Any]) -> None:
-        """Write the stage's last checkpoint, and wait for it and all before it, and for workers that are being replaced."""
+        """Write the stage's last checkpoint; wait for it, all before it, and workers that are being replaced and have room."""
         self.checkpoints.settle()
         self.save(step, counters, final=True)
         self.checkpoints.settle()
-        while self.revival.loading:
+        while self.revival.coming:
             self.events.wait()
 
     def leave(self, step: int, counters: dict[str, Any]) -> NoReturn:
@@ -127,7 +128,9 @@ class TrainingStage:
         return ()
 
     def _look(self) -> None:
+        self.context.session.crew.places.look()
         self._watch.look()
+        self.revival.look()
         self.checkpoints.look()
 
     def _completed(self, step: int) -> Collection[str]:

@@ -112,20 +112,23 @@ class DemonstrationQueue:
         self.fill()
 
     def _send(self, sample: _Sample) -> None:
-        workers = self._stage.context.session.crew.workers
-        living = [worker for worker in range(len(workers)) if worker not in self._lost]
+        workers = self._stage.context.session.crew.places.workers
+        suspects, group = self._stage.revival.suspects, sample.script.group
+        living = [w for w in range(len(workers)) if w not in self._lost and suspects.may_take(w, group)]
         if not living:
             return
         worker = sample.worker = living[self._turn % len(living)]
         self._turn += 1
+        suspects.sent(worker, group)
         summary, sample.payload = workers[worker].script.options(num_returns=2).remote(sample.script)
         sample.call = object()
         what = f"the demonstration of {sample.script.group}"
-        self._stage.events.expect(summary, what, partial(self._arrived, sample, sample.call))
+        self._stage.events.expect(summary, what, partial(self._arrived, sample, sample.call, worker))
 
-    def _arrived(self, sample: _Sample, call: object, summary: GroupSummary) -> None:
+    def _arrived(self, sample: _Sample, call: object, worker: int, summary: GroupSummary) -> None:
         if sample.call is call:
-            self._stage.revival.alive(f"rollout-{sample.worker}")
+            self._stage.revival.alive(f"rollout-{worker}")
+            self._stage.revival.suspects.over(worker, sample.script.group)
             sample.summary = summary
 
     def _worker_lost(self, worker: int) -> None:
@@ -134,6 +137,12 @@ class DemonstrationQueue:
         for sample in (*taken, *self._waiting):
             if sample.worker == worker:
                 sample.forget()
+                group = sample.script.group
+                if (why := self._stage.revival.suspects.condemned(group)) is not None:
+                    sample.worker, sample.summary = (
+                        worker,
+                        GroupSummary(group, sample.script.task.id, worker, failed=why),
+                    )
         self._put_back(taken)
 
     def _worker_back(self, worker: int, version: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STARTS, log_path
 
@@ -23,6 +23,8 @@ TAIL_BYTES = 65536
 LINE_CHARACTERS = 300
 CRASH = "Fatal Python error"
 """How Python's own report of a crash begins."""
+OUTSIDE = re.compile(r"SIGTERM|preempted|drained|node has died|node was terminated", re.IGNORECASE)
+"""What Ray says of a death that nothing in the process has caused."""
 
 
 def run_id(root: Path) -> str:
@@ -64,6 +66,20 @@ class ActorBook:
         """Return the short name of the actor that died; empty if that is not known."""
         return self._names.get(error.actor_id or "", "")
 
+    def cause_inside(self, error: RayActorError) -> str | None:
+        """Return what an actor died of, in a line, if what it was doing can be the cause; None if it came from outside.
+
+        Ray does not say of which signal a process died. What crashes leaves a report in its log (faulthandler), unlike what is
+        killed by hand.
+        """
+        text = str(error)
+        if isinstance(error, ActorUnavailableError) or error.preempted or OUTSIDE.search(text):
+            return None
+        crash = _crash(_lines(log_path(self.log_folder, self.name_of(error))))
+        if crash:
+            return crash
+        return None if _NO_CAUSE in text else _cause(text).splitlines()[-1].strip()
+
     def explain(self, error: RayActorError) -> str:
         """Return which actor died, where, of what, and the end of its log."""
         text = str(error)
@@ -85,18 +101,30 @@ def named_class(actor: type, name: str) -> type:
 
 def tail(path: Path) -> str:
     """Return where a log is and its last lines, or a crash's first lines, for an error message; '' without a log."""
+    lines = _lines(path)
+    if not lines:
+        return ""
+    crash = next((i for i, line in enumerate(lines) if line.startswith(CRASH)), None)
+    shown = lines[-TAIL_LINES:] if crash is None else lines[crash : crash + TAIL_LINES]
+    return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line[:LINE_CHARACTERS]}" for line in shown)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the last lines of a log that the actor's last process has written; none without a log."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
-        return ""
-    # Earlier attempts wrote into the same file.
-    begin = max((i for i, line in enumerate(lines) if STARTS in line), default=0)
-    crash = next((i for i, line in enumerate(lines) if i >= begin and line.startswith(CRASH)), None)
-    shown = lines[begin:][-TAIL_LINES:] if crash is None else lines[crash : crash + TAIL_LINES]
-    return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line[:LINE_CHARACTERS]}" for line in shown)
+        return []
+    # Earlier processes wrote into the same file.
+    return lines[max((i for i, line in enumerate(lines) if STARTS in line), default=0) :]
+
+
+def _crash(lines: list[str]) -> str:
+    """Return the first line of Python's own report of a crash; empty without one."""
+    return next((line for line in lines if line.startswith(CRASH)), "")
 
 
 def _field(text: str, key: str) -> str:

@@ -4,7 +4,7 @@ Neither holds anything that cannot be made again. While a training stage runs, i
 `runtime.recovery.revival` replaces; here are the calls that are waited for one by one, between stages and in evaluations.
 
 Invariants:
-* there is one process for each place at any time: one that only seems to be dead is ended before another is made;
+* a worker for which no node has room is waited for only while fewer than `rollout.min_workers` are there;
 * an actor that dies MOST_DEATHS times in a row without a reply ends the run, with what it died of.
 """
 
@@ -12,44 +12,40 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
-from conf.platform import ClusterConfig
+from conf.schema import RunConfig
 from rewards.compose import RewardResult
 from rollout.setup import WorkerInfo, WorkerSetup
 from runtime.cluster.actors import ActorBook
 from runtime.cluster.events import CALL_LIMIT, MOST_DEATHS, SLICE_S, START_LIMIT, ActorLostError, first_line, wait_for
 from runtime.cluster.maker import ActorMaker
-from runtime.cluster.watch import Watch
+from runtime.cluster.places import Places
+from runtime.placing.seats import NoRoomError
+from runtime.recovery.watch import Watch
 from streams.messages import RewardJob
 
 log = logging.getLogger("sightline.cluster")
-_NO_MORE = object()
 Send = Callable[[Any], Any]
 """Calls an actor; returns a reference to its reply."""
 
 
 class Crew:
-    """workers, scorer: the actors as they are now. setup: what the workers have loaded, None before the first stage."""
+    """places: the workers. scorer: the actor as it is now. setup: what the workers load, None before the first stage."""
 
-    def __init__(self, config: ClusterConfig, book: ActorBook, maker: ActorMaker, workers: int) -> None:
-        self._config, self._book, self._maker = config, book, maker
-        self.workers = [maker.worker(i) for i in range(workers)]
+    def __init__(self, config: RunConfig, book: ActorBook, maker: ActorMaker) -> None:
+        cluster = self.config = config.cluster
+        self._book, self._maker = book, maker
+        self.places = Places(config, maker)
         self.scorer = maker.scorer()
         self.setup: WorkerSetup | None = None
-        self._watch = Watch(self, config.hang_s, config.start_timeout_s)
+        self._watch = Watch(self.places, cluster.hang_s, cluster.start_timeout_s)
 
-    # --- places ---------------------------------------------------------------------------------------------------
-
-    def replace_worker(self, worker: int) -> Any:
-        """Start a process in the place of a rollout worker; returns it. It has loaded nothing."""
-        ray.kill(self.workers[worker])
-        self.workers[worker] = self._maker.worker(worker)
-        return self.workers[worker]
+    # --- who is there ---------------------------------------------------------------------------------------------
 
     def replace_scorer(self) -> None:
         """Start a process in the place of the scorer."""
@@ -57,35 +53,86 @@ class Crew:
         self.scorer = self._maker.scorer()
 
     def set_up(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
-        """Have all workers load a stage's checkpoint; returns what they report."""
-        self.setup = setup
-        return tuple(self.of_workers(lambda worker: worker.setup.remote(setup), f"load {setup.checkpoint}", start=True))
+        """Have the workers load a stage's checkpoint, at least as many as are needed; returns what they report."""
+        self.setup, places = setup, self.places
+        what = f"load {setup.checkpoint}"
+        found: dict[int, WorkerInfo] = {}
+        while len(found) < places.least:
+            new = [worker for worker in self.gather() if worker not in found]
+            found |= self.of_workers(lambda worker: worker.setup.remote(setup), what, new, start=True)
+        places.loaded.clear()
+        for worker, info in found.items():
+            places.arrived(worker, info)
+        return tuple(found.values())
+
+    def gather(self) -> dict[int, int]:
+        """Wait for the workers that have room, and until they are as many as are needed; returns their pids."""
+        began, places = time.monotonic(), self.places
+        while True:
+            pids = self.of_workers(lambda worker: worker.pid.remote(), "start", places.with_room(), start=True)
+            if len(pids) >= places.least:
+                return pids
+            places.check_wait(began, len(pids))
+            time.sleep(SLICE_S)
+
+    def look(self) -> None:
+        """See who has room, and end the workers that hang."""
+        self.places.look()
+        self._watch.look()
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
-    def of_workers(self, send: Send, what: str, *, start: bool = False) -> list[Any]:
-        """Return the replies of all workers, who are asked at once.
+    def of_workers(self, send: Send, what: str, workers: Collection[int], *, start: bool = False) -> dict[int, Any]:
+        """Return the replies of `workers`, who are asked at once; none of one that is lost and has no room any more.
 
         what: they are to do, for messages. start: it may take as long as loading a model.
         """
-        references = [send(worker) for worker in self.workers]
-        return [self.of_worker(i, send, what, start=start, asked=reference) for i, reference in enumerate(references)]
+        asked = {worker: send(self.places.workers[worker]) for worker in workers}
+        found = {}
+        for worker, reference in asked.items():
+            try:
+                found[worker] = self._of_worker(worker, send, reference, what, start=start)
+            except NoRoomError as error:
+                log.warning("%s: the run goes on without rollout worker %d", error, worker)
+        return found
 
-    def of_worker(self, worker: int, send: Send, what: str, *, start: bool = False, asked: Any = None) -> Any:
-        """Return a worker's reply. asked: the reference, if it was asked already."""
-        what = f"rollout worker {worker} to {what}"
-        return self._ask(lambda: send(self.workers[worker]), lambda: self.replace_worker(worker), what, start, asked)
+    def of_any_worker(self, send: Send, what: str, *, start: bool = False) -> Any:
+        """Return the reply of one worker."""
+        while True:
+            worker = min(self.places.here or self.gather())
+            if found := self.of_workers(send, what, [worker], start=start):
+                return found[worker]
+
+    def _of_worker(self, worker: int, send: Send, asked: Any, what: str, *, start: bool) -> Any:
+        places = self.places
+
+        def look() -> None:
+            self.look()
+            places.check_room(worker)
+
+        def again() -> Any:
+            return send(places.replace(worker))
+
+        reply = self._ask(asked, again, f"rollout worker {worker} to {what}", start, look)
+        places.here.add(worker)
+        return reply
 
     def of_scorer(self, send: Send, what: str, *, start: bool = False) -> Any:
         """Return the scorer's reply. what: is waited for."""
-        return self._ask(lambda: send(self.scorer), self.replace_scorer, what, start)
+
+        def again() -> Any:
+            self.replace_scorer()
+            return send(self.scorer)
+
+        return self._ask(send(self.scorer), again, what, start, self.look)
 
     def of_living(self, send: Send, what: str) -> list[Any]:
         """Return the workers' replies; None for one that has died: what it would say is lost with it."""
         found: list[Any] = []
-        for worker, reference in enumerate([send(worker) for worker in self.workers]):
+        places = self.places
+        for worker, reference in {worker: send(places.workers[worker]) for worker in sorted(places.here)}.items():
             try:
-                found.append(self._wait(reference, f"rollout worker {worker} to {what}"))
+                found.append(self.wait(reference, f"rollout worker {worker} to {what}"))
             except ActorLostError as error:
                 log.warning("%s", first_line(error))
                 found.append(None)
@@ -95,87 +142,32 @@ class Crew:
         """Return the rewards of `jobs`: for each job, one result per stream."""
         return self.of_scorer(lambda scorer: scorer.score.remote(jobs), what)
 
-    def spread(
-        self, items: Iterable[Any], send: Callable[[Any, Any], Any], per_worker: int, what: str
-    ) -> Iterator[tuple[Any, Any, Any]]:
-        """Run `send(worker, item)` over all workers: it returns references, to a reply and to what goes with it.
+    def is_of(self, error: ActorLostError, worker: int) -> bool:
+        """Return whether it is this worker's process that died, and not the one before it."""
+        return getattr(error.__cause__, "actor_id", None) == self.places.workers[worker]._actor_id.hex()
 
-        Yields (item, reply, references) as they finish, with at most `per_worker` under way on each. What a worker that died
-        had under way is sent again. Raises TimeoutError, ActorLostError.
-        """
-        pending: dict[Any, tuple[Any, Any, int]] = {}
-        load, deaths = [0] * len(self.workers), [0] * len(self.workers)
-        again: deque[Any] = deque()
-        iterator = iter(items)
-        while True:
-            while min(load) < per_worker:
-                item = again.popleft() if again else next(iterator, _NO_MORE)
-                if item is _NO_MORE:
-                    break
-                worker = load.index(min(load))
-                references = send(self.workers[worker], item)
-                pending[references[0]] = (item, references, worker)
-                load[worker] += 1
-            if not pending:
-                return
-            first = self._first(list(pending), what)
-            item, references, worker = pending.pop(first)
-            load[worker] -= 1
-            try:
-                reply = self._wait(first, f"{what} on rollout worker {worker}")
-            except ActorLostError as error:
-                again.append(item)
-                if _is_of(error, self.workers[worker]):
-                    deaths[worker] += 1
-                    self._reload(worker, error, last=deaths[worker] >= MOST_DEATHS)
-                continue
-            deaths[worker] = 0
-            yield item, reply, references
+    def cause_inside(self, error: ActorLostError) -> str | None:
+        """Return what a process died of, if what it was doing can be the cause."""
+        assert isinstance(error.__cause__, RayActorError)
+        return self._book.cause_inside(error.__cause__)
 
-    def _first(self, references: list[Any], what: str) -> Any:
-        """Return the first of these that is ready; workers that hang meanwhile are ended. Raises TimeoutError."""
-        timeout = self._config.call_timeout_s
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
-            self._watch.look()
-            done, _ = ray.wait(references, num_returns=1, timeout=min(SLICE_S, left))
-            if done:
-                return done[0]
-        raise TimeoutError(f"waited {timeout:g} s for {what}: {len(references)} calls under way, none finished")
-
-    def _reload(self, worker: int, error: ActorLostError, *, last: bool) -> None:
-        """Replace a worker that died, and wait until it has loaded. last: it has died too often; raises the error."""
-        if last:
-            raise error
-        log.warning("%s; another process takes its place, its work is done again", first_line(error))
-        self.replace_worker(worker)
-        setup = self.setup
-        self.of_worker(worker, lambda actor: actor.setup.remote(setup), "load in place of one that died", start=True)
-
-    def _ask(
-        self, ask: Callable[[], Any], replace: Callable[[], Any], what: str, start: bool, asked: Any = None
-    ) -> Any:
-        reference = ask() if asked is None else asked
+    def _ask(self, reference: Any, again: Callable[[], Any], what: str, start: bool, look: Callable[[], None]) -> Any:
+        """Return the reply. again: makes another process, and asks that."""
         hung = False
         for left in reversed(range(MOST_DEATHS)):
             try:
-                return self._wait(reference, what, start=start)
+                return self.wait(reference, what, start=start, look=look)
             except (ActorLostError, TimeoutError) as error:
                 # One that hangs is ended once: another one that takes as long is only slow, as the message says.
                 if not left or (hung and isinstance(error, TimeoutError)):
                     raise
                 hung = hung or isinstance(error, TimeoutError)
                 log.warning("%s; another process takes its place", first_line(error))
-                replace()
-                reference = ask()
+                reference = again()
         raise AssertionError("the last try returns or raises")
 
-    def _wait(self, reference: Any, what: str, *, start: bool = False) -> Any:
-        seconds = self._config.start_timeout_s if start else self._config.call_timeout_s
+    def wait(self, reference: Any, what: str, *, start: bool = False, look: Callable[[], None] | None = None) -> Any:
+        """Return what a reference stands for. look: as `wait_for`; that of the crew if not given."""
+        seconds = self.config.start_timeout_s if start else self.config.call_timeout_s
         limit = START_LIMIT if start else CALL_LIMIT
-        return wait_for(reference, seconds, what, self._book.explain, limit, self._watch.look)
-
-
-def _is_of(error: ActorLostError, actor: Any) -> bool:
-    """Return whether it is this actor that died, and not the one before it."""
-    return getattr(error.__cause__, "actor_id", None) == actor._actor_id.hex()
+        return wait_for(reference, seconds, what, self._book.explain, limit, look or self.look)

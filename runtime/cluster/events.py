@@ -146,7 +146,7 @@ class Events:
         self._pending.pop(reference, None)
 
     def wait(self) -> None:
-        """Handle one event, or return because a stop was asked for, or nothing is left to wait for.
+        """Handle one event, or return because a stop was asked for, or nothing is left that must come within a limit.
 
         Raises TimeoutError, RuntimeError.
         """
@@ -164,7 +164,7 @@ class Events:
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=slice_s)
             if done:
                 return self._handle(done[0])
-            if self._stop.requested and not asked_before:
+            if not limited or (self._stop.requested and not asked_before):
                 return None
             if left <= 0 and limited:
                 waiting = "; ".join(entry.what for entry in list(self._pending.values())[:5])

@@ -1,7 +1,8 @@
-"""Makes the actors of a session in the bundles that are reserved for them: at the start, and again in place of one that died.
+"""Makes the actors of a session in the seats that are reserved for them: at the start, and again in place of one that died.
 
 Invariants:
-* an actor that is made again has the short name, the bundle and the log of the one before;
+* an actor that is made again has the short name, the seat and the log of the one before;
+* an actor whose seat has no room yet waits, and starts when it has;
 * an actor without a GPU in its bundle sees none.
 """
 
@@ -11,28 +12,31 @@ from collections import Counter
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from conf.schema import RunConfig
 from learner.worker import LeadLearner, Learner
 from rewards.scorer import Scorer
 from rollout.worker import RolloutWorker
 from runtime.cluster.actors import ActorBook, named_class, short_name
-from runtime.cluster.preflight import Bundle
+from runtime.placing.preflight import Bundle
+from runtime.placing.seats import Seats
 
 
 class ActorMaker:
-    """bundles: as `runtime.cluster.placement.plan_bundles` orders them, and as `group` has reserved them."""
+    """seats: in the order of `runtime.placing.placement.plan_bundles`."""
 
-    def __init__(self, config: RunConfig, book: ActorBook, bundles: list[Bundle], group: PlacementGroup) -> None:
-        self._config, self._book, self._bundles, self._group = config, book, bundles, group
+    def __init__(self, config: RunConfig, book: ActorBook, seats: Seats) -> None:
+        self._config, self._book, self.seats = config, book, seats
         self._made: Counter[str] = Counter()
 
     @property
     def names(self) -> list[str]:
         """What the actors are called, the learner's ranks first."""
-        return [bundle.name for bundle in self._bundles]
+        return [bundle.name for bundle in self.seats.bundles]
+
+    def seat_of_worker(self, worker: int) -> int:
+        """Return the index of a rollout worker's seat."""
+        return self._config.learner.ranks + worker
 
     def learner(self, rank: int) -> Any:
         config = self._config
@@ -43,14 +47,13 @@ class ActorMaker:
     def worker(self, worker: int) -> Any:
         config = self._config
         threads = config.rollout.threads
-        return self._make(RolloutWorker, config.learner.ranks + worker, threads, worker, threads, config.data.cache_mb)
+        return self._make(RolloutWorker, self.seat_of_worker(worker), threads, worker, threads, config.data.cache_mb)
 
     def scorer(self) -> Any:
-        return self._make(Scorer, len(self._bundles) - 1, 1, self._config.reward)
+        return self._make(Scorer, len(self.seats.bundles) - 1, 1, self._config.reward)
 
     def _make(self, actor: type, index: int, threads: int, *args: Any) -> Any:
-        bundle = self._bundles[index]
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        bundle = self.seats.bundles[index]
         name = short_name(bundle.name)
         # The learner's ranks answer some calls beside their work.
         groups = getattr(actor, "concurrency_groups", None)
@@ -63,7 +66,7 @@ class ActorMaker:
             name=self._book.ray_name(name, self._made[name]),
             num_cpus=bundle.cpus,
             num_gpus=bundle.gpus,
-            scheduling_strategy=strategy,
+            scheduling_strategy=self.seats.strategy(index),
             runtime_env={"env_vars": environment},
         )
         handle = options.remote(*args)

@@ -2,7 +2,7 @@
 
 Invariants:
 * no actor starts before the preflight has passed;
-* all actors are placed, or the run stops with the arithmetic;
+* all actors that a run begins with are placed, or it stops with the arithmetic; the others start when nodes have room;
 * every wait has a timeout, and its error names what was waited for;
 * an actor that died is reported with its name, node, cause and log; a rollout worker or scorer is replaced;
 * actors are separate processes (workers, scorer, learner) that end with the driver, however it ends.
@@ -11,30 +11,28 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from conf.schema import RunConfig
 from learner.setup import LearnerSetup
 from runtime.cluster.actors import ActorBook, run_id
 from runtime.cluster.connect import connect
 from runtime.cluster.crew import Crew
-from runtime.cluster.events import CALL_LIMIT, START_LIMIT, lost_with_an_actor, wait_for
+from runtime.cluster.events import CALL_LIMIT, SLICE_S, START_LIMIT, lost_with_an_actor, wait_for
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.maker import ActorMaker
-from runtime.cluster.placement import placement_note, plan_bundles
-from runtime.cluster.preflight import Bundle, run_preflight
+from runtime.placing.placement import placement_note, plan_bundles
+from runtime.placing.preflight import run_preflight
+from runtime.placing.seats import NoRoomError, Seats, free
 from streams.backbone.tiny_spec import TinySpec
 from streams.messages import ScoreReport
 from streams.support.usage import DeviceInfo, ProcessUsage
-
-QUIET_WAIT_S = 2.0
-"""How long to wait for resources before saying so."""
 
 log = logging.getLogger("sightline.cluster")
 
@@ -51,7 +49,7 @@ class Session:
         self.config = config
         root = config.root.resolve()
         self.book = ActorBook(run_id(root), root / "logs")
-        self._group: PlacementGroup | None = None
+        self._seats: Seats | None = None
         with connecting or nullcontext():
             connect(config.cluster, self.book.namespace, root)
         try:
@@ -60,9 +58,19 @@ class Session:
             if note := placement_note(config, gpus):
                 log.warning(note)
             run_preflight(config, bundles)
-            make = self._make = ActorMaker(config, self.book, bundles, self._reserve(bundles))
+            seats = self._seats = Seats(bundles, self.book.ray_name("actors"))
+            if without := seats.wait(config.cluster.start_timeout_s):
+                log.warning(
+                    "no node has room for the %s (free now: %s): the run begins without, and takes them in when nodes with "
+                    "room join (rollout.workers=%d are wanted, rollout.min_workers=%d needed)",
+                    ", ".join(without),
+                    free(),
+                    config.rollout.workers,
+                    config.rollout.min_workers,
+                )
+            self._make = ActorMaker(config, self.book, seats)
             self._start_learner()
-            self.crew = Crew(config.cluster, self.book, make, config.rollout.workers)
+            self.crew = Crew(config, self.book, self._make)
         except BaseException:
             self.close()
             raise
@@ -74,9 +82,9 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        if self._seats is not None:
+            self._seats.close()
+            self._seats = None
         ray.shutdown()
 
     def restart(self) -> None:
@@ -84,22 +92,24 @@ class Session:
         for rank in self.learners.actors:
             ray.kill(rank)
         self._start_learner()
-        for worker in range(len(self.crew.workers)):
-            self.crew.replace_worker(worker)
+        places = self.crew.places
+        for worker in range(len(places.workers)):
+            places.replace(worker)
 
     def wait_ready(self) -> dict[str, int]:
-        """Wait until every actor's process answers; returns their pids by name."""
-        pids = {name: self._started(ref, f"the {name} to start") for name, ref in self._learner_ready.items()}
-        workers = self.crew.of_workers(lambda worker: worker.pid.remote(), "start", start=True)
-        pids |= {f"rollout worker {i}": pid for i, pid in enumerate(workers)}
+        """Wait until the process of every actor that has room answers; returns their pids by name. Raises TimeoutError."""
+        pids = {
+            name: self._started(reference, rank, f"the {name} to start")
+            for rank, (name, reference) in enumerate(self._learner_ready.items())
+        }
+        pids |= {f"rollout worker {worker}": pid for worker, pid in self.crew.gather().items()}
         pids["scorer"] = self.crew.of_scorer(lambda scorer: scorer.pid.remote(), "the scorer to start", start=True)
         return pids
 
     def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
         """Have a rollout worker, which can load torch, write a random checkpoint to `folder`; return that."""
         return Path(
-            self.crew.of_worker(
-                0,
+            self.crew.of_any_worker(
                 lambda worker: worker.build_tiny.remote(str(folder), spec, seed, dtype),
                 f"write {folder}",
                 start=True,
@@ -112,9 +122,10 @@ class Session:
         # free.
         for _ in range(2):
             replies = [actor.device.remote() for actor in self.learners.actors]
-            workers = self.crew.of_workers(lambda worker: worker.device.remote(), "describe its device")
+            here = sorted(self.crew.places.here)
+            workers = self.crew.of_workers(lambda worker: worker.device.remote(), "describe its device", here)
             learners = [self.call(reply, "a learner to describe its device") for reply in replies]
-        return learners, workers
+        return learners, list(workers.values())
 
     def usage(self) -> list[ProcessUsage | None]:
         """Return where the time and memory of the learner ranks and workers went; None for a worker that died."""
@@ -139,34 +150,28 @@ class Session:
         """Return an actor's reply. Raises TimeoutError and RuntimeError, as `wait_for`."""
         return wait_for(reference, self.config.cluster.call_timeout_s, what, self.book.explain, CALL_LIMIT)
 
-    def _started(self, reference: Any, what: str) -> Any:
-        """Like `call`, for what may take as long as loading a model."""
-        return wait_for(reference, self.config.cluster.start_timeout_s, what, self.book.explain, START_LIMIT)
-
-    def _reserve(self, bundles: list[Bundle]) -> PlacementGroup:
-        """Reserve one placement group for all actors: they start together or not at all. Raises TimeoutError."""
-        shapes = [{"CPU": b.cpus} | ({"GPU": b.gpus} if b.gpus else {}) for b in bundles]
-        group = self._group = placement_group(shapes, strategy="PACK", name=self.book.ray_name("actors"))
-        timeout = self.config.cluster.start_timeout_s
-        if group.wait(timeout_seconds=min(QUIET_WAIT_S, timeout)):
-            return group
-        # The actors of a killed run end by themselves within seconds, those of another run when it ends.
-        log.warning("waiting up to %g s for room for %d actors; free now: %s", timeout, len(bundles), _free())
-        if not group.wait(timeout_seconds=timeout):
-            raise TimeoutError(
-                f"waited {timeout:g} s (cluster.start_timeout_s) for Ray to place {len(bundles)} actors "
-                f"({', '.join(b.name for b in bundles)}): other runs hold the rest of the cluster; free now: {_free()}. "
-                "`ray list actors --filter state=ALIVE` and `ray list placement-groups` name who holds what"
-            )
-        return group
+    def _started(self, reference: Any, rank: int, what: str) -> Any:
+        """Like `call`, for a rank of the learner that starts, as soon as it has room."""
+        cluster, seats = self.config.cluster, self._make.seats
+        deadline = time.monotonic() + cluster.wait_s
+        while True:
+            try:
+                return wait_for(
+                    reference,
+                    cluster.start_timeout_s,
+                    what,
+                    self.book.explain,
+                    START_LIMIT,
+                    lambda: seats.check(rank),
+                )
+            except NoRoomError as error:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"waited {cluster.wait_s:g} s (cluster.wait_s) for {what}: {error}") from error
+                log.warning("%s; waiting for a node that has, up to %g s (cluster.wait_s)", error, cluster.wait_s)
+                while not seats.has_room(rank) and time.monotonic() < deadline:
+                    time.sleep(SLICE_S)
 
     def _start_learner(self) -> None:
         ranks = range(self.config.learner.ranks)
         self.learners = LearnerGroup([self._make.learner(rank) for rank in ranks])
         self._learner_ready = dict(zip(self._make.names, self.learners.warm_up(), strict=False))
-
-
-def _free() -> str:
-    """Return the free CPUs and GPUs of the cluster, in words."""
-    free = ray.available_resources()
-    return f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs"

@@ -13,7 +13,6 @@ Invariants:
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from conf.platform import ClusterConfig
 from learner.messages import RankDiedError
+from runtime.cluster.actors import OUTSIDE
 from runtime.cluster.events import death_of, lost_with_an_actor
 from runtime.cluster.session import Session
 from runtime.store.checkpoint import CheckpointState
@@ -31,8 +31,6 @@ from runtime.store.checkpoint import CheckpointState
 LEARNER = "learner"
 ANSWER_S = 5.0
 """How long a learner is given to say that it lives, once something that only it can have had is lost."""
-_OUTSIDE = re.compile(r"SIGTERM|preempted|drained|node has died|node was terminated", re.IGNORECASE)
-"""What Ray says of a death that nothing in the process has caused."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def learner_loss(error: BaseException, session: Session) -> LearnerLoss | None:
     for cause in _chain(error):
         # Ray's own copy of it, which comes first, quotes the other process's traceback.
         if isinstance(cause, RankDiedError) and not isinstance(cause, RayTaskError):
-            return LearnerLoss(str(cause), bool(_OUTSIDE.search(str(cause))))
+            return LearnerLoss(str(cause), bool(OUTSIDE.search(str(cause))))
         if isinstance(cause, RayActorError) and session.book.name_of(cause).startswith(LEARNER):
             return _loss(cause, session)
     if any(isinstance(cause, Exception) and lost_with_an_actor(cause) for cause in _chain(error)):
@@ -75,7 +73,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _loss(error: RayActorError, session: Session) -> LearnerLoss:
     # Nobody answers where it was, before anybody knows that its node is gone.
-    outside = isinstance(error, ActorUnavailableError) or error.preempted or bool(_OUTSIDE.search(str(error)))
+    outside = isinstance(error, ActorUnavailableError) or error.preempted or bool(OUTSIDE.search(str(error)))
     return LearnerLoss(session.book.explain(error), outside)
 
 

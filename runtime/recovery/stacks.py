@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from runtime.cluster.preflight import live_nodes
+from runtime.placing.preflight import live_nodes
 from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STACKS_SIGNAL
 
 ASK_S = 10.0

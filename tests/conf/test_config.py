@@ -34,7 +34,7 @@ def test_a_command_line_is_answered_and_a_run_driven_without_torch():
     """Loading torch and transformers takes several seconds: a typo must not cost them, and a driver needs neither."""
     code = (
         "import launch, sys; import conf.schema; conf.schema.register_schema(); launch._stages(); "
-        "import runtime.run, runtime.cluster.preflight, sft.loop, rl.loop, evals.job; "
+        "import runtime.run, runtime.placing.preflight, sft.loop, rl.loop, evals.job; "
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'mlflow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

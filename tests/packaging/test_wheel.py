@@ -216,14 +216,14 @@ import own_modules, ray
 from pathlib import Path
 from conf.schema import ClusterConfig
 from runtime.cluster.connect import connect
-from runtime.cluster.nodes import own_code
+from runtime.placing.nodes import own_code
 
 connect(ClusterConfig(address="auto"), "test", Path.cwd() / "runs" / "a")
 
 @ray.remote
 def there():
     import own_modules
-    from runtime.cluster.nodes import own_code
+    from runtime.placing.nodes import own_code
     return own_code(), own_modules.__file__, sorted(str(f.relative_to(".")) for f in Path(".").rglob("*") if f.is_file())
 
 print(json.dumps([own_code(), ray.get(there.remote(), timeout=120)]))

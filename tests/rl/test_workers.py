@@ -9,6 +9,7 @@ import pytest
 
 from rl.versions import VersionLedger
 from rl.workers import CHECK_TRIES, PublishedGroups, Workers
+from runtime.recovery.suspects import Suspects
 from streams.messages import GroupSummary, RewardJob, SwapReport
 from streams.task import Plan
 from tests.support.tasks import clip_task
@@ -49,11 +50,13 @@ class Calls:
 
 @pytest.fixture
 def world():
-    crew = SimpleNamespace(workers=[Actor(), Actor()], scorer=Actor())
+    crew = SimpleNamespace(places=SimpleNamespace(workers=[Actor(), Actor()]), scorer=Actor())
     calls, alive = Calls(), []
     ledger = VersionLedger(workers=2, max_lag=1)
     gate = SimpleNamespace(observe=lambda *_: None)
-    workers = Workers(SimpleNamespace(crew=crew), calls, ledger, gate, SimpleNamespace(alive=alive.append))
+    workers = Workers(
+        SimpleNamespace(crew=crew), calls, ledger, gate, SimpleNamespace(alive=alive.append, suspects=Suspects())
+    )
     return SimpleNamespace(crew=crew, calls=calls, ledger=ledger, workers=workers, alive=alive)
 
 
@@ -64,12 +67,14 @@ def swap(worker: int, version: int) -> SwapReport:
 def test_a_swaps_reply_that_comes_after_its_process_died_is_nobodys(world):
     world.workers.publish(1, "weights")
     world.ledger.lose(0)
-    world.crew.workers[0] = Actor()
+    world.crew.places.workers[0] = Actor()
     world.calls.answer(0, swap(0, 1))
     assert 0 not in world.ledger.running
     world.ledger.restore(0, 0)
     world.workers.catch_up()
-    assert [method for method, _ in world.crew.workers[0].asked] == ["update_weights"], "the new one fetches for itself"
+    assert [method for method, _ in world.crew.places.workers[0].asked] == ["update_weights"], (
+        "the new one fetches for itself"
+    )
     world.calls.answer(1, swap(0, 1))
     world.calls.answer(0, swap(1, 1))
     assert world.ledger.running == {0: 1, 1: 1}
@@ -93,7 +98,9 @@ def summary(worker: int, failed: str | None = None) -> GroupSummary:
 
 def test_the_last_check_tries_further_tasks_where_one_fails_and_waits_for_who_is_replaced(world):
     names: list[str] = []
-    groups = PublishedGroups(world.workers, 0, lambda name: names.append(name) or SimpleNamespace(group=name))
+    groups = PublishedGroups(
+        world.workers, 0, lambda name: names.append(name) or SimpleNamespace(group=name), lambda: {0, 1}
+    )
     world.ledger.lose(1)
     script = iter(
         (
@@ -116,7 +123,7 @@ def test_the_last_check_ends_without_a_worker_whose_tasks_all_fail(world):
         asked += name == "published-0"
         return SimpleNamespace(group=name)
 
-    groups = PublishedGroups(world.workers, 0, extra)
+    groups = PublishedGroups(world.workers, 0, extra, lambda: {0, 1})
 
     def wait() -> None:
         worker = int(world.calls.pending[0].what[-1])

@@ -128,7 +128,7 @@ def test_a_crashed_actor_is_reported_with_name_place_cause_and_log(tmp_path):
             assert actor.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
         os.kill(worker, signal.SIGSEGV)
         with pytest.raises(RuntimeError) as died:
-            session.call(session.crew.workers[0].pid.remote(), "its pid")
+            session.call(session.crew.places.workers[0].pid.remote(), "its pid")
     said = str(died.value)
     assert "an actor died while the run waited for its pid: rollout-0 died (node " in said
     assert f"pid {worker})" in said

@@ -16,8 +16,8 @@ from learner.setup import LearnerSetup
 from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
 from runtime.cluster.events import wait_for
-from runtime.cluster.placement import plan_bundles
 from runtime.cluster.session import Session
+from runtime.placing.placement import plan_bundles
 from streams.memory import MemoryConfig
 from tests.support.learner import GRPO
 from tests.support.ranks import LAYOUT, checkpoint, groups, learner_values

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
 from rollout.config import RolloutConfig
-from runtime.cluster.placement import placement_note, plan_bundles
-from runtime.cluster.preflight import Bundle, Node, check_resources, unplaced
+from runtime.placing.placement import placement_note, plan_bundles
+from runtime.placing.preflight import Bundle, Node, check_resources, unplaced
 from streams.memory import MemoryConfig
 from tests.support.commands import launch
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from conf.data import DataConfig
 from conf.schema import ClusterConfig, ModelConfig, RunConfig
-from runtime.cluster.nodes import (
+from runtime.placing.nodes import (
     DRIVER_FILE,
     PACKAGES,
     NeededPath,
@@ -28,7 +28,7 @@ from runtime.cluster.nodes import (
     reply_file,
     stamp,
 )
-from runtime.cluster.preflight import (
+from runtime.placing.preflight import (
     PreflightError,
     check_checkpoint_names,
     check_nodes,
@@ -172,7 +172,7 @@ def test_the_digest_changes_with_the_code_and_with_nothing_else(tmp_path):
 
 def test_a_node_answers_without_importing_a_package():
     """Otherwise a node that lacks torch could not say so, and one that has it would take seconds."""
-    code = "import runtime.cluster.nodes, sys; print([m for m in ('torch', 'numpy', 'ray', 'omegaconf') if m in sys.modules])"
+    code = "import runtime.placing.nodes, sys; print([m for m in ('torch', 'numpy', 'ray', 'omegaconf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert set(installed_versions()) == {"python", *PACKAGES}

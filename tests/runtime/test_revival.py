@@ -10,11 +10,12 @@ from ray import ActorID, JobID, ObjectRef
 from ray._raylet import TaskID
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
-from runtime.cluster import events, watch
+from runtime.cluster import events
 from runtime.cluster.events import ActorDeath, ActorLostError, Events, death_of, wait_for
 from runtime.cluster.learners import LearnerGroup
-from runtime.cluster.watch import Watch
+from runtime.recovery import watch
 from runtime.recovery.revival import Revival, deaths_in_words
+from runtime.recovery.watch import Watch
 from runtime.stop import StopSignal
 from streams.messages import WorkerStats
 
@@ -26,19 +27,32 @@ class World:
         self.made = 0
         self.names: dict[str, str] = {}
         self.told: list[object] = []
+        self.infos: dict[int, SimpleNamespace] = {}
         self.said: list[str] = []
         self.loads: list[tuple] = []
-        self.crew = SimpleNamespace(
+        self.places = SimpleNamespace(
             workers=[self.process("rollout-0"), self.process("rollout-1")],
+            loaded={0, 1},
+            waiting=set(),
+            least=1,
+            replace=self.replace,
+            arrived=self.arrived,
+            check_wait=self.check_wait,
+        )
+        self.crew = SimpleNamespace(
+            places=self.places,
             scorer=self.process("scorer"),
             setup=setup,
-            replace_worker=self.replace,
             replace_scorer=lambda: self.told.append("scorer"),
         )
+        self.inside: str | None = None
         book = SimpleNamespace(
-            name_of=lambda error: self.names.get(error.actor_id, ""), explain=lambda error: f"died {error.actor_id}"
+            name_of=lambda error: self.names.get(error.actor_id, ""),
+            explain=lambda error: f"died {error.actor_id}",
+            cause_inside=lambda error: self.inside,
         )
-        session = SimpleNamespace(crew=self.crew, book=book)
+        config = SimpleNamespace(cluster=SimpleNamespace(start_timeout_s=100.0))
+        session = SimpleNamespace(crew=self.crew, book=book, config=config)
         self.revival = Revival(
             session, lambda *given: self.loads.append(given), self.said.append, lambda setup: setup, Counter()
         )
@@ -53,12 +67,26 @@ class World:
         return SimpleNamespace(number=number, setup=SimpleNamespace(remote=lambda setup: ("setup", number)))
 
     def replace(self, worker: int) -> None:
-        self.crew.workers[worker] = self.process(f"rollout-{worker}")
+        self.places.loaded.discard(worker)
+        self.places.workers[worker] = self.process(f"rollout-{worker}")
+
+    def arrived(self, worker: int, info):
+        before = self.infos.get(worker)
+        self.infos[worker] = info
+        self.places.loaded.add(worker)
+        return before
+
+    def check_wait(self, since: float, there: int) -> None:
+        self.told.append(("too few", since, there))
 
     def die(self, number: int, what: str = "group 0/a") -> None:
         error = ActorDiedError()
         error.actor_id = str(number)
         self.revival.died(ActorDeath(what, error))
+
+
+def info(pid: int, oom_kills: int = 0):
+    return SimpleNamespace(pid=pid, node="here", oom_kills=oom_kills)
 
 
 @pytest.fixture
@@ -69,16 +97,16 @@ def world(tmp_path):
 def test_a_worker_is_replaced_once_and_told_of(world):
     for _ in range(3):  # calls that it leaves without a reply
         world.die(1)
-    assert (world.told, world.revival.loading, world.revival.deaths) == ([("lost", 0)], {0}, {"rollout-0": 1})
+    assert (world.told, set(world.revival.loading), world.revival.deaths) == ([("lost", 0)], {0}, {"rollout-0": 1})
     ((reference, what, loaded, _),) = world.loads
     assert reference == ("setup", 4)
     assert what.startswith("rollout-0 to load ")
-    loaded(SimpleNamespace(pid=12, node="here"))
+    loaded(info(12))
     assert world.told[-1] == ("back", 0, 7)
     assert not world.revival.loading
     assert world.said == [
         "died 1; another process takes its place, its work is done again",
-        "rollout-0 is there again (pid 12, node here)",
+        "rollout-0 is there (pid 12, node here)",
     ]
 
 
@@ -90,9 +118,10 @@ def test_a_checkpoint_that_was_deleted_meanwhile_is_not_the_end(world, tmp_path)
     failed(FileNotFoundError("gone"))
     tmp_path.mkdir()
     _, _, loaded, failed = world.loads.pop()
+    world.places.loaded.clear()
     with pytest.raises(ValueError, match="another cause"):
         failed(ValueError("another cause"))
-    loaded(SimpleNamespace(pid=1, node="here"))
+    loaded(info(1))
     assert world.told[-1] == ("back", 0, 9)
 
 
@@ -125,6 +154,77 @@ def test_a_scorer_is_replaced_and_a_learner_ends_the_run(world):
         world.die(1000, "a save")  # nobody that is known
 
 
+def test_a_worker_without_room_joins_when_it_has_while_the_others_go_on(world, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("runtime.recovery.revival.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("runtime.recovery.revival.ray.kill", lambda actor: world.told.append(("ended", actor.number)))
+    world.die(1)
+    assert world.revival.coming == {0}
+    world.places.waiting = {0}
+    for now[0] in (1.0, 500.0):
+        world.revival.look()
+    assert world.revival.coming == set()
+    assert world.said[-1] == "no node has room for rollout-0: it joins when one has, 1 workers go on"
+    assert world.told == [("lost", 0)], "one is enough, and a process that cannot start does not load"
+    world.places.waiting, now[0] = set(), 590.0
+    world.revival.look()
+    now[0] = 601.0
+    world.revival.look()
+    assert world.told[-1] == ("ended", 4), "it has had room for 101 s, and has not loaded"
+    world.loads[-1][2](info(9))
+    assert world.told[-1] == ("back", 0, 7)
+
+
+def test_too_few_workers_with_room_are_waited_for_so_long(world, monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr("runtime.recovery.revival.time.monotonic", lambda: now[0])
+    world.places.least = 2
+    world.die(1)
+    world.revival.look()
+    assert world.told == [("lost", 0)]
+    world.places.waiting, now[0] = {0}, 60.0
+    world.revival.look()
+    now[0] = 70.0
+    world.revival.look()
+    assert world.told[1:] == [("too few", 60.0, 1)] * 2
+    world.places.waiting = set()
+    world.revival.look()
+    world.places.waiting, now[0] = {0}, 80.0
+    world.revival.look()
+    assert world.told[-1] == ("too few", 80.0, 1), "the time counts anew"
+
+
+def test_a_worker_that_cannot_load_is_given_up_while_others_are_enough(world):
+    world.die(1)
+    world.loads[-1][3](ValueError("another version of the messages"))
+    assert (
+        world.said[-1] == "rollout-0 could not load and is given up, 1 workers go on: another version of the messages"
+    )
+    assert not world.revival.loading
+
+
+@pytest.mark.parametrize(("inside", "kills", "blamed"), [("it crashed", 0, True), (None, 0, False), (None, 1, True)])
+def test_what_a_process_died_of_is_blamed_on_its_work_unless_it_came_from_outside(world, inside, kills, blamed):
+    """kills: processes that the kernel has ended for lack of memory since the worker loaded."""
+    world.infos[0] = info(3)
+    world.inside = inside
+    suspects = world.revival.suspects
+    suspects.sent(0, "a")
+    suspects.sent(0, "b")
+    world.die(1)
+    world.loads[-1][2](info(9, kills))
+    suspects.sent(0, "c")
+    assert suspects.may_take(0, "a") is not blamed, "who is suspect is alone"
+
+
+def test_a_process_that_condemned_work_has_ended_does_not_count(world):
+    world.inside = "it crashed"
+    for number in (1, *range(4, 9)):
+        world.revival.suspects.sent(0, f"work {number // 2}")
+        world.die(number)
+    assert world.revival.deaths == {"rollout-0": 6}
+
+
 def test_deaths_in_words():
     assert deaths_in_words({}) == ""
     assert (
@@ -142,7 +242,7 @@ class Watched:
         monkeypatch.setattr(watch.ray, "wait", lambda refs, timeout: ([r for r in refs if r in self.replies], []))
         monkeypatch.setattr(watch.ray, "get", lambda ref: self.replies[ref])
         monkeypatch.setattr(watch.ray, "kill", self.ended.append)
-        self.crew = SimpleNamespace(workers=[self.process(), self.process()])
+        self.crew = SimpleNamespace(workers=[self.process(), self.process()], waiting=set())
         self.learners = SimpleNamespace(actors=[])
         self.watch = Watch(self.crew, 10.0, 40.0, self.learners)
 
@@ -255,7 +355,8 @@ def test_a_call_with_a_limit_of_its_own_is_waited_for_as_long_as_that(monkeypatc
     found = []
     waiting = Events(5.0, StopSignal(), lambda death: None)
     waiting.expect("saved", "the checkpoint of step 2", found.append, own_limit=True)
-    waiting.wait()
+    while not found:
+        waiting.wait()  # returns now and then: nothing else has a limit
     assert (found, now[0] > 30) == (["written"], True)
     now[0] = 0.0
     waiting.expect("saved", "the checkpoint of step 2", found.append, own_limit=True)

@@ -52,7 +52,7 @@ def queue(folder, workers: Workers, ahead: int, patience: int):
     context, told = stage_context(replace(BASE, run_root=str(folder)), "sft", steps=10)
     stage = TrainingStage(context, patience=patience)
     stage.events = workers
-    context.session.crew.workers = workers.workers
+    context.session.crew.places.workers = workers.workers
     scripts = (ScriptTask(f"0/{n}", clip_task(str(n)), Plan(1, 1.0), ()) for n in range(10_000))
     hopeless = "no demonstration could be laid out"
     made = DemonstrationQueue(

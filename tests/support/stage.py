@@ -46,7 +46,10 @@ def stage_context(
         steps=steps,
         config=config,
         session=SimpleNamespace(
-            crew=SimpleNamespace(workers=[]),
+            crew=SimpleNamespace(
+                places=SimpleNamespace(workers=[], waiting=set(), loaded=set(), least=0, look=lambda: None)
+            ),
+            config=config,
             book=SimpleNamespace(explain=str, name_of=lambda error: ""),
             **{"learners": SimpleNamespace(actors=[])} | session,
         ),

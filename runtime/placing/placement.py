@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from conf.schema import RunConfig
-from runtime.cluster.preflight import Bundle
+from runtime.placing.preflight import Bundle
 
 RANK_SHARE = 0.6
 """A learner rank's part of a GPU that it shares: more than half, so that Ray never puts two ranks on one."""
@@ -24,9 +24,11 @@ def resolve_placement(config: RunConfig, cluster_gpus: float) -> str:
         return "cpu"
     if wanted == "auto":
         return "separated" if gpus >= ranks + workers else "colocated" if gpus >= ranks else "cpu"
-    need = ranks + workers if wanted == "separated" else ranks
+    least = config.least_workers
+    need = ranks + least if wanted == "separated" else ranks
     if gpus < need:
-        parts = f"learner.ranks={ranks}" + (f" + rollout.workers={workers}" if wanted == "separated" else "")
+        key = "workers" if least == workers else "min_workers"
+        parts = f"learner.ranks={ranks}" + (f" + rollout.{key}={least}" if wanted == "separated" else "")
         ways = "cluster.placement=colocated shares them, " if wanted == "separated" and gpus >= ranks else ""
         raise ValueError(
             f"cluster.placement={wanted} needs {need} GPUs ({parts}), the cluster has {gpus}: {ways}cluster.placement=auto "
@@ -53,7 +55,10 @@ def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
     cpus, ranks = config.cluster.actor_cpus, config.learner.ranks
     rank_gpus, worker_gpus = gpu_shares(config, cluster_gpus)
     learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, rank_gpus) for r in range(ranks)]
-    workers = [Bundle(f"rollout worker {i}", cpus, worker_gpus) for i in range(config.rollout.workers)]
+    least = config.least_workers
+    workers = [
+        Bundle(f"rollout worker {i}", cpus, worker_gpus, joins=i >= least) for i in range(config.rollout.workers)
+    ]
     return [*learners, *workers, Bundle("scorer", cpus, 0.0)]
 
 

@@ -26,9 +26,10 @@ BEAT_S = 2.0
 
 
 class Workers(Protocol):
-    """workers: the actors as they are now."""
+    """workers: the actors as they are now. waiting: those that cannot start, as no node has room for them."""
 
     workers: list[Any]
+    waiting: set[int]
 
 
 class Ranks(Protocol):
@@ -48,20 +49,23 @@ class _Asked:
 
 
 class Watch:
-    """Looks after the workers of a crew, and the learner's ranks. hang_s: seconds without a sign of life.
+    """Looks after the rollout workers, and the learner's ranks. hang_s: seconds without a sign of life.
 
     start_s: seconds until a process gives its first.
     """
 
-    def __init__(self, crew: Workers, hang_s: float, start_s: float, learners: Ranks | None = None) -> None:
-        self._crew, self._learners, self._hang_s, self._start_s = crew, learners, hang_s, max(start_s, hang_s)
+    def __init__(self, workers: Workers, hang_s: float, start_s: float, learners: Ranks | None = None) -> None:
+        self._workers, self._learners, self._hang_s, self._start_s = workers, learners, hang_s, max(start_s, hang_s)
         self._asked: dict[str, _Asked] = {}
         self._ended: set[str] = set()
 
     def look(self) -> None:
         """Ask everyone for a sign of life, now and then, and end those that gave none."""
-        for worker, actor in enumerate(self._crew.workers):
-            self._look_at(f"rollout-{worker}", actor, actor.stats)
+        for worker, actor in enumerate(self._workers.workers):
+            if worker in self._workers.waiting:
+                self._asked.pop(f"rollout-{worker}", None)
+            else:
+                self._look_at(f"rollout-{worker}", actor, actor.stats)
         ranks = [] if self._learners is None else self._learners.actors
         for rank, actor in enumerate(ranks):
             self._look_at("learner" if len(ranks) == 1 else f"learner-{rank}", actor, actor.beat)

@@ -3,7 +3,7 @@
 Invariants:
 * all problems are reported at once, each with its node and what to do;
 * every wait has a timeout and names the node;
-* the functions that judge are pure; `runtime.cluster.nodes` collects what they judge;
+* the functions that judge are pure; `runtime.placing.nodes` collects what they judge;
 * nothing is left behind in run_root.
 """
 
@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from conf.data import DataConfig
 from conf.schema import RunConfig
-from runtime.cluster.nodes import (
+from runtime.placing.nodes import (
     DRIVER_FILE,
     NeededPath,
     NodeReport,
@@ -56,11 +56,12 @@ class PreflightError(ValueError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """What one actor reserves."""
+    """What one actor reserves. joins: the run begins without it, if there is no room."""
 
     name: str
     cpus: float
     gpus: float
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Node:
 
 
 def check_resources(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[str]:
-    """Return why the actors do not fit: in sum, each on some node, or all together; [] if they do."""
+    """Return why the actors that a run begins with do not fit: in sum, each on some node, or all together; [] if they do."""
+    bundles = [bundle for bundle in bundles if not bundle.joins]
     problems = []
     for kind in ("CPU", "GPU"):
         need = sum(_amount(b, kind) for b in bundles)

@@ -1,0 +1,74 @@
+"""Work that may have ended the process that did it: it is given to a worker alone, and given up if it ends that, too. Pure.
+
+Names are those of groups and streams; a name is under way on one worker at a time.
+
+Invariants:
+* what was under way on a worker that died of something it may have done is suspect until it is over;
+* a suspect has a worker to itself: nothing is sent beside it;
+* only what was alone when MOST_ALONE processes died is condemned; a death that no work can have caused counts for nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+MOST_ALONE = 2
+"""Processes that a piece of work may end while it is alone."""
+
+
+class Suspects:
+    """What is under way on which worker, and what of it may have ended one."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[int, set[str]] = {}
+        self._suspect: set[str] = set()
+        self._alone: Counter[str] = Counter()
+        self._causes: dict[str, str] = {}
+        self._last: dict[int, frozenset[str]] = {}  # what a worker's last process left behind, if it was not blamed
+
+    def may_take(self, worker: int, name: str) -> bool:
+        """Return whether a piece of work may be sent to a worker now."""
+        there = self._under_way.get(worker, set())
+        return not there or (name not in self._suspect and not there & self._suspect)
+
+    def sent(self, worker: int, name: str) -> None:
+        """Note that a piece of work is under way."""
+        self._under_way.setdefault(worker, set()).add(name)
+
+    def over(self, worker: int, name: str) -> None:
+        """Note that a worker has replied, well or not: it outlived this."""
+        there = self._under_way.get(worker, set())
+        if name in there:
+            there.discard(name)
+            self._suspect.discard(name)
+
+    def died(self, worker: int, cause: str | None) -> bool:
+        """Note that a worker's process died; returns whether that condemns what it had.
+
+        cause: of what, None if no work can have caused it.
+        """
+        left = frozenset(self._under_way.pop(worker, ()))
+        if cause is None:
+            self._last[worker] = left
+            return False
+        self._last.pop(worker, None)
+        return self._blame(left, cause)
+
+    def blame_last(self, worker: int, cause: str) -> None:
+        """Note that the last death of a worker had a cause after all."""
+        self._blame(self._last.pop(worker, frozenset()), cause)
+
+    def condemned(self, name: str) -> str | None:
+        """Return why a piece of work must not be sent again, in words; None if it may."""
+        if self._alone[name] < MOST_ALONE:
+            return None
+        return f"it ended the workers that had it alone, {self._alone[name]} times: {self._causes[name]}"
+
+    def _blame(self, left: frozenset[str], cause: str) -> bool:
+        self._suspect |= left
+        if len(left) != 1:
+            return False
+        (name,) = left
+        self._alone[name] += 1
+        self._causes.setdefault(name, cause)
+        return self.condemned(name) is not None
