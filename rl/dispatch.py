@@ -102,7 +102,7 @@ class Dispatcher:
 
     def next(self, version: int, left: int) -> Assignment | None:
         """Return the next assignment; None while no worker may take it, the buffer is full, or no more groups are
-        needed.
+        needed, or there is one to `give_up`.
 
         version: the learner's version. left: number of groups that the stage has still to train, those under way
         included.
@@ -120,7 +120,11 @@ class Dispatcher:
         if worker is None:
             return None
         epoch, task = next(self._source)
-        return self._assign(self._buffer.admit(), epoch, task, self._config.data.plan_of(task), worker)
+        ticket, plan = self._buffer.admit(), self._config.data.plan_of(task)
+        if self._suspects.condemned(group_id(epoch, task)) is not None:
+            self._returned[ticket] = Assignment(ticket, epoch, task, plan, self._lives[worker])
+            return None  # see `give_up`
+        return self._assign(ticket, epoch, task, plan, worker)
 
     def request(self, assignment: Assignment) -> RolloutTask:
         """Return the message that asks a worker for the assignment's group."""

@@ -126,8 +126,11 @@ class RLLoop:
         if self.config.deterministic and self.evaluation.active:
             return  # a worker runs either a group or an evaluation's streams
         left = self.total * self.config.algorithm.groups_per_step - len(self.stage.consumed)
-        while assignment := self.dispatch.next(self.version, left):
-            self._send(assignment)
+        while True:
+            while assignment := self.dispatch.next(self.version, left):
+                self._send(assignment)
+            if not self._give_up():
+                return
 
     def _send(self, assignment: Assignment) -> None:
         self.workers.roll_out(
@@ -268,9 +271,15 @@ class RLLoop:
 
     def _worker_lost(self, worker: int) -> None:
         self.dispatch.reissue(worker)
-        for assignment, why in self.dispatch.give_up():
+        self._give_up()
+
+    def _give_up(self) -> int:
+        """Drop the groups that end their workers; returns how many."""
+        given_up = self.dispatch.give_up()
+        for assignment, why in given_up:
             self.result.skipped.append(SkippedSample.failure(assignment.task, why))
             self._dropped(assignment, f"{why}{at_row(assignment.task)}", mend="the data or the workers")
+        return len(given_up)
 
     def _worker_back(self, worker: int, version: int) -> None:
         self.dispatch.restored(worker, version)

@@ -121,6 +121,8 @@ class PeriodicEvaluation:
 
     def _start(self, running: _Running, task: StreamTask, worker: int) -> None:
         request = self._request(running, task)
+        if self._given_up(running, request, worker):
+            return
         self._load[worker] += 1
         running.under_way += 1
         self._workers.roll_out(
@@ -135,13 +137,17 @@ class PeriodicEvaluation:
         """Let another worker, or the one that takes its place, watch the task, unless it ends them all."""
         self._load[worker] -= 1
         running.under_way -= 1
-        why = self._workers.suspects.condemned(request.group)
-        if why is None:
+        if not self._given_up(running, request, worker):
             running.left.appendleft(task)
-        else:
+        self.pump()
+
+    def _given_up(self, running: _Running, request: RolloutTask, worker: int) -> bool:
+        """Count a stream that ends its workers as failed."""
+        why, task = self._workers.suspects.condemned(request.group), request.task
+        if why is not None:
             self._stage.context.progress.say(f"eval: failed {task.id}: {why}{at_row(task)}")
             running.watched.append(WatchedStream(request, GroupSummary(request.group, task.id, worker, failed=why)))
-        self.pump()
+        return why is not None
 
     def _watched(
         self, running: _Running, summary: GroupSummary, payload: Any, request: RolloutTask, worker: int

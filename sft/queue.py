@@ -17,6 +17,9 @@ from typing import Any
 from runtime.training_stage import TrainingStage
 from streams.messages import GroupSummary, ScriptTask
 
+NOBODY = -1
+"""The worker of a sample that is sent to none."""
+
 
 @dataclass
 class _Sample:
@@ -114,6 +117,8 @@ class DemonstrationQueue:
     def _send(self, sample: _Sample) -> None:
         workers = self._stage.context.session.crew.places.workers
         suspects, group = self._stage.revival.suspects, sample.script.group
+        if self._given_up(sample):
+            return
         living = [w for w in range(len(workers)) if w not in self._lost and suspects.may_take(w, group)]
         if not living:
             return
@@ -137,13 +142,16 @@ class DemonstrationQueue:
         for sample in (*taken, *self._waiting):
             if sample.worker == worker:
                 sample.forget()
-                group = sample.script.group
-                if (why := self._stage.revival.suspects.condemned(group)) is not None:
-                    sample.worker, sample.summary = (
-                        worker,
-                        GroupSummary(group, sample.script.task.id, worker, failed=why),
-                    )
+                self._given_up(sample)
         self._put_back(taken)
+
+    def _given_up(self, sample: _Sample) -> bool:
+        """Have a sample that ends its workers refused when its turn comes."""
+        group, task = sample.script.group, sample.script.task
+        why = self._stage.revival.suspects.condemned(group)
+        if why is not None:
+            sample.worker, sample.summary = NOBODY, GroupSummary(group, task.id, NOBODY, failed=why)
+        return why is not None
 
     def _worker_back(self, worker: int, version: int) -> None:
         self._lost.discard(worker)

@@ -57,7 +57,7 @@ def spread(
     pending: dict[Any, _Call] = {}
     load, deaths = [0] * len(places.workers), [0] * len(places.workers)
     again: deque[_Item] = deque()
-    fresh = (_Item(str(number), value) for number, value in enumerate(items))
+    fresh = (_Item(f"/{number}", value) for number, value in enumerate(items))
     upcoming = next(fresh, None)
     while True:
         while (item := again[0] if again else upcoming) is not None:

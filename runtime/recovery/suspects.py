@@ -1,6 +1,7 @@
 """Work that may have ended the process that did it: it is given to a worker alone, and given up if it ends that, too. Pure.
 
-Names are those of groups and streams; a name is under way on one worker at a time.
+Names are those of groups and streams, as `runtime.task_order.group_id` makes them: PASS/TASK. A name is under way on one worker
+at a time; what is found out about it holds for its task in all passes (the number in PASS makes no difference).
 
 Invariants:
 * what was under way on a worker that died of something it may have done is suspect until it is over;
@@ -10,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 MOST_ALONE = 2
@@ -21,7 +23,7 @@ class Suspects:
 
     def __init__(self) -> None:
         self._under_way: dict[int, set[str]] = {}
-        self._suspect: set[str] = set()
+        self._suspect: set[str] = set()  # keys, as of `_key`
         self._alone: Counter[str] = Counter()
         self._causes: dict[str, str] = {}
         self._last: dict[int, frozenset[str]] = {}  # what a worker's last process left behind, if it was not blamed
@@ -29,7 +31,7 @@ class Suspects:
     def may_take(self, worker: int, name: str) -> bool:
         """Return whether a piece of work may be sent to a worker now."""
         there = self._under_way.get(worker, set())
-        return not there or (name not in self._suspect and not there & self._suspect)
+        return not there or (_key(name) not in self._suspect and not {_key(other) for other in there} & self._suspect)
 
     def sent(self, worker: int, name: str) -> None:
         """Note that a piece of work is under way."""
@@ -40,7 +42,7 @@ class Suspects:
         there = self._under_way.get(worker, set())
         if name in there:
             there.discard(name)
-            self._suspect.discard(name)
+            self._suspect.discard(_key(name))
 
     def died(self, worker: int, cause: str | None) -> bool:
         """Note that a worker's process died; returns whether that condemns what it had.
@@ -60,15 +62,22 @@ class Suspects:
 
     def condemned(self, name: str) -> str | None:
         """Return why a piece of work must not be sent again, in words; None if it may."""
-        if self._alone[name] < MOST_ALONE:
+        key = _key(name)
+        if self._alone[key] < MOST_ALONE:
             return None
-        return f"it ended the workers that had it alone, {self._alone[name]} times: {self._causes[name]}"
+        return f"it ended the workers that had it alone, {self._alone[key]} times: {self._causes[key]}"
 
     def _blame(self, left: frozenset[str], cause: str) -> bool:
-        self._suspect |= left
+        self._suspect |= {_key(name) for name in left}
         if len(left) != 1:
             return False
         (name,) = left
-        self._alone[name] += 1
-        self._causes.setdefault(name, cause)
+        self._alone[_key(name)] += 1
+        self._causes.setdefault(_key(name), cause)
         return self.condemned(name) is not None
+
+
+def _key(name: str) -> str:
+    """Return a name without the number of its pass."""
+    before, slash, task = name.partition("/")
+    return re.sub(r"\d+", "", before) + slash + task
