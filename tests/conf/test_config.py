@@ -177,6 +177,7 @@ NUMBERS = (
         "cluster.start_timeout_s",
         "cluster.call_timeout_s",
         "cluster.hang_s",
+        "cluster.wait_s",
         "watch.at",
         "watch.seconds",
     ),

@@ -15,6 +15,7 @@ from rl.buffer import GroupBuffer
 from rl.dispatch import Assignment, Dispatcher
 from rl.results import ReadyGroup
 from rl.versions import VersionLedger
+from runtime.recovery.suspects import Suspects
 from runtime.task_order import epochs
 from streams.messages import GroupSummary
 from tests.support.configs import composed
@@ -365,3 +366,44 @@ def test_a_group_whose_features_were_lost_unseen_is_rolled_out_again_without_any
     again = dispatch.next(0, PLENTY)
     assert (again.ticket, again.group, again.features) == (given.ticket, given.group, None)
     assert not dispatch.is_latest(given)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_group_that_ends_its_workers_is_given_up_in_all_epochs_and_its_fellows_are_not(deterministic):
+    config, buffer, suspects = configured(3, deterministic=deterministic), GroupBuffer(AgeBound(6, 2, 0)), Suspects()
+    ledger = VersionLedger(2, PLENTY)
+    dispatch = Dispatcher(config, buffer, ledger, epochs(TASKS, 0), 0, suspects)
+    under_way: dict[int, list[Assignment]] = {0: [], 1: []}
+    given_up, trained, version, deaths = [], [], 0, 0
+    while len(trained) < 20:
+        while (assignment := dispatch.next(version, PLENTY)) is not None:
+            suspects.sent(assignment.worker, assignment.group)
+            under_way[assignment.worker].append(assignment)
+            beside = [other.task.id for other in under_way[assignment.worker]]
+            assert len(beside) == 1 or "b" not in beside or not deaths, "a suspect is alone"
+        given_up += [(a.group, why) for a, why in dispatch.give_up()]
+        for worker, sent in under_way.items():
+            if any(assignment.task.id == "b" for assignment in sent):
+                suspects.died(worker, "it crashed")
+                dispatch.reissue(worker)
+                given_up += [(a.group, why) for a, why in dispatch.give_up()]
+                dispatch.restored(worker, version)
+            else:
+                for assignment in sent:
+                    suspects.over(worker, assignment.group)
+                    summary = GroupSummary(assignment.group, assignment.task.id, worker)
+                    assert dispatch.returned(assignment, summary)
+                    dispatch.fulfil(assignment, ReadyGroup(summary, None, ()))
+            under_way[worker] = []
+        while (batch := buffer.next_batch()) is not None:
+            buffer.trained()
+            trained += [group.summary.group for group in batch]
+            version += 1
+            ledger.published = version
+            ledger.running = dict.fromkeys((0, 1), version)
+    assert len(set(trained)) == len(trained)
+    assert {group.partition("/")[2] for group in trained} == {"a", "c"}
+    assert all(why.startswith("it ended the workers that had it alone, ") for _, why in given_up)
+    assert len(given_up) >= 5
+    assert deaths <= 4, "one beside others, and two epochs at once on both workers"
+    assert {group.partition("/")[2] for group, _ in given_up} == {"b"}
