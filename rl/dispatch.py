@@ -102,7 +102,7 @@ class Dispatcher:
 
     def next(self, version: int, left: int) -> Assignment | None:
         """Return the next assignment; None while no worker may take it, the buffer is full, or no more groups are
-        needed, or there is one to `give_up`.
+        needed.
 
         version: the learner's version. left: number of groups that the stage has still to train, those under way
         included.
@@ -120,11 +120,7 @@ class Dispatcher:
         if worker is None:
             return None
         epoch, task = next(self._source)
-        ticket, plan = self._buffer.admit(), self._config.data.plan_of(task)
-        if self._suspects.condemned(group_id(epoch, task)) is not None:
-            self._returned[ticket] = Assignment(ticket, epoch, task, plan, self._lives[worker])
-            return None  # see `give_up`
-        return self._assign(ticket, epoch, task, plan, worker)
+        return self._assign(self._buffer.admit(), epoch, task, self._config.data.plan_of(task), worker)
 
     def request(self, assignment: Assignment) -> RolloutTask:
         """Return the message that asks a worker for the assignment's group."""
@@ -205,17 +201,6 @@ class Dispatcher:
         self._features.forget(assignment.task.id)
         self._bare.add(assignment.ticket)
         self._returned[assignment.ticket] = self._latest.pop(assignment.ticket)
-
-    def give_up(self) -> list[tuple[Assignment, str]]:
-        """Give up the groups that end their workers; returns them, and why."""
-        found = []
-        for ticket, assignment in sorted(self._returned.items()):
-            if (why := self._suspects.condemned(assignment.group)) is not None:
-                self._buffer.drop(ticket)
-                found.append((assignment, why))
-        for assignment, _ in found:
-            del self._returned[assignment.ticket]
-        return found
 
     def restored(self, worker: int, version: int) -> None:
         """Give groups again to a worker that was lost, and now runs this version."""

@@ -63,7 +63,7 @@ class RLLoop:
         self.dispatch = Dispatcher(config, self.buffer, ledger, epochs(tasks, config.seed, done), len(done), suspects)
         self.gate = MismatchGate(config)
         self.workers = Workers(self.session, self.stage.events, ledger, self.gate, self.stage.revival)
-        self.stage.revival.watch(self._worker_lost, self._worker_back)
+        self.stage.revival.watch(self.dispatch.reissue, self._worker_back)
         self.evaluation = PeriodicEvaluation(self.stage, self.workers, self)
         self.report = StepReport(context, [line.values for line in self.stage.journal.of_kind("step")])
         self.published_off: OffToken | None = None
@@ -103,7 +103,7 @@ class RLLoop:
     def _check_published(self) -> None:
         """Have each worker roll out a group on the weights it swapped in, and the learner that published them score it."""
         for _ in range(MOST_DEATHS):
-            groups = PublishedGroups(self.workers, self.version, self.dispatch.extra, self._expected)
+            groups = PublishedGroups(self.workers, self.version, self.dispatch.extra, self.stage.revival.expected)
             payloads = groups.payloads(self.stage.events.wait)
             score = self.session.score_logs(payloads, "the published weights' scores")
             # The next stage must find every worker there.
@@ -116,21 +116,19 @@ class RLLoop:
         self.result.published, self.result.published_by_kind = score.diff, score.by_kind
         self.published_off = score.off
 
-    def _expected(self) -> set[int]:
-        """Return the workers that are there, or will soon be."""
-        return set(self.workers.ledger.running) | self.stage.revival.coming
-
     # --- groups: admitted, rolled out, scored ---------------------------------------------------------------------
 
     def _admit(self) -> None:
         if self.config.deterministic and self.evaluation.active:
             return  # a worker runs either a group or an evaluation's streams
         left = self.total * self.config.algorithm.groups_per_step - len(self.stage.consumed)
-        while True:
-            while assignment := self.dispatch.next(self.version, left):
+        while assignment := self.dispatch.next(self.version, left):
+            why = self.workers.suspects.condemned(assignment.group)
+            if why is None:
                 self._send(assignment)
-            if not self._give_up():
-                return
+            else:
+                failed = GroupSummary(assignment.group, assignment.task.id, assignment.worker, failed=why)
+                self._rolled_out(failed, None, assignment)
 
     def _send(self, assignment: Assignment) -> None:
         self.workers.roll_out(
@@ -180,9 +178,6 @@ class RLLoop:
         mend: what has to be fixed, for that error.
         """
         self.dispatch.drop(assignment)
-        self._dropped(assignment, reason, mend)
-
-    def _dropped(self, assignment: Assignment, reason: str, mend: str) -> None:
         self.result.dropped_groups += 1
         self.stage.drop(
             assignment.group,
@@ -268,18 +263,6 @@ class RLLoop:
         return True
 
     # --- workers that come and go ---------------------------------------------------------------------------------
-
-    def _worker_lost(self, worker: int) -> None:
-        self.dispatch.reissue(worker)
-        self._give_up()
-
-    def _give_up(self) -> int:
-        """Drop the groups that end their workers; returns how many."""
-        given_up = self.dispatch.give_up()
-        for assignment, why in given_up:
-            self.result.skipped.append(SkippedSample.failure(assignment.task, why))
-            self._dropped(assignment, f"{why}{at_row(assignment.task)}", mend="the data or the workers")
-        return len(given_up)
 
     def _worker_back(self, worker: int, version: int) -> None:
         self.dispatch.restored(worker, version)

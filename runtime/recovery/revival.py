@@ -98,6 +98,10 @@ class Revival:
         """Workers that load, or start."""
         return set(self.loading) - self._session.crew.places.waiting
 
+    def expected(self) -> set[int]:
+        """Return the workers that are there, or will soon be."""
+        return self._session.crew.places.loaded | self.coming
+
     def look(self) -> None:
         """End a process that loads for too long. Raises TimeoutError if too few workers have had room for too long."""
         if not self.loading and not self._given_up:

@@ -74,7 +74,10 @@ class Suspects:
         (name,) = left
         self._alone[_key(name)] += 1
         self._causes.setdefault(_key(name), cause)
-        return self.condemned(name) is not None
+        if self.condemned(name) is None:
+            return False
+        self._suspect.discard(_key(name))  # it is not sent any more
+        return True
 
 
 def _key(name: str) -> str:

@@ -377,16 +377,19 @@ def test_a_group_that_ends_its_workers_is_given_up_in_all_epochs_and_its_fellows
     given_up, trained, version, deaths = [], [], 0, 0
     while len(trained) < 20:
         while (assignment := dispatch.next(version, PLENTY)) is not None:
+            if (why := suspects.condemned(assignment.group)) is not None:
+                given_up.append((assignment.group, why))
+                assert dispatch.returned(assignment, GroupSummary(assignment.group, "b", assignment.worker, failed=why))
+                dispatch.drop(assignment)
+                continue
             suspects.sent(assignment.worker, assignment.group)
             under_way[assignment.worker].append(assignment)
             beside = [other.task.id for other in under_way[assignment.worker]]
             assert len(beside) == 1 or "b" not in beside or not deaths, "a suspect is alone"
-        given_up += [(a.group, why) for a, why in dispatch.give_up()]
         for worker, sent in under_way.items():
             if any(assignment.task.id == "b" for assignment in sent):
                 suspects.died(worker, "it crashed")
                 dispatch.reissue(worker)
-                given_up += [(a.group, why) for a, why in dispatch.give_up()]
                 dispatch.restored(worker, version)
             else:
                 for assignment in sent:
