@@ -18,10 +18,9 @@ def test_a_row_that_ends_its_workers_is_named_and_left_out(tmp_path):
     root, data = tmp_path / "run", tmp_path / "own"
     generate(data, SyntheticConfig(train_clips=5, heldout_per_mode=1, max_turns=14))
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    brief = [row for row in rows if (row | {"end": 6})["end"] == 6 and all(a["time"] < 5 for a in row["answers"])]
     asked = {"queries": [{"time": 1, "text": "q"}], "answers": [{"time": 2, "text": "red"}]}
-    brief = [{"id": f"sound{i}", "video": row["video"], "end": 6} | asked for i, row in enumerate(rows)]
-    fatal = {"id": "fatal", "video": rows[0]["video"], "end": 12} | asked
+    brief = [{"id": f"sound{i}", "video": row["video"], "end": 5} | asked for i, row in enumerate(rows)]
+    fatal = {"id": "fatal", "video": rows[0]["video"], "end": 8} | asked
     path = data / "mixed.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [*brief[:2], fatal, *brief[2:]]))
     done = launch(
@@ -33,7 +32,7 @@ def test_a_row_that_ends_its_workers_is_named_and_left_out(tmp_path):
         "job.stages=[sft,rl,eval]",
         "memory.name=custom",
         "memory.target=tests.support.fatal_memory:Fatal",
-        "+memory.args={window: 4, last: 7}",
+        "+memory.args={window: 4, last: 5}",
         "sft.late_probability=0",
         "eval.every=2",
         "eval.conditions=false",
