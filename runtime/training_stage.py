@@ -95,7 +95,10 @@ class TrainingStage:
 
     def save(self, step: int, counters: dict[str, Any], *, final: bool = False) -> None:
         """Have the checkpoint of `step` written, which is also the version of its weights. counters: the result so far."""
-        state = CheckpointState(
+        self.checkpoints.save(self._state(step, counters), final=final)
+
+    def _state(self, step: int, counters: dict[str, Any]) -> CheckpointState:
+        return CheckpointState(
             self.context.stage,
             version=step,
             step=step,
@@ -104,7 +107,6 @@ class TrainingStage:
             group_size=self._group_size,
             counters=counters,
         )
-        self.checkpoints.save(state, final=final)
 
     def finish(self, step: int, counters: dict[str, Any]) -> None:
         """Write the stage's last checkpoint, and wait for it and all before it, and for workers that are being replaced."""
@@ -116,6 +118,8 @@ class TrainingStage:
 
     def leave(self, step: int, counters: dict[str, Any]) -> NoReturn:
         """End as asked, between two steps: with a checkpoint of `step`, unless there is one. Raises Requeue."""
+        if self.context.stop.loss and step:
+            self.checkpoints.save_alone(self._state(step, counters))
         self.checkpoints.settle()
         if step and step not in self.checkpoints.written:
             self.save(step, counters)

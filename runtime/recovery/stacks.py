@@ -3,13 +3,15 @@
 Invariants:
 * an actor is asked by a signal (`streams.support.actor_log`), so it answers whatever it is doing, but for one that is stopped;
 * only processes that listen for the signal get it: it would end any other;
-* replies are waited for no longer than ASK_S, and a failure of Ray is said, not raised: the run ends with an error already.
+* Ray is waited for no longer than ASK_S, and its failure is said, not raised: the run ends with an error already.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -28,15 +30,32 @@ WRITES_S = 1.0
 def ask_here(folder: str) -> list[str]:
     """Have the actors on this node that log to `folder` write their stacks; returns their names."""
     asked = []
+    for pid, name in _actors_here(folder).items():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if _listens(Path(f"/proc/{pid}")):
+                os.kill(pid, STACKS_SIGNAL)
+                asked.append(name)
+    time.sleep(WRITES_S)
+    return sorted(asked)
+
+
+def end_here(folder: Path) -> None:
+    """End the actors on this node that log to `folder`, and their children, without asking Ray."""
+    for pid in _actors_here(str(folder)):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            os.kill(pid, signal.SIGKILL)
+
+
+def _actors_here(folder: str) -> dict[int, str]:
+    """Return the names of the processes on this node that log to `folder`, those of their children included."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
             pairs = (pair.partition(b"=") for pair in (process / "environ").read_bytes().split(b"\0"))
             values = {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs}
-            if values.get(FOLDER_VARIABLE) == folder and _listens(process):
-                os.kill(int(process.name), STACKS_SIGNAL)
-                asked.append(values.get(ACTOR_VARIABLE, process.name))
-    time.sleep(WRITES_S)
-    return sorted(asked)
+            if values.get(FOLDER_VARIABLE) == folder:
+                found[int(process.name)] = values.get(ACTOR_VARIABLE, process.name)
+    return found
 
 
 def _listens(process: Path) -> bool:
@@ -47,15 +66,31 @@ def _listens(process: Path) -> bool:
 
 def ask_everywhere(folder: Path) -> str:
     """Have all actors of the run write their stacks into their logs; returns who did, in words."""
-    try:
-        ask = ray.remote(num_cpus=0)(ask_here)
-        replies = [
-            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(str(folder))
-            for node in live_nodes()
-        ]
-        names = sorted({name for found in ray.get(replies, timeout=ASK_S) for name in found})
-    except RayError as error:
+    found: list[str] = []
+    failed: list[str] = []
+
+    def ask() -> None:
+        try:
+            found.extend(_ask_nodes(folder))
+        except RayError as error:
+            failed.append(type(error).__name__)
+
+    # Without a GCS, Ray's own calls return at no time limit.
+    asking = threading.Thread(target=ask, name="stacks", daemon=True)
+    asking.start()
+    asking.join(2 * ASK_S)
+    why = ""
+    if failed or asking.is_alive():
         # Ray itself may be what hangs; the driver's own node needs no Ray.
-        names = ask_here(str(folder))
-        return f"stacks of {', '.join(names) or 'no actor'} are at the end of their logs in {folder} ({type(error).__name__})"
-    return f"stacks of {', '.join(names) or 'no actor'} are at the end of their logs in {folder}"
+        why = f" ({failed[0] if failed else 'Ray does not answer'}: of this node only)"
+        found = ask_here(str(folder))
+    return f"stacks of {', '.join(found) or 'no actor'} are at the end of their logs in {folder}{why}"
+
+
+def _ask_nodes(folder: Path) -> list[str]:
+    ask = ray.remote(num_cpus=0)(ask_here)
+    replies = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(str(folder))
+        for node in live_nodes()
+    ]
+    return sorted({name for found in ray.get(replies, timeout=ASK_S) for name in found})
