@@ -110,7 +110,7 @@ class Checkpointer:
                 )
             return
         try:
-            started = self._start(state, final=final)
+            started = _start(self._context, self.folder, state, final=final)
         except OSError as error:
             self._failed(error, state.step, final=final)
             return
@@ -133,7 +133,7 @@ class Checkpointer:
                 self._end()
         if state.step in self.written:
             return
-        started = self._start(state, final=False)
+        started = _start(self._context, self.folder, state, final=False)
         self._under_way = _Save(state.step, False, started.saved, time.monotonic())
         wait_for(started.saved, self._config.checkpoint.deadline_s, "the learner's part of the last checkpoint")
         commit(started.partial, started.path, started.state)
@@ -158,20 +158,6 @@ class Checkpointer:
         """Return the export of the newest checkpoint, and its step."""
         step = max(self.written)
         return self.folder / (FINAL if step == self._context.steps else step_name(step)) / "hf", step
-
-    def _start(self, state: CheckpointState, *, final: bool) -> _Started:
-        """Have the learner write its part. Raises OSError."""
-        self._context.lock.check()
-        state = replace(
-            state,
-            tracking_run=self._context.tracker.run_id or "",
-            settings=settings(self._config, self._context.stage),
-        )
-        path = self.folder / _name(state.step, final=final)
-        partial = partial_path(path)
-        resumable = self._config.checkpoint.optimizer != "none"
-        saved = self._context.session.learners.save(str(partial), self._context.streaming, resumable=resumable)
-        return _Started(saved, partial, path, state)
 
     def _saved(self, path: str) -> None:
         save = self._end()
@@ -220,6 +206,21 @@ class Checkpointer:
                 f"{self._failures} checkpoints of {stage} in a row could not be written (checkpoint.most_failures={most}), the "
                 f"last because {cause}; {advice}"
             ) from error
+
+
+def _start(context: StageContext, folder: Path, state: CheckpointState, *, final: bool) -> _Started:
+    """Have the learner write its part. Raises OSError."""
+    context.lock.check()
+    state = replace(
+        state,
+        tracking_run=context.tracker.run_id or "",
+        settings=settings(context.config, context.stage),
+    )
+    path = folder / _name(state.step, final=final)
+    partial = partial_path(path)
+    resumable = context.config.checkpoint.optimizer != "none"
+    saved = context.session.learners.save(str(partial), context.streaming, resumable=resumable)
+    return _Started(saved, partial, path, state)
 
 
 def _name(step: int, *, final: bool) -> str:

@@ -11,8 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from runtime.planning.clip_cache import check_features
 from runtime.planning.device_plan import DevicePlan, plan_devices
 from runtime.planning.disk import check_disk, checkpoint_size
 from runtime.planning.usage import usage_lines, usage_report, write_usage
-from runtime.recovery.lifeline import Lifeline
+from runtime.recovery.lifeline import RayGuard
 from runtime.recovery.restarts import LEARNER, LearnerLoss, Restarts, learner_loss, words_of
 from runtime.recovery.stacks import ask_everywhere, end_here
 from runtime.rows import RowUse
@@ -105,7 +104,7 @@ class Run:
         self.files = TaskFiles(config, progress.say)
         self.restarts = Restarts(config.cluster)
         self._introduced = False
-        self._lifeline: Lifeline | None = None
+        self._guard = RayGuard(stop)
         self._plan: DevicePlan | None = None
         self._checked: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -126,24 +125,13 @@ class Run:
         try:
             # Actors import while the driver makes the data.
             needs_actors = any(stage.actors for stage in self.stages.values())
-            self.session = Session(config, connecting=self._connecting()) if needs_actors else None
+            self.session = Session(config, connecting=self._guard.connecting()) if needs_actors else None
             # Only now: a run that cannot start must not delete the results of an earlier one.
             clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
         except BaseException:
-            self._leave_lifeline()
+            self._guard.close()
             self.tracker.close("FAILED")
             raise
-
-    @contextmanager
-    def _connecting(self) -> Iterator[None]:
-        with self.stop.lent():
-            yield
-        self._lifeline = Lifeline.of_this_driver(lambda loss: self.stop.lose(loss.words, loss.usable_s))
-        self._lifeline.start()
-
-    def _leave_lifeline(self) -> None:
-        if self._lifeline is not None:
-            self._lifeline.close()
 
     def run(self) -> None:
         """Run every stage. Raises runtime.stop.Requeue if the run was asked to stop."""
@@ -173,7 +161,7 @@ class Run:
                 self.progress.say(ask_everywhere(self.session.book.log_folder))
             raise
         finally:
-            self._leave_lifeline()
+            self._guard.close()
             self.tracker.close(status)
             if self.session is not None and self.stop.loss:
                 end_here(self.session.book.log_folder)
@@ -186,10 +174,10 @@ class Run:
             try:
                 return does.run(self)
             except OSError as error:
-                self._name_loss_of_ray(stage, error)
+                self._guard.judge(stage, error)
                 raise
             except (RuntimeError, RayError) as error:
-                self._name_loss_of_ray(stage, error)
+                self._guard.judge(stage, error)
                 loss = None if self.session is None else learner_loss(error, self.session)
                 if loss is None:
                     raise
@@ -197,13 +185,6 @@ class Run:
                     self.restarts.settle_saves(self.config.checkpoint.grace_s)
                     raise Requeue(f"{stage}: stopped, and {words_of(loss)}") from error
                 self._begin_again(stage, loss, error)
-
-    def _name_loss_of_ray(self, stage: str, error: Exception) -> None:
-        """Raise Requeue if the error comes of Ray's loss, whichever of both was noticed first."""
-        if self._lifeline is not None and (lost := self._lifeline.look()) is not None:
-            self.stop.lose(lost.words, lost.usable_s)
-        if self.stop.loss:
-            raise Requeue(f"{stage} ended with: {str(error).partition(chr(10))[0]}") from error
 
     def _begin_again(self, stage: str, loss: LearnerLoss, error: Exception) -> None:
         """Start new processes, and plan the stage anew from what is on disk. Raises RuntimeError if it may not go on."""

@@ -15,11 +15,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+
+from runtime.stop import Requeue, StopSignal
 
 LOST_S = 15.0
 FAILURES = 4
@@ -65,7 +68,6 @@ class Lifeline:
         self._thread.start()
 
     def close(self) -> None:
-        """End the watch: what ends from now on ends as it should."""
         self._closed.set()
 
     def look(self) -> RayLoss | None:
@@ -100,6 +102,37 @@ class Lifeline:
             "process is gone, and Ray cannot start anything any more",
             max(0.0, native_s() - silent_s - SPARE_S),
         )
+
+
+class RayGuard:
+    """What a run does about a loss of Ray: it asks its stop signal for an end."""
+
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
+        self._lifeline: Lifeline | None = None
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Join or start Ray inside; it is watched from then on."""
+        with self._stop.lent():
+            yield
+        self._lifeline = Lifeline.of_this_driver(self._lost)
+        self._lifeline.start()
+
+    def judge(self, stage: str, error: Exception) -> None:
+        """Raise Requeue if the error of a stage comes of Ray's loss, whichever of both was noticed first."""
+        if self._lifeline is not None and (loss := self._lifeline.look()) is not None:
+            self._lost(loss)
+        if self._stop.loss:
+            raise Requeue(f"{stage} ended with: {str(error).partition(chr(10))[0]}") from error
+
+    def close(self) -> None:
+        """End the watch: what ends from now on ends as it should."""
+        if self._lifeline is not None:
+            self._lifeline.close()
+
+    def _lost(self, loss: RayLoss) -> None:
+        self._stop.lose(loss.words, loss.usable_s)
 
 
 def native_s() -> float:

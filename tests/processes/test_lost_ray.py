@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.killed_runs import BATCH, CLIPS, Driver, journal
 from tests.support.noisy_reward import SLOW_VARIABLE
-from tests.support.processes import command, family, still_there
+from tests.support.processes import command, family, logging_to, still_there
 from tests.support.ray_head import RayHead
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -108,15 +108,13 @@ def test_without_its_raylet_a_run_names_it_and_no_other_culprit(tmp_path, monkey
     check_goes_on_from(root, int(step), monkeypatch, "checkpoint.every=2")
 
 
-def test_without_the_head_of_its_cluster_a_run_ends_like_one_without_its_gcs(tmp_path, monkeypatch):
+def test_without_the_head_of_its_cluster_a_run_ends_like_one_without_its_gcs(tmp_path):
     root = tmp_path / "run"
     with RayHead(3) as head:
-        for name, value in (head.environment | {"RAY_ADDRESS": head.address}).items():
-            monkeypatch.setenv(name, value)
-        driver = Driver(root, *OVERRIDES, "cluster.address=auto", "cluster.actor_cpus=0.5")
+        driver = Driver(root, *OVERRIDES, "cluster.address=auto", "cluster.actor_cpus=0.5", environment=head.joining)
         driver.wait_for(rf"\brl 3/{STEPS}")
         (node,) = head.nodes
-        actors = {pid: when for pid, when in family(node).items() if str(root) in environment(pid)}
+        actors = logging_to(root / "logs")
         assert len(actors) >= 4
         end_ray_of(family(node), "gcs_server")
         began = time.monotonic()
@@ -128,7 +126,3 @@ def test_without_the_head_of_its_cluster_a_run_ends_like_one_without_its_gcs(tmp
     assert re.search(rf"error: Ray's GCS at {head.address} has not answered", driver.output)
     assert re.search(r"goes on from \S+/rl/step\d+$", driver.output, re.MULTILINE)
     assert tracked(root) == ["FAILED"]
-
-
-def environment(pid: int) -> str:
-    return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
