@@ -128,7 +128,7 @@ class Checkpointer:
             reference = self._under_way.reference
             self._events.forget(reference)
             if ray.wait([reference], timeout=UNDER_WAY_S)[0]:
-                self._saved(ray.get(reference))
+                self._saved(ray.get(reference, timeout=UNDER_WAY_S))
             else:
                 self._end()
         if state.step in self.written:

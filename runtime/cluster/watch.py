@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 
 from streams.messages import WorkerStats
 
@@ -86,9 +86,11 @@ class Watch:
             return
         self._asked[name] = _Asked(asked.actor, now, self._hang_s)
         try:
-            stats: WorkerStats | None = ray.get(done[0])
+            stats: WorkerStats | None = ray.get(done[0], timeout=BEAT_S)
         except (RayActorError, OutOfMemoryError):
             return  # it died: its calls say so
+        except GetTimeoutError:
+            return  # it has answered, and is asked again
         if stats is not None and stats.visit_s > self._hang_s:
             self._end(name, asked.actor, f"has been in one visit of its engine for {stats.visit_s:.0f} s")
 

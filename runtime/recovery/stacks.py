@@ -1,4 +1,4 @@
-"""Where the actors of a run stand when it gives up waiting: each writes the stacks of all its threads into its own log.
+"""Where the actors of a run stand when it gives up waiting: what each of their threads is doing or waits for, and its stack.
 
 Invariants:
 * an actor is asked by a signal (`streams.support.actor_log`), so it answers whatever it is doing, but for one that is stopped;
@@ -20,23 +20,32 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runtime.cluster.preflight import live_nodes
-from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STACKS_SIGNAL
+from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STACKS_SIGNAL, log_path
+from streams.support.doing import read_of
 
 ASK_S = 10.0
 WRITES_S = 1.0
 """What an actor is given to write."""
+SHOWN = 12
+"""Actors whose doings are shown on the terminal."""
 
 
-def ask_here(folder: str) -> list[str]:
-    """Have the actors on this node that log to `folder` write their stacks; returns their names."""
-    asked = []
+def ask_here(folder: str) -> dict[str, list[str]]:
+    """Have the actors on this node that log to `folder` write their stacks; returns by name what their threads are doing.
+
+    That is written beside the stacks, and does not need the actor to react.
+    """
+    asked: dict[str, list[str]] = {}
     for pid, name in _actors_here(folder).items():
         with contextlib.suppress(OSError):  # it ended meanwhile
             if _listens(Path(f"/proc/{pid}")):
+                asked[name] = [str(doing) for doing in read_of(pid)]
                 os.kill(pid, STACKS_SIGNAL)
-                asked.append(name)
     time.sleep(WRITES_S)
-    return sorted(asked)
+    for name, lines in asked.items():
+        with contextlib.suppress(OSError), log_path(Path(folder), name).open("a") as log:
+            log.write("".join(f"{name} was asked what it is doing: {line}\n" for line in lines))
+    return asked
 
 
 def end_here(folder: Path) -> None:
@@ -65,13 +74,13 @@ def _listens(process: Path) -> bool:
 
 
 def ask_everywhere(folder: Path) -> str:
-    """Have all actors of the run write their stacks into their logs; returns who did, in words."""
-    found: list[str] = []
+    """Have all actors of the run write their stacks into their logs; returns who did, and what they are doing, in words."""
+    found: dict[str, list[str]] = {}
     failed: list[str] = []
 
     def ask() -> None:
         try:
-            found.extend(_ask_nodes(folder))
+            found.update(_ask_nodes(folder))
         except RayError as error:
             failed.append(type(error).__name__)
 
@@ -84,13 +93,16 @@ def ask_everywhere(folder: Path) -> str:
         # Ray itself may be what hangs; the driver's own node needs no Ray.
         why = f" ({failed[0] if failed else 'Ray does not answer'}: of this node only)"
         found = ask_here(str(folder))
-    return f"stacks of {', '.join(found) or 'no actor'} are at the end of their logs in {folder}{why}"
+    names = ", ".join(sorted(found)) or "no actor"
+    lines = [f"  {name}: {'; '.join(doing) or 'nothing that has a name'}" for name, doing in sorted(found.items())]
+    left = [f"  ... and {len(lines) - SHOWN} more, in their logs"] if len(lines) > SHOWN else []
+    return "\n".join([f"stacks of {names} are at the end of their logs in {folder}{why}", *lines[:SHOWN], *left])
 
 
-def _ask_nodes(folder: Path) -> list[str]:
+def _ask_nodes(folder: Path) -> dict[str, list[str]]:
     ask = ray.remote(num_cpus=0)(ask_here)
     replies = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(str(folder))
         for node in live_nodes()
     ]
-    return sorted({name for found in ray.get(replies, timeout=ASK_S) for name in found})
+    return {name: doing for found in ray.get(replies, timeout=ASK_S) for name, doing in found.items()}

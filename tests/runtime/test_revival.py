@@ -140,7 +140,7 @@ class Watched:
         self.replies: dict[object, object] = {}
         monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(watch.ray, "wait", lambda refs, timeout: ([r for r in refs if r in self.replies], []))
-        monkeypatch.setattr(watch.ray, "get", lambda ref: self.replies[ref])
+        monkeypatch.setattr(watch.ray, "get", lambda ref, timeout: self.replies[ref])
         monkeypatch.setattr(watch.ray, "kill", self.ended.append)
         self.crew = SimpleNamespace(workers=[self.process(), self.process()])
         self.learners = SimpleNamespace(actors=[])
