@@ -74,11 +74,14 @@ class Lifeline:
         """Return the loss of the raylet, if it is lost, for errors that come of it before the watch sees it."""
         if not self._sees_raylet or _listens(self._raylet):
             return None
-        return RayLoss(
+        words = (
             f"the raylet of this node, Ray's own process ({self._raylet}), is gone: it was killed, by hand or for lack of "
-            "memory, or it crashed. It takes this node's actors along",
-            0.0,
+            "memory, or it crashed. It takes this node's actors along"
         )
+        # `ray start --block` ends a node when one of its processes does.
+        if (error := _refusal(self._gcs)) is not None:
+            words = f"Ray's GCS at {self._gcs} does not answer ({error}), and {words}"
+        return RayLoss(words, 0.0)
 
     def _watch(self) -> None:
         failures, since, asked = 0, 0.0, -GCS_POLL_S
