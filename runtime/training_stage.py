@@ -20,6 +20,7 @@ from runtime.cluster.events import Events
 from runtime.cluster.watch import Watch
 from runtime.context import StageContext
 from runtime.recovery.revival import Revival
+from runtime.recovery.stacks import ask_everywhere
 from runtime.stop import Requeue
 from runtime.store.checkpoint import CheckpointState
 from runtime.store.journal import StepJournal, journal_path
@@ -40,7 +41,13 @@ class TrainingStage:
         )
         cluster = context.config.cluster
         session = context.session
-        self._watch = Watch(session.crew, cluster.hang_s, cluster.start_timeout_s, session.learners)
+        self._watch = Watch(
+            session.crew,
+            cluster.hang_s,
+            cluster.start_timeout_s,
+            session.learners,
+            lambda: ask_everywhere(session.book.log_folder),
+        )
         self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, self._look)
         state = context.resume
         self.began_at = state.step if state else 0
