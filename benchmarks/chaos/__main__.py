@@ -134,7 +134,7 @@ class Chaos:
         """Take nodes away from runs on a cluster, until that was done in each way."""
         for run in range(RUNS_ON_NODES):
             missing = self._missing(NODE_HITS)
-            if missing and not self.found.hung:
+            if missing and not (self.found.hung or self.found.lost):
                 with run_on_nodes(self.folder / f"nodes{run}") as (subject, faults):
                     self._through(subject, lambda left=missing: left.pop(0) if left else None, faults)
         self.found.lost += [f"no run lasted until a hit of the {kind}" for kind in self._missing(NODE_HITS)]

@@ -61,8 +61,8 @@ class Lifeline:
     def of_this_driver(cls, told: Callable[[RayLoss], None]) -> Lifeline:
         """Return the watch for the Ray that this process has joined."""
         context = ray.get_runtime_context()
-        here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-        return cls(context.gcs_address, here["RayletSocketName"], told)
+        here = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == context.get_node_id()]
+        return cls(context.gcs_address, here[0] if here else "", told)
 
     def start(self) -> None:
         self._thread.start()
