@@ -38,7 +38,7 @@ from yaml import YAMLError
 
 from conf.paths import GROUPS, PATH_KEYS, group_options
 from conf.sweep import forget_record, sweep_root
-from runtime.stop import REQUEUE_STATUS, Requeue, StopSignal
+from runtime.stop import LOST_STATUS, REQUEUE_STATUS, Requeue, StopSignal
 from runtime.tracking.driver_log import DriverLog
 from sightline import __version__
 from streams.support.files import MODULES_VARIABLE
@@ -103,17 +103,28 @@ def start(config: RunConfig, overrides: list[str]) -> None:
     try:
         _start(config, overrides, stop)
     except Requeue as stopped:
+        if stop.loss:
+            _end_without_ray(stop, str(stopped))
         print(f"{stopped}; no stage was under way, the same command starts again", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
     except KeyboardInterrupt:
         print(f"stopped by Ctrl-C; the same command with resume=auto {stop.goes_on}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:  # named boundary: a stop
+        if stop.loss:
+            _end_without_ray(stop, str(error))
         if not stop.requested:
             raise
         # A stop that is raised inside a library's native code (most often Ray's) comes out as that library's error.
         print(f"stopped, interrupting {_innermost(error)}; the same command with resume=auto goes on", file=sys.stderr)
         sys.exit(config.checkpoint.requeue_status)
+
+
+def _end_without_ray(stop: StopSignal, how: str) -> NoReturn:
+    print(f"error: {stop.loss}\n{how}\nthe same command with resume=auto {stop.goes_on}", file=sys.stderr)
+    said.close()
+    # At exit Ray would wait for what is gone; what it leaves behind, `runtime.recovery.reaper` ends.
+    os._exit(LOST_STATUS)
 
 
 def _innermost(error: BaseException) -> str:
@@ -158,6 +169,8 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
         try:
             run.run()
         except Requeue as stopped:
+            if stop.loss:
+                raise
             print(f"{stopped}; the same command with resume=auto goes on from there", file=sys.stderr)
             sys.exit(config.checkpoint.requeue_status)
         except (ValueError, OSError, RuntimeError) as error:

@@ -21,6 +21,7 @@ from learner.messages import RankDiedError, TrainBatch
 from learner.setup import LearnerSetup, RankPlace
 from streams.messages import MESSAGES_VERSION, GroupPayload, ScoreReport, TrainReport, WeightsUpdate
 from streams.support.actor_log import open_actor_log
+from streams.support.doing import doing
 from streams.support.imports import large_imports
 from streams.support.usage import DeviceInfo, ProcessUsage
 
@@ -115,12 +116,13 @@ class Learner:
         from learner.batching import TrainItem
 
         engine = self._ready()
-        items = [
-            TrainItem(self._resolve(group.payload), tuple(runs.expand() for runs in group.advantages))
-            for group in batch.groups
-        ]
-        report = engine.train(batch.step, batch.loss, items)
-        return report, engine.export_weights() if batch.publish else None
+        with doing(f"optimiser step {batch.step + 1}"):
+            items = [
+                TrainItem(self._resolve(group.payload), tuple(runs.expand() for runs in group.advantages))
+                for group in batch.groups
+            ]
+            report = engine.train(batch.step, batch.loss, items)
+            return report, engine.export_weights() if batch.publish else None
 
     def weights(self) -> WeightsUpdate | None:
         """Return the current weights on rank 0, None on the other ranks."""
@@ -132,11 +134,13 @@ class Learner:
 
     def save(self, path: str, streaming: dict[str, Any], resumable: bool) -> None:
         """Write this rank's part of a checkpoint, see `LearnerEngine.save`."""
-        self._ready().save(Path(path), streaming, resumable=resumable)
+        with doing(f"writes {path}"):
+            self._ready().save(Path(path), streaming, resumable=resumable)
 
     def load(self, path: str) -> int:
         """Load a checkpoint and return its version."""
-        return self._ready().load(Path(path))
+        with doing(f"loads {path}"):
+            return self._ready().load(Path(path))
 
     def _ready(self) -> LearnerEngine:
         if self._engine is None:
@@ -148,7 +152,10 @@ class Learner:
         return dataclasses.replace(group, media=self._get(group.media))
 
     def _get(self, value: Any) -> Any:
-        return ray.get(value, timeout=self._timeout) if isinstance(value, ray.ObjectRef) else value
+        if not isinstance(value, ray.ObjectRef):
+            return value
+        with doing("fetches a group from the object store"):
+            return ray.get(value, timeout=self._timeout)
 
 
 class LeadLearner(Learner):
@@ -164,7 +171,8 @@ class LeadLearner(Learner):
         Raises RuntimeError as soon as a rank fails, and names it; RankDiedError for one that died, rather than for those that
         lost their connection to it. Raises TimeoutError that names the ranks which did not reply in time.
         """
-        failures = self._failures(replies, self._timeout)
+        with doing(f"waits for all ranks, {what}"):
+            failures = self._failures(replies, self._timeout)
         if failures is None:
             missing = [rank for rank, ref in enumerate(replies) if not ray.wait([ref], timeout=0)[0]]
             raise TimeoutError(f"waited {self._timeout:g} s for learner ranks {missing} to finish {what}")

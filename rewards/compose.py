@@ -26,6 +26,7 @@ from rewards.outcome import StreamOutcome, match_answers
 from rewards.registry import Term, build
 from rewards.timing import Timing
 from streams.data.dataset import at_row
+from streams.support.doing import doing
 
 COMBINES = ("product", "weighted_sum")
 
@@ -139,7 +140,7 @@ class Reward:
         values: dict[str, np.ndarray] = {}
         for name, (term, _) in self._terms.items():
             try:
-                with deadline(self._timeout_s):
+                with doing(f"reward.terms.{name} of {outcome.task.id}"), deadline(self._timeout_s):
                     given = term(outcome)
                 values[name] = _checked(given, len(outcome.task.answers))
             except OutOfTimeError as error:

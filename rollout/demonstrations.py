@@ -18,6 +18,7 @@ from rollout.recipe import StreamRecipe
 from streams.log.record import StreamLog
 from streams.memory import make_policy
 from streams.messages import GroupPayload, GroupSummary, ScriptTask
+from streams.support.doing import doing
 from streams.video.reader import ReaderClosedError, VideoError
 from streams.writing.inputs import TurnInput
 from streams.writing.writer import StreamWriter
@@ -41,7 +42,8 @@ class Demonstrations:
 
     def _write(self, task: ScriptTask, began: float) -> GroupResult:
         setup = self._recipe.setup
-        clip = self._frames.read(task.task, task.plan)
+        with doing(f"reads {task.task.video} for the demonstration of {task.group}"):
+            clip = self._frames.read(task.task, task.plan)
         layout = self._recipe.layout()
         writer = StreamWriter(
             self._recipe.header(task.group, task.task.id, setup.memory, layout, 1.0),

@@ -38,6 +38,7 @@ from streams.log.mismatch import LogpDiff, most_telling
 from streams.log.record import StreamLog
 from streams.memory import make_policy
 from streams.messages import GroupPayload, GroupSummary, RolloutTask
+from streams.support.doing import doing
 from streams.support.meter import Meter
 from streams.video.reader import Clip, ReaderClosedError
 
@@ -106,9 +107,11 @@ class Groups:
         """Read the group's clip; returns None, or why that failed. Raises ReaderClosedError."""
         task = group.task
         try:
-            group.clip = self._frames.read(task.task, task.plan)
+            with doing(f"reads {task.task.video} for group {task.group}"):
+                group.clip = self._frames.read(task.task, task.plan)
             if task.features is not None:
-                group.given = self._features.fetch(task.features)
+                with doing(f"fetches the features of group {task.group}"):
+                    group.given = self._features.fetch(task.features)
         except ReaderClosedError:
             raise
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout
@@ -120,10 +123,11 @@ class Groups:
     def encode(self, group: Group) -> GroupResult | None:
         """Encode the group's clip, once there is room for it; returns None, or why that failed. Raises StoppedError."""
         try:
-            encoding = self._claim(group)
-            assert encoding is not None
-            while encoding.made is None:
-                self._features.advance(encoding)
+            with doing(f"encodes the clip of group {group.task.group}"):
+                encoding = self._claim(group)
+                assert encoding is not None
+                while encoding.made is None:
+                    self._features.advance(encoding)
         except StoppedError:
             raise
         except Exception as error:  # noqa: BLE001 - named boundary: one task's rollout

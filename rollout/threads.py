@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rollout.staging import StagedWeights
 from streams.messages import SwapReport
+from streams.support.doing import doing
 
 if TYPE_CHECKING:
     from rollout.groups import Group
@@ -74,7 +75,8 @@ class Inbox:
         """Sleep until there is work, new or, if `busy`, left over; return what is new, None after `stop`."""
         with self._wake:
             while not (self._stopped or self._groups or self._swaps or busy()):
-                self._wake.wait(timeout=IDLE_WAKE_S)
+                with doing("waits for a group or new weights"):
+                    self._wake.wait(timeout=IDLE_WAKE_S)
             if self._stopped:
                 return None
             groups, swaps = list(self._groups), list(self._swaps)
@@ -122,7 +124,8 @@ class WorkThread:
             pass
 
     def _round(self) -> bool:
-        work = self._waiting.get()
+        with doing("waits for work"):
+            work = self._waiting.get()
         if work is None:
             return False
         work()
@@ -191,7 +194,8 @@ class EncodedClips(Generic[T]):
                     return place
                 if not wait:
                     return None
-                self._change.wait(timeout=IDLE_WAKE_S)
+                with doing("waits for room under data.cache_mb"):
+                    self._change.wait(timeout=IDLE_WAKE_S)
             raise StoppedError("the service was closed while a clip waited for room under data.cache_mb")
 
     def fill(self, place: Place[T], value: T, generation: int) -> bool:
@@ -296,7 +300,9 @@ class WeightsTurn:
                 self._change.notify_all()
 
     def _wait(self, who: str, free: Callable[[], bool]) -> None:
-        if not self._change.wait_for(free, self._limit_s):
+        with doing(f"{who} for the vision tower's weights"):
+            in_time = self._change.wait_for(free, self._limit_s)
+        if not in_time:
             raise TimeoutError(
                 f"{who} rollout.group_deadline_s={self._limit_s:g} for the vision tower's weights: raise it if one call of the "
                 "tower may take so long"

@@ -39,6 +39,7 @@ from streams.messages import (
     WorkerStats,
 )
 from streams.support.actor_log import open_actor_log
+from streams.support.doing import doing
 from streams.support.imports import large_imports
 from streams.support.usage import DeviceInfo, ProcessUsage, oom_kills
 
@@ -105,8 +106,9 @@ class RolloutWorker:
             raise ValueError(f"worker speaks messages version {MESSAGES_VERSION}, driver {setup.messages_version}")
         # One after the other: a worker may be asked for the next stage while it loads in place of one that died.
         async with self._loading:
-            await self._close_service()
-            await asyncio.to_thread(self._open_service, setup)
+            with doing(f"loads {setup.checkpoint}"):
+                await self._close_service()
+                await asyncio.to_thread(self._open_service, setup)
         service = self._ready()
         log.info("loaded %s as version %d, %d KV slots", setup.checkpoint, setup.version, service.engine.pool.capacity)
         return WorkerInfo(
@@ -131,7 +133,8 @@ class RolloutWorker:
         """`update` holds one object reference (in a list, so that Ray does not fetch it before the call)."""
         service = self._ready()
         began = time.monotonic()
-        fetched: WeightsUpdate = await asyncio.wait_for(update[0], timeout=service.setup.rollout.group_deadline_s)
+        with doing("fetches new weights"):
+            fetched: WeightsUpdate = await asyncio.wait_for(update[0], timeout=service.setup.rollout.group_deadline_s)
         with _closed_means_cancelled():
             future = await asyncio.to_thread(service.stage, fetched, time.monotonic() - began)
             return await asyncio.wrap_future(future)

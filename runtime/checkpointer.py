@@ -5,7 +5,8 @@ Invariants:
   written holds the learner up, so that there is never more than one under way, nor more to lose than two intervals;
 * a checkpoint that could not be written, or not within `checkpoint.deadline_s`, is reported, and training continues; not if it
   was the stage's last one, nor after `checkpoint.most_failures` in a row: what is trained then would be lost, too;
-* old checkpoints are deleted only after a new one is complete.
+* old checkpoints are deleted only after a new one is complete;
+* once Ray has lost its GCS, which starts tasks, the last checkpoint is completed in this process.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Any
 
 import ray
 
-from runtime.cluster.events import Events
+from runtime.cluster.events import Events, wait_for
 from runtime.context import StageContext
 from runtime.store.checkpoint import CheckpointState, commit, partial_path, prune, step_name
 from runtime.store.manifests import settings
 
 FINAL = "final"
+UNDER_WAY_S = 10.0
+"""How long a checkpoint that was being written when the GCS was lost is waited for: its task may be running, or never start."""
 
 
 @ray.remote(num_cpus=0)
@@ -42,6 +45,16 @@ class _Save:
     final: bool
     reference: Any
     began: float
+
+
+@dataclass(frozen=True)
+class _Started:
+    """saved: ready when the learner's part is in `partial`, which becomes `path`."""
+
+    saved: Any
+    partial: Path
+    path: Path
+    state: CheckpointState
 
 
 class Checkpointer:
@@ -97,15 +110,34 @@ class Checkpointer:
                 )
             return
         try:
-            reference = self._start(state, final=final)
+            started = _start(self._context, self.folder, state, final=final)
         except OSError as error:
             self._failed(error, state.step, final=final)
             return
+        reference = _commit.remote(started.saved, str(started.partial), str(started.path), started.state)
         self._under_way = _Save(state.step, final, reference, time.monotonic())
         self._context.saves.add(reference)
         self._events.expect(
             reference, f"the checkpoint of step {state.step}", self._saved, self._save_failed, own_limit=True
         )
+
+    def save_alone(self, state: CheckpointState) -> None:
+        """Write a checkpoint without any task, unless there is one of this step. Raises RuntimeError, OSError, RayError."""
+        self._owed = None
+        if self._under_way is not None:
+            reference = self._under_way.reference
+            self._events.forget(reference)
+            if ray.wait([reference], timeout=UNDER_WAY_S)[0]:
+                self._saved(ray.get(reference, timeout=UNDER_WAY_S))
+            else:
+                self._end()
+        if state.step in self.written:
+            return
+        started = _start(self._context, self.folder, state, final=False)
+        self._under_way = _Save(state.step, False, started.saved, time.monotonic())
+        wait_for(started.saved, self._config.checkpoint.deadline_s, "the learner's part of the last checkpoint")
+        commit(started.partial, started.path, started.state)
+        self._saved(str(started.path))
 
     def settle(self) -> None:
         """Wait until none is under way, nor owed."""
@@ -126,20 +158,6 @@ class Checkpointer:
         """Return the export of the newest checkpoint, and its step."""
         step = max(self.written)
         return self.folder / (FINAL if step == self._context.steps else step_name(step)) / "hf", step
-
-    def _start(self, state: CheckpointState, *, final: bool) -> Any:
-        """Return a reference that is ready when the checkpoint is complete. Raises OSError."""
-        self._context.lock.check()
-        state = replace(
-            state,
-            tracking_run=self._context.tracker.run_id or "",
-            settings=settings(self._config, self._context.stage),
-        )
-        path = self.folder / _name(state.step, final=final)
-        partial = partial_path(path)
-        resumable = self._config.checkpoint.optimizer != "none"
-        saved = self._context.session.learners.save(str(partial), self._context.streaming, resumable=resumable)
-        return _commit.remote(saved, str(partial), str(path), state)
 
     def _saved(self, path: str) -> None:
         save = self._end()
@@ -188,6 +206,21 @@ class Checkpointer:
                 f"{self._failures} checkpoints of {stage} in a row could not be written (checkpoint.most_failures={most}), the "
                 f"last because {cause}; {advice}"
             ) from error
+
+
+def _start(context: StageContext, folder: Path, state: CheckpointState, *, final: bool) -> _Started:
+    """Have the learner write its part. Raises OSError."""
+    context.lock.check()
+    state = replace(
+        state,
+        tracking_run=context.tracker.run_id or "",
+        settings=settings(context.config, context.stage),
+    )
+    path = folder / _name(state.step, final=final)
+    partial = partial_path(path)
+    resumable = context.config.checkpoint.optimizer != "none"
+    saved = context.session.learners.save(str(partial), context.streaming, resumable=resumable)
+    return _Started(saved, partial, path, state)
 
 
 def _name(step: int, *, final: bool) -> str:

@@ -4,7 +4,8 @@ Invariants:
 * a run knows no stage by what it does: `launch.py` lists the stages;
 * a stage is marked finished only when everything it made is on disk;
 * nothing is deleted before the actors have been placed;
-* whatever ends the run, the tracker is told and the session is closed.
+* whatever ends the run, the tracker is told and the session is closed;
+* a session whose Ray is lost is not closed, which would wait for Ray: its processes are ended.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from runtime.planning.clip_cache import check_features
 from runtime.planning.device_plan import DevicePlan, plan_devices
 from runtime.planning.disk import check_disk, checkpoint_size
 from runtime.planning.usage import usage_lines, usage_report, write_usage
+from runtime.recovery.lifeline import RayGuard
 from runtime.recovery.restarts import LEARNER, LearnerLoss, Restarts, learner_loss, words_of
-from runtime.recovery.stacks import ask_everywhere
+from runtime.recovery.stacks import ask_everywhere, end_here
 from runtime.rows import RowUse
 from runtime.starting_point import StartingPoint
 from runtime.stop import Requeue, StopSignal
@@ -102,6 +104,7 @@ class Run:
         self.files = TaskFiles(config, progress.say)
         self.restarts = Restarts(config.cluster)
         self._introduced = False
+        self._guard = RayGuard(stop)
         self._plan: DevicePlan | None = None
         self._checked: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -122,10 +125,11 @@ class Run:
         try:
             # Actors import while the driver makes the data.
             needs_actors = any(stage.actors for stage in self.stages.values())
-            self.session = Session(config, connecting=self.stop.lent()) if needs_actors else None
+            self.session = Session(config, connecting=self._guard.connecting()) if needs_actors else None
             # Only now: a run that cannot start must not delete the results of an earlier one.
             clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
         except BaseException:
+            self._guard.close()
             self.tracker.close("FAILED")
             raise
 
@@ -150,15 +154,18 @@ class Run:
                     self.store.finish(stage, plain(result))
             status = "FINISHED"
         except Requeue:
-            status = "KILLED"
+            status = "FAILED" if self.stop.loss else "KILLED"
             raise
         except TimeoutError:
             if self.session is not None:
                 self.progress.say(ask_everywhere(self.session.book.log_folder))
             raise
         finally:
+            self._guard.close()
             self.tracker.close(status)
-            if self.session is not None:
+            if self.session is not None and self.stop.loss:
+                end_here(self.session.book.log_folder)
+            elif self.session is not None:
                 self.session.close()
 
     def _attempts(self, stage: str, does: Stage) -> dict[str, Any] | None:
@@ -166,7 +173,11 @@ class Run:
         while True:
             try:
                 return does.run(self)
+            except OSError as error:
+                self._guard.judge(stage, error)
+                raise
             except (RuntimeError, RayError) as error:
+                self._guard.judge(stage, error)
                 loss = None if self.session is None else learner_loss(error, self.session)
                 if loss is None:
                     raise

@@ -1,10 +1,13 @@
 """A polite end: SIGTERM, or a terminal that goes away (SIGHUP), asks for a checkpoint and a status that means "run me again".
 
+A loss of Ray (`runtime.recovery.lifeline`) asks for the same as long as the actors answer; the run has failed then.
+
 Invariants:
 * while a training loop runs, the first signal only sets a flag, and the loop acts on it between two steps;
 * anywhere else there is nothing to save, and a signal ends the run at once;
 * under `nohup`, which has SIGHUP ignored, it stays ignored;
-* after the grace time the process ends whatever it is doing, with the same status.
+* after the grace time the process ends whatever it is doing, with the same status;
+* once Ray is lost, a loop that is not done in time is interrupted, so that the tracker is told before the process ends.
 """
 
 from __future__ import annotations
@@ -13,12 +16,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 REQUEUE_STATUS = 75
 """sysexits' EX_TEMPFAIL: a failure that the same command will not meet again."""
+
+
+CLOSES_S = 10.0
+"""What is left for the tracker and the last words after a loss of Ray."""
+LOST_STATUS = 1
 
 
 class Requeue(BaseException):
@@ -29,18 +37,24 @@ class Requeue(BaseException):
 
 
 class StopSignal:
-    """Listens for SIGTERM and SIGHUP once installed. `last_checkpoint`: the newest complete one, for messages."""
+    """Listens for SIGTERM and SIGHUP once installed.
+
+    Attributes:
+        last_checkpoint: the newest complete one, for messages.
+        loss: what was lost without which the run cannot go on, in words; empty as long as nothing is.
+    """
 
     def __init__(self, grace_s: float = 60.0, status: int = REQUEUE_STATUS) -> None:
         self.grace_s, self.status = grace_s, status
         self.last_checkpoint = "none"
+        self.loss = ""
         self._asked = threading.Event()
-        self._deferred = False
+        self._deferred = self._hurried = False
         self._hang_up = signal.getsignal(signal.SIGHUP)
 
     @property
     def requested(self) -> bool:
-        return self._asked.is_set()
+        return self._asked.is_set() or bool(self.loss)
 
     @property
     def goes_on(self) -> str:
@@ -84,17 +98,51 @@ class StopSignal:
         finally:
             self._deferred = False
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+    def lose(self, words: str, usable_s: float) -> None:
+        """Ask for a stop because something is lost. Any thread may call it; the first loss counts.
+
+        usable_s: how long a loop may try to write a checkpoint (no longer than the grace time); 0: it is interrupted.
+        """
+        if self.loss:
             return
+        self.loss = words
+        usable_s = min(usable_s, self.grace_s)
+        _after(usable_s + CLOSES_S, self._out_of_time)
+        if usable_s:
+            _after(usable_s, self._hurry)
+            self._wake()
+        else:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        self._hurried = True
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the main thread, the only one that may be interrupted, run our handler."""
+        main = threading.main_thread().ident
+        assert main is not None, "it runs"
+        signal.pthread_kill(main, signal.SIGTERM)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        first = not self._asked.is_set()
         self._asked.set()
-        timer = threading.Timer(self.grace_s, self._out_of_time)
-        timer.daemon = True
-        timer.start()
-        if not self._deferred:
+        if first and not self.loss:
+            _after(self.grace_s, self._out_of_time)
+        if self._deferred and self._hurried:
+            self._deferred = False
+            raise Requeue(f"no further checkpoint was written, the last complete one is {self.last_checkpoint}")
+        if first and not self._deferred:
             raise Requeue(f"stopped between the stages' steps, the last complete checkpoint is {self.last_checkpoint}")
 
     def _out_of_time(self) -> None:
+        if self.loss:
+            print(
+                f"error: {self.loss}\nThe run did not end by itself\nthe same command with resume=auto {self.goes_on}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(LOST_STATUS)
         print(
             f"stopping: no checkpoint within checkpoint.grace_s={self.grace_s:g} s of the signal; the last complete one "
             f"is {self.last_checkpoint}; exit status {self.status} (requeue)",
@@ -102,3 +150,9 @@ class StopSignal:
             flush=True,
         )
         os._exit(self.status)
+
+
+def _after(seconds: float, act: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()

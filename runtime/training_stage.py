@@ -19,6 +19,7 @@ from runtime.checkpointer import Checkpointer
 from runtime.cluster.events import Events
 from runtime.context import StageContext
 from runtime.recovery.revival import Revival
+from runtime.recovery.stacks import ask_everywhere
 from runtime.recovery.watch import Watch
 from runtime.stop import Requeue
 from runtime.store.checkpoint import CheckpointState
@@ -40,7 +41,13 @@ class TrainingStage:
         )
         cluster = context.config.cluster
         session = context.session
-        self._watch = Watch(session.crew.places, cluster.hang_s, cluster.start_timeout_s, session.learners)
+        self._watch = Watch(
+            session.crew.places,
+            cluster.hang_s,
+            cluster.start_timeout_s,
+            session.learners,
+            lambda: ask_everywhere(session.book.log_folder),
+        )
         self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, self._look)
         state = context.resume
         self.began_at = state.step if state else 0
@@ -96,7 +103,10 @@ class TrainingStage:
 
     def save(self, step: int, counters: dict[str, Any], *, final: bool = False) -> None:
         """Have the checkpoint of `step` written, which is also the version of its weights. counters: the result so far."""
-        state = CheckpointState(
+        self.checkpoints.save(self._state(step, counters), final=final)
+
+    def _state(self, step: int, counters: dict[str, Any]) -> CheckpointState:
+        return CheckpointState(
             self.context.stage,
             version=step,
             step=step,
@@ -105,7 +115,6 @@ class TrainingStage:
             group_size=self._group_size,
             counters=counters,
         )
-        self.checkpoints.save(state, final=final)
 
     def finish(self, step: int, counters: dict[str, Any]) -> None:
         """Write the stage's last checkpoint; wait for it, all before it, and workers that are being replaced and have room."""
@@ -117,6 +126,8 @@ class TrainingStage:
 
     def leave(self, step: int, counters: dict[str, Any]) -> NoReturn:
         """End as asked, between two steps: with a checkpoint of `step`, unless there is one. Raises Requeue."""
+        if self.context.stop.loss and step:
+            self.checkpoints.save_alone(self._state(step, counters))
         self.checkpoints.settle()
         if step and step not in self.checkpoints.written:
             self.save(step, counters)

@@ -1,11 +1,13 @@
 """A run whose processes are killed and stopped at random moments: is anything lost, done twice, or left behind?
 
     python -m benchmarks.chaos [--quick] [--kills N] [--seed S] [--inputs N] [--runs FOLDER] [--json PATH|-]
+    python -m benchmarks.chaos --quickstart [--seed S]      # only a quickstart whose workers are killed by turns
 
 Real runs (data, cold start, RL with evaluations, whole epochs) are hit one hit after the other: workers, scorers, learners and
 drivers, killed, stopped for good, stopped for a while, or asked to stop. When a run has finished, its checkpoints, journal and
 charts are compared with what it had to do, and another one begins. Then three hits on a deterministic run: its weights must be
-the bits of an undisturbed one. At last, malformed inputs (`benchmarks.chaos.inputs`).
+the bits of an undisturbed one. Then runs on a cluster of several nodes, of which that of a worker and that of the learner are
+taken away. At last, malformed inputs (`benchmarks.chaos.inputs`).
 
 The result file is written after every hit: a call with the same --json goes on from what it has. Exit 1 says that something was
 lost, done twice, hung, was left behind, or that an input ended unclearly.
@@ -19,21 +21,28 @@ import random
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.chaos.faults import KINDS, Hit, Hung, signature, strike
+from benchmarks.chaos.faults import KINDS, Fault, Hit, Hung, signature, strike
 from benchmarks.chaos.inputs import try_inputs
+from benchmarks.chaos.nodes import NODE_HITS, run_on_nodes
+from benchmarks.chaos.quickstart import hit_quickstart
 from benchmarks.chaos.subject import Subject
 from benchmarks.environment import hardware, in_words, result_target, versions, write_result
 from tests.support.killed_runs import DETERMINISTIC, exported
 
-QUICK_KILLS, KILLS = 12, 100
 QUICK_INPUTS, INPUTS = 60, 500
 DETERMINISTIC_HITS = ("worker", "driver", "learner")
+APART = len(DETERMINISTIC_HITS) + len(NODE_HITS)
+"""Hits that are not made at random."""
+QUICK_KILLS, KILLS = len(KINDS) + APART, 100
+RUNS_ON_NODES = 3
+"""A run may end before the second hit."""
 
 
 def say(line: str) -> None:
@@ -48,6 +57,7 @@ class Found:
         hits: as `asdict` of Hit, in order.
         lost, duplicated, hung, unclear, leaked: what was, in words.
         bit_equal: of the deterministic run; None: not tried.
+        on_nodes: whether the runs on several nodes have been.
     """
 
     seed: int
@@ -59,6 +69,7 @@ class Found:
     leaked: list[str] = field(default_factory=list)
     runs: int = 0
     bit_equal: bool | None = None
+    on_nodes: bool = False
     inputs: int = 0
     inputs_clear: int = 0
 
@@ -119,17 +130,29 @@ class Chaos:
                 f"deterministic weights, hit and left alone: {'the same bits' if self.found.bit_equal else 'DIFFERENT'}"
             )
 
-    def _next_kind(self) -> str:
-        done = Counter(hit["kind"] for hit in self.found.hits)
-        missing = [kind for kind in KINDS if not done[kind]]
-        return self._chance.choice(missing or list(KINDS))
+    def nodes(self) -> None:
+        """Take nodes away from runs on a cluster, until that was done in each way."""
+        for run in range(RUNS_ON_NODES):
+            missing = self._missing(NODE_HITS)
+            if missing and not (self.found.hung or self.found.lost):
+                with run_on_nodes(self.folder / f"nodes{run}") as (subject, faults):
+                    self._through(subject, lambda left=missing: left.pop(0) if left else None, faults)
+        self.found.lost += [f"no run lasted until a hit of the {kind}" for kind in self._missing(NODE_HITS)]
+        self.found.on_nodes = True
 
-    def _through(self, subject: Subject, next_kind: Any) -> None:
+    def _missing(self, kinds: Iterable[str]) -> list[str]:
+        done = {hit["kind"] for hit in self.found.hits}
+        return [kind for kind in kinds if kind not in done]
+
+    def _next_kind(self) -> str:
+        return self._chance.choice(self._missing(KINDS) or list(KINDS))
+
+    def _through(self, subject: Subject, next_kind: Any, kinds: Mapping[str, Fault] = KINDS) -> None:
         """Drive one run to its end, hitting it with what `next_kind` returns until that is None."""
         kind = next_kind()
         try:
             while kind is not None and not subject.ended:
-                hit = strike(subject, kind, self._chance)
+                hit = strike(subject, kind, self._chance, kinds)
                 if hit is None:
                     break
                 self._note(subject, hit)
@@ -177,10 +200,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_KILLS} hits, {QUICK_INPUTS} inputs")
     parser.add_argument(
-        "--kills", type=int, help=f"default {KILLS}; {len(DETERMINISTIC_HITS)} are on a deterministic run"
+        "--kills",
+        type=int,
+        help=f"default {KILLS}; {len(DETERMINISTIC_HITS)} are on a deterministic run, {len(NODE_HITS)} on a cluster's nodes",
     )
     parser.add_argument("--inputs", type=int, help=f"malformed inputs, default {INPUTS}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quickstart", action="store_true", help="only the quickstart, a worker killed every 20 s")
     parser.add_argument("--runs", type=Path, help="folder that the runs are left in (default: a temporary one)")
     parser.add_argument("--json", type=result_target, default="", help="a path, or - for standard output")
     given = parser.parse_args(arguments)
@@ -196,10 +222,14 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="chaos") as temporary:
         folder = given.runs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        chaos = Chaos(folder, kills - len(DETERMINISTIC_HITS), found, save)
+        if given.quickstart:
+            return hit_quickstart(folder / "quickstart", given.seed, say)
+        chaos = Chaos(folder, kills - APART, found, save)
         chaos.random_runs()
-        if found.bit_equal is None and kills >= len(DETERMINISTIC_HITS):
+        if found.bit_equal is None and kills >= APART:
             chaos.deterministic()
+        if not found.on_nodes and kills >= APART:
+            chaos.nodes()
         if not found.inputs:
             tried = try_inputs(inputs, given.seed, folder)
             found.inputs, found.inputs_clear = len(tried), sum(not unclear for unclear in tried)

@@ -11,7 +11,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.chaos.subject import Subject
@@ -33,6 +33,10 @@ class Hit:
     recovered_s: float | None
 
 
+Fault = Callable[[Subject, random.Random], None]
+"""Hits a run, and waits until it has come over it."""
+
+
 class Hung(RuntimeError):
     """The run makes no step any more."""
 
@@ -51,15 +55,19 @@ def _strike(subject: Subject, actor: str, number: int) -> None:
         os.kill(pid_of(subject.root, actor), number)
 
 
-def _replaced(actor: str) -> Callable[[Subject, random.Random], None]:
-    """Kill an actor; wait until the run says that it has another one."""
+def _kill(subject: Subject, actor: str) -> None:
+    _strike(subject, actor, signal.SIGKILL)
+
+
+def replaced(actor: str, lose: Callable[[Subject, str], None] = _kill) -> Fault:
+    """Kill an actor; wait until the run says that it has another one. lose: kills it in another way."""
 
     def hit(subject: Subject, chance: random.Random) -> None:
         name = actor.format(chance.randrange(2))
         before = subject.told(rf"{name} died \(")
         steps = len(subject.steps())
         there = subject.told(rf"{name} is there again")
-        _strike(subject, name, signal.SIGKILL)
+        lose(subject, name)
         wait_until(subject, lambda: subject.told(rf"{name} died \(") > before or len(subject.steps()) > steps + 8)
         if name.startswith("rollout"):
             wait_until(
@@ -90,7 +98,7 @@ def _learner_hangs(subject: Subject, chance: random.Random) -> None:
     wait_until(subject, lambda: len(subject.steps()) > now)
 
 
-def _pauses(actor: str) -> Callable[[Subject, random.Random], None]:
+def _pauses(actor: str) -> Fault:
     """Stop an actor for a while."""
 
     def hit(subject: Subject, chance: random.Random) -> None:
@@ -108,7 +116,7 @@ def _pauses(actor: str) -> Callable[[Subject, random.Random], None]:
     return hit
 
 
-def _driver(number: int) -> Callable[[Subject, random.Random], None]:
+def _driver(number: int) -> Fault:
     """End the driver, and type its command again."""
 
     def hit(subject: Subject, chance: random.Random) -> None:
@@ -121,13 +129,13 @@ def _driver(number: int) -> Callable[[Subject, random.Random], None]:
     return hit
 
 
-KINDS: dict[str, Callable[[Subject, random.Random], None]] = {
-    "worker": _replaced("rollout-{}"),
+KINDS: dict[str, Fault] = {
+    "worker": replaced("rollout-{}"),
     "worker hangs": _hangs,
     "worker pauses": _pauses("rollout-{}"),
-    "scorer": _replaced("scorer"),
+    "scorer": replaced("scorer"),
     "scorer pauses": _pauses("scorer"),
-    "learner": _replaced("learner"),
+    "learner": replaced("learner"),
     "learner hangs": _learner_hangs,
     "learner pauses": _pauses("learner"),
     "driver": _driver(signal.SIGKILL),
@@ -136,7 +144,7 @@ KINDS: dict[str, Callable[[Subject, random.Random], None]] = {
 """What may be done, and how it is come over."""
 
 
-def strike(subject: Subject, kind: str, chance: random.Random) -> Hit | None:
+def strike(subject: Subject, kind: str, chance: random.Random, kinds: Mapping[str, Fault] = KINDS) -> Hit | None:
     """Hit a run a random time after its next step; returns None if it ended before. Raises Hung."""
     now = len(subject.steps())
     wait_until(subject, lambda: len(subject.steps()) > now)
@@ -147,7 +155,7 @@ def strike(subject: Subject, kind: str, chance: random.Random) -> Hit | None:
     steps = subject.steps()
     at = steps[-1] if steps else "start"
     began = time.monotonic()
-    KINDS[kind](subject, chance)
+    kinds[kind](subject, chance)
     subject.look()
     return Hit(kind, at, time.monotonic() - began)
 

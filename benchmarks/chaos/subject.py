@@ -2,7 +2,8 @@
 
 Invariants:
 * steps times batch are whole epochs: every (epoch, task) must be trained exactly once, whatever happens;
-* a process counts as the run's if it descends from the driver, and as left behind if it lives SETTLE_S after it.
+* a process counts as the run's if it descends from the driver, or is an actor of it or descends from one; and as left behind if
+  it lives SETTLE_S after the driver.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.killed_runs import CLIPS, Driver, charts, journal
-from tests.support.processes import family, still_there
+from tests.support.processes import family, logging_to, still_there
 
 BATCH = 2
 STEPS = {"sft": 12, "rl": 24}
@@ -36,15 +38,16 @@ SETTLE_S = 10.0
 class Subject:
     """One run_root, and the driver that works on it."""
 
-    def __init__(self, root: Path, *overrides: str) -> None:
-        self.root = root
+    def __init__(self, root: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> None:
+        """environment: of the driver, beside this process's."""
+        self.root, self._environment = root, environment
         self._overrides = (*OVERRIDES, *overrides)
         self._known: dict[int, str] = {}
         self.start()
 
     def start(self) -> None:
         """Type the command, again if it was typed before."""
-        self.driver = Driver(self.root, *self._overrides)
+        self.driver = Driver(self.root, *self._overrides, environment=self._environment)
 
     @property
     def ended(self) -> bool:
@@ -60,7 +63,7 @@ class Subject:
 
     def look(self) -> None:
         """Remember the processes that the run has now."""
-        self._known |= family(self.driver.process.pid)
+        self._known |= family(self.driver.process.pid) | logging_to(self.root / "logs")
 
     def left_behind(self) -> list[int]:
         """Wait SETTLE_S after the driver's end; return the processes that are still there."""

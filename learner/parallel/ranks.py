@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from learner.setup import RankPlace
+from streams.support.doing import doing
 
 T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
@@ -133,7 +134,8 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world
         try:
-            dist.all_gather_object(values, value, group=self._group)
+            with doing(f"waits for the other ranks {what}"):
+                dist.all_gather_object(values, value, group=self._group)
         except (RuntimeError, dist.DistError) as error:
             raise RuntimeError(
                 f"learner rank {self.rank} of {self.world} waited for the other ranks ({what}) and lost one, or "

@@ -20,9 +20,11 @@ from ray.exceptions import RuntimeEnvSetupError
 from conf.platform import ClusterConfig
 from runtime.cluster.code import cluster_environment, local_path, modules_folder
 from runtime.recovery import reaper
+from runtime.recovery.lifeline import NATIVE_VARIABLE
 from streams.support.files import MODULES_VARIABLE
 
 ANSWER_TIMEOUT_S = 10.0
+LOCAL_NATIVE_S = "120"
 
 log = logging.getLogger("sightline.cluster")
 
@@ -47,6 +49,8 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
         # Ray would start a process per core that no actor can use, as actors bring an environment of their own.
         os.environ.setdefault("RAY_enable_worker_prestart", "0")
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        # Time for the last checkpoint, if this Ray loses its GCS.
+        os.environ.setdefault(NATIVE_VARIABLE, LOCAL_NATIVE_S)
         # "local" rather than nothing: Ray would look for a cluster that runs already.
         environment = {"PYTHONPATH": local_path(), "TOKENIZERS_PARALLELISM": "false"}
         try:

@@ -9,12 +9,14 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 
 from streams.messages import WorkerStats
 
@@ -51,11 +53,19 @@ class _Asked:
 class Watch:
     """Looks after the rollout workers, and the learner's ranks. hang_s: seconds without a sign of life.
 
-    start_s: seconds until a process gives its first.
+    start_s: seconds until a process gives its first. where: has all actors say where they stand, before one is ended.
     """
 
-    def __init__(self, workers: Workers, hang_s: float, start_s: float, learners: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        hang_s: float,
+        start_s: float,
+        learners: Ranks | None = None,
+        where: Callable[[], str] | None = None,
+    ) -> None:
         self._workers, self._learners, self._hang_s, self._start_s = workers, learners, hang_s, max(start_s, hang_s)
+        self._where = where
         self._asked: dict[str, _Asked] = {}
         self._ended: set[str] = set()
 
@@ -90,9 +100,11 @@ class Watch:
             return
         self._asked[name] = _Asked(asked.actor, now, self._hang_s)
         try:
-            stats: WorkerStats | None = ray.get(done[0])
+            stats: WorkerStats | None = ray.get(done[0], timeout=BEAT_S)
         except (RayActorError, OutOfMemoryError):
             return  # it died: its calls say so
+        except GetTimeoutError:
+            return  # it has answered, and is asked again
         if stats is not None and stats.visit_s > self._hang_s:
             self._end(name, asked.actor, f"has been in one visit of its engine for {stats.visit_s:.0f} s")
 
@@ -102,4 +114,15 @@ class Watch:
             return
         self._ended.add(key)
         log.warning("%s %s (cluster.hang_s=%g): it is ended", name, why, self._hang_s)
+        if self._where is None:
+            ray.kill(actor)
+        else:
+            threading.Thread(target=_end_after, args=(self._where, actor), name="watch", daemon=True).start()
+
+
+def _end_after(where: Callable[[], str], actor: Any) -> None:
+    """End an actor once it is known where all of them stand; that takes seconds."""
+    try:
+        log.warning("%s", where())
+    finally:
         ray.kill(actor)

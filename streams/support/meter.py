@@ -5,6 +5,7 @@ Python and its libraries.
 
 Invariants:
 * phases of one meter do not nest;
+* the phase that a thread is in is told to whoever asks (`streams.support.doing`);
 * one thread calls `phase` and `repeated`; others may call `beside`, and any may ask for `usage`;
 * a phase that repeats or runs beside costs no synchronisation and no reset, so throughput may be measured around it.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from streams.support.doing import doing
 from streams.support.usage import DeviceInfo, PhaseUsage
 
 PROC = Path("/proc/self")
@@ -104,7 +106,8 @@ class Meter:
         self._reset()
         began = time.monotonic()
         try:
-            yield
+            with doing(name):
+                yield
         finally:
             self._synchronise()
             self._add(name, time.monotonic() - began, self._peak())
@@ -123,7 +126,8 @@ class Meter:
         """
         began = time.monotonic()
         try:
-            yield
+            with doing(name):
+                yield
         finally:
             self._add(name, time.monotonic() - began, 0)
             self._repeated.add(name)
@@ -139,7 +143,8 @@ class Meter:
             self._beside.add(name)
         began = time.monotonic()
         try:
-            yield
+            with doing(name):
+                yield
         finally:
             self._add(name, time.monotonic() - began, self._peak())
             with self._lock:

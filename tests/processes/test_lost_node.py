@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
 
 import pytest
 
@@ -16,22 +13,18 @@ from tests.support.ray_head import RayHead
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_the_node_of_learner_and_worker_is_lost_and_another_one_takes_their_place(tmp_path, monkeypatch):
+def test_the_node_of_learner_and_worker_is_lost_and_another_one_takes_their_place(tmp_path):
     root = tmp_path / "run"
     with RayHead(0) as head:
         for _ in range(3):
             head.add_node(1)
-        for name, value in (head.environment | {"RAY_ADDRESS": head.address}).items():
-            monkeypatch.setenv(name, value)
         # Four actors fill two of the three nodes.
-        driver = Driver(root, "cluster.address=auto", "cluster.actor_cpus=0.5")
+        driver = Driver(root, "cluster.address=auto", "cluster.actor_cpus=0.5", environment=head.joining)
         driver.wait_for_step("rl", 3)
         assert driver.process.poll() is None, driver.output
         learner = pid_of(root, "learner")
-        (lost,) = [node for processes in head.nodes if learner in (node := family(processes))]
-        for pid in lost:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        (node,) = [node for node in head.nodes if learner in family(node)]
+        head.lose_node(node)
         assert driver.wait() == 0, driver.output
         check_exactly_once(root, driver.output)
         assert re.search(r"rl: learner died.*; new processes go on from the newest checkpoint \(loss", driver.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -240,7 +241,7 @@ class Watched:
         self.replies: dict[object, object] = {}
         monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(watch.ray, "wait", lambda refs, timeout: ([r for r in refs if r in self.replies], []))
-        monkeypatch.setattr(watch.ray, "get", lambda ref: self.replies[ref])
+        monkeypatch.setattr(watch.ray, "get", lambda ref, timeout: self.replies[ref])
         monkeypatch.setattr(watch.ray, "kill", self.ended.append)
         self.crew = SimpleNamespace(workers=[self.process(), self.process()], waiting=set())
         self.learners = SimpleNamespace(actors=[])
@@ -291,6 +292,29 @@ def test_whose_engine_is_stuck_in_one_visit_is_ended(monkeypatch, caplog):
     world.run(10, WorkerStats(0, 0, visit_s=11.0))
     assert world.ended == world.crew.workers
     assert "rollout-0 has been in one visit of its engine for 11 s" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_where_all_stand_is_said_before_a_process_is_ended_and_never_keeps_it_from_that(monkeypatch, caplog, fails):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    world = Watched(monkeypatch)
+    world.crew.workers.pop()
+    asked_with: list[int] = []
+
+    def where() -> str:
+        asked_with.append(len(world.ended))
+        if fails:
+            raise OSError("no folder")
+        return "rollout-0: engine: waits for a group"
+
+    world.watch = Watch(world.crew, 10.0, 40.0, world.learners, where)
+    world.run(60, None)
+    (ending,) = [thread for thread in threading.enumerate() if thread.name == "watch"] or [None]
+    if ending is not None:
+        ending.join(30)
+    assert asked_with == [0]
+    assert world.ended == world.crew.workers
+    assert ("engine: waits for a group" in caplog.text) is not fails
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -141,3 +141,45 @@ def test_under_nohup_a_terminal_that_goes_away_ends_nothing():
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=60)[0] == "went on\n"
     assert process.returncode == 0
+
+
+LOSES = """import threading
+    import runtime.stop
+    runtime.stop.CLOSES_S = 1.0
+    threading.Timer({after}, lambda: stop.lose("Ray is gone", {usable})).start()
+    {then}"""
+
+
+@pytest.mark.parametrize(
+    ("usable", "then", "said"),
+    [
+        # A loop writes its checkpoint as if it had been asked to stop.
+        (5.0, LOOP.format(writes=0.2), "checkpoint written\nasked: stopped at step 3\n"),
+        # It takes too long, or nothing can be written any more: it is interrupted.
+        (0.3, LOOP.format(writes=30), "asked: no further checkpoint was written, the last complete one is here\n"),
+        (0.0, LOOP.format(writes=30), "asked: no further checkpoint was written, the last complete one is here\n"),
+        # Outside of a loop there is nothing to write.
+        (5.0, 'print("ready", flush=True); time.sleep(30)', "asked: stopped between the stages' steps"),
+    ],
+)
+def test_a_loss_interrupts_like_a_signal_and_is_kept_in_words(usable, then, said):
+    body = LOSES.format(after=0.5, usable=usable, then=then)
+    status, out, _, seconds = ended(body, signals=0)
+    assert status == 75, "the caller decides by `loss`"
+    assert said in out
+    assert seconds < 20
+
+
+def test_a_loss_ends_a_process_that_nothing_can_interrupt():
+    stuck = """print("ready", flush=True)
+    import ctypes
+    for _ in range(9):
+        try:
+            ctypes.CDLL(None).sleep(30)
+        except Requeue:
+            pass"""
+    status, _, err, seconds = ended(LOSES.format(after=0.5, usable=0.0, then=stuck), signals=0)
+    assert status == 1
+    assert "error: Ray is gone" in err
+    assert "goes on from here" in err
+    assert seconds < 20

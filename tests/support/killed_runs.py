@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.project import ROOT
@@ -50,12 +51,20 @@ LIMIT_S = 300
 class Driver:
     """A running `launch.py` whose output can be watched."""
 
-    def __init__(self, root: Path, *overrides: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *overrides: str,
+        environment: Mapping[str, str] | None = None,
+        settings: tuple[str, ...] = SETTINGS,
+    ) -> None:
+        """environment: beside this process's. settings: of a run of another kind than the small one."""
         self.log = root.with_name(f"{root.name}.{len(list(root.parent.glob(f'{root.name}.*.log')))}.log")
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "launch.py", *SETTINGS, f"run_root={root}", *overrides],
+                [sys.executable, "launch.py", *settings, f"run_root={root}", *overrides],
                 cwd=ROOT,
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -37,6 +37,17 @@ def family(pid: int) -> dict[int, str]:
     return {pid: when for pid, when in found.items() if when}
 
 
+def logging_to(folder: Path) -> dict[int, str]:
+    """The actors of a run that log to this folder, and their children -> when they began."""
+    wanted = f"SIGHTLINE_LOG_DIR={folder.resolve()}".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = began(int(process.name))
+    return {pid: when for pid, when in found.items() if when}
+
+
 def still_there(known: dict[int, str]) -> list[int]:
     """Those of these processes that have not ended."""
     return [pid for pid, when in known.items() if began(pid) == when]

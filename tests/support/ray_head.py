@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+from tests.support.processes import family
+
 START_S = 150
 BIN = Path(sys.executable).parent
 """Where `ray` and `python` of the nodes are, unless told otherwise."""
@@ -66,6 +68,11 @@ class RayHead:
         self.close()
 
     @property
+    def joining(self) -> dict[str, str]:
+        """The environment of a command that joins the cluster, with the token."""
+        return self.environment | {"RAY_ADDRESS": self.address}
+
+    @property
     def nodes(self) -> list[int]:
         """The process that each node descends from, the head's first."""
         return [process.pid for process in self._processes]
@@ -75,10 +82,18 @@ class RayHead:
         self._start(f"--address={self.address}", f"--num-cpus={cpus}", wrapper=wrapper)
         self._await_nodes(len(self._processes))
 
+    def lose_node(self, process: int) -> None:
+        """Kill a node of `nodes`, with all that runs on it."""
+        for pid in family(process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        (lost,) = [known for known in self._processes if known.pid == process]
+        self._processes.remove(lost)
+        lost.wait()
+
     def run(self, *command: str, cwd: Path, limit_s: float = 120) -> subprocess.CompletedProcess:
         """Run a command with the token, on this machine, outside of any job."""
-        environment = self.environment | {"RAY_ADDRESS": self.address}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=limit_s)
+        return subprocess.run(command, cwd=cwd, env=self.joining, capture_output=True, text=True, timeout=limit_s)
 
     def submit(self, folder: Path, *command: str) -> str:
         """Submit a folder with `ray job submit`; return the job's id."""
