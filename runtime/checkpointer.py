@@ -1,8 +1,9 @@
-"""Writes one stage's checkpoints in the background: the learner saves, a Ray task checks, flushes and renames.
+"""Writes one stage's checkpoints in the background: the learner copies and writes, a Ray task checks, flushes and renames.
 
 Invariants:
-* neither learner nor driver waits until the disk is flushed; only a checkpoint that is due while the one before is still being
-  written holds the learner up, so that there is never more than one under way, nor more to lose than two intervals;
+* the learner stops for the copy alone, and neither it nor the driver waits for the disk; only a checkpoint that is due while
+  the one before is still being written holds the learner up, so that there is never more than one under way, nor more to lose
+  than two intervals;
 * a checkpoint that could not be written, or not within `checkpoint.deadline_s`, is reported, and training continues; not if it
   was the stage's last one, nor after `checkpoint.most_failures` in a row: what is trained then would be lost, too;
 * old checkpoints are deleted only after a new one is complete.
@@ -137,8 +138,12 @@ class Checkpointer:
         )
         path = self.folder / _name(state.step, final=final)
         partial = partial_path(path)
-        resumable = self._config.checkpoint.optimizer != "none"
-        saved = self._context.session.learners.save(str(partial), self._context.streaming, resumable=resumable)
+        saved = self._context.session.learners.save(
+            str(partial),
+            self._context.streaming,
+            resumable=self._config.checkpoint.optimizer != "none",
+            limit_s=self._config.checkpoint.deadline_s,
+        )
         return _commit.remote(saved, str(partial), str(path), state)
 
     def _saved(self, path: str) -> None:

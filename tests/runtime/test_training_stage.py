@@ -91,7 +91,7 @@ class Learners:
     fails = False
     actors = ()
 
-    def save(self, path, streaming, *, resumable):
+    def save(self, path, streaming, *, resumable, limit_s):
         return _export.remote(path, self.fails)
 
 
@@ -164,7 +164,7 @@ class SlowLearners:
     def __init__(self, there) -> None:
         self.there = str(there)
 
-    def save(self, path, streaming, *, resumable):
+    def save(self, path, streaming, *, resumable, limit_s):
         return _export_once.remote(path, self.there)
 
 
