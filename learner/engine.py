@@ -18,6 +18,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from learner.parallel.deepspeed import apply_gradients, wrap
 from learner.parallel.ranks import Ranks
 from learner.publish import export_weights, full_numel, host_state_dict
 from learner.reference import Reference
+from learner.saving import BackgroundWriter
 from learner.setup import LearnerSetup
-from learner.state import load_state, save_state
+from learner.state import copy_state, load_state
 from learner.step import Outcome, Outcomes, Share, Step, agree
 from streams.backbone.backbone import Backbone
 from streams.backbone.fused.modules import settle_fused_kernels
@@ -69,6 +71,7 @@ class LearnerEngine:
         kernels = (attention, vision, fused)
         log.info("rank %d: attention %s, vision attention %s, fused kernels %s", ranks.rank, *kernels)
         self.meter = Meter()
+        self._writer = BackgroundWriter()
         with self.meter.phase("load"):
             self.backbone = Backbone.load(
                 setup.checkpoint,
@@ -240,20 +243,27 @@ class LearnerEngine:
         with self.meter.phase("publish"):
             return export_weights(self.backbone.trainable(), self.version, self.ranks)
 
-    def save(self, path: Path, streaming: dict[str, Any], *, resumable: bool = True) -> None:
-        """Write `path`/hf, an exported checkpoint, and return when every rank has written its part.
+    def save(self, path: Path, streaming: dict[str, Any], *, resumable: bool = True) -> Future[None]:
+        """Copy this rank's part of a checkpoint to host memory, and have it written while training goes on; a collective call.
 
-        If resumable, also write `path`/deepspeed, which is all that the next step depends on.
+        It is `path`/hf, an exported checkpoint, and if resumable `path`/deepspeed, which is all that the next step depends on.
+        The future is done when this rank has written its part. Raises RuntimeError on every rank if any still writes another.
         """
-        with self.meter.phase("save"):
-            whole = host_state_dict(self.backbone.model, self.ranks)
-            if whole is not None:
-                self.backbone.save(path / "hf", streaming, whole)
+        self.ranks.agree(self._writer.problem(), "to begin a checkpoint")
+        backbone, write_state = self.backbone, None
+        with self.meter.phase("save"), self.deepspeed.checkpoint_engine.collecting() as copies:
+            whole = host_state_dict(backbone.model, self.ranks, copies)
             if resumable:
-                save_state(path, self.deepspeed, self.ranks, self.config, self.version)
-            else:
-                # Rank 0's reply is the group's: no rank may be behind in the gathering when it comes.
-                self.ranks.gather(None, "to finish the export")
+                write_state = copy_state(path, self.deepspeed, self.ranks, self.config, self.version)
+
+        def write() -> None:
+            with self.meter.beside("write checkpoint"):
+                if whole is not None:
+                    backbone.save(path / "hf", streaming, whole)
+                if write_state is not None:
+                    write_state()
+
+        return self._writer.start(write)
 
     def load(self, path: Path) -> int:
         """Load what `save` wrote and return its version. The next step is then the one that would have followed.

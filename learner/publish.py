@@ -18,6 +18,7 @@ from torch import nn
 
 from learner.config import GATHER_BYTES
 from learner.parallel.ranks import Ranks
+from learner.saving import HostCopies
 from streams.messages import WeightsUpdate
 
 
@@ -110,20 +111,22 @@ def export_weights(parameters: dict[str, nn.Parameter], version: int, ranks: Ran
     )
 
 
-def host_state_dict(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor] | None:
-    """Return the model's state dict in host memory, on rank 0; None on other ranks. Tied entries share one tensor."""
+def host_state_dict(model: nn.Module, ranks: Ranks, host: HostCopies) -> dict[str, torch.Tensor] | None:
+    """Return a copy of the model's state dict in host memory, on rank 0; None on other ranks. Tied entries share one tensor."""
+    parameters = dict(model.named_parameters())
     copies: dict[str, torch.Tensor] = {}
 
     def copy(name: str, whole: torch.Tensor) -> None:
-        copies[name] = whole.to("cpu", copy=True)
+        # What was gathered for the visit is nobody else's, and gone after it.
+        copies[name] = whole.to("cpu", copy=True) if is_partitioned(parameters[name]) else host.of(whole)
 
-    visit_whole(dict(model.named_parameters()), copy if ranks.leads else None)
+    visit_whole(parameters, copy if ranks.leads else None)
     if not ranks.leads:
         return None
     # `named_parameters` lists a tied parameter once, `state_dict` under each of its names: all must be there, and the
     # export decides which of them it writes.
-    by_parameter = {id(p): copies[name] for name, p in model.named_parameters()}
+    by_parameter = {id(p): copies[name] for name, p in parameters.items()}
     return {
-        name: by_parameter[id(value)] if id(value) in by_parameter else value.detach().cpu()
+        name: by_parameter[id(value)] if id(value) in by_parameter else host.of(value.detach())
         for name, value in model.state_dict(keep_vars=True).items()
     }

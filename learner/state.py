@@ -5,7 +5,7 @@ partitioned), `rng_rank00000.pt` ... (random states of every rank), `learner.jso
 partitioned).
 
 Invariants:
-- Training continues bit for bit from what is loaded.
+- Training continues bit for bit from what is loaded, which is what was there when it was copied.
 - A state that was partitioned otherwise is refused: see PARTITIONING.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,28 @@ PARTITIONING = ("ranks", "zero_stage", "offload", "dtype", "freeze", "freeze_nam
 """Keys of `learner` that decide how the state is spread over files and tensors."""
 
 
-def save_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig, version: int) -> None:
-    """Write this rank's part. All ranks write into the same folder, on a file system that they share."""
+def copy_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig, version: int) -> Callable[[], None]:
+    """Copy this rank's part; return a function that writes it, to be called in any thread.
+
+    All ranks write into the same folder, on a file system that they share. Its checkpoint engine must be collecting.
+    """
     folder = path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     deepspeed.save_checkpoint(str(folder), tag=TAG)
-    torch.save(random_states(), folder / _random_file(ranks.rank))
-    if ranks.leads:
-        facts = partitioning(config) | {"version": version}
-        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
-    # Rank 0's reply is the group's: it comes when the last rank has written.
-    ranks.gather(None, "to write their parts of the checkpoint")
+    write_deepspeed = deepspeed.checkpoint_engine.take()
+    states, facts = random_states(), partitioning(config) | {"version": version}
+
+    def write() -> None:
+        write_deepspeed()
+        torch.save(states, folder / _random_file(ranks.rank))
+        if ranks.leads:
+            (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+
+    return write
 
 
 def load_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig) -> int:
-    """Load what `save_state` wrote and return the version.
+    """Load what `copy_state` had written and return the version.
 
     Raises FileNotFoundError or ValueError on every rank if any rank's part is missing or does not fit.
     """

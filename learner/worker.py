@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,11 @@ class Learner:
         self._timeout = fetch_timeout_s
         self._ranks: Ranks | None = None
         self._store: Any = None
+        # By number of the save: of the copy, then of the writing. Made by whoever comes first, `save` or `written`.
+        self._saves: dict[int, Future[Future[None]]] = {}
 
-    # In a thread of its own: it is asked for while a step runs.
-    concurrency_groups = {"beat": 1}  # noqa: RUF012
+    # In threads of their own: they are asked for while a step runs. One checkpoint that was given up may still be written.
+    concurrency_groups = {"beat": 1, "written": 2}  # noqa: RUF012
 
     @ray.method(concurrency_group="beat")
     def beat(self) -> None:
@@ -132,10 +135,29 @@ class Learner:
         """Re-score the sampled tokens of all ranks' groups. payloads: this rank's GroupPayloads, or references."""
         return self._ready().score([self._resolve(payload) for payload in payloads])
 
-    def save(self, path: str, streaming: dict[str, Any], resumable: bool) -> None:
-        """Write this rank's part of a checkpoint, see `LearnerEngine.save`."""
-        with doing(f"writes {path}"):
-            self._ready().save(Path(path), streaming, resumable=resumable)
+    def save(self, number: int, path: str, streaming: dict[str, Any], resumable: bool) -> None:
+        """Copy this rank's part of a checkpoint, see `LearnerEngine.save`. number: of the call.
+
+        `written` of that number tells what comes of it, errors included.
+        """
+        started = self._saves.setdefault(number, Future())
+        try:
+            with doing(f"copies what {path} will hold"):
+                started.set_result(self._ready().save(Path(path), streaming, resumable=resumable))
+        except Exception as error:  # noqa: BLE001 - whoever waits for it gets it
+            started.set_exception(error)
+
+    @ray.method(concurrency_group="written")
+    def written(self, number: int, limit_s: float) -> None:
+        """Return once this rank has written its part, for the `save` of that number, which need not have begun.
+
+        Raises its error, or TimeoutError after `limit_s`.
+        """
+        try:
+            with doing("waits for a checkpoint to be written"):
+                self._saves.setdefault(number, Future()).result(limit_s).result(limit_s)
+        finally:
+            self._saves.pop(number, None)
 
     def load(self, path: str) -> int:
         """Load a checkpoint and return its version."""
@@ -148,34 +170,37 @@ class Learner:
         return self._engine
 
     def _resolve(self, payload: Any) -> GroupPayload:
-        group = self._get(payload)
-        return dataclasses.replace(group, media=self._get(group.media))
+        group = _fetched(payload, self._timeout)
+        return dataclasses.replace(group, media=_fetched(group.media, self._timeout))
 
-    def _get(self, value: Any) -> Any:
-        if not isinstance(value, ray.ObjectRef):
-            return value
-        with doing("fetches a group from the object store"):
-            return ray.get(value, timeout=self._timeout)
+
+def _fetched(value: Any, timeout_s: float) -> Any:
+    if not isinstance(value, ray.ObjectRef):
+        return value
+    with doing("fetches a group from the object store"):
+        return ray.get(value, timeout=timeout_s)
 
 
 class LeadLearner(Learner):
     """Rank 0 of several ranks. `join` runs in a thread beside the training calls and replies for the whole group."""
 
     # `join` waits for as long as a step runs: with threads of its own it does not keep this rank's other calls waiting.
-    concurrency_groups = {"beat": 1, "join": 8}  # noqa: RUF012
+    concurrency_groups = {"beat": 1, "written": 2, "join": 8}  # noqa: RUF012
 
     @ray.method(concurrency_group="join")
-    def join(self, what: str, replies: list[Any]) -> Any:
+    def join(self, what: str, replies: list[Any], limit_s: float | None = None) -> Any:
         """Return rank 0's reply once all ranks have replied.
 
-        Raises RuntimeError as soon as a rank fails, and names it; RankDiedError for one that died, rather than for those that
-        lost their connection to it. Raises TimeoutError that names the ranks which did not reply in time.
+        limit_s: how long to wait for the next reply; None: as long as for any call. Raises RuntimeError as soon as a rank
+        fails, and names it; RankDiedError for one that died, rather than for those that lost their connection to it. Raises
+        TimeoutError that names the ranks which did not reply in time.
         """
+        limit_s = limit_s or self._timeout
         with doing(f"waits for all ranks, {what}"):
-            failures = self._failures(replies, self._timeout)
+            failures = self._failures(replies, limit_s)
         if failures is None:
             missing = [rank for rank, ref in enumerate(replies) if not ray.wait([ref], timeout=0)[0]]
-            raise TimeoutError(f"waited {self._timeout:g} s for learner ranks {missing} to finish {what}")
+            raise TimeoutError(f"waited {limit_s:g} s for learner ranks {missing} to finish {what}")
         if failures:
             rank, error = min(failures.items(), key=lambda item: (not isinstance(item[1], DEATHS), item[0]))
             if isinstance(error, DEATHS):

@@ -22,14 +22,20 @@ class EvaluatedStage(TrainingStage):
     """A training stage that is evaluated while it trains. `best`: step, metric, value of the best checkpoint, or {}."""
 
     def __init__(
-        self, context: StageContext, heldout: tuple[StreamTask, ...], *, patience: int, group_size: int
+        self,
+        context: StageContext,
+        tasks: tuple[StreamTask, ...],
+        heldout: tuple[StreamTask, ...],
+        *,
+        patience: int,
+        group_size: int,
     ) -> None:
         """heldout: the held-out rows, of which evaluations watch all, or the first `eval.tasks`.
 
-        patience, group_size: see TrainingStage. Raises ValueError if no evaluation has the metric that `eval.best`
+        tasks, patience, group_size: see TrainingStage. Raises ValueError if no evaluation has the metric that `eval.best`
         names.
         """
-        super().__init__(context, patience=patience, group_size=group_size)
+        super().__init__(context, tasks, patience=patience, group_size=group_size)
         self.heldout = evaluated(context.config, heldout)
         # Checked at the start for rows that existed then; by now generated rows exist, too.
         self._decides = named_best(context.config, heldout).eval.best

@@ -15,7 +15,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from conf.age import age_bound
@@ -33,7 +32,6 @@ from rl.workers import PublishedGroups, Workers
 from runtime.cluster.events import MOST_DEATHS, lost_with_an_actor
 from runtime.context import StageContext
 from runtime.mismatch_gate import MismatchGate
-from runtime.store.manifests import plain
 from runtime.task_order import epochs
 from streams.data.dataset import Reason, SkippedSample, at_row
 from streams.log.mismatch import OffToken
@@ -51,6 +49,7 @@ class RLLoop:
         self.session, self.total = context.session, context.steps
         self.stage = EvaluatedStage(
             context,
+            tasks,
             heldout,
             patience=max(50, 2 * config.algorithm.groups_in_flight),
             group_size=config.algorithm.group_size,
@@ -276,4 +275,4 @@ class RLLoop:
 
     def _counters(self) -> dict[str, Any]:
         """Return the result so far, as checkpoints store it."""
-        return plain(asdict(self._account()))
+        return self._account().counters()

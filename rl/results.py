@@ -7,10 +7,12 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rewards.compose import RewardResult
+from runtime.store.manifests import plain
+from runtime.store.ranges import Ranges
 from streams.data.dataset import SkippedSample
 from streams.log.mismatch import LogpDiff
 from streams.messages import GroupSummary, TrainReport
@@ -88,11 +90,17 @@ class RLResult:
             self.mean_reward_first = mean_reward
         self.mean_reward_last = mean_reward
 
+    def counters(self) -> dict[str, Any]:
+        """Return the result as a checkpoint's state has it, JSON-ready."""
+        return plain(asdict(self)) | {"versions_seen": plain(Ranges.of(self.versions_seen).pairs)}
+
     @classmethod
     def restore(cls, counters: dict[str, Any]) -> RLResult:
         """Return the result that a checkpoint's state has as JSON."""
         values = dict(counters)
-        values["versions_seen"] = set(values.get("versions_seen", ()))
+        seen = values.get("versions_seen", ())
+        # Earlier versions listed every one.
+        values["versions_seen"] = {*Ranges(pair if isinstance(pair, list) else (pair, pair) for pair in seen)}
         values["skipped"] = [SkippedSample(**sample) for sample in values.get("skipped", ())]
         for key in ("monitor", "age0", "published"):
             values[key] = LogpDiff(**values.get(key, {}))

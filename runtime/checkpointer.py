@@ -1,8 +1,9 @@
-"""Writes one stage's checkpoints in the background: the learner saves, a Ray task checks, flushes and renames.
+"""Writes one stage's checkpoints in the background: the learner copies and writes, a Ray task checks, flushes and renames.
 
 Invariants:
-* neither learner nor driver waits until the disk is flushed; only a checkpoint that is due while the one before is still being
-  written holds the learner up, so that there is never more than one under way, nor more to lose than two intervals;
+* the learner stops for the copy alone, and neither it nor the driver waits for the disk; only a checkpoint that is due while
+  the one before is still being written holds the learner up, so that there is never more than one under way, nor more to lose
+  than two intervals;
 * a checkpoint that could not be written, or not within `checkpoint.deadline_s`, is reported, and training continues; not if it
   was the stage's last one, nor after `checkpoint.most_failures` in a row: what is trained then would be lost, too;
 * old checkpoints are deleted only after a new one is complete;
@@ -218,8 +219,10 @@ def _start(context: StageContext, folder: Path, state: CheckpointState, *, final
     )
     path = folder / _name(state.step, final=final)
     partial = partial_path(path)
-    resumable = context.config.checkpoint.optimizer != "none"
-    saved = context.session.learners.save(str(partial), context.streaming, resumable=resumable)
+    config = context.config.checkpoint
+    saved = context.session.learners.save(
+        str(partial), context.streaming, resumable=config.optimizer != "none", limit_s=config.deadline_s
+    )
     return _Started(saved, partial, path, state)
 
 

@@ -24,13 +24,20 @@ from runtime.recovery.watch import Watch
 from runtime.stop import Requeue
 from runtime.store.checkpoint import CheckpointState
 from runtime.store.journal import StepJournal, journal_path
+from runtime.task_order import Either, GroupSet, TaskOrder
+from streams.task import StreamTask
 
 
 class TrainingStage:
     """The state of one stage, restored from the checkpoint that it goes on from, and the events that it waits for."""
 
-    def __init__(self, context: StageContext, *, patience: int, group_size: int = 1) -> None:
-        """patience: groups dropped in a row before the stage gives up. group_size: streams of a group."""
+    def __init__(
+        self, context: StageContext, tasks: tuple[StreamTask, ...], *, patience: int, group_size: int = 1
+    ) -> None:
+        """tasks: what the stage trains on. patience: groups dropped in a row before it gives up.
+
+        group_size: streams of a group.
+        """
         self.context = context
         self.revival = Revival(
             context.session,
@@ -51,8 +58,9 @@ class TrainingStage:
         self.events = Events(cluster.call_timeout_s, context.stop, self.revival.died, self._look)
         state = context.resume
         self.began_at = state.step if state else 0
-        self.consumed = list(state.consumed) if state else []
-        self.dropped = list(state.dropped) if state else []
+        self._order = TaskOrder([task.id for task in tasks], context.config.seed)
+        self.consumed = GroupSet.restore(self._order, state, "consumed")
+        self.dropped = GroupSet.restore(self._order, state, "dropped")
         self.checkpoints = Checkpointer(context, self.events, self._completed, self.began_at if state else None)
         self.journal = StepJournal.open(journal_path(context.config.root, context.stage), self.began_at)
         self.revival.begin()
@@ -62,9 +70,9 @@ class TrainingStage:
         self._dropped_in_a_row = 0
 
     @property
-    def done(self) -> list[str]:
-        """Ids of the groups that the stage is through with."""
-        return [*self.consumed, *self.dropped]
+    def done(self) -> Either:
+        """The groups that the stage is through with."""
+        return Either(self.consumed, self.dropped)
 
     @property
     def seconds(self) -> float:
@@ -84,12 +92,13 @@ class TrainingStage:
 
     def trained(self, step: int, groups: tuple[str, ...], values: dict[str, float | None]) -> None:
         """Note an optimiser step: the groups it trained, and what is logged of it."""
-        self.consumed += groups
+        for group in groups:
+            self.consumed.add(group)
         self.journal.append(step, values, groups)
 
     def drop(self, group: str, line: str, hopeless: str) -> None:
         """Give a group up, saying `line`. Raises RuntimeError(hopeless) once more than `patience` were dropped in a row."""
-        self.dropped.append(group)
+        self.dropped.add(group)
         self.context.progress.say(f"{self.context.stage}: {line}")
         self._dropped_in_a_row += 1
         if self._dropped_in_a_row > self.patience:
@@ -110,8 +119,10 @@ class TrainingStage:
             self.context.stage,
             version=step,
             step=step,
-            consumed=tuple(self.consumed),
-            dropped=tuple(self.dropped),
+            consumed=self.consumed.stored(),
+            dropped=self.dropped.stored(),
+            rows=self._order.rows,
+            seed=self._order.seed,
             group_size=self._group_size,
             counters=counters,
         )

@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class SftLoop:
 
     def __init__(self, context: StageContext, tasks: tuple[StreamTask, ...]) -> None:
         self.config, self.session, self.total = context.config, context.session, context.steps
-        self.stage = TrainingStage(context, patience=len(tasks))
+        self.stage = TrainingStage(context, tasks, patience=len(tasks))
         self.result = SftResult.restore(context.resume.counters) if context.resume else SftResult()
         self.demonstrations = DemonstrationQueue(
             self.stage,
@@ -144,7 +144,7 @@ def _train_batch(config: RunConfig, step: int, samples: list[LaidOut]) -> TrainB
     return TrainBatch(step, config.sft.loss, members, publish=False)
 
 
-def _scripts(config: RunConfig, tasks: tuple[StreamTask, ...], done: Collection[str]) -> Iterator[ScriptTask]:
+def _scripts(config: RunConfig, tasks: tuple[StreamTask, ...], done: Container[str]) -> Iterator[ScriptTask]:
     for epoch, task in epochs(tasks, config.seed, done):
         plan = config.data.plan_of(task)
         script = script_for(task, plan, config.sft, seed=config.seed, epoch=epoch)

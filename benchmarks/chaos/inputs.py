@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from conf.mistakes import explain
 from conf.schema import RunConfig
-from runtime.store.checkpoint import CheckpointState, commit, verify
+from runtime.store.checkpoint import CheckpointState, Groups, commit, verify
 from runtime.store.manifests import flat
 from streams.data.dataset import load_tasks
 from streams.video.config import VideoConfig
@@ -196,7 +196,7 @@ class _Clips(_Sort):
 class _Checkpoints(_Sort):
     """A file of a complete checkpoint."""
 
-    STATE = CheckpointState("rl", 4, 4, ("0/a", "0/b"), ("0/c",), 2, {"seconds": 1.5})
+    STATE = CheckpointState("rl", 4, 4, Groups(((0, 1),)), Groups(((2, 2),)), ("a", "b", "c"), 0, 2, {"seconds": 1.5})
 
     def __init__(self, room: Path) -> None:
         self._path = room / "step000004"

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from runtime.store.checkpoint import read_state
+from runtime.task_order import names_of
 from tests.support.killed_runs import CLIPS, Driver, charts, journal
 from tests.support.processes import family, logging_to, still_there
 
@@ -84,8 +86,7 @@ class Subject:
         assert len(tasks) == CLIPS, "the generator makes one task a clip"
         lost, twice = [], []
         for stage, steps in STEPS.items():
-            state = json.loads((self.root / "checkpoints" / stage / "final" / "state.json").read_text())
-            trained = Counter(state["consumed"])
+            trained = Counter(names_of(read_state(self.root / "checkpoints" / stage / "final")))
             wanted = {f"{epoch}/{task}" for epoch in range(BATCH * steps // CLIPS) for task in tasks}
             lost += [f"{stage} group {group}" for group in sorted(wanted - trained.keys())]
             twice += [f"{stage} group {group}" for group, count in trained.items() if count > 1 or group not in wanted]

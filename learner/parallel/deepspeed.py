@@ -47,6 +47,8 @@ def wrap(backbone: Backbone, config: LearnerConfig, *, version: int, total_steps
     import deepspeed
     from transformers import get_scheduler
 
+    from learner.parallel.snapshot import SnapshotEngine
+
     trainable = backbone.trainable()
     optimiser = torch.optim.AdamW(
         list(trainable.values()),
@@ -75,6 +77,7 @@ def wrap(backbone: Backbone, config: LearnerConfig, *, version: int, total_steps
         lr_scheduler=scheduler,
         config=deepspeed_config(config, full_numel(trainable)),
     )
+    engine.checkpoint_engine = SnapshotEngine(engine._config)
     if config.zero_stage == 3:
         replace_deepspeed_linear()
     return engine

@@ -24,6 +24,7 @@ class LearnerGroup:
     def __init__(self, actors: list[Any]) -> None:
         """`actors[0]` is rank 0: a LeadLearner if there are several."""
         self.actors = actors
+        self._saves = 0
 
     @property
     def ranks(self) -> int:
@@ -77,14 +78,20 @@ class LearnerGroup:
         ]
         return self._joined(replies, f"scoring {len(payloads)} groups")
 
-    def save(self, path: str, streaming: dict[str, Any], *, resumable: bool = True) -> Any:
-        """Write a checkpoint. The reference is ready when every rank has written its part below `path`."""
-        replies = [actor.save.remote(path, streaming, resumable) for actor in self.actors]
-        return self._joined(replies, f"saving {path}")
+    def save(self, path: str, streaming: dict[str, Any], *, resumable: bool = True, limit_s: float) -> Any:
+        """Write a checkpoint of the weights as they are between the calls before and after this one.
+
+        The ranks copy it, and go on with their next call while they write. The reference is ready when every rank has written
+        its part below `path`, or fails, after `limit_s` at the latest.
+        """
+        number = self._saves = self._saves + 1
+        for actor in self.actors:
+            actor.save.remote(number, path, streaming, resumable)
+        return self._joined([actor.written.remote(number, limit_s) for actor in self.actors], f"saving {path}", limit_s)
 
     def load(self, path: str) -> Any:
         """Restore everything that `save` wrote; the reply is the version."""
         return self._joined([actor.load.remote(path) for actor in self.actors], f"loading {path}")
 
-    def _joined(self, replies: list[Any], what: str) -> Any:
-        return replies[0] if self.ranks == 1 else self.actors[0].join.remote(what, replies)
+    def _joined(self, replies: list[Any], what: str, limit_s: float | None = None) -> Any:
+        return replies[0] if self.ranks == 1 else self.actors[0].join.remote(what, replies, limit_s)

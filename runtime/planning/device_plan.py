@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from runtime.planning.footprint import (
     SELF_CHECK,
     Footprint,
+    checkpoint_copy,
     gib,
     learner_footprint,
     scorer_footprint,
@@ -326,7 +327,8 @@ def _plan_as_set(
         numbers = trained_numbers(geometry, learner)
         if stage == "eval":
             return scorer_footprint(geometry, learner, numbers, stream, len(tasks), flex=flex, positions=positions)
-        return learner_footprint(
+        copied = checkpoint_copy(geometry, learner, numbers, resumable=config.checkpoint.optimizer != "none")
+        found = learner_footprint(
             geometry,
             learner,
             numbers,
@@ -339,6 +341,7 @@ def _plan_as_set(
             per_clip=1 if stage == "sft" else config.algorithm.group_size,
             positions=positions,
         )
+        return found.with_copy(copied, on_device=not device.cuda)
 
     paged = all(
         device.cuda

@@ -8,7 +8,7 @@ context is not included: devices are asked for their free memory once every proc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.schema import RunConfig
 from learner.config import GATHER_BYTES, ZERO_BUCKET, LearnerConfig
@@ -39,6 +39,12 @@ class Footprint:
     @property
     def total(self) -> int:
         return sum(size for _, size in self.parts)
+
+    def with_copy(self, copied: int, *, on_device: bool) -> Footprint:
+        """Return it with the copy from which a checkpoint is written. on_device: the device is the host's memory."""
+        if on_device:
+            return replace(self, parts=(*self.parts, ("checkpoint copy", copied)))
+        return replace(self, host=self.host + copied)
 
     def line(self) -> str:
         """`learner 6.1 GiB (weights 0.9 + optimiser 3.7 + ...)`."""
@@ -160,6 +166,22 @@ def learner_footprint(
         ),
         host=beside + trained * width,
     )
+
+
+def checkpoint_copy(geometry: ModelGeometry, learner: LearnerConfig, trained: int, *, resumable: bool) -> int:
+    """Return the bytes of host memory that rank 0 copies for a checkpoint, until they are written.
+
+    resumable: with the optimiser's state. The export's weights are those of that state's model, copied once.
+    """
+    width, ranks = BYTES[learner.dtype], learner.ranks
+    copied = geometry.total * width
+    if resumable:
+        # An fp32 copy of what trains, and two moments; stage 0 keeps only the moments.
+        copied += 12 * trained // ranks if learner.zero_stage else 8 * trained
+    if resumable and learner.zero_stage >= 2:
+        # Frozen parameters once more, by themselves.
+        copied += (geometry.total - trained) * width // (ranks if learner.zero_stage == 3 else 1)
+    return copied
 
 
 def worker_footprint(

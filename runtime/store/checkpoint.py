@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.store.ranges import Pairs, Ranges
 from streams.support.strict_json import dumps, loads
 
 STATE_FILE = "state.json"
@@ -30,15 +31,38 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Some groups of a stage, see runtime.task_order.
+
+    Attributes:
+        ranges: by their places in the stage's order; first and last, both included.
+        names: ids of those that have no place in it, since their rows are not there (any more); in checkpoints of earlier
+            versions, of all.
+    """
+
+    ranges: Pairs = ()
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, value: Any) -> Groups:
+        """Return what was written. Raises TypeError or ValueError for anything else."""
+        if isinstance(value, list):
+            return cls(names=tuple(value))
+        ranges = Ranges(value["ranges"])
+        return cls(ranges.pairs, tuple(value["names"]))
+
+
+@dataclass(frozen=True)
 class CheckpointState:
-    """The progress of a stage.
+    """The progress of a stage. It does not grow with the number of steps.
 
     Attributes:
         stage: its name.
         version: version of the learner's weights.
         step: optimiser steps.
-        consumed: ids of all groups trained so far.
-        dropped: ids of groups that were given up.
+        consumed: all groups trained so far.
+        dropped: groups that were given up.
+        rows, seed: what decides about the order of the groups: ids of the stage's tasks, and the run's seed.
         group_size: streams of a group. Part of the format of `state.json`; this code does not read it.
         counters: the stage's result so far.
         tracking_run: id of the MLflow run.
@@ -48,8 +72,10 @@ class CheckpointState:
     stage: str
     version: int
     step: int
-    consumed: tuple[str, ...]
-    dropped: tuple[str, ...] = ()
+    consumed: Groups = Groups()
+    dropped: Groups = Groups()
+    rows: tuple[str, ...] = ()
+    seed: int = 0
     group_size: int = 1
     counters: dict[str, Any] = field(default_factory=dict)
     tracking_run: str = ""
@@ -104,9 +130,11 @@ def read_state(path: Path) -> CheckpointState:
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no {STATE_FILE}")
     try:
         values = loads(file.read_text())
-        lists = {key: tuple(values[key]) for key in ("consumed", "dropped") if key in values}
-        return CheckpointState(**(values | {"consumed": tuple(values["consumed"])} | lists))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        sets = {key: Groups.read(values.get(key, [])) for key in ("consumed", "dropped")}
+        if "consumed" not in values:
+            raise KeyError("consumed")
+        return CheckpointState(**(values | sets | {"rows": tuple(values.get("rows", ()))}))
+    except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 

@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ def _check_vocabulary(source: Path, tokens: int, rows: int) -> None:
         )
 
 
+def _set_attention(model: Any, text: str, vision: str) -> None:
+    model.config.text_config._attn_implementation = text
+    model.config.vision_config._attn_implementation = vision
+
+
 class Backbone:
     """A loaded checkpoint with its tokenizer, layout and image settings.
 
@@ -130,7 +136,7 @@ class Backbone:
         self.vision_attention, self.fused_kernels = vision_attention, fused_kernels
         if fused_kernels != "off":
             fuse(model.model.language_model, fused_kernels)
-        self._set_attention(ATTENTION_NAME, VISION_IMPLEMENTATIONS[vision_attention])
+        _set_attention(model, ATTENTION_NAME, VISION_IMPLEMENTATIONS[vision_attention])
         self.tokenizer = tokenizer
         self.layout = layout
         self.image = image
@@ -181,10 +187,6 @@ class Backbone:
         check_image_statistics(source, image)
         made = Layout(tokenizer, layout, rows, family.timestamps)
         return cls(model, tokenizer, made, image, source, processors, vision_attention, fused_kernels)
-
-    def _set_attention(self, text: str, vision: str) -> None:
-        self.model.config.text_config._attn_implementation = text
-        self.model.config.vision_config._attn_implementation = vision
 
     @property
     def device(self) -> torch.device:
@@ -352,13 +354,16 @@ class Backbone:
     def save(self, path: Path, streaming: dict[str, Any], state: dict[str, torch.Tensor] | None = None) -> None:
         """Write a standard Hugging Face checkpoint with tokenizer, chat template, processors and `streaming.json`.
 
-        state: the whole state dict, if the model itself has only slices of it (ZeRO-3).
+        state: the whole state dict, if the model itself has only slices of it (ZeRO-3), or trains on meanwhile: with it,
+            this may be called beside a forward or backward.
         """
         path.mkdir(parents=True, exist_ok=True)
-        # The registered names mean nothing to other programs: the export must load with their default attention.
-        self._set_attention("sdpa", "sdpa")
-        self.model.save_pretrained(path, state_dict=state)
-        self._set_attention(ATTENTION_NAME, VISION_IMPLEMENTATIONS[self.vision_attention])
+        # The same modules under another configuration, which is all that is asked of them. The registered names mean nothing
+        # to other programs: the export must load with their default attention.
+        export = copy.copy(self.model)
+        export.config = copy.deepcopy(self.model.config)
+        _set_attention(export, "sdpa", "sdpa")
+        export.save_pretrained(path, state_dict=state)
         self.tokenizer.save_pretrained(path)
         for name, content in self.processors.items():
             (path / name).write_bytes(content)

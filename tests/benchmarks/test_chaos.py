@@ -21,7 +21,7 @@ def finished(root, stage: str, change=lambda groups: groups) -> None:
     groups = change(groups)
     folder = root / "checkpoints" / stage / "final"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"consumed": groups}))
+    (folder / "state.json").write_text(json.dumps({"stage": stage, "version": 1, "step": 1, "consumed": groups}))
     lines = [
         {"step": step + 1, "kind": "step", "values": {}, "groups": groups[step * BATCH : (step + 1) * BATCH]}
         for step in range(STEPS[stage])

@@ -402,7 +402,7 @@ def test_a_loaded_checkpoint_goes_on_as_if_it_had_never_stopped(engine, demonstr
     learner = engine(**schedule)
     for step in range(3):
         learner.train(step, SFT, demonstrations)
-    learner.save(tmp_path, {"note": "here"})
+    learner.save(tmp_path, {"note": "here"}).result(60)
     saved = weights_of(learner)
     report = learner.train(3, SFT, demonstrations)
     resumed = engine(**schedule)
@@ -426,7 +426,7 @@ def test_weights_without_their_optimiser_state_stand_where_they_stood_in_the_sch
 def test_the_exported_half_of_a_checkpoint_holds_the_same_weights(engine, demonstrations, tmp_path):
     learner = engine()
     learner.train(0, SFT, demonstrations)
-    learner.save(tmp_path, {"note": "here"})
+    learner.save(tmp_path, {"note": "here"}).result(60)
     exported = Backbone.load(tmp_path / "hf", LAYOUT)
     assert (
         largest_difference(weights_of(learner), {name: p.detach() for name, p in exported.model.named_parameters()})

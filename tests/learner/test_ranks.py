@@ -223,6 +223,35 @@ def test_a_resumed_run_goes_on_bit_for_bit(play, tmp_path, ranks, stage, loss, o
         assert f"learner.zero_stage={stage} but this run has learner.zero_stage={other.zero_stage}" in refusal
 
 
+@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "cpu"), (3, "none")])
+def test_what_is_written_while_training_goes_on_is_bit_for_bit_what_was_there(play, tmp_path, stage, offload):
+    """The same step is saved before the next one, and copied, to be written after three more."""
+    model = checkpoint(tmp_path / "model", tie_embeddings=stage == 1)
+    values = learner_values(
+        ranks=2, zero_stage=stage, offload=offload, lr=1e-3, freeze="tower" if stage > 1 else "none"
+    )
+    steps = [train(i, "sft", groups(model, [2 + i % 2, 2], media="frames", seed=i)) for i in range(5)]
+    path = {name: str(tmp_path / name) for name in ("stopped", "beside", "later")}
+    calls = (
+        *(*steps[:2], Call("save", path=path["stopped"]), Call("copy", path=path["beside"])),
+        *(*steps[2:], Call("write"), Call("copy", path=path["later"]), Call("write")),
+    )
+    replies = play(Job(str(model), values, calls, float64=False), 2)
+    assert not [reply for rank in replies for reply in rank if isinstance(reply, str)], replies
+    stopped, beside, later = (contents(tmp_path / name) for name in path)
+    assert stopped.keys() == beside.keys() == later.keys()
+    assert {name for name in stopped if stopped[name] != beside[name]} == set()
+    changed = {name.split("/")[-1] for name in stopped if stopped[name] != later[name]}
+    assert {"model.safetensors", "learner.json"} < changed, "what was trained meanwhile would have been seen"
+    states = {name for name in changed if name.endswith("_states.pt")}
+    assert len(states) == (1 if stage == 0 else 4 if stage == 3 else 3), states
+
+
+def contents(folder):
+    """The bytes of every file below a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
 def assert_a_missing_part_is_refused_by_both(play, job, folder):
     part = folder / "saved" / "deepspeed" / "rng_rank00001.pt"
     kept = part.read_bytes()

@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
+from runtime.store.checkpoint import read_state
+from runtime.task_order import names_of
 from streams.backbone.backbone import Backbone
 from streams.data.synthetic.questions import SyntheticConfig, generate
 from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
@@ -221,12 +223,13 @@ def test_checkpoints_are_complete_and_nothing_half_written_is_left(run):
 
 @pytest.mark.parametrize(("name", "steps"), [("step000002", 2), ("final", STEPS)])
 def test_the_state_names_every_trained_group_once(run, name, steps):
-    state = json.loads((run.root / "checkpoints" / "rl" / name / "state.json").read_text())
-    assert (state["stage"], state["version"], state["step"]) == ("rl", steps, steps)
-    assert len(state["consumed"]) == len(set(state["consumed"])) == steps * GROUPS
-    assert not [group for group in state["consumed"] if group.split("train-")[1] in BAD_VIDEOS]
+    state = read_state(run.root / "checkpoints" / "rl" / name)
+    assert (state.stage, state.version, state.step) == ("rl", steps, steps)
+    consumed = names_of(state)
+    assert len(consumed) == len(set(consumed)) == steps * GROUPS
+    assert not [group for group in consumed if group.split("train-")[1] in BAD_VIDEOS]
     # An epoch holds six good clips: the first six groups are all of them, whatever bad rows stand between.
-    first = state["consumed"][:TRAIN_CLIPS]
+    first = consumed[:TRAIN_CLIPS]
     assert {group.split("/")[0] for group in first} == {"0"}
 
 

@@ -42,7 +42,7 @@ def score(loop, *results):
 
 def test_a_group_without_any_reward_is_dropped_and_said(loop):
     score(loop, FAILED, FAILED)
-    assert (loop.stage.dropped, loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
+    assert (list(loop.stage.dropped), loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
     assert loop.said == [f"rl: dropped group 0/a: every reward failed: {FAILED.failed}"]
     assert [sample.source for sample in loop.result.skipped] == ["stream 0/a/0", "stream 0/a/1"]
 
@@ -50,7 +50,7 @@ def test_a_group_without_any_reward_is_dropped_and_said(loop):
 def test_a_group_that_failed_at_its_worker_is_dropped_and_said(loop):
     assignment = admitted(loop)
     loop._rolled_out(summary(assignment, failed="no such file", clip_seconds=4.0), None, assignment)
-    assert (loop.stage.dropped, loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
+    assert (list(loop.stage.dropped), loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
     assert loop.said == ["rl: dropped group 0/a: no such file"]
     assert loop.result.dropped_clip_seconds == 4.0
 
@@ -62,10 +62,10 @@ def test_what_comes_of_a_group_that_was_assigned_again_is_ignored(loop):
     second = admitted(loop)
     assert (second.ticket, second.group) == (first.ticket, first.group)
     loop._rolled_out(summary(first, failed="the worker is gone"), None, first)
-    assert (loop.stage.dropped, loop.result.skipped, loop.said) == ([], [], [])
+    assert (list(loop.stage.dropped), loop.result.skipped, loop.said) == ([], [], [])
     assert loop.dispatch.returned(second, summary(second))
     loop._scored((FAILED, FAILED), summary(first), None, first)
-    assert (loop.stage.dropped, loop.result.skipped, loop.said) == ([], [], [])
+    assert (list(loop.stage.dropped), loop.result.skipped, loop.said) == ([], [], [])
     loop._scored((SCORED, SCORED), summary(second), None, second)
     assert loop.buffer.ready == 1
 

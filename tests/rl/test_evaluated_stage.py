@@ -29,10 +29,10 @@ def standing(tmp_path):
     partial = partial_path(folder / "step000006")
     (partial / "hf").mkdir()
     (partial / "hf" / "model.bin").write_text("weights")
-    state = CheckpointState("rl", 6, 6, ())
+    state = CheckpointState("rl", 6, 6)
     commit(partial, folder / "step000006", state)
     context, told = stage_context(config, "rl", steps=12, resume=state)
-    stage = EvaluatedStage(context, (clip_task("a"),), patience=50, group_size=2)
+    stage = EvaluatedStage(context, (), (clip_task("a"),), patience=50, group_size=2)
     stage.said = told.said
     return stage
 

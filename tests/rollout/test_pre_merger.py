@@ -220,7 +220,7 @@ def test_patterns_may_freeze_the_mergers_too(service, engine, tasks, tmp_path):
     assert after.monitor.max <= BAR
     assert learner.score([again]).diff.max <= BAR
     # A resume must freeze the same names.
-    learner.save(tmp_path, {})
+    learner.save(tmp_path, {}).result(WAIT_S)
     same = engine(freeze_names=("model.visual.*",))
     assert same.load(tmp_path) == 1
     assert same.score([again]).diff.max <= BAR

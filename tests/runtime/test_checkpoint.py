@@ -11,6 +11,7 @@ from runtime.store.checkpoint import (
     OPTIMIZER_FOLDER,
     STATE_FILE,
     CheckpointState,
+    Groups,
     by_age,
     commit,
     newest_usable,
@@ -22,12 +23,13 @@ from runtime.store.checkpoint import (
     set_aside_after,
     verify,
 )
+from tests.support.stage import named
 
 pytestmark = pytest.mark.smoke
 
 
 def state(step=1, consumed=("0/a", "0/b")):
-    return CheckpointState("rl", step, step, tuple(consumed))
+    return CheckpointState("rl", step, step, named(*consumed))
 
 
 def write(final, step, content="weights"):
@@ -288,7 +290,10 @@ def test_a_damaged_note_of_the_best_is_named(tmp_path):
 
 def test_the_state_comes_back_as_it_was_written(tmp_path):
     partial = partial_path(tmp_path / "final")
-    full = CheckpointState("rl", 7, 7, ("0/a",), ("0/b",), 4, {"max_age": 2, "skipped": []}, "run")
+    full = CheckpointState(
+        *("rl", 7, 7, Groups(((0, 3), (5, 6)), ("0/gone",)), Groups(((4, 4),)), ("a", "b"), 9, 4),
+        *({"max_age": 2, "skipped": []}, "run"),
+    )
     commit(partial, tmp_path / "final", full)
     assert read_state(tmp_path / "final") == full
     assert json.loads((tmp_path / "final" / "files.json").read_text()).keys() == {STATE_FILE}

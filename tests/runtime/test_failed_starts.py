@@ -17,6 +17,7 @@ from conf.training import AlgorithmConfig, SftConfig
 from runtime.store.checkpoint import by_age
 from runtime.store.manifests import StageStore, clear, settings
 from streams.memory import MemoryConfig
+from tests.support.stage import named
 from tests.support.stages import begun, checkpoint, config, store, with_data
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -237,7 +238,7 @@ def test_a_stage_is_bound_exactly_by_what_it_would_go_on_from(tmp_path_factory, 
     assert plan.fresh == (not goes_on and not plan.skip)
     assert again.corrected == (differs and status == "begun")
     if goes_on:
-        assert plan.resume.state.consumed == ("0/0", "0/1", "0/2")
+        assert plan.resume.state.consumed == named("0/0", "0/1", "0/2")
         assert by_age(root / "checkpoints" / stage) == [plan.resume.path]
 
 

@@ -186,6 +186,21 @@ def test_offload_and_host_staging_take_their_bytes_off_the_device():
     assert base["rollout worker"].total - lean["rollout worker"].total == 2 * trained
 
 
+def test_the_copy_that_a_checkpoint_is_written_from_is_in_the_estimate_where_it_lies():
+    trained, total = 3_754_622_976 - 668_683_264, 3_754_622_976
+    by_name = {}
+    for optimizer in ("none", "all"):
+        (found,) = (f for f in planned(smoke(f"checkpoint.optimizer={optimizer}")).footprints if f.process == "learner")
+        by_name[optimizer] = found
+    # What is published, and the weights; the optimiser's state besides.
+    assert by_name["none"].host == 2 * trained + 2 * total
+    assert by_name["all"].host - by_name["none"].host == 12 * trained
+    assert by_name["all"].total == by_name["none"].total
+    host = DeviceInfo("n/host", "the host memory of n", False, 500 * GIB, 400 * GIB)
+    (here,) = (f for f in planned(smoke("checkpoint.optimizer=all"), host).footprints if f.process == "learner")
+    assert dict(here.parts)["checkpoint copy"] == 2 * total + 12 * trained
+
+
 def test_a_pool_too_small_for_one_stream_is_refused_with_the_arithmetic():
     with pytest.raises(
         ValueError, match=r"largest stream may hold .*36,864 bytes each: .* but rollout\.kv_memory_mb gives"

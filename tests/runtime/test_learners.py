@@ -95,8 +95,10 @@ def test_a_group_of_two_trains_publishes_scores_saves_and_loads_as_one_learner(s
     scores = wait_for(learners.score(tuple(g.payload for g in batch_of(items).groups)), WAIT_S, "scores")
     assert scores.version == 1
     assert scores.diff.tokens == report.metrics["target_tokens"]
-    wait_for(learners.save(str(tmp_path / "saved"), {"note": "here"}), WAIT_S, "the checkpoint")
+    saved = learners.save(str(tmp_path / "saved"), {"note": "here"}, limit_s=WAIT_S)
+    # The next step is asked for at once: it is none of the checkpoint's.
     second = wait_for(learners.train(batch_of(items, 1, publish=False))[0], WAIT_S, "a second step")
+    wait_for(saved, WAIT_S, "the checkpoint")
     # Another stage is set up on the same actors, and goes on from the saved state.
     learners.setup(setup_of(model, ranks=2, zero_stage=3), WAIT_S)
     assert wait_for(learners.load(str(tmp_path / "saved")), WAIT_S, "the checkpoint") == 1
@@ -105,6 +107,20 @@ def test_a_group_of_two_trains_publishes_scores_saves_and_loads_as_one_learner(s
     assert {k: v for k, v in again.metrics.items() if k != "step_s"} == {
         k: v for k, v in second.metrics.items() if k != "step_s"
     }
+
+
+def test_what_cannot_be_written_is_told_with_its_rank_and_training_goes_on(session, model, items, tmp_path):
+    """Found by the thread that writes, after the step that follows; the next checkpoint is written."""
+    learners = session.learners
+    learners.setup(setup_of(model, ranks=2, zero_stage=1), WAIT_S)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "hf").write_text("in the way")
+    saved = learners.save(str(tmp_path / "saved"), {}, limit_s=WAIT_S)
+    assert wait_for(learners.train(batch_of(items))[0], WAIT_S, "a step").version == 1
+    with pytest.raises(RuntimeError, match=r"learner rank 0 of 2 failed during saving .*saved/hf"):
+        wait_for(saved, WAIT_S, "the checkpoint")
+    wait_for(learners.save(str(tmp_path / "again"), {}, limit_s=WAIT_S), WAIT_S, "the checkpoint")
+    assert (tmp_path / "again" / "hf" / "model.safetensors").is_file()
 
 
 def test_what_every_rank_refuses_is_the_groups_error(session, model, items):

@@ -26,7 +26,7 @@ from streams.messages import RewardJob
 from streams.task import Plan
 from tests.support.configs import composed
 from tests.support.rewards import one_answer, stream
-from tests.support.stage import stage_context
+from tests.support.stage import named, stage_context
 
 BASE = composed("checkpoint.every=2", "checkpoint.keep=2")
 
@@ -34,13 +34,16 @@ BASE = composed("checkpoint.every=2", "checkpoint.keep=2")
 def made(folder, *, resume=None, session=(), **values):
     config = replace(BASE, run_root=str(folder))
     context, told = stage_context(config, "rl", steps=6, resume=resume, **dict(session))
-    return TrainingStage(context, patience=2, **values), told
+    return TrainingStage(context, (), patience=2, **values), told
 
 
 def test_a_stage_goes_on_from_where_its_checkpoint_stood(tmp_path):
-    state = CheckpointState("rl", 4, 4, ("0/a", "0/b"), ("0/c",), 2, {"seconds": 100.0})
+    state = CheckpointState("rl", 4, 4, named("0/a", "0/b"), named("0/c"), counters={"seconds": 100.0})
     stage, _ = made(tmp_path, resume=state)
-    assert (stage.began_at, stage.done, stage.checkpoints.written) == (4, ["0/a", "0/b", "0/c"], {4})
+    assert (stage.began_at, stage.checkpoints.written) == (4, {4})
+    assert (list(stage.consumed), list(stage.dropped), len(stage.done)) == (["0/a", "0/b"], ["0/c"], 3)
+    assert "0/c" in stage.done
+    assert "0/d" not in stage.done
     assert 100 <= stage.seconds < 160
 
 
@@ -54,12 +57,12 @@ def test_groups_dropped_in_a_row_end_the_stage_and_a_good_one_in_between_does_no
     with pytest.raises(RuntimeError, match="nothing is learned"):
         stage.drop("0/4", "dropped 0/4: bad", "nothing is learned")
     assert told.said == [f"rl: dropped {group}: bad" for group in stage.dropped]
-    assert stage.dropped == [f"0/{number}" for number in range(5)]
+    assert list(stage.dropped) == [f"0/{number}" for number in range(5)]
 
 
 @pytest.mark.parametrize("step", [0, 4])
 def test_a_stop_where_there_is_nothing_new_to_save_writes_nothing(tmp_path, step):
-    stage, _ = made(tmp_path, resume=CheckpointState("rl", 4, 4, ()) if step else None)
+    stage, _ = made(tmp_path, resume=CheckpointState("rl", 4, 4) if step else None)
     with pytest.raises(Requeue, match=f"rl: stopped at step {step}, checkpoint none"):
         stage.leave(step, {})
     assert list((tmp_path / "checkpoints" / "rl").iterdir()) == []
@@ -88,7 +91,7 @@ class Learners:
     fails = False
     actors = ()
 
-    def save(self, path, streaming, *, resumable):
+    def save(self, path, streaming, *, resumable, limit_s):
         return _export.remote(path, self.fails)
 
 
@@ -111,7 +114,7 @@ def test_a_step_is_charted_once_a_checkpoint_holds_it_and_in_the_journal_before(
     stage.checkpoints.settle()
     assert told.charted == [1, 2]
     state = read_state(tmp_path / "checkpoints" / "rl" / "step000002")
-    assert (state.step, state.version, state.consumed, state.dropped) == (2, 2, ("0/1", "0/2"), ("0/bad",))
+    assert (state.step, state.version, state.consumed, state.dropped) == (2, 2, named("0/1", "0/2"), named("0/bad"))
     assert (state.group_size, state.counters, state.tracking_run) == (2, {"seconds": 1.5}, "run")
     with pytest.raises(Requeue, match=r"rl: stopped at step 3, checkpoint .*step000003"):
         stage.leave(3, {})
@@ -161,7 +164,7 @@ class SlowLearners:
     def __init__(self, there) -> None:
         self.there = str(there)
 
-    def save(self, path, streaming, *, resumable):
+    def save(self, path, streaming, *, resumable, limit_s):
         return _export_once.remote(path, self.there)
 
 
@@ -182,7 +185,7 @@ def test_a_checkpoint_that_is_due_too_early_holds_the_learner_and_is_written_nex
     stage.checkpoints.settle()
     assert not stage.checkpoints.holds
     assert stage.checkpoints.written == {2, 4}
-    assert read_state(stage.checkpoints.folder / "step000004").consumed == ("0/1", "0/2", "0/3", "0/4")
+    assert read_state(stage.checkpoints.folder / "step000004").consumed == named("0/1", "0/2", "0/3", "0/4")
 
 
 @pytest.mark.slow
@@ -191,7 +194,7 @@ def test_a_checkpoint_that_takes_too_long_is_given_up_and_too_many_of_them_end_t
     context, told = stage_context(
         replace(config, run_root=str(tmp_path)), "rl", steps=9, learners=SlowLearners(tmp_path / "never")
     )
-    stage = TrainingStage(context, patience=2)
+    stage = TrainingStage(context, (), patience=2)
     stage.save(2, {})
     began = time.monotonic()
     stage.checkpoints.settle()

@@ -50,7 +50,7 @@ class Workers:
 
 def queue(folder, workers: Workers, ahead: int, patience: int):
     context, told = stage_context(replace(BASE, run_root=str(folder)), "sft", steps=10)
-    stage = TrainingStage(context, patience=patience)
+    stage = TrainingStage(context, (), patience=patience)
     stage.events = workers
     context.session.crew.places.workers = workers.workers
     scripts = (ScriptTask(f"0/{n}", clip_task(str(n)), Plan(1, 1.0), ()) for n in range(10_000))
@@ -81,7 +81,7 @@ def test_in_any_order_of_replies_samples_are_taken_as_they_were_sent_without_the
         assert [sample.group for sample in taken] == [f"0/{n}" for n in expected]
         assert [sample.payload for sample in taken] == [f"log of 0/{n}" for n in expected]
         # What is refused is named once it would have been taken, not earlier: a checkpoint depends on no timing.
-        assert stage.dropped == [f"0/{n}" for n in sorted(refused) if n < expected[-1]]
+        assert list(stage.dropped) == [f"0/{n}" for n in sorted(refused) if n < expected[-1]]
     assert told.said == [f"sft: skipped {group}: no room" for group in stage.dropped]
     assert [worker for worker, _ in workers.sent] == [n % count for n in range(len(workers.sent))]
 
@@ -98,7 +98,7 @@ def test_where_none_can_be_laid_out_the_stage_ends(tmp_path):
 
     with pytest.raises(RuntimeError, match="no demonstration could be laid out"):
         take_all()
-    assert stage.dropped == ["0/0", "0/1", "0/2", "0/3"]
+    assert list(stage.dropped) == ["0/0", "0/1", "0/2", "0/3"]
 
 
 def test_one_that_can_be_laid_out_starts_the_count_of_refusals_again(tmp_path):

@@ -57,7 +57,7 @@ def test_files_of_a_run_hold_null_for_a_number_that_is_none(tmp_path, number):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_checkpoints_counters_come_back_as_they_were(tmp_path, number):
-    state = CheckpointState("sft", 1, 1, ("0/a",), (), counters={"last_loss": number, "seconds": 1.5})
+    state = CheckpointState("sft", 1, 1, counters={"last_loss": number, "seconds": 1.5})
     partial = partial_path(tmp_path / "step000001")
     commit(partial, tmp_path / "step000001", state)
     strict((tmp_path / "step000001" / "state.json").read_text())

@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from runtime.store.checkpoint import read_state
+from runtime.task_order import names_of
 from tests.support.project import ROOT
 
 CLIPS, BATCH, STEPS, GROUP_SIZE = 6, 2, 6, 2
@@ -129,10 +131,12 @@ def journal(root: Path, stage: str) -> list[dict]:
 
 def trained(root: Path, stage: str) -> Counter:
     """How often each (epoch, task) was trained, by the final checkpoint's own account."""
-    state = json.loads((root / "checkpoints" / stage / "final" / "state.json").read_text())
-    assert state["dropped"] == []
-    assert state["step"] == STEPS
-    return Counter(state["consumed"])
+    state = read_state(root / "checkpoints" / stage / "final")
+    assert names_of(state, "dropped") == []
+    assert state.step == STEPS
+    assert len(state.consumed.ranges) == 1, "what has no gap is one range"
+    assert not state.consumed.names
+    return Counter(names_of(state))
 
 
 def losses(root: Path, stage: str) -> list[tuple[int, str, str]]:

@@ -13,6 +13,8 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from learner.batching import TrainItem
 from learner.config import LearnerConfig
 from learner.losses.config import LossConfig
 from learner.parallel.assign import share_out
+from learner.saving import BackgroundWriter
 from learner.setup import LearnerSetup
 from rollout.engine.request import StreamRequest
 from streams.backbone.backbone import Backbone, to_array
@@ -49,7 +52,10 @@ WAIT_S = 200.0
 
 @dataclass(frozen=True)
 class Call:
-    """One call on every rank's engine: train, score, weights, moments, save, load; or sleep (`path` seconds, rank `step`)."""
+    """One call on every rank's engine: train, score, weights, moments, save, load; or sleep (`path` seconds, rank `step`).
+
+    copy: `save` whose writing is held back until the call `write`.
+    """
 
     what: str
     step: int = 0
@@ -316,6 +322,14 @@ def moment(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     return whole.view(parameter.shape)
 
 
+class HeldWriter(BackgroundWriter):
+    """Writes when it is told to."""
+
+    def start(self, write: Callable[[], None]) -> Future[None]:
+        self.write = write
+        return Future()
+
+
 def one(engine: Any, call: Call, ranks: Any) -> Any:
     share = share_out([sum(map(len, item.payload.logs)) for item in call.items], ranks.world)[ranks.rank]
     mine = [call.items[i] for i in share]
@@ -331,7 +345,13 @@ def one(engine: Any, call: Call, ranks: Any) -> Any:
     if call.what == "moments":
         return moments(engine)
     if call.what == "save":
-        return engine.save(Path(call.path), {"note": "here"})
+        return engine.save(Path(call.path), {"note": "here"}).result(WAIT_S)
+    if call.what == "copy":
+        engine._writer = HeldWriter()
+        engine.save(Path(call.path), {"note": "here"})
+        return None
+    if call.what == "write":
+        return engine._writer.write()
     if call.what == "load":
         return engine.load(Path(call.path))
     raise ValueError(call.what)

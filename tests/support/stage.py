@@ -8,7 +8,7 @@ from typing import Any
 from conf.schema import RunConfig
 from runtime.context import StageContext
 from runtime.stop import StopSignal
-from runtime.store.checkpoint import CheckpointState
+from runtime.store.checkpoint import CheckpointState, Groups
 from runtime.store.runlock import RunLock
 
 
@@ -29,6 +29,11 @@ class Told:
 
     def commit(self, lines: list[Any]) -> None:
         self.charted += [line.step for line in lines]
+
+
+def named(*groups: str) -> Groups:
+    """Groups as a stage without rows keeps them."""
+    return Groups(names=groups)
 
 
 def stage_context(

@@ -6,6 +6,7 @@ from conf.jobs import JobConfig
 from conf.schema import MemoryConfig, RunConfig
 from runtime.store.checkpoint import OPTIMIZER_FOLDER, CheckpointState, commit, partial_path
 from runtime.store.manifests import StageStore
+from tests.support.stage import named
 
 
 def config(root, *, stages=("data", "sft", "rl", "eval"), **changes):
@@ -17,7 +18,7 @@ def checkpoint(root, stage, step, name=None, **kept):
     partial = partial_path(path)
     (partial / OPTIMIZER_FOLDER).mkdir()
     (partial / OPTIMIZER_FOLDER / "state.pt").write_text("state")
-    commit(partial, path, CheckpointState(stage, step, step, tuple(f"0/{i}" for i in range(step)), **kept))
+    commit(partial, path, CheckpointState(stage, step, step, named(*(f"0/{i}" for i in range(step))), **kept))
     return path
 
 
