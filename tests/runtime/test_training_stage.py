@@ -17,9 +17,10 @@ import ray
 
 from rewards.compose import RewardConfig
 from rewards.scorer import Scorer
+from runtime import checkpointer
 from runtime.cluster.events import Events
 from runtime.stop import Requeue, StopSignal
-from runtime.store.checkpoint import CheckpointState, read_state
+from runtime.store.checkpoint import CheckpointState, read_state, verify
 from runtime.store.journal import journal_path, read_lines
 from runtime.training_stage import TrainingStage
 from streams.messages import RewardJob
@@ -124,6 +125,42 @@ def test_a_step_is_charted_once_a_checkpoint_holds_it_and_in_the_journal_before(
     assert told.charted == [1, 2, 3, 4]
     names = {path.name for path in (tmp_path / "checkpoints" / "rl").iterdir()}
     assert names == {"final", "step000003"}, "the older ones are pruned to checkpoint.keep"
+
+
+@ray.remote(num_cpus=0)
+def _never():
+    time.sleep(600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("under_way", ["complete", "stuck"])
+def test_without_a_gcs_the_last_checkpoint_needs_no_task_and_waits_for_none_that_never_ends(
+    cluster, tmp_path, monkeypatch, under_way
+):
+    learners = Learners()
+    stage, told = made(tmp_path, session={"learners": learners})
+    for step in (1, 2):
+        trained(stage, step)
+    never = None
+    if under_way == "stuck":
+        never = _never.remote()
+        monkeypatch.setattr(learners, "save", lambda *_, **__: never)
+    stage.save(2, {})
+    monkeypatch.undo()
+    trained(stage, 3)
+    stage.save(3, {})  # owed: the one before is under way
+    stage.context.stop.loss = "Ray's GCS is gone"
+    monkeypatch.setattr(checkpointer, "_commit", None)  # a task that nobody could start
+    if under_way == "stuck":
+        monkeypatch.setattr(checkpointer, "UNDER_WAY_S", 1.0)
+    with pytest.raises(Requeue, match=r"rl: stopped at step 3, checkpoint .*step000003"):
+        stage.leave(3, {})
+    assert verify(tmp_path / "checkpoints" / "rl" / "step000003").state.consumed == ("0/1", "0/2", "0/3")
+    assert told.charted == [1, 2, 3]
+    assert not stage.checkpoints.busy
+    assert not stage.checkpoints.holds
+    if never is not None:
+        ray.cancel(never, force=True)
 
 
 @pytest.mark.slow
