@@ -62,7 +62,7 @@ _FREE = (
     "model.fused_kernels",
     *(f"learner.{key}" for key in _LEARNER_FREE),
     *(f"sft.learner.{key}" for key in _LEARNER_FREE),
-    *(f"data.{key}" for key in ("train", "heldout", "cache_mb", "video.decode_timeout_s")),
+    *(f"data.{key}" for key in ("train", "heldout", "root", "cache_mb", "video.decode_timeout_s")),
     "algorithm.groups_in_flight",
     "reward.timeout_s",
 )

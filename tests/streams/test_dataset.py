@@ -66,7 +66,7 @@ def test_reading_rows_loads_no_torch(tmp_path):
 
 def test_minimal_row_and_absolute_video(tmp_path):
     row = {"id": "b", "video": "/v/b.mp4", "end": 3, "queries": [{"time": 0, "text": "q"}]}
-    task = load_tasks(write(tmp_path, row | {"answers": [{"time": 0, "text": "x"}]})).tasks[0]
+    task = load_tasks(write(tmp_path, row | {"answers": [{"time": 0, "text": "x"}]}), root="/").tasks[0]
     assert (task.start, task.video, task.category, task.thoughts) == (0.0, "/v/b.mp4", "", ())
 
 
@@ -231,7 +231,7 @@ def tasks(draw):
 def test_what_is_written_is_read_back(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("round") / "tasks.jsonl"
     write_tasks(path, written)
-    found = load_tasks(path, on_bad="raise")
+    found = load_tasks(path, on_bad="raise", root="/")
     assert found.tasks == tuple(written)
 
 
