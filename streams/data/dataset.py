@@ -26,9 +26,10 @@ from typing import Any, Literal
 
 from streams.answers.contradictions import contradiction
 from streams.data.durations import measured
-from streams.data.fields import parse_line
+from streams.data.fields import MAX_TEXT_BYTES, parse_line
 from streams.data.formats.sightline import parse_row, row_of
 from streams.data.formats.thinkstream import is_record, parse_record
+from streams.support.redact import redact
 from streams.task import Reason, StreamTask, VideoFile
 from streams.video.config import VideoConfig
 from streams.video.confined import outside
@@ -54,6 +55,9 @@ class SkippedSample:
     kind: Reason = field(default=Reason.STREAM, compare=False)
 
     def __post_init__(self) -> None:
+        # The reason may be any exception's text, such as that of a reward that asks a server.
+        object.__setattr__(self, "source", redact(self.source))
+        object.__setattr__(self, "reason", redact(self.reason))
         # Read back from the JSON of a checkpoint or manifest, it is a string.
         object.__setattr__(self, "kind", Reason(self.kind))
 
@@ -205,6 +209,11 @@ def _parsed(
                 format = "thinkstream" if is_record(value) else "sightline"
             # A line that is not an object does not tell a format; our own parser says what is wrong with it.
             task = PARSERS["sightline" if format == "auto" else format](value, folder, number)
+            asked = sum(len(query.text.encode()) for query in task.queries)
+            if asked > MAX_TEXT_BYTES:
+                raise ValueError(
+                    f"its {len(task.queries)} questions have {asked:,} bytes, more than {MAX_TEXT_BYTES:,}"
+                )
             if task.id in first_line:
                 raise ValueError(f"id={task.id!r} is already used in line {first_line[task.id]}")
         except ValueError as error:

@@ -26,7 +26,8 @@ _USER = (
     re.compile(r"(://)[^\s/?#@:]*:(?!\d{1,5}(?:\W|$))\S*@"),
 )
 _NAME = (
-    r"(?:[\w.-]*[._-])?(?:pass|passwd|password|passphrase|pwd|secret|token|api_?key|access_?key(?:_?id)?|signature|credentials?)"
+    r"(?:[\w.-]*[._-])?"
+    r"(?:pass|passwd|password|passphrase|pwd|secret|token|api_?key|access_?key(?:_?id)?|signature|credentials?)"
 )
 _NAMED = re.compile(rf"((?:^|[\s?&;#'\"+]){_NAME}=)[^\s&;#'\"]+", re.IGNORECASE | re.MULTILINE)
 _ENTRY = re.compile(rf"""((?:^\s*|[{{,]\s*)["']?{_NAME}["']?\s*:\s*)[^\s,}}]+""", re.IGNORECASE | re.MULTILINE)
