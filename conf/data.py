@@ -22,6 +22,10 @@ class DataConfig:
     """JSONL file of the rows that evaluations use; empty = the generated ones. Set together with `data.train`."""
     format: str = "auto"
     """Format of the rows: `sightline` (ours), `thinkstream`, or `auto` to decide by the first row."""
+    root: str = ""
+    """Folder that every video of a row must lie in, with symbolic links followed; empty = the folder of its task file, `/` =
+    anywhere. A row whose video lies elsewhere is left out by name: rows from somebody else could name any file.
+    """
     ignore_fields: list[str] = field(default_factory=list)
     """Fields that rows may have although no format reads them. Any other unknown field makes its row unusable."""
     tail_chunks: int = 5

@@ -23,6 +23,7 @@ PATH_KEYS = (
     "resume",
     "data.train",
     "data.heldout",
+    "data.root",
     "model.path",
     "algorithm.init",
     "algorithm.reference",

@@ -7,13 +7,16 @@ partitioned).
 Invariants:
 - Training continues bit for bit from what is loaded, which is what was there when it was copied.
 - A state that was partitioned otherwise is refused: see PARTITIONING.
+- Loading runs no code: files of tensors and plain values, or an error.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +67,55 @@ def load_state(path: Path, deepspeed: Any, ranks: Ranks, config: LearnerConfig) 
         problem = error
     # One rank's missing file must not leave the others waiting in the collective load.
     ranks.agree(problem, f"to find their parts of {path}")
-    loaded, _ = deepspeed.load_checkpoint(str(folder), tag=TAG)
+    with weights_only(deepspeed):
+        loaded, _ = deepspeed.load_checkpoint(str(folder), tag=TAG)
     if loaded is None:
         raise ValueError(f"{folder}: DeepSpeed could not load the state there; it is damaged or incomplete")
     restore_random_states(torch.load(folder / _random_file(ranks.rank), weights_only=True))
     return int(facts["version"])
+
+
+@contextmanager
+def weights_only(deepspeed: Any) -> Iterator[None]:
+    """Let a DeepSpeed engine read files as tensors and plain values alone; by itself it runs whatever a pickle says.
+
+    Raises ValueError that names a file which holds anything else.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class Safe(TorchCheckpointEngine):
+        def load(self, path: str, map_location: Any = None) -> Any:
+            try:
+                with torch.serialization.safe_globals(_state_classes()):
+                    return torch.load(path, map_location=map_location, weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise ValueError(
+                    f"{path} holds more than tensors and plain values, so it is not loaded: it could run code "
+                    f"({_reason(error)}). Go on from another checkpoint, or from the exported weights"
+                ) from None
+
+    own, deepspeed.checkpoint_engine = deepspeed.checkpoint_engine, Safe()
+    try:
+        yield
+    finally:
+        deepspeed.checkpoint_engine = own
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of torch's page about it that says what was found."""
+    lines = str(error).splitlines()
+    return next((line.strip() for line in lines if "UnpicklerError" in line or "UnpicklingError" in line), lines[0])[
+        :200
+    ]
+
+
+def _state_classes() -> list[Any]:
+    """Return the classes beside tensors that DeepSpeed writes into a state; making one of them does nothing else."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def check_fits(folder: Path, ranks: Ranks, config: LearnerConfig) -> dict[str, Any]:

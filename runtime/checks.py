@@ -83,5 +83,6 @@ def _check_data(config: RunConfig) -> Rows:
                 raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
             # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
             data = config.data
-            rows[split] = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields).tasks
+            loaded = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields, root=data.root)
+            rows[split] = loaded.tasks
     return rows

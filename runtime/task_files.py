@@ -57,7 +57,7 @@ class TaskFiles:
             data = self.config.data
             path = getattr(data, split) or self.config.root.resolve() / "data" / f"{split}.jsonl"
             self._files[split] = load_tasks(
-                path, format=data.format, video=data.video, ignore_fields=data.ignore_fields
+                path, format=data.format, video=data.video, ignore_fields=data.ignore_fields, root=data.root
             )
         return self._files[split]
 

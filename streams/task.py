@@ -98,6 +98,17 @@ class TimedThought:
 
 
 @dataclass(frozen=True)
+class VideoFile:
+    """What a row's video was when the row was read.
+
+    root: the resolved folder that it must be in whenever it is opened. size: bytes; None: there was no such file.
+    """
+
+    root: str
+    size: int | None
+
+
+@dataclass(frozen=True)
 class StreamTask:
     """One stream to watch: the segment [start, end) of a video file, with its questions and expected answers.
 
@@ -105,6 +116,7 @@ class StreamTask:
         end: `math.inf` means as far as the video goes.
         origin: `FILE:LINE` of the row, '' for a task made in code. It takes no part in equality and is not written to
             files.
+        file: what the video was when the row was read, None for a task made in code; treated as `origin` is.
 
     Raises ValueError if the fields contradict each other (see the invariants above).
     """
@@ -118,6 +130,7 @@ class StreamTask:
     thoughts: tuple[TimedThought, ...] = ()
     category: str = ""
     origin: str = field(default="", compare=False, repr=False)
+    file: VideoFile | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.id:

@@ -24,13 +24,14 @@ from runtime.starting_point import StartingPoint
 from streams.checkpoint.folder import STREAMING_FILE, resolve_checkpoint
 from streams.checkpoint.weights import check_weights
 from streams.support.strict_json import dumps
+from streams.support.terminal import visible
 from streams.task import TimedQuery
 from streams.video.reader import ClipReader
 
 
 def watch(config: RunConfig, overrides: list[str]) -> None:
     """Run `job=watch`; a configuration or file that cannot be used ends the process with status 2."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         checkpoint, config = _resolve(config, overrides)
         shown = _shown(config)
@@ -98,19 +99,18 @@ def _introduce(config: RunConfig, checkpoint: Path, shown: WatchedFile, console:
     video = config.data.video
     seconds = video.chunk_seconds_of(replace(shown, end=shown.length))
     console.print(
-        f"{config.watch.video} with {checkpoint}\n{seconds:g} s a chunk, {video.frames_per_chunk} frames each; "
-        f"memory {config.memory.words}",
-        markup=False,
+        f"{visible(config.watch.video)} with {checkpoint}\n{seconds:g} s a chunk, {video.frames_per_chunk} frames each; "
+        f"memory {config.memory.words}"
     )
 
 
 def _print_turn(turn: WatchedTurn, console: Console) -> None:
     if turn.query:
-        console.print(f"{'':>14}  ? {turn.query}", style="bold", markup=False)
+        console.print(f"{'':>14}  ? {visible(turn.query)}", style="bold")
     span = f"{turn.start_s:6.1f}-{turn.end_s:.1f} s"
     cost = f"[{turn.memory_tokens} tokens in memory, {turn.memory_video} of video; {turn.seconds * 1000:.0f} ms]"
-    console.print(f"{span:>14}  . {turn.thought or '-'}  {cost}", style="dim", markup=False)
+    console.print(f"{span:>14}  . {visible(turn.thought) or '-'}  {cost}", style="dim")
     if turn.response is not None:
-        console.print(f"{'':>14}  > {turn.response}", style="bold green", markup=False)
+        console.print(f"{'':>14}  > {visible(turn.response)}", style="bold green")
     elif not turn.well_formed:
-        console.print(f"{'':>14}  ! this turn did not keep to the layout", style="yellow", markup=False)
+        console.print(f"{'':>14}  ! this turn did not keep to the layout", style="yellow")

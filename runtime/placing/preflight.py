@@ -208,7 +208,7 @@ def needed_paths(config: RunConfig) -> tuple[NeededPath, ...]:
 
 def sample_videos(data: DataConfig, file: Path, count: int = SAMPLED_VIDEOS) -> list[Path]:
     """Return up to `count` different existing videos, from rows spread over the whole file."""
-    tasks = sample_tasks(file, count, format=data.format, ignore_fields=data.ignore_fields)
+    tasks = sample_tasks(file, count, format=data.format, ignore_fields=data.ignore_fields, root=data.root)
     return list(dict.fromkeys(video for task in tasks if (video := Path(task.video)).is_file()))
 
 

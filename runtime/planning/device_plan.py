@@ -69,12 +69,14 @@ class PoolNeed:
         largest: Most tokens of one stream that are live at once.
         streams: Most streams at once.
         given: Bytes of the pool as configured; 0 = what the device has left.
+        sized_by: Which rows the streams take their size from, in words.
     """
 
     slot: int
     largest: int
     streams: int
     given: int = 0
+    sized_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def plan_device_memory(
     """
     wanted = need.given // need.slot if need.given else need.largest * need.streams
     slots = wanted
+    sized_by = f". {need.sized_by}" if need.sized_by else ""
     for device, here in _by_device(processes).items():
         pools = sum(process.kv for process in here)
         fixed = sum(process.footprint.total for process in here)
@@ -130,13 +133,13 @@ def plan_device_memory(
         left = room - fixed
         words = f"{device.name} has {gib(device.free)} free ({MARGIN:.0%} of it stay so) for {_listed(here)}"
         if left < 0:
-            raise ValueError(f"{words}: {gib(fixed)}, {gib(-left)} too many. {_ways_out(here, taken)}")
+            raise ValueError(f"{words}: {gib(fixed)}, {gib(-left)} too many. {_ways_out(here, taken)}{sized_by}")
         if pools:
             possible = left // pools // need.slot
             if need.given and possible < wanted:
                 raise ValueError(
                     f"{words}: {gib(fixed)}; {gib(left)} are left for {pools} KV pools, but rollout.kv_memory_mb asks for "
-                    f"{gib(need.given)} each. Lower it (0 takes what is left), or more room. {_ways_out(here, taken)}"
+                    f"{gib(need.given)} each. Lower it (0 takes what is left), or more room. {_ways_out(here, taken)}{sized_by}"
                 )
             slots = min(slots, possible)
     if slots < need.largest:
@@ -145,6 +148,7 @@ def plan_device_memory(
             f"the largest stream may hold {need.largest:,} tokens in the KV pool, {need.slot:,} bytes each: "
             f"{gib(need.largest * need.slot)}, but {source} gives each pool {slots:,} slots ({gib(slots * need.slot)}): raise "
             "rollout.kv_memory_mb or leave it at 0, or hold less: memory.window, data.video.max_pixels, data.max_turns"
+            f"{sized_by}"
         )
     found = [describe_pool(slots * need.slot) if p.kv else p.footprint for p in processes]
     distinct = tuple(dict.fromkeys(found))
@@ -372,6 +376,7 @@ def _plan_as_set(
         largest=stream.live(config),
         streams=config.rollout.max_streams,
         given=config.rollout.kv_memory_mb * 2**20,
+        sized_by=stream.sized_by,
     )
     plan = plan_device_memory(processes, need, worker, _taken(config, stages))
     return replace(plan, devices=(*learner_devices, *worker_devices))

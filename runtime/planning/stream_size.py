@@ -5,11 +5,12 @@ Once a stream exists the engine knows its exact sizes (`rollout.engine.feed`), f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from conf.schema import RunConfig
 from streams.checkpoint.families import TEMPORAL_PATCH
 from streams.checkpoint.model_shape import ModelGeometry
+from streams.data.dataset import at_row
 from streams.layout.lengths import max_copy, max_scaffold
 from streams.memory import Lanes, live_bound, make_policy
 from streams.task import StreamTask
@@ -28,6 +29,7 @@ class StreamSize:
         text: other tokens of one turn.
         fixed: tokens outside of turns: the system message, queries, copies of turns.
         tasks: number of tasks of the run.
+        sized_by: which rows it takes its size from, in words.
     """
 
     turns: int
@@ -35,17 +37,31 @@ class StreamSize:
     text: int
     fixed: int
     tasks: int = 1
+    sized_by: str = field(default="", compare=False)
 
     @classmethod
     def largest(cls, config: RunConfig, tasks: tuple[StreamTask, ...], geometry: ModelGeometry) -> StreamSize:
         """Return an upper bound over the tasks; frames count as data.video.max_pixels."""
-        return cls._of(
+        turns, longest = max(((config.data.plan_of(task).turns, i) for i, task in enumerate(tasks)), default=(1, 0))
+        queries, wordiest = max(
+            ((sum(len(q.text.encode()) for q in task.queries), i) for i, task in enumerate(tasks)), default=(0, 0)
+        )
+        found = cls._of(
             config,
-            turns=max((config.data.plan_of(task).turns for task in tasks), default=1),
-            queries=max((sum(len(q.text.encode()) for q in task.queries) for task in tasks), default=0),
+            turns=turns,
+            queries=queries,
             tasks=len(tasks),
             token_side=geometry.token_side,
             timestamps=geometry.family.timestamps,
+        )
+        if not tasks:
+            return found
+        return replace(
+            found,
+            sized_by=(
+                f"A stream may be as large as one of {turns} turns (task {tasks[longest].id}{at_row(tasks[longest])}) with "
+                f"{queries:,} bytes of questions (task {tasks[wordiest].id}{at_row(tasks[wordiest])})"
+            ),
         )
 
     @classmethod

@@ -27,6 +27,7 @@ from conf.paths import with_home
 from conf.schema import RunConfig
 from runtime.store.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
 from streams.memory import CUSTOM
+from streams.support.redact import stored_setting
 from streams.support.strict_json import dumps
 
 TRAINING = ("sft", "rl")
@@ -62,7 +63,7 @@ _FREE = (
     "model.fused_kernels",
     *(f"learner.{key}" for key in _LEARNER_FREE),
     *(f"sft.learner.{key}" for key in _LEARNER_FREE),
-    *(f"data.{key}" for key in ("train", "heldout", "cache_mb", "video.decode_timeout_s")),
+    *(f"data.{key}" for key in ("train", "heldout", "root", "cache_mb", "video.decode_timeout_s")),
     "algorithm.groups_in_flight",
     "reward.timeout_s",
 )
@@ -355,8 +356,8 @@ class StageStore:
         # A key that did not exist when the stage began had no other effect than its default has.
         default = flat(asdict(RunConfig(job=JobConfig("rl", ["rl"]))))
         before = {key: plain(default[key]) for key in now.keys() - before.keys() if key in default} | before
-        # Stages that began before paths were expanded where the configuration is loaded.
-        before = {key: with_home(key, value) for key, value in before.items()}
+        # Stages that began before paths were expanded where the configuration is loaded, and secrets masked.
+        before = {key: stored_setting(key, with_home(key, value)) for key, value in before.items()}
         # One that has become free since then is free for stages that noted it, too.
         before = {key: value for key, value in before.items() if key not in _FREE}
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -442,10 +443,10 @@ def _later(stage: str) -> list[str]:
 
 
 def settings(config: RunConfig, stage: str) -> dict[str, Any]:
-    """Return every key that the stage's outcome depends on, flat, JSON-ready."""
+    """Return every key that the stage's outcome depends on, flat, JSON-ready, with secrets masked."""
     values = flat(asdict(config))
     chosen = {
-        key: value
+        key: stored_setting(key, value)
         for key, value in values.items()
         if any(key == prefix or (prefix.endswith(".") and key.startswith(prefix)) for prefix in _STAGE_KEYS[stage])
         and key not in _FREE

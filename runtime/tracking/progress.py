@@ -17,7 +17,8 @@ class Progress:
     """One line per event: rewritten in place on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        # A path is shown as it is: neither `[x]` nor `:x:` in it means anything.
+        self.console = Console(highlight=False, markup=False, emoji=False)
         self._live = sys.stdout.isatty()
         self._began = time.monotonic()
         self._open = False
@@ -25,7 +26,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._close_line()
-        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {visible(text)}", markup=False, soft_wrap=True)
+        self.console.print(f"[{time.monotonic() - self._began:6.1f}s] {visible(text)}", soft_wrap=True)
 
     def step(self, stage: str, done: int, total: int, values: dict[str, float | None]) -> None:
         """Show the progress of a stage."""
@@ -33,7 +34,7 @@ class Progress:
         text = f"[{time.monotonic() - self._began:6.1f}s] {stage} {done}/{total}  {shown}"
         if not self._live:
             if done == 1 or done == total or done % max(1, total // PLAIN_LINES) == 0:
-                self.console.print(text, markup=False, soft_wrap=True)
+                self.console.print(text, soft_wrap=True)
             return
         sys.stdout.write("\r\x1b[2K" + text[: self.console.width - 1])
         sys.stdout.flush()

@@ -35,6 +35,8 @@ CLOSE_TIMEOUT_S = 60.0
 RUN_FILE = "tracking.json"
 RETRY_S = 15.0
 """How long to leave a store alone that could not take something; MLflow's client has tried for half a minute by then."""
+_EPOCH = time.time() - time.monotonic()
+"""Makes times of day of a clock that nobody sets back: MLflow returns a metric's history in the order of these times."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's error codes for a store that does not answer."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -88,7 +90,7 @@ class Tracker:
 
     def metrics(self, values: dict[str, float | None], step: int) -> None:
         """Log finite values; None and NaN (nothing to measure) are left out, never logged as 0."""
-        self._put("metrics", (_finite(values), step, int(time.time() * 1000)))
+        self._put("metrics", (_finite(values), step, int((_EPOCH + time.monotonic()) * 1000)))
 
     def commit(self, lines: list[JournalLine]) -> None:
         """Log steps that a checkpoint now holds."""

@@ -172,7 +172,10 @@ class Backbone:
         check_no_dropout(source)
         # transformers draws a progress bar per load; five processes at once would fill the terminal with them.
         transformers_logging.disable_progress_bar()
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        # Safetensors alone, as checked: a *.bin is a pickle, which runs code. (No code of a checkpoint's own is run, either.)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
         model, report = loaded
         _check_loaded(source, model, report)
         model.to(device)

@@ -48,6 +48,9 @@ def read_weight_files(folder: Path) -> StoredWeights:
     Raises FileNotFoundError if it holds no weights in safetensors files, ValueError that names the file for one that is
     missing, damaged, or not what the index says.
     """
+    if (folder / ADAPTER_CONFIG).is_file() and (words := only_an_adapter(folder)):
+        # Where peft is installed, transformers would load the adapter's base model in place of what lies here.
+        raise ValueError(words)
     indexed: dict[str, str] = {}
     if (folder / WHOLE).is_file():
         files = [WHOLE]
@@ -153,7 +156,7 @@ def _without_weights(folder: Path) -> str:
         return f"{folder} holds {listed(names)}, but neither {WHOLE} nor {INDEX}: download the checkpoint again"
     if names:
         return (
-            f"{folder}: no *.safetensors; weights in *.bin files must be saved anew: load them with transformers, then "
-            "save_pretrained"
+            f"{folder}: no *.safetensors but {listed(names)}: such files can run code when they are loaded, and are not. Save "
+            "the weights anew where you trust them: load them with transformers, then save_pretrained"
         )
     return f"{folder} holds no weights (neither {WHOLE} nor {INDEX}): download the checkpoint again"

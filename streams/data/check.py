@@ -71,14 +71,16 @@ def check(
     video: VideoConfig | None = None,
     max_turns: int = MAX_TURNS,
     layout: Layout | None = None,
+    root: str | Path = "",
 ) -> Checked:
     """Read the rows, open their videos and judge them under a run's settings.
 
     layout: judges the texts by its tokenizer and budgets; None: they are judged as far as possible without one.
+    root: see `load_tasks`.
     Raises ValueError or OSError if the file cannot be read or no row of it can be parsed.
     """
     video = video or VideoConfig()
-    loaded = load_tasks(path, format=format, ignore_fields=ignore_fields)
+    loaded = load_tasks(path, format=format, ignore_fields=ignore_fields, root=root)
     found = Checked(skipped=list(loaded.skipped))
     films: dict[str, Presentation | str] = {}
     with ClipReader(video) as reader:
@@ -252,6 +254,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("file", type=user_path)
     parser.add_argument("--format", choices=FORMATS, default="auto", help="as data.format")
     parser.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="as data.ignore_fields")
+    parser.add_argument("--root", type=user_path, metavar="DIR", help="as data.root")
     parser.add_argument("--chunk-seconds", type=float, default=1.0, help="as data.video.chunk_seconds")
     parser.add_argument("--max-chunks", type=int, default=0, help="as data.video.max_chunks")
     parser.add_argument("--max-turns", type=int, default=MAX_TURNS, help="as data.max_turns")
@@ -304,13 +307,14 @@ def run(options: argparse.Namespace) -> tuple[Checked, int, list[str]]:
         video=video,
         max_turns=options.max_turns,
         layout=layout,
+        root=options.root or "",
     )
     lines = report(options.file, found, video)
     if options.model is None:
         lines.append(not_checked(found))
     leak = None
     if options.against:
-        other = load_tasks(options.against, format=options.format, ignore_fields=fields).tasks
+        other = load_tasks(options.against, format=options.format, ignore_fields=fields, root=options.root or "").tasks
         leak = leaks(found, options.file, options.against, other)
         lines += [leak] if leak else []
     status = 1 if found.skipped or found.warned or leak else 0

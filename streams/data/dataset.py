@@ -7,6 +7,7 @@ Invariants:
 * nothing is guessed: unknown keys, wrong types and non-finite numbers are errors;
 * ids are unique within a file;
 * a file is always read afresh, never from a cache of an older version;
+* a row whose video lies outside the folder that confines it is left out, and its video is not opened;
 * a video is not opened here unless its length is needed: a missing one costs its sample when it is read.
 """
 
@@ -25,11 +26,13 @@ from typing import Any, Literal
 
 from streams.answers.contradictions import contradiction
 from streams.data.durations import measured
-from streams.data.fields import parse_line
+from streams.data.fields import MAX_TEXT_BYTES, parse_line
 from streams.data.formats.sightline import parse_row, row_of
 from streams.data.formats.thinkstream import is_record, parse_record
-from streams.task import Reason, StreamTask
+from streams.support.redact import redact
+from streams.task import Reason, StreamTask, VideoFile
 from streams.video.config import VideoConfig
+from streams.video.confined import outside
 
 PARSERS: dict[str, Callable[[Any, Path, int], StreamTask]] = {
     "sightline": lambda value, folder, number: parse_row(value, folder),
@@ -52,6 +55,9 @@ class SkippedSample:
     kind: Reason = field(default=Reason.STREAM, compare=False)
 
     def __post_init__(self) -> None:
+        # The reason may be any exception's text, such as that of a reward that asks a server.
+        object.__setattr__(self, "source", redact(self.source))
+        object.__setattr__(self, "reason", redact(self.reason))
         # Read back from the JSON of a checkpoint or manifest, it is a string.
         object.__setattr__(self, "kind", Reason(self.kind))
 
@@ -94,6 +100,7 @@ def load_tasks(
     format: str = "auto",
     video: VideoConfig | None = None,
     ignore_fields: Collection[str] = (),
+    root: str | Path = "",
 ) -> TaskFile:
     """Read a JSONL file of tasks. Relative video paths start from the file's folder.
 
@@ -104,8 +111,9 @@ def load_tasks(
         format: one of `FORMATS`; `auto` goes by the fields of the first row.
         video: if its chunk length depends on a task's length, videos of unknown length are opened to measure them.
         ignore_fields: fields that rows may have and that are ignored.
+        root: folder that every video must lie in, with symbolic links followed; '' = the file's folder.
 
-    Raises FileNotFoundError without a file, ValueError if it has no usable row.
+    Raises FileNotFoundError without a file, ValueError if it has no usable row or `root` is no folder.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r} must be 'raise' or 'skip'")
@@ -119,12 +127,12 @@ def load_tasks(
         raise ValueError(f"task file {path} is empty {HINT}")
     skipped: list[tuple[int, str, Reason]] = []
 
-    def bad(number: int, reason: str, kind: Reason = Reason.UNREADABLE) -> None:
+    def bad(number: int, reason: str, kind: Reason) -> None:
         if on_bad == "raise":
             raise ValueError(f"{path}:{number}: {reason}")
         skipped.append((number, reason, kind))
 
-    tasks = _parsed(path, format, ignore_fields, bad)
+    tasks = _parsed(path, format, ignore_fields, _Videos(path, root), bad)
     found = [(number, task, contradiction(task)) for number, task in tasks]
     for number, task, reason in found:
         if reason is not None:
@@ -139,14 +147,43 @@ def load_tasks(
     return TaskFile(tuple(task for _, task in tasks), reasons)
 
 
+class _Videos:
+    """The video files that rows may name; each is looked at once."""
+
+    def __init__(self, path: Path, root: str | Path) -> None:
+        self._root = os.path.realpath(root or path.absolute().parent)
+        if not os.path.isdir(self._root):
+            raise ValueError(f"data.root={root} is not a folder: name the one that holds the videos, or / for any file")
+        self._known: dict[str, VideoFile | str] = {}
+
+    def file(self, video: str) -> VideoFile | str:
+        """Return what the row's video is, or why the row may not name it."""
+        if video not in self._known:
+            self._known[video] = outside(video, self._root) or VideoFile(self._root, _size(video))
+        return self._known[video]
+
+
+def _size(video: str) -> int | None:
+    try:
+        return os.stat(video).st_size
+    except OSError:
+        return None
+
+
 def sample_tasks(
-    path: str | Path, count: int, *, format: str = "auto", ignore_fields: Collection[str] = ()
+    path: str | Path,
+    count: int,
+    *,
+    format: str = "auto",
+    ignore_fields: Collection[str] = (),
+    root: str | Path = "",
 ) -> tuple[StreamTask, ...]:
     """Return at most `count` tasks, from rows spread over the whole file. Bad rows among them are left out."""
     path = Path(path)
     total = sum(1 for _ in _lines(path))
     wanted = {1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
-    found = _parsed(path, format, ignore_fields, lambda number, reason: None, only=wanted)
+    videos = _Videos(path, root)
+    found = _parsed(path, format, ignore_fields, videos, lambda number, reason, kind: None, only=wanted)
     return tuple(task for _, task in found)
 
 
@@ -154,7 +191,8 @@ def _parsed(
     path: Path,
     format: str,
     ignore_fields: Collection[str],
-    bad: Callable[[int, str], None],
+    videos: _Videos,
+    bad: Callable[[int, str, Reason], None],
     only: Collection[int] | None = None,
 ) -> list[tuple[int, StreamTask]]:
     """Return (line number, task) of every row that can be parsed; hand the others to `bad`. only: lines to look at."""
@@ -171,13 +209,22 @@ def _parsed(
                 format = "thinkstream" if is_record(value) else "sightline"
             # A line that is not an object does not tell a format; our own parser says what is wrong with it.
             task = PARSERS["sightline" if format == "auto" else format](value, folder, number)
+            asked = sum(len(query.text.encode()) for query in task.queries)
+            if asked > MAX_TEXT_BYTES:
+                raise ValueError(
+                    f"its {len(task.queries)} questions have {asked:,} bytes, more than {MAX_TEXT_BYTES:,}"
+                )
             if task.id in first_line:
                 raise ValueError(f"id={task.id!r} is already used in line {first_line[task.id]}")
         except ValueError as error:
-            bad(number, str(error))
+            bad(number, str(error), Reason.UNREADABLE)
             continue
         first_line[task.id] = number
-        tasks.append((number, replace(task, origin=f"{path}:{number}")))
+        file = videos.file(task.video)
+        if isinstance(file, str):
+            bad(number, f"task {task.id}: {file}", Reason.VIDEO)
+            continue
+        tasks.append((number, replace(task, origin=f"{path}:{number}", file=file)))
     return tasks
 
 

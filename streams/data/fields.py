@@ -18,12 +18,21 @@ from typing import Any
 
 from streams.support.paths import expand_home
 
+MAX_TEXT_BYTES = 2**16
+"""Bytes of one text of a row, and of its questions together: some 16,000 tokens, which a turn could not hold anyway."""
+MAX_LINE_BYTES = 2**24
+"""Bytes of a row. A demonstration of two hours with a thought a second takes a tenth of it."""
+
 
 def parse_line(line: str, ignore: Collection[str] = ()) -> Any:
     """Return the JSON value of one line, without the fields named in `ignore`, at any depth.
 
-    Raises ValueError for a line that is not strict JSON in UTF-8.
+    Raises ValueError for a line that is not strict JSON in UTF-8, or longer than a row may be.
     """
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(
+            f"the row has {len(line):,} characters, more than {MAX_LINE_BYTES:,}: it holds more than one stream"
+        )
     if "\ufffd" in line:
         raise ValueError("the line holds bytes that are not UTF-8")
     try:
@@ -113,9 +122,11 @@ class Fields:
         if not empty and not value.strip():
             raise ValueError(f"{self._name(key)} is empty")
         try:
-            value.encode()
+            size = len(value.encode())
         except UnicodeEncodeError:
-            raise ValueError(f"{self._name(key)} contains half of a surrogate pair: {value!a}") from None
+            raise ValueError(f"{self._name(key)} contains half of a surrogate pair: {shown(value)}") from None
+        if size > MAX_TEXT_BYTES:
+            raise ValueError(f"{self._name(key)} has {size:,} bytes, a text of a row may have {MAX_TEXT_BYTES:,}")
         return value
 
     def path(self, key: str) -> str:

@@ -7,6 +7,7 @@ Invariants:
 * a crash of the interpreter (segmentation fault, abort) leaves its stack in the same file;
 * STACKS_SIGNAL has the stacks of all threads written there, whatever the process is doing;
 * the file rotates;
+* passwords and tokens do not reach it (`streams.support.redact`);
 * an actor whose folder cannot be written runs without a log.
 """
 
@@ -23,6 +24,8 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
+
+from streams.support.redact import redact
 
 ACTOR_VARIABLE = "SIGHTLINE_ACTOR"
 FOLDER_VARIABLE = "SIGHTLINE_LOG_DIR"
@@ -54,7 +57,7 @@ def open_actor_log() -> Path | None:
     except OSError as error:
         print(f"{actor}: no log in {path}: {error}", file=sys.stderr, flush=True)
         return None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     logging.getLogger("sightline").setLevel(logging.INFO)
@@ -65,6 +68,13 @@ def open_actor_log() -> Path | None:
         "%s%s host %s, pid %d, python %s", actor, STARTS, socket.gethostname(), os.getpid(), sys.version.split()[0]
     )
     return path
+
+
+class _Redacting(logging.Formatter):
+    """Masks secrets in the whole entry: a traceback may show an address with its password."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 class _CrashAwareHandler(RotatingFileHandler):

@@ -13,6 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import math
+import os
 import signal
 import struct
 import sys
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from PIL import Image
 
+from streams.video.confined import SeenFiles, kind_refused, outside
 from streams.video.presentation import DISORDER, REMUX, DecodeError, Presentation, Survey, opened, presentation, refused
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class ClipRequest:
     """What to read. factor: frame sides become multiples of it. deadline_s: how long the parent will wait.
 
     end: infinite = as far as the video goes: fewer chunks than num_chunks then come back, if need be only min_chunks.
+    root: the resolved folder that the file must be in; '' = it is not a row's, and may be any file.
+    size: bytes that a row's file must have; None = any number.
     """
 
     kind: ClassVar[str] = "clip"
@@ -65,6 +69,8 @@ class ClipRequest:
     max_pixels: int
     factor: int
     deadline_s: float
+    root: str = ""
+    size: int | None = None
 
 
 def smart_resize(
@@ -242,11 +248,26 @@ def resize_frame(frame: np.ndarray, request: ClipRequest) -> np.ndarray:
     return np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
 
 
+def refuse_file(request: ClipRequest, seen: SeenFiles) -> None:
+    """Raise DecodeError for a row's file that the request may not open, or that is not what it was."""
+    if not request.root:
+        return
+    if refusal := outside(request.video, request.root):
+        raise DecodeError(refusal)
+    try:
+        status = os.stat(request.video)
+    except OSError as error:
+        raise DecodeError(f"the file cannot be read ({error.strerror})") from None
+    if refusal := kind_refused(status.st_mode) or seen.changed(request.video, status, request.size):
+        raise DecodeError(refusal)
+
+
 def serve(connection: Connection) -> None:
     """Answer requests until the parent closes its end.
 
     A reply is ("frames", array), ("presentation", what is shown) or ("error", reason).
     """
+    seen = SeenFiles()
     connection.send(READY)
     while True:
         try:
@@ -260,6 +281,7 @@ def serve(connection: Connection) -> None:
         try:
             reply: tuple[str, object]
             if isinstance(request, ClipRequest):
+                refuse_file(request, seen)
                 reply = ("frames", decode_clip(request))
             else:
                 reply = ("presentation", presentation(request.video))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
+
+from streams.video.confined import kind_refused
 
 if TYPE_CHECKING:
     from av import Packet
@@ -130,8 +131,8 @@ class _Packet(NamedTuple):
         return cls(packet.pts, packet.duration or 0, hidden, packet.pts is None or packet.is_corrupt or small)
 
 
-def check_container(video: str) -> None:
-    """Raise DecodeError for a missing or empty file, and for a container whose clock is not known to be exact.
+def check_container(video: str) -> str:
+    """Return FFmpeg's name of the container. Raises DecodeError for what is no file, and for what may be inexact.
 
     MPEG-TS and MPEG-PS clocks start anywhere and may jump; AVI has no timestamps. MP4, MOV, MKV, WebM and FLV are exact.
     """
@@ -139,9 +140,9 @@ def check_container(video: str) -> None:
         status = os.stat(video)
     except OSError as error:
         raise DecodeError(f"the file cannot be read ({error.strerror})") from None
-    if stat.S_ISDIR(status.st_mode):
-        raise DecodeError("it is a folder, not a video file")
-    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+    if kind := kind_refused(status.st_mode):
+        raise DecodeError(kind)
+    if status.st_size == 0:
         raise DecodeError("the file is empty (0 bytes)")
     try:
         with open(video, "rb") as file:
@@ -149,10 +150,15 @@ def check_container(video: str) -> None:
     except OSError as error:
         raise DecodeError(f"the file cannot be read ({error.strerror})") from None
     boxes = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
-    if head[4:8] in boxes or head.startswith((b"\x1aE\xdf\xa3", b"FLV")):
-        return
+    if head[4:8] in boxes:
+        return "mov"
+    if head.startswith(b"\x1aE\xdf\xa3"):
+        return "matroska"
+    if head.startswith(b"FLV"):
+        return "flv"
+    # What it begins with is not shown: the path may have led to any file.
     raise DecodeError(
-        f"not a supported video: it starts with {head[:8]!r}, not like MP4, MOV, MKV, WebM or FLV "
+        "not a supported video: it does not begin like MP4, MOV, MKV, WebM or FLV "
         "(other containers can be converted with `ffmpeg -i IN -c copy OUT.mkv`)"
     )
 
@@ -165,10 +171,12 @@ def opened(video: str, failure: str) -> Iterator[tuple[InputContainer, VideoStre
     """
     import av
 
-    check_container(video)
+    format = check_container(video)
+    # FFmpeg would guess the format from the content, and some (playlists) name further files or addresses to open.
+    options = {"protocol_whitelist": "file"}
     try:
         # An absolute path is never taken for a protocol ("a:b.mp4"). Titles in other encodings than UTF-8 do not matter.
-        with av.open(os.path.abspath(video), metadata_errors="ignore") as container:
+        with av.open(os.path.abspath(video), format=format, options=options, metadata_errors="ignore") as container:
             yield container, _film(container)
     except MemoryError:
         raise  # FFmpeg's, too: it says nothing about the file

@@ -33,7 +33,7 @@ from streams.video.presentation import Presentation
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from streams.task import Plan, StreamTask
+    from streams.task import Plan, StreamTask, VideoFile
 
 __all__ = [
     "Clip",
@@ -214,12 +214,14 @@ class ClipReader:
         *,
         chunk_seconds: float | None = None,
         min_chunks: int = 1,
+        file: VideoFile | None = None,
     ) -> Clip:
         """Read the first `num_chunks` chunks of the segment [start, end); a partial one repeats its last frame.
 
         Args:
             end: `math.inf` means as far as the video goes; there may then be fewer chunks, but at least `min_chunks`.
             chunk_seconds: None: the configured length.
+            file: what the file must still be; None: any file is read.
 
         Raises VideoError for a video that cannot be used, ReaderClosedError once the reader is closed.
         """
@@ -243,6 +245,8 @@ class ClipReader:
             max_pixels=self.config.max_pixels,
             factor=self.factor,
             deadline_s=self.config.decode_timeout_s,
+            root=file.root if file else "",
+            size=file.size if file else None,
         )
         kind, payload = self._ask(request)
         if kind != "frames":
@@ -254,7 +258,15 @@ class ClipReader:
         """Read the chunks that the plan shows of a task; its last answer's must be among them, the tail need not."""
         seconds = plan.chunk_seconds
         needed = min(plan.turns, task.due_turns(seconds))
-        return self.read(task.video, task.start, task.end, plan.turns, chunk_seconds=seconds, min_chunks=needed)
+        return self.read(
+            task.video,
+            task.start,
+            task.end,
+            plan.turns,
+            chunk_seconds=seconds,
+            min_chunks=needed,
+            file=task.file,
+        )
 
     def presentation(self, video: str) -> Presentation:
         """Return what a player shows of the file, and when. Raises VideoError."""

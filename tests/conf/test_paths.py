@@ -64,7 +64,19 @@ def test_a_home_folder_that_is_not_known_is_named_with_its_key(monkeypatch, key)
 
 def test_every_key_that_sounds_like_a_path_is_on_the_list():
     """A new one must not be forgotten."""
-    kinds = {"path", "train", "heldout", "checkpoint", "init", "reference", "resume", "run_root", "uri", "video"}
+    kinds = {
+        "path",
+        "train",
+        "heldout",
+        "root",
+        "checkpoint",
+        "init",
+        "reference",
+        "resume",
+        "run_root",
+        "uri",
+        "video",
+    }
 
     def texts(section, prefix=""):
         for item in dataclasses.fields(section):

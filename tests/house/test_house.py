@@ -102,6 +102,22 @@ def test_a_function_has_at_most_80_lines():
     assert found == {}
 
 
+WALL_CLOCK = {"runtime/tracking/tracker.py": "once, as the process starts: MLflow labels charts with the time of day"}
+"""Module -> why it asks for the time of day, which may jump: durations and deadlines are measured by time.monotonic."""
+
+
+def asks_the_wall_clock(source: str) -> bool:
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+    return bool(called & {"time.time", "time.time_ns", "datetime.now", "datetime.datetime.now", "datetime.utcnow"})
+
+
+def test_no_duration_depends_on_a_clock_that_may_be_set():
+    found = {str(path.relative_to(ROOT)) for path in FILES if asks_the_wall_clock(path.read_text())}
+    assert found == set(WALL_CLOCK)
+    assert asks_the_wall_clock("began = time.time()")
+    assert not asks_the_wall_clock("began = time.monotonic()")
+
+
 def test_the_counts_see_what_they_are_for():
     """A class as it would be written, one above both limits, and a function in a folder that is too full."""
     lines = "\n".join(f"    def f{i}(self):\n        self.a{i}, self.b.c = {i}, 1" for i in range(16))

@@ -34,6 +34,7 @@ from tests.support.learner import GRPO, SFT, even
 from tests.support.service import LAYOUT, open_service, worker_setup
 from tests.support.streams import random_turns, request
 from tests.support.streams import run as run_streams
+from tests.support.weights import Payload
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -413,6 +414,30 @@ def test_a_loaded_checkpoint_goes_on_as_if_it_had_never_stopped(engine, demonstr
     assert again.metrics["loss"] == report.metrics["loss"]
     assert largest_difference(weights_of(learner), weights_of(resumed)) == 0
     assert largest_difference(saved, weights_of(resumed)) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "float32"), (1, "float32"), (2, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")],
+)
+def test_a_state_of_any_zero_stage_is_loaded_as_plain_values_and_one_that_would_run_code_is_not(
+    engine, demonstrations, tmp_path, stage, dtype
+):
+    learner = engine(zero_stage=stage, dtype=dtype)
+    learner.train(0, SFT, demonstrations)
+    learner.save(tmp_path, {})
+    states = sorted((tmp_path / "deepspeed" / "state").glob("*.pt"))
+    resumed = engine(zero_stage=stage, dtype=dtype)
+    resumed.load(tmp_path)
+    assert largest_difference(weights_of(learner), weights_of(resumed)) == 0
+    made = tmp_path / "made"
+    for file in states:
+        whole = file.read_bytes()
+        torch.save({"module": {}, "more": Payload(made)}, file)
+        with pytest.raises(ValueError, match=rf"{file} holds more than tensors .*could run code"):
+            engine(zero_stage=stage, dtype=dtype).load(tmp_path)
+        assert not made.exists()
+        file.write_bytes(whole)
 
 
 def test_weights_without_their_optimiser_state_stand_where_they_stood_in_the_schedule(engine, demonstrations):

@@ -1,7 +1,7 @@
 """A small real run on rows with awkward categories, against a real MLflow server whose address holds a password.
 
-Its reward is always 0. What must hold: every category has a chart of its own, the best checkpoint is kept by one of them,
-the password is nowhere, and the run says that it learns nothing.
+Its reward is always 0, has a key, and shows it where it can. What must hold: every category has a chart of its own, the best
+checkpoint is kept by one of them, no password, key or token is anywhere, and the run says that it learns nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CATEGORIES = ("a//b", "颜色", "形状", "../..", "e\u0301", "é", "📷?", "x" * 260, "x" * 261, "\x1b[2J", "all", "")
 BEST = "a//b"
-PASSWORD = "S3cretSentinel"
+SENTINEL = "S3cretSentinel"
+PASSWORD = f"{SENTINEL}0"
+TOKENS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN")
+ENVIRONMENT = {name: f"{name.lower()}-{SENTINEL}" for name in TOKENS}
 START_S = 120.0
 
 
@@ -82,11 +85,12 @@ def done(server, tmp_path_factory):
         f"run_root={run_root}",
         f"tracking.uri={server[0]}",
         "reward=accuracy",
-        "+reward.terms.total={target: 'tests.support.zero_reward:nothing'}",
+        f"+reward.terms.total={{target: 'tests.support.zero_reward:Nothing', api_key: {SENTINEL}}}",
         "eval.every=2",
         f"eval.best=accuracy_{BEST}",
         "monitor.idle_steps=2",
         "rollout.workers=1",
+        env=ENVIRONMENT,
     )
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
     return run_root, finished.stdout + finished.stderr
@@ -129,13 +133,17 @@ def test_a_stage_that_learns_nothing_says_so_and_goes_on(done):
     assert sum("nothing is learned" in line for line in kept(root)) == 2
 
 
-def test_the_password_connects_and_is_kept_nowhere(server, done):
+def test_the_password_connects_and_is_kept_nowhere_nor_is_a_key_or_a_token(server, done):
     root, said = done
-    assert PASSWORD not in said
+    assert SENTINEL not in said
+    assert "401 for https://***@judge.example/x with ***" in said, "the reward did show its own"
+    skipped = json.loads((root / "stages" / "rl.json").read_text())["result"]["skipped"]
+    assert any("401 for https://***@judge.example/x with ***" in sample["reason"] for sample in skipped)
+    assert "401 for https://***@judge.example/x with ***" in (root / "logs" / "scorer.log").read_text()
     files = [path for path in root.rglob("*") if path.is_file()]
     assert {"tracking.json", "driver.log", "rl.json"} <= {path.name for path in files}
     files += [path for path in server[1].parent.rglob("*") if path.is_file()]
-    assert [path for path in files if PASSWORD.encode() in path.read_bytes()] == []
+    assert [path for path in files if SENTINEL.encode() in path.read_bytes()] == []
     note = json.loads((root / "tracking.json").read_text())
     assert note["uri"] == server[0].replace(f"bob:{PASSWORD}", "***")
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from learner.config import LearnerConfig
-from runtime.planning.device_plan import MARGIN
-from tests.support.one_gpu import GIB, H200, planned, smoke
+from runtime.planning.device_plan import MARGIN, plan_devices
+from tests.support.one_gpu import GIB, H200, TASKS, planned, smoke, three_b
 
 
 def card(gib_free):
@@ -77,3 +77,14 @@ def test_where_nothing_is_open_nothing_is_chosen():
     # Host memory is one: staging elsewhere would be the same bytes.
     host = replace(H200, key="n/host", cuda=False)
     assert planned(smoke(), host).staging == "device"
+
+
+def test_a_refusal_names_the_rows_that_set_the_size_of_a_stream():
+    first = TASKS[0]
+    long = replace(first, id="long", end=200.0, answers=(replace(first.answers[0], time=150.0),), origin="rows.jsonl:7")
+    wordy = replace(first, id="wordy", queries=(replace(first.queries[0], text="w" * 9000),), origin="rows.jsonl:9")
+    config = smoke("data.max_turns=400", "data.tail_chunks=0")
+    with pytest.raises(ValueError, match=r"too many\. Ways out") as refused:
+        plan_devices(config, {"rl": config.learner}, three_b(), (first, long, wordy), ([card(24)], [card(24)]))
+    assert "as one of 151 turns (task long (row rows.jsonl:7))" in str(refused.value)
+    assert "9,000 bytes of questions (task wordy (row rows.jsonl:9))" in str(refused.value)

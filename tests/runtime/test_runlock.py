@@ -115,6 +115,18 @@ def test_a_holder_on_another_machine_that_beats_is_not_replaced(tmp_path):
         beating.wait()
 
 
+def test_a_beat_is_seen_although_the_holders_clock_was_set_back(tmp_path):
+    elsewhere(tmp_path)
+    past = time.time_ns() - 3600 * 10**9
+    beat = threading.Timer(0.4, lambda: os.utime(tmp_path / ".lock", ns=(past, past)))
+    beat.start()
+    try:
+        with pytest.raises(RunRootBusyError, match="pid 7 on far"):
+            lock(tmp_path).acquire()
+    finally:
+        beat.join(timeout=10)
+
+
 def test_a_holder_on_another_machine_that_has_stopped_is_replaced_after_a_while(tmp_path, caplog):
     elsewhere(tmp_path)
     began = time.monotonic()

@@ -29,6 +29,22 @@ def history(client, run, name):
 
 
 @pytest.mark.slow
+def test_a_clock_that_is_set_back_loses_no_step_and_ends_no_run(tmp_path, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    tracker = Tracker(TrackingConfig(), tmp_path / "run", "rl-seed0")
+    for step in range(1, 7):
+        now -= 3600
+        tracker.metrics({"reward/total": step / 8}, step)
+    tracker.close("FINISHED")
+    client, (run,) = runs(tracker.uri)
+    assert run.info.status == "FINISHED"
+    assert history(client, run, "reward/total") == [(step, step / 8) for step in range(1, 7)]
+    assert run.data.metrics["reward/total"] == 6 / 8, "the newest is that of the last step"
+    assert tracker.failed is None
+
+
+@pytest.mark.slow
 def test_params_metrics_and_artifacts_arrive_and_what_was_not_measured_is_left_out(tmp_path):
     tracker = Tracker(TrackingConfig(), tmp_path / "run", "all-seed3")
     params = flat(asdict(RunConfig(memory=MemoryConfig("full"))))

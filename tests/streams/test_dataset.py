@@ -66,7 +66,7 @@ def test_reading_rows_loads_no_torch(tmp_path):
 
 def test_minimal_row_and_absolute_video(tmp_path):
     row = {"id": "b", "video": "/v/b.mp4", "end": 3, "queries": [{"time": 0, "text": "q"}]}
-    task = load_tasks(write(tmp_path, row | {"answers": [{"time": 0, "text": "x"}]})).tasks[0]
+    task = load_tasks(write(tmp_path, row | {"answers": [{"time": 0, "text": "x"}]}), root="/").tasks[0]
     assert (task.start, task.video, task.category, task.thoughts) == (0.0, "/v/b.mp4", "", ())
 
 
@@ -231,7 +231,7 @@ def tasks(draw):
 def test_what_is_written_is_read_back(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("round") / "tasks.jsonl"
     write_tasks(path, written)
-    found = load_tasks(path, on_bad="raise")
+    found = load_tasks(path, on_bad="raise", root="/")
     assert found.tasks == tuple(written)
 
 
@@ -246,3 +246,31 @@ def test_a_format_entered_in_the_table_reads_its_own_file(tmp_path, monkeypatch)
     path.write_text('{"name": "x"}\n')
     (task,) = load_tasks(path, format="mine").tasks
     assert (task.id, task.video) == ("x1", str(tmp_path / "a.mp4"))
+
+
+def test_a_text_that_no_stream_could_hold_costs_its_row_by_name(tmp_path):
+    """One of 50 MB, in any field of either format, and questions that are too long together."""
+    huge, long = "x" * 50_000_000, "y " * 20_000
+    asked = [{"time": 2, "text": huge}, {"time": 2.5, "text": "?"}]
+    rows = [
+        changed(id="query", queries=asked),
+        changed(id="answer", answers=[{"time": 4, "text": "r" * 70_000}]),
+        changed(id="thought", thoughts=[{"time": 4, "text": "t" * 70_000}]),
+        changed(id="together", queries=[{"time": time, "text": long} for time in (2, 2.5)], answers=ROW["answers"][:1]),
+        changed(id="fits", queries=[{"time": 2, "text": long}], answers=ROW["answers"][:1]),
+    ]
+    found = load_tasks(write(tmp_path, *rows))
+    assert [task.id for task in found.tasks] == ["fits"]
+    assert [sample.source[-1] for sample in found.skipped] == ["1", "2", "3", "4"]
+    for sample, part in zip(
+        found.skipped,
+        (
+            "more than 16,777,216: it holds more than one stream",
+            "answers[0].text has 70,000 bytes, a text of a row may have 65,536",
+            "thoughts[0].text has 70,000 bytes",
+            "its 2 questions have 80,000 bytes, more than 65,536",
+        ),
+        strict=True,
+    ):
+        assert part in sample.reason
+        assert len(sample.reason) < 200

@@ -298,6 +298,9 @@ def test_no_frame_is_ever_later_than_asked(tmp_path_factory, made, seconds, per_
 
 # ---- one length ----
 
+ANYWHERE = ("--root", "/")
+"""The films lie in a folder of their own."""
+
 
 def row(name: str, video: Path, end: float | None = None) -> dict:
     found = {"id": name, "video": str(video), "queries": [{"time": 0.0, "text": "q"}]}
@@ -312,10 +315,10 @@ def rows(path: Path, *found: dict) -> Path:
 
 def test_checker_run_watch_and_max_chunks_agree_on_every_length(film, reader, tmp_path, capsys):
     path = rows(tmp_path / "rows.jsonl", *(row(name, film(name)) for name in FILMS))
-    assert main([str(path), "--write", str(tmp_path / "written.jsonl")]) == 0, capsys.readouterr().out
-    unwritten = load_tasks(path, on_bad="raise").tasks
-    written = load_tasks(tmp_path / "written.jsonl", on_bad="raise").tasks
-    planned = load_tasks(path, on_bad="raise", video=VideoConfig(max_chunks=3)).tasks
+    assert main([str(path), *ANYWHERE, "--write", str(tmp_path / "written.jsonl")]) == 0, capsys.readouterr().out
+    unwritten = load_tasks(path, on_bad="raise", root="/").tasks
+    written = load_tasks(tmp_path / "written.jsonl", on_bad="raise", root="/").tasks
+    planned = load_tasks(path, on_bad="raise", video=VideoConfig(max_chunks=3), root="/").tasks
     assert [task.id for task in unwritten] == [task.id for task in written] == [task.id for task in planned]
     for before, task, plan in zip(unwritten, written, planned, strict=True):
         assert task.end == plan.end == reader.duration(task.video), task.id
@@ -331,10 +334,10 @@ def test_a_row_longer_than_its_film_is_refused_by_checker_and_run_in_the_same_wo
 ):
     frames = decoded(film(name))
     too_long = rows(tmp_path / "rows.jsonl", row("long", film(name), end=10.0), row("fits", film("plain.mp4")))
-    assert main([str(too_long)]) == 1
+    assert main([str(too_long), *ANYWHERE]) == 1
     said = f"the row says the clip lasts until 10 s but the file holds {frames[-1][1]:.2f} s ({len(frames)} frames)"
     assert f"task long ({film(name)}): {said}" in capsys.readouterr().out
-    task = load_tasks(too_long).tasks[0]
+    task = load_tasks(too_long, root="/").tasks[0]
     with pytest.raises(VideoError) as caught:
         reader.read_task(task, Plan(task.num_turns(1.0, 100, 1000), 1.0))
     assert str(caught.value) == f"{film(name)}: {said}"
@@ -344,8 +347,8 @@ def test_a_row_longer_than_its_film_is_refused_by_checker_and_run_in_the_same_wo
 def test_an_end_that_the_checker_accepts_is_read_to_its_last_chunk(seconds, film, reader, tmp_path):
     """Durations are often rounded up: half a second and a frame more than there is are allowed, in short chunks, too."""
     path = rows(tmp_path / "rows.jsonl", row("rounded", film("plain.mp4"), end=2.95))
-    assert main([str(path)]) == 0
-    (task,) = load_tasks(path).tasks
+    assert main([str(path), *ANYWHERE]) == 0
+    (task,) = load_tasks(path, root="/").tasks
     with ClipReader(VideoConfig(chunk_seconds=seconds)) as short:
         turns = task.num_turns(seconds, 100, 1000)
         assert len(short.read_task(task, Plan(turns, seconds)).frames) == turns == math.ceil(2.95 / seconds)
@@ -390,14 +393,14 @@ def test_the_advice_for_a_late_picture_moves_the_clock(film, reader, tmp_path):
 def test_the_checker_tells_of_late_pictures_and_not_of_b_frames(film, tmp_path, capsys):
     names = ["late.mp4", "nothing_first.mp4", "bframes.flv", "plain.mp4"]
     path = rows(tmp_path / "rows.jsonl", *(row(name, film(name)) for name in names))
-    assert main([str(path)]) == 0
+    assert main([str(path), *ANYWHERE]) == 0
     said = capsys.readouterr().out
     assert (
         f"2 videos whose picture starts later than 0 s (the latest at 2.00 s: {film('late.mp4')}): black until then"
         in said
     )
     path = rows(tmp_path / "rows.jsonl", *(row(name, film(name)) for name in names[2:]))
-    assert main([str(path)]) == 0
+    assert main([str(path), *ANYWHERE]) == 0
     assert "later than 0 s" not in capsys.readouterr().out
 
 

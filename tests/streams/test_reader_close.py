@@ -22,7 +22,7 @@ from streams.messages import RolloutTask, ScriptedTurn, ScriptTask
 from streams.task import ExpectedAnswer, Plan, StreamTask, TimedQuery
 from streams.video.config import VideoConfig
 from streams.video.reader import ClipReader, ReaderClosedError
-from tests.support.clips import write_clip, write_grey_ramp
+from tests.support.clips import write_clip, write_endless, write_grey_ramp
 from tests.support.commands import launch
 from tests.support.service import open_service, worker_setup
 
@@ -118,7 +118,7 @@ def test_a_close_at_any_moment_of_a_read(long_clip):
 
 
 def test_a_stuck_decode_does_not_hold_up_a_close(tmp_path):
-    os.mkfifo(tmp_path / "stuck.mp4")
+    write_endless(tmp_path / "stuck.mp4")
     reader = ClipReader(VideoConfig())
     reader.duration(str(write_grey_ramp(tmp_path / "good.mp4", 8, 4)))
     end, took = closed_while_reading(reader, str(tmp_path / "stuck.mp4"), 0.3, chunks=2)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.support.redact import public_setting, public_uri, public_words, redact
+from streams.support.redact import public_setting, public_uri, public_words, redact, stored_setting
 
 SECRET = "hunter2"
 
@@ -92,3 +92,41 @@ def test_settings_that_are_named_like_secrets_are_masked_and_others_stored_as_th
     assert public_setting("layout.max_new_tokens", 30) == "30"
     assert public_setting("data.ignore_fields", ["a"]) == "['a']"
     assert public_setting("seed", 0) == "0"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("reward:\n  terms:\n    judge:\n      api_key: hunter2\n      words: 6", "      api_key: ***\n      words: 6"),
+        ("reward.terms.judge={target: 'a:B', api_key: hunter2, words: 6}", "api_key: ***, words: 6}"),
+        ('{"password":"hunter2","a":1}', '{"password":***,"a":1}'),
+        ("{'access_token': 'hunter2'}", "{'access_token': ***}"),
+        ("the control token: '<x>', a pass: 3 of 4", "the control token: '<x>', a pass: 3 of 4"),
+    ],
+)
+def test_an_entry_of_a_mapping_that_is_named_like_a_secret_is_masked(text, shown):
+    assert redact(text).endswith(shown)
+    assert SECRET not in redact(text)
+
+
+def test_secrets_of_the_environment_are_masked_wherever_they_appear(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_AbCdEfGh")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "hf_AbCdEfGh/and+more=")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "short")
+    monkeypatch.setenv("PWD", "/home/somebody")
+    said = redact("401 (hf_AbCdEfGh), Bearer hf_AbCdEfGh/and+more=; short of /home/somebody")
+    assert said == "401 (***), Bearer ***; short of /home/somebody"
+
+
+def test_a_stored_setting_keeps_its_type():
+    assert stored_setting("reward.terms.judge.api_key", SECRET) == "***"
+    assert stored_setting("reward.terms.judge.api_key", "") == ""
+    assert stored_setting("layout.max_new_tokens", 30) == 30
+    assert stored_setting("a.flag", True) is True
+    assert stored_setting("a.none", None) is None
+    nested = {"x": [f"http://bob:{SECRET}@h/", 3], "api_key": SECRET, "y": ("a", {"token": SECRET})}
+    assert stored_setting("memory.args", nested) == {
+        "x": ["http://***@h/", 3],
+        "api_key": "***",
+        "y": ("a", {"token": "***"}),
+    }

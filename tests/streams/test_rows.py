@@ -302,7 +302,7 @@ def test_a_task_knows_its_row_which_is_neither_compared_nor_written(folder):
     path = folder / "rows.jsonl"
     rows = [task((2, "red", "text"), name="a"), task((2, "red", "text"), name="b")]
     write_tasks(path, rows)
-    found = load_tasks(path).tasks
+    found = load_tasks(path, root="/").tasks
     assert [t.origin for t in found] == [f"{path}:1", f"{path}:2"]
     assert found == tuple(rows)
     assert "origin" not in path.read_text()

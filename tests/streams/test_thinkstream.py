@@ -49,7 +49,7 @@ def write(folder, *rows):
 
 
 def load_one(folder, row, **more):
-    return load_tasks(write(folder, row), on_bad="raise", **more).tasks[0]
+    return load_tasks(write(folder, row), on_bad="raise", root="/", **more).tasks[0]
 
 
 # ---- records ----
@@ -187,7 +187,7 @@ BAD = [
 @pytest.mark.parametrize(("bad", "reason"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_a_bad_record_costs_that_record_only(tmp_path, bad, reason):
     path = write(tmp_path, SFT, bad, RLVR)
-    found = load_tasks(path)
+    found = load_tasks(path, root="/")
     assert [task.id for task in found.tasks] == ["1-a", "3-b"]
     (skipped,) = found.skipped
     assert skipped.source == f"{path}:2"
@@ -333,9 +333,9 @@ def test_lengths_are_asked_only_where_they_matter_and_a_bad_video_costs_its_rows
         {"video_path": "gone.mp4", "duration": 300, "conversations": [user("q"), assistant("x", 1)]},
     ]
     path = write(tmp_path, *rows)
-    assert len(load_tasks(path).tasks) == len(load_tasks(path, video=VideoConfig()).tasks) == 5
+    assert len(load_tasks(path, root="/").tasks) == len(load_tasks(path, video=VideoConfig(), root="/").tasks) == 5
     config = VideoConfig(max_chunks=120)
-    found = load_tasks(path, video=config)
+    found = load_tasks(path, video=config, root="/")
     assert [round(task.end, 2) for task in found.tasks] == [12.5, 300.0]
     assert [config.chunk_seconds_of(task) for task in found.tasks] == [1.0, 3.0]
     assert [sample.source for sample in found.skipped] == [f"{path}:{n}" for n in (2, 3, 4)]
@@ -344,4 +344,4 @@ def test_lengths_are_asked_only_where_they_matter_and_a_bad_video_costs_its_rows
     ):
         assert part in sample.reason
     with pytest.raises(ValueError, match=r"records\.jsonl:2: .*gone\.mp4"):
-        load_tasks(path, video=config, on_bad="raise")
+        load_tasks(path, video=config, on_bad="raise", root="/")

@@ -21,7 +21,7 @@ from streams.video.decode import ClipRequest, causal_limits, resize_frame
 from streams.video.patches import normalize_patches, patchify
 from streams.video.presentation import DecodeError, check_container
 from streams.video.reader import ClipReader, VideoError, frame_times, smart_resize
-from tests.support.clips import frame_number, grey_ramp, solid, write_clip, write_grey_ramp
+from tests.support.clips import frame_number, grey_ramp, solid, write_clip, write_endless, write_grey_ramp
 from tests.support.project import ROOT
 
 
@@ -268,7 +268,7 @@ def test_files_that_are_no_videos(tmp_path, reader):
     assert "is a folder" in reason_for(reader, tmp_path)
     assert "empty (0 bytes)" in reason_for(reader, tmp_path / "empty.mp4")
     for name in ("text.mp4", "old.avi", "still.png"):
-        assert "not a supported video: it starts with" in reason_for(reader, tmp_path / name)
+        assert "not a supported video: it does not begin like" in reason_for(reader, tmp_path / name)
     assert "truncated or damaged" in reason_for(reader, tmp_path / "fake.mp4")
 
 
@@ -325,7 +325,7 @@ def alive(pid):
 
 
 def test_a_stuck_decode_is_ended_and_the_next_read_works(tmp_path):
-    os.mkfifo(tmp_path / "stuck.mp4")
+    write_endless(tmp_path / "stuck.mp4")
     good = str(write_grey_ramp(tmp_path / "good.mp4", 8, 4))
     with ClipReader(VideoConfig(decode_timeout_s=0.5)) as reader:
         first = reader.read(good, 0, 2, 2)
@@ -340,7 +340,7 @@ def test_a_stuck_decode_is_ended_and_the_next_read_works(tmp_path):
 
 
 def test_a_child_that_dies(tmp_path):
-    os.mkfifo(tmp_path / "stuck.mp4")
+    write_endless(tmp_path / "stuck.mp4")
     good = str(write_grey_ramp(tmp_path / "good.mp4", 8, 4))
     reader = ClipReader(VideoConfig())
     reader.read(good, 0, 2, 2)
@@ -377,7 +377,7 @@ time.sleep(60)
 def test_the_child_ends_with_its_parent(tmp_path, stuck):
     """Also from another working directory, and while it is stuck: by the alarm, 5 s after the deadline."""
     good = str(write_grey_ramp(tmp_path / "good.mp4", 8, 4))
-    os.mkfifo(tmp_path / "stuck.mp4")
+    write_endless(tmp_path / "stuck.mp4")
     root = str(ROOT)
     more = [str(tmp_path / "stuck.mp4")] if stuck else []
     script = f"import sys; sys.path.insert(0, {root!r})\n" + PARENT

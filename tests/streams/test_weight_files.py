@@ -21,7 +21,7 @@ from streams.backbone.tiny_spec import TinySpec
 from streams.checkpoint.model_shape import ModelGeometry
 from streams.checkpoint.weights import check_weights
 from streams.layout.layout import LayoutConfig
-from tests.support.weights import INDEX, LFS, WHOLE, sharded
+from tests.support.weights import INDEX, LFS, WHOLE, Payload, sharded
 
 # ---- files that are not whole ----
 
@@ -143,6 +143,32 @@ def test_shards_without_their_index_and_adapters_without_their_base_are_named(fo
         with pytest.raises((FileNotFoundError, ValueError), match=r"holds an adapter .*merge it into its base model"):
             check_weights(folder)
         (folder / "config.json").unlink(missing_ok=True)
+
+
+def test_no_pickle_in_a_folder_is_ever_loaded(folder_of, tmp_path):
+    """Alone it is refused; beside safetensors it is not looked at, nor is an adapter's."""
+    folder, made = folder_of(), tmp_path / "made"
+    whole = (folder / WHOLE).read_bytes()
+    for name in ("pytorch_model.bin", "adapter_model.bin", "model.ckpt"):
+        torch.save(Payload(made), folder / name)
+    assert len(Backbone.load(folder, LayoutConfig()).trainable()) > 0
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    with pytest.raises(ValueError, match="holds an adapter"):
+        Backbone.load(folder, LayoutConfig())
+    for name in ("adapter_config.json", "adapter_model.bin", WHOLE):
+        (folder / name).unlink()
+    for load in (check_weights, ModelGeometry.read, lambda folder: Backbone.load(folder, LayoutConfig())):
+        with pytest.raises(
+            (FileNotFoundError, ValueError), match=r"model\.ckpt, pytorch_model\.bin: such files can run code"
+        ):
+            load(folder)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged, or no safetensors file"):
+        Backbone.load(folder, LayoutConfig())
+    assert not made.exists()
+    (folder / WHOLE).write_bytes(whole)
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert made.exists(), "the pickle does what it should not be let do"
 
 
 # ---- the files beside the weights ----

@@ -57,3 +57,13 @@ def sharded(folder: Path, *, parts: int = 2) -> tuple[Path, list[str]]:
     index = {"metadata": {"total_size": 1}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index))
     return folder, names
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
