@@ -117,6 +117,9 @@ def evaluate(
     def send(worker: Any, item: tuple[int, RolloutTask]) -> Any:
         return worker.rollout.options(num_returns=2).remote(item[1])
 
+    def name(item: tuple[int, RolloutTask]) -> str:
+        return item[1].group
+
     def given_up(item: tuple[int, RolloutTask], worker: int, why: str) -> GroupSummary:
         return GroupSummary(item[1].group, item[1].task.id, worker, failed=why)
 
@@ -126,7 +129,7 @@ def evaluate(
     what = f"evaluation {condition.name}"
     summary: GroupSummary
     for (index, request), summary, (_, payload) in spread(
-        session.crew, enumerate(requests), send, config.rollout.max_streams, what, given_up
+        session.crew, enumerate(requests), send, config.rollout.max_streams, what, name, given_up
     ):
         task = request.task
         done[index] = WatchedStream(request, summary, payload)

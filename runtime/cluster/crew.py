@@ -26,6 +26,7 @@ from runtime.cluster.events import CALL_LIMIT, MOST_DEATHS, SLICE_S, START_LIMIT
 from runtime.cluster.maker import ActorMaker
 from runtime.cluster.places import Places
 from runtime.placing.seats import NoRoomError
+from runtime.recovery.suspects import Suspects
 from runtime.recovery.watch import Watch
 from streams.messages import RewardJob
 
@@ -35,7 +36,10 @@ Send = Callable[[Any], Any]
 
 
 class Crew:
-    """places: the workers. scorer: the actor as it is now. setup: what the workers load, None before the first stage."""
+    """places: the workers. scorer: the actor as it is now. setup: what the workers load, None before the first stage.
+
+    suspects: what evaluations have found out about streams that end their workers.
+    """
 
     def __init__(self, config: RunConfig, book: ActorBook, maker: ActorMaker) -> None:
         cluster = self.config = config.cluster
@@ -43,6 +47,7 @@ class Crew:
         self.places = Places(config, maker)
         self.scorer = maker.scorer()
         self.setup: WorkerSetup | None = None
+        self.suspects = Suspects()
         self._watch = Watch(self.places, cluster.hang_s, cluster.start_timeout_s)
 
     # --- who is there ---------------------------------------------------------------------------------------------

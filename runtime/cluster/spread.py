@@ -19,7 +19,6 @@ import ray
 
 from runtime.cluster.crew import Crew
 from runtime.cluster.events import MOST_DEATHS, SLICE_S, ActorLostError, first_line
-from runtime.recovery.suspects import Suspects
 
 log = logging.getLogger("sightline.cluster")
 
@@ -45,19 +44,22 @@ def spread(
     send: Callable[[Any, Any], Any],
     per_worker: int,
     what: str,
+    name: Callable[[Any], str],
     given_up: Callable[[Any, int, str], Any],
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Run `send(worker, item)` over all workers: it returns references, to a reply and to what goes with it.
 
     Yields (item, reply, references) as they finish, with at most `per_worker` under way on each. What a worker that died
-    had under way is sent again. given_up(item, worker, why): returns the reply of an item that ends its workers.
+    had under way is sent again. name: of an item, as `Suspects` has them. given_up(item, worker, why): returns the reply of
+    an item that ends its workers.
     Raises TimeoutError, ActorLostError.
     """
-    places, suspects = crew.places, Suspects()
+    places, suspects = crew.places, crew.suspects
+    suspects.begin()
     pending: dict[Any, _Call] = {}
     load, deaths = [0] * len(places.workers), [0] * len(places.workers)
     again: deque[_Item] = deque()
-    fresh = (_Item(f"/{number}", value) for number, value in enumerate(items))
+    fresh = (_Item(name(value), value) for value in items)
     upcoming = next(fresh, None)
     while True:
         while (item := again[0] if again else upcoming) is not None:
@@ -69,6 +71,9 @@ def spread(
                 again.popleft()
             else:
                 upcoming = next(fresh, None)
+            if (why := suspects.condemned(item.name)) is not None:
+                yield item.value, given_up(item.value, worker, why), (None, None)
+                continue
             references = send(places.workers[worker], item.value)
             pending[references[0]] = _Call(item, worker, references)
             suspects.sent(worker, item.name)

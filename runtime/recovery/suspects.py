@@ -28,6 +28,10 @@ class Suspects:
         self._causes: dict[str, str] = {}
         self._last: dict[int, frozenset[str]] = {}  # what a worker's last process left behind, if it was not blamed
 
+    def begin(self) -> None:
+        """Note that nothing is under way; what was found out before holds."""
+        self._under_way.clear()
+
     def may_take(self, worker: int, name: str) -> bool:
         """Return whether a piece of work may be sent to a worker now."""
         there = self._under_way.get(worker, set())

@@ -67,7 +67,7 @@ class Here:
 
 
 def one_by_one(
-    here: Here, items: Iterable[Any], send: Any, per_worker: int, what: str, given_up: Any
+    here: Here, items: Iterable[Any], send: Any, per_worker: int, what: str, name: Any, given_up: Any
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Takes the place of runtime.cluster.spread.spread, with a worker that does not die."""
     for item in items:

@@ -20,7 +20,6 @@ from rollout.engine.engine import Engine
 from runtime.planning.device_plan import MARGIN, PoolNeed, Process, plan_device_memory, plan_devices
 from runtime.planning.footprint import (
     Footprint,
-    gib,
     layer_bytes,
     learner_footprint,
     region_bytes,
@@ -496,8 +495,3 @@ def test_a_tied_head_that_is_stored_all_the_same_is_counted_once(tmp_path):
     embedding = next(tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight"))
     save_file(weights | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors", {"format": "pt"})
     assert ModelGeometry.read(folder).parameters == once.parameters
-
-
-@pytest.mark.parametrize(("count", "said"), [(4096, "4.0 KiB"), (2**20, "1.0 MiB"), (3 * 2**30, "3.00 GiB")])
-def test_bytes_for_people_are_never_zero(count, said):
-    assert gib(count) == said

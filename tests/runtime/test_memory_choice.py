@@ -8,6 +8,7 @@ import pytest
 
 from learner.config import LearnerConfig
 from runtime.planning.device_plan import MARGIN, plan_devices
+from runtime.planning.footprint import gib
 from tests.support.one_gpu import GIB, H200, TASKS, planned, smoke, three_b
 
 
@@ -88,3 +89,8 @@ def test_a_refusal_names_the_rows_that_set_the_size_of_a_stream():
         plan_devices(config, {"rl": config.learner}, three_b(), (first, long, wordy), ([card(24)], [card(24)]))
     assert "as one of 151 turns (task long (row rows.jsonl:7))" in str(refused.value)
     assert "9,000 bytes of questions (task wordy (row rows.jsonl:9))" in str(refused.value)
+
+
+@pytest.mark.parametrize(("count", "said"), [(4096, "4.0 KiB"), (2**20, "1.0 MiB"), (3 * 2**30, "3.00 GiB")])
+def test_bytes_for_people_are_never_zero(count, said):
+    assert gib(count) == said
