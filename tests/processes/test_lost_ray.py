@@ -125,7 +125,7 @@ def test_without_the_head_of_its_cluster_a_run_names_both(tmp_path):
         time.sleep(LEFT_S)
         assert not still_there(actors)
     assert re.search(
-        rf"error: Ray's GCS at {head.address} does not answer .*, and the raylet of this node", driver.output
+        rf"error: Ray's GCS at \S+:{head.port} does not answer .*, and the raylet of this node", driver.output
     )
     assert re.search(r"goes on from \S+/rl/step\d+$", driver.output, re.MULTILINE)
     assert tracked(root) == ["FAILED"]
