@@ -132,15 +132,14 @@ class Crew:
         return self._ask(send(self.scorer), again, what, start, self.look)
 
     def of_living(self, send: Send, what: str) -> list[Any]:
-        """Return the workers' replies; None for one that has died: what it would say is lost with it."""
-        found: list[Any] = []
+        """Return the workers' replies; None for one that is not there, or has died: what it would say is lost with it."""
         places = self.places
+        found: list[Any] = [None] * len(places.workers)
         for worker, reference in {worker: send(places.workers[worker]) for worker in sorted(places.here)}.items():
             try:
-                found.append(self.wait(reference, f"rollout worker {worker} to {what}"))
+                found[worker] = self.wait(reference, f"rollout worker {worker} to {what}")
             except ActorLostError as error:
                 log.warning("%s", first_line(error))
-                found.append(None)
         return found
 
     def score(self, jobs: tuple[RewardJob, ...], what: str) -> tuple[tuple[RewardResult, ...], ...]:

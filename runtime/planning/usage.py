@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,20 @@ USAGE_FILE = "usage.json"
 def usage_report(usage: list[ProcessUsage | None], plan: DevicePlan, by_kind: dict[str, LogpDiff]) -> dict[str, Any]:
     """Return the report. by_kind: mismatch by kind of token.
 
-    usage: processes in the order of the plan's devices, None for one that died with its account.
+    usage: processes in the order of the plan's devices, None for one that is not there, or died with its account; workers that
+    joined after the plan was made come last.
     """
     processes = {}
-    for process, device in zip(usage, plan.devices, strict=True):
+    for process, device in zip_longest(usage, plan.devices, fillvalue=None):
         if process is None:
             continue
+        held, name = (device.held, device.name) if device else (0, "the device of a worker that joined late")
         # Subtract what the process held before it loaded anything, so that peaks compare with the estimate.
-        phases = {name: replace(phase, peak=max(0, phase.peak - device.held)) for name, phase in process.phases.items()}
+        phases = {name: replace(phase, peak=max(0, phase.peak - held)) for name, phase in process.phases.items()}
         peak = max((phase.peak for phase in phases.values()), default=0)
         estimate = _estimate(process.process, plan.footprints)
         processes[process.process] = {
-            "device": device.name,
+            "device": name,
             "estimated_bytes": estimate,
             "peak_bytes": peak,
             "peak_over_estimate": peak / estimate if estimate else None,
