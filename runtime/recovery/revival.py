@@ -188,7 +188,8 @@ class Revival:
         if before is not None and before.node == info.node and info.oom_kills > before.oom_kills:
             # Nobody but the kernel knows of what it died.
             self.suspects.blame_last(worker, f"node {info.node} ran out of memory")
-        self._say(f"rollout-{worker} is there (pid {info.pid}, node {info.node})")
+        again = " again" if self.deaths[f"rollout-{worker}"] else ""
+        self._say(f"rollout-{worker} is there{again} (pid {info.pid}, node {info.node})")
         for tell in self._back:
             tell(worker, version)
 

@@ -5,7 +5,6 @@ Real drivers, a Ray of their own or a cluster.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from runtime.store.checkpoint import read_state
+from runtime.task_order import names_of
 from tests.support.killed_runs import BATCH, CLIPS, Driver, journal
 from tests.support.noisy_reward import SLOW_VARIABLE
 from tests.support.processes import command, family, logging_to, still_there
@@ -55,7 +56,7 @@ def check_goes_on_from(root: Path, step: int, monkeypatch: pytest.MonkeyPatch, *
     driver = Driver(root, *OVERRIDES, *overrides)
     assert driver.wait() == 0, driver.output
     assert int(re.findall(rf"\brl (\d+)/{STEPS}", driver.output)[0]) == step + 1, driver.output
-    consumed = json.loads((root / "checkpoints" / "rl" / "final" / "state.json").read_text())["consumed"]
+    consumed = names_of(read_state(root / "checkpoints" / "rl" / "final"))
     assert Counter(group.split("/")[0] for group in set(consumed)) == {
         str(n): CLIPS for n in range(STEPS * BATCH // CLIPS)
     }

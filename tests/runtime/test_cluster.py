@@ -177,6 +177,7 @@ def test_a_node_that_sees_other_files_and_versions_is_named_with_all_of_it(head,
         f"data.train={videos / 'train.jsonl'}",
         f"data.heldout={videos / 'heldout.jsonl'}",
         "rollout.workers=4",
+        "rollout.min_workers=4",
         "cluster.actor_cpus=1.5",
     )
     assert done.returncode == 2, done.stdout + done.stderr

@@ -107,7 +107,7 @@ def test_a_worker_is_replaced_once_and_told_of(world):
     assert not world.revival.loading
     assert world.said == [
         "died 1; another process takes its place, its work is done again",
-        "rollout-0 is there (pid 12, node here)",
+        "rollout-0 is there again (pid 12, node here)",
     ]
 
 
