@@ -21,10 +21,10 @@ from tests.support.commands import launch
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def config(workers, actor_cpus=0.25, placement="auto"):
+def config(workers, actor_cpus=0.25, placement="auto", least=1):
     return RunConfig(
         memory=MemoryConfig("full"),
-        rollout=RolloutConfig(workers=workers),
+        rollout=RolloutConfig(workers=workers, min_workers=least),
         cluster=ClusterConfig(placement=placement, actor_cpus=actor_cpus),
     )
 
@@ -38,6 +38,7 @@ def test_a_run_that_does_not_fit_stops_at_start_with_the_arithmetic(tmp_path):
         f"data.train={own_data(tmp_path)}",
         f"data.heldout={own_data(tmp_path)}",
         "rollout.workers=40",
+        "rollout.min_workers=40",
         "cluster.actor_cpus=1",
         "cluster.num_cpus=2",
         "tracking.enabled=false",
@@ -97,7 +98,7 @@ def test_every_actor_gets_a_gpu_or_a_share_of_one(placement, gpus, learner, work
         (
             "separated",
             0,
-            r"needs 4 GPUs \(learner\.ranks=1 \+ rollout\.workers=3\), the cluster has 0: cluster\.placement=auto",
+            r"needs 4 GPUs \(learner\.ranks=1 \+ rollout\.min_workers=3\), the cluster has 0: cluster\.placement=auto",
         ),
         ("separated", 3, r"needs 4 GPUs .*, the cluster has 3: cluster\.placement=colocated shares them, "),
         ("colocated", 0, r"needs 1 GPUs \(learner\.ranks=1\), the cluster has 0: "),
@@ -105,7 +106,7 @@ def test_every_actor_gets_a_gpu_or_a_share_of_one(placement, gpus, learner, work
 )
 def test_a_placement_that_cannot_be_is_refused_with_the_arithmetic(placement, gpus, said):
     with pytest.raises(ValueError, match=rf"cluster\.placement={placement} {said}"):
-        plan_bundles(config(3, placement=placement), cluster_gpus=gpus)
+        plan_bundles(config(3, placement=placement, least=3), cluster_gpus=gpus)
 
 
 def test_gpus_that_nobody_uses_are_said():
@@ -125,7 +126,7 @@ def test_a_cluster_that_is_just_large_enough_fits():
 
 
 def test_cpus_that_are_missing_are_counted_by_actor():
-    (problem,) = check_resources(plan_bundles(config(3), 0), [node(1.0)])
+    (problem,) = check_resources(plan_bundles(config(3, least=3), 0), [node(1.0)])
     assert re.search(r"need 1\.25 CPUs .*learner 0\.25 \+ rollout worker 0 0\.25.*cluster has 1:", problem)
 
 

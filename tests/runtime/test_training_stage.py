@@ -155,7 +155,7 @@ def test_without_a_gcs_the_last_checkpoint_needs_no_task_and_waits_for_none_that
         monkeypatch.setattr(checkpointer, "UNDER_WAY_S", 1.0)
     with pytest.raises(Requeue, match=r"rl: stopped at step 3, checkpoint .*step000003"):
         stage.leave(3, {})
-    assert verify(tmp_path / "checkpoints" / "rl" / "step000003").state.consumed == ("0/1", "0/2", "0/3")
+    assert verify(tmp_path / "checkpoints" / "rl" / "step000003").state.consumed.names == ("0/1", "0/2", "0/3")
     assert told.charted == [1, 2, 3]
     assert not stage.checkpoints.busy
     assert not stage.checkpoints.holds
