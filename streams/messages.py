@@ -23,7 +23,7 @@ from streams.memory import MemoryConfig
 from streams.task import Plan, Reason, StreamTask
 from streams.turns import ParsedTurn
 
-MESSAGES_VERSION = 13
+MESSAGES_VERSION = 14
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,6 @@ class RowWords:
     """
 
     refused: tuple[Reason, str] | None = None
-    fits: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ScriptedJob:
-    """A row for the scripted oracle to play and have scored.
-
-    fits: as in RowWords; the oracle says only these beginnings.
-    """
-
-    task: StreamTask
-    plan: Plan
     fits: dict[int, str] = field(default_factory=dict)
 
 

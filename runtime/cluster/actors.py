@@ -21,8 +21,11 @@ from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STARTS, l
 TAIL_LINES = 15
 TAIL_BYTES = 65536
 LINE_CHARACTERS = 300
-CRASH = "Fatal Python error"
-"""How Python's own report of a crash begins."""
+CRASHES = ("Fatal Python error", "Timeout (")
+"""How Python's own report of a crash begins, and that of code that was stuck (`rewards.deadline`)."""
+_FRAME = re.compile(r'\s*File "(.+)", line (\d+) in (.+)')
+_CALLER = "/rewards/compose.py"
+"""Whoever it calls is a reward."""
 
 
 def run_id(root: Path) -> str:
@@ -31,8 +34,8 @@ def run_id(root: Path) -> str:
 
 
 def short_name(bundle: str) -> str:
-    """Return an actor's short name: `rollout-0` for `rollout worker 0`, `learner-1` for `learner rank 1`."""
-    return re.sub(r" (?:worker|rank) ", "-", bundle)
+    """Return an actor's short name: `rollout-0` for `rollout worker 0`, `learner-1` for `learner rank 1`, `scorer-1`."""
+    return re.sub(r" (?:worker |rank )?(?=\d)", "-", bundle)
 
 
 @dataclass
@@ -71,7 +74,8 @@ class ActorBook:
         place = [f"node {ip}"] if (ip := _field(text, "ip")) else []
         place += [f"pid {pid}"] if (pid := _field(text, "pid")) else []
         died = f"{name} died ({', '.join(place)})" if place else f"{name} died"
-        return f"{died}: {_cause(text)}{tail(log_path(self.log_folder, name))}"
+        path = log_path(self.log_folder, name)
+        return f"{died}: {_cause(text)}{_reward_at(path)}{tail(path)}"
 
 
 def named_class(actor: type, name: str) -> type:
@@ -85,18 +89,39 @@ def named_class(actor: type, name: str) -> type:
 
 def tail(path: Path) -> str:
     """Return where a log is and its last lines, or a crash's first lines, for an error message; '' without a log."""
+    lines = _newest(path)
+    if lines is None:
+        return ""
+    shown = _crash(lines)[:TAIL_LINES] or lines[-TAIL_LINES:]
+    return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line[:LINE_CHARACTERS]}" for line in shown)
+
+
+def _newest(path: Path) -> list[str] | None:
+    """Return the last lines of a log that the newest process wrote; None without a log."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
-        return ""
+        return None
     # Earlier attempts wrote into the same file.
-    begin = max((i for i, line in enumerate(lines) if STARTS in line), default=0)
-    crash = next((i for i, line in enumerate(lines) if i >= begin and line.startswith(CRASH)), None)
-    shown = lines[begin:][-TAIL_LINES:] if crash is None else lines[crash : crash + TAIL_LINES]
-    return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line[:LINE_CHARACTERS]}" for line in shown)
+    return lines[max((i for i, line in enumerate(lines) if STARTS in line), default=0) :]
+
+
+def _crash(lines: list[str]) -> list[str]:
+    """Return the lines from a crash's report on; [] without one."""
+    return lines[next((i for i, line in enumerate(lines) if line.startswith(CRASHES)), len(lines)) :]
+
+
+def _reward_at(path: Path) -> str:
+    """Return where in a reward a scorer has crashed, or was stuck, in words; '' if its log does not tell."""
+    inner = None
+    for frame in filter(None, map(_FRAME.match, _crash(_newest(path) or []))):
+        if frame[1].endswith(_CALLER):
+            return "" if inner is None else f" It was in {inner[3]}, {inner[1]}:{inner[2]}."
+        inner = frame
+    return ""
 
 
 def _field(text: str, key: str) -> str:

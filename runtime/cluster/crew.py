@@ -1,4 +1,4 @@
-"""The rollout workers and the scorer of a session: those that die are replaced, and asked again.
+"""The rollout workers and the scorers of a session: those that die are replaced, and asked again.
 
 Neither holds anything that cannot be made again. While a training stage runs, its events bring the deaths, and
 `runtime.recovery.revival` replaces; here are the calls that are waited for one by one, between stages and in evaluations.
@@ -13,18 +13,31 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
 
-from conf.platform import ClusterConfig
-from rewards.compose import RewardResult
+from conf.schema import RunConfig
 from rollout.setup import WorkerInfo, WorkerSetup
-from runtime.cluster.actors import ActorBook
-from runtime.cluster.events import CALL_LIMIT, MOST_DEATHS, SLICE_S, START_LIMIT, ActorLostError, first_line, wait_for
+from runtime.cluster.actors import ActorBook, short_name
+from runtime.cluster.events import (
+    CALL_LIMIT,
+    MOST_DEATHS,
+    SLICE_S,
+    START_LIMIT,
+    ActorDeath,
+    ActorLostError,
+    Events,
+    first_line,
+    wait_for,
+)
 from runtime.cluster.maker import ActorMaker
+from runtime.cluster.placement import scorer_names
 from runtime.cluster.watch import Watch
+from runtime.scoring.desk import Results
+from runtime.scoring.scorers import Scorers, Scoring
+from runtime.stop import StopSignal
 from streams.messages import RewardJob
 
 log = logging.getLogger("sightline.cluster")
@@ -34,14 +47,16 @@ Send = Callable[[Any], Any]
 
 
 class Crew:
-    """workers, scorer: the actors as they are now. setup: what the workers have loaded, None before the first stage."""
+    """workers: the actors as they are now. setup: what they have loaded, None before the first stage."""
 
-    def __init__(self, config: ClusterConfig, book: ActorBook, maker: ActorMaker, workers: int) -> None:
-        self._config, self._book, self._maker = config, book, maker
-        self.workers = [maker.worker(i) for i in range(workers)]
-        self.scorer = maker.scorer()
+    def __init__(self, config: RunConfig, book: ActorBook, maker: ActorMaker) -> None:
+        cluster = self._config = config.cluster
+        self._book, self._maker = book, maker
+        self.workers = [maker.worker(i) for i in range(config.rollout.workers)]
+        names = [short_name(name) for name in scorer_names(config)]
+        self.scorers = Scorers(config.reward, cluster, names, maker.scorer)
         self.setup: WorkerSetup | None = None
-        self._watch = Watch(self, config.hang_s, config.start_timeout_s)
+        self._watch = Watch(self, cluster.hang_s, cluster.start_timeout_s)
 
     # --- places ---------------------------------------------------------------------------------------------------
 
@@ -50,11 +65,6 @@ class Crew:
         ray.kill(self.workers[worker])
         self.workers[worker] = self._maker.worker(worker)
         return self.workers[worker]
-
-    def replace_scorer(self) -> None:
-        """Start a process in the place of the scorer."""
-        ray.kill(self.scorer)
-        self.scorer = self._maker.scorer()
 
     def set_up(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
         """Have all workers load a stage's checkpoint; returns what they report."""
@@ -76,9 +86,14 @@ class Crew:
         what = f"rollout worker {worker} to {what}"
         return self._ask(lambda: send(self.workers[worker]), lambda: self.replace_worker(worker), what, start, asked)
 
-    def of_scorer(self, send: Send, what: str, *, start: bool = False) -> Any:
-        """Return the scorer's reply. what: is waited for."""
-        return self._ask(lambda: send(self.scorer), self.replace_scorer, what, start)
+    def start_scorer(self, place: int) -> int:
+        """Wait until a scorer answers; returns its pid."""
+        scorers = self.scorers
+        what = f"{scorers.names[place]} to start"
+        pid: int = self._ask(
+            lambda: scorers.actors[place].pid.remote(), lambda: scorers.replace(place), what, start=True
+        )
+        return pid
 
     def of_living(self, send: Send, what: str) -> list[Any]:
         """Return the workers' replies; None for one that has died: what it would say is lost with it."""
@@ -91,9 +106,19 @@ class Crew:
                 found.append(None)
         return found
 
-    def score(self, jobs: tuple[RewardJob, ...], what: str) -> tuple[tuple[RewardResult, ...], ...]:
-        """Return the rewards of `jobs`: for each job, one result per stream."""
-        return self.of_scorer(lambda scorer: scorer.score.remote(jobs), what)
+    def score(self, jobs: Sequence[RewardJob], what: str) -> Results:
+        """Return the rewards of `jobs`: for each job, one result per stream. what: whose they are."""
+        found: list[Results] = []
+        events = Events(self._config.call_timeout_s, StopSignal(), self._scorer_died, self._watch.look)
+        Scoring(self.scorers, events.expect).score(jobs, what, found.append)
+        while not found:
+            events.wait()
+        return found[0]
+
+    def _scorer_died(self, death: ActorDeath) -> None:
+        words = self._book.explain(death.error)
+        self.scorers.died(self._book.name_of(death.error), words, death)
+        log.warning("%s; another process takes its place, its work is done again", first_line(words))
 
     def spread(
         self, items: Iterable[Any], send: Callable[[Any, Any], Any], per_worker: int, what: str

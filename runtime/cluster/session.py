@@ -5,7 +5,7 @@ Invariants:
 * all actors are placed, or the run stops with the arithmetic;
 * every wait has a timeout, and its error names what was waited for;
 * an actor that died is reported with its name, node, cause and log; a rollout worker or scorer is replaced;
-* actors are separate processes (workers, scorer, learner) that end with the driver, however it ends.
+* actors are separate processes (workers, scorers, learner) that end with the driver, however it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.cluster.crew import Crew
 from runtime.cluster.events import CALL_LIMIT, START_LIMIT, lost_with_an_actor, wait_for
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.maker import ActorMaker
-from runtime.cluster.placement import placement_note, plan_bundles
+from runtime.cluster.placement import placement_note, plan_bundles, scorer_names
 from runtime.cluster.preflight import Bundle, run_preflight
 from streams.backbone.tiny_spec import TinySpec
 from streams.messages import ScoreReport
@@ -62,7 +62,7 @@ class Session:
             run_preflight(config, bundles)
             make = self._make = ActorMaker(config, self.book, bundles, self._reserve(bundles))
             self._start_learner()
-            self.crew = Crew(config.cluster, self.book, make, config.rollout.workers)
+            self.crew = Crew(config, self.book, make)
         except BaseException:
             self.close()
             raise
@@ -92,8 +92,8 @@ class Session:
         pids = {name: self._started(ref, f"the {name} to start") for name, ref in self._learner_ready.items()}
         workers = self.crew.of_workers(lambda worker: worker.pid.remote(), "start", start=True)
         pids |= {f"rollout worker {i}": pid for i, pid in enumerate(workers)}
-        pids["scorer"] = self.crew.of_scorer(lambda scorer: scorer.pid.remote(), "the scorer to start", start=True)
-        return pids
+        scorers = scorer_names(self.config)
+        return pids | {name: self.crew.start_scorer(place) for place, name in enumerate(scorers)}
 
     def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
         """Have a rollout worker, which can load torch, write a random checkpoint to `folder`; return that."""

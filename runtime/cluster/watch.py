@@ -1,8 +1,9 @@
-"""Signs of life: a rollout worker or learner that hangs is ended, so that it is replaced like one that died.
+"""Signs of life: an actor that hangs is ended, so that it is replaced like one that died.
 
 Invariants:
 * a worker, or a rank of the learner, that gives no sign of life for `cluster.hang_s` is ended: what it leaves without a reply
   comes as its death;
+* so is a scorer whose reply is overdue: it computes in the one thread that could give a sign (`runtime.scoring.scorers`);
 * looking for signs of life waits for nothing.
 """
 
@@ -25,10 +26,20 @@ BEAT_S = 2.0
 """How often an actor is asked, at most."""
 
 
+class Calls(Protocol):
+    """Calls that are waited for."""
+
+    def look(self) -> None:
+        """End whoever has not replied in time."""
+
+
 class Workers(Protocol):
     """workers: the actors as they are now."""
 
     workers: list[Any]
+
+    @property
+    def scorers(self) -> Calls: ...
 
 
 class Ranks(Protocol):
@@ -59,7 +70,8 @@ class Watch:
         self._ended: set[str] = set()
 
     def look(self) -> None:
-        """Ask everyone for a sign of life, now and then, and end those that gave none."""
+        """Ask everyone for a sign of life, now and then, and end those that gave none, or no reply in time."""
+        self._crew.scorers.look()
         for worker, actor in enumerate(self._crew.workers):
             self._look_at(f"rollout-{worker}", actor, actor.stats)
         ranks = [] if self._learners is None else self._learners.actors

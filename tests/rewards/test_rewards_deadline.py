@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +13,7 @@ import pytest
 
 from rewards.compose import Reward, RewardConfig
 from rewards.deadline import OutOfTimeError, deadline
+from tests.support.project import ROOT
 from tests.support.rewards import one_answer, outcome
 
 LIMIT_S = 0.2
@@ -54,6 +58,35 @@ def test_a_term_that_never_ends_costs_its_stream_and_is_named_with_its_line(term
     assert f"{__file__}:" in result.failed
     assert Reward({"mine": (lambda given: [1.0], 1.0)}, "product", LIMIT_S)(outcome(one_answer(), {})).failed is None
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+STUCK = """
+import sys
+from rewards.compose import Reward
+from rewards.deadline import WATCHDOG
+from tests.support.deadly_reward import Deadly
+from tests.support.project import ROOT
+from tests.support.rewards import one_answer, outcome
+
+file = open(sys.argv[1], "w")
+WATCHDOG.start(lambda: file)
+soon = Reward({"mine": (Deadly(), 1.0)}, "product", 0.1)
+assert soon(outcome(one_answer(), {})).total == 1
+Reward({"mine": (Deadly(hangs="task"), 1.0)}, "product", 0.1)(outcome(one_answer(), {}))
+"""
+
+
+def test_code_that_cannot_be_interrupted_ends_its_process_with_its_line(tmp_path):
+    """No signal reaches it, and no other thread of Python's runs."""
+    ended = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path / "log")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (1, "")
+    said = (tmp_path / "log").read_text()
+    assert said.startswith("Timeout (0:00:03.1")
+    reward, caller = [line for line in said.splitlines() if "File" in line][:2]
+    assert re.search(r'deadly_reward\.py", line \d+ in __call__', reward)
+    assert re.search(r'rewards/compose\.py", line \d+ in _call_terms', caller)
 
 
 def test_the_handler_before_is_back_and_who_is_in_time_notices_nothing():

@@ -30,11 +30,13 @@ class World:
         self.loads: list[tuple] = []
         self.crew = SimpleNamespace(
             workers=[self.process("rollout-0"), self.process("rollout-1")],
-            scorer=self.process("scorer"),
+            scorers=SimpleNamespace(
+                names=["scorer-0", "scorer-1"], died=lambda name, words, death: self.told.append((name, words))
+            ),
             setup=setup,
             replace_worker=self.replace,
-            replace_scorer=lambda: self.told.append("scorer"),
         )
+        self.process("scorer-1")
         book = SimpleNamespace(
             name_of=lambda error: self.names.get(error.actor_id, ""), explain=lambda error: f"died {error.actor_id}"
         )
@@ -117,7 +119,9 @@ def test_one_that_does_something_between_its_deaths_goes_on_for_ever(world):
 
 def test_a_scorer_is_replaced_and_a_learner_ends_the_run(world):
     world.die(3)
-    assert world.told == ["scorer"]
+    assert world.told == [("scorer-1", "died 3")]
+    assert world.revival.deaths == {"scorer-1": 1}
+    assert world.said == ["died 3; another process takes its place, its work is done again"]
     world.names["9"] = "learner"
     with pytest.raises(RuntimeError, match="an actor died during optimiser step 4: died 9"):
         world.die(9, "optimiser step 4")
@@ -142,7 +146,9 @@ class Watched:
         monkeypatch.setattr(watch.ray, "wait", lambda refs, timeout: ([r for r in refs if r in self.replies], []))
         monkeypatch.setattr(watch.ray, "get", lambda ref: self.replies[ref])
         monkeypatch.setattr(watch.ray, "kill", self.ended.append)
-        self.crew = SimpleNamespace(workers=[self.process(), self.process()])
+        self.crew = SimpleNamespace(
+            workers=[self.process(), self.process()], scorers=SimpleNamespace(look=lambda: None)
+        )
         self.learners = SimpleNamespace(actors=[])
         self.watch = Watch(self.crew, 10.0, 40.0, self.learners)
 

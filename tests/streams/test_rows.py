@@ -17,7 +17,7 @@ from evals.stage import ROWS as EVAL
 from rewards import RewardConfig
 from rewards.scorer import Scorer
 from rl.stage import ROWS as RL
-from runtime.rows import GOOD_ORACLE, OracleReport, judged, row_texts, tell_oracle, tell_overlap, tell_rows
+from runtime.rows import GOOD_ORACLE, OracleReport, best_oracle, judged, row_texts, tell_oracle, tell_overlap, tell_rows
 from sft.stage import ROWS as SFT
 from streams.backbone.tiny import QWEN_CONTROL_TOKENS, build_tiny
 from streams.backbone.tiny_spec import TinySpec
@@ -26,7 +26,7 @@ from streams.data.answerable import read_words, untimely
 from streams.data.check import check
 from streams.data.dataset import SkippedSample, counted, load_tasks, write_tasks
 from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
-from streams.messages import RolloutTask, ScriptedJob
+from streams.messages import RolloutTask
 from streams.task import ExpectedAnswer, Plan, Reason, StreamTask, TimedQuery, TimedThought
 from tests.support.clips import write_grey_ramp
 from tests.support.configs import reward_preset
@@ -200,8 +200,8 @@ def test_counts_and_examples_are_said_on_one_line_each(layout):
 
 
 def oracle(reward, tasks, fits=None, seconds=1000.0):
-    jobs = tuple(ScriptedJob(t, Plan(8, 1.0), (fits or {}).get(t.id, {})) for t in tasks)
-    results, think = Scorer(reward).oracle(jobs, 6, seconds)
+    rows = [(t, Plan(8, 1.0), (fits or {}).get(t.id, {})) for t in tasks]
+    results, think = best_oracle(Scorer(reward).score, rows, 6, seconds)
     return OracleReport(tuple(zip(tasks, results, strict=False)), think)
 
 
@@ -238,8 +238,8 @@ def test_the_oracle_thinks_where_the_reward_pays_for_it():
         "thinkstream_efficiency": {"weight": 0.2, "budget": 6},
     }
     rows = [task((2, "B", "choice"))]
-    jobs = (ScriptedJob(rows[0], Plan(8, 1.0)),)
-    (result,), think = Scorer(RewardConfig("weighted_sum", terms)).oracle(jobs, 20, 1000.0)
+    score = Scorer(RewardConfig("weighted_sum", terms)).score
+    (result,), think = best_oracle(score, [(rows[0], Plan(8, 1.0), {})], 20, 1000.0)
     assert (result.total, think) == (1.0, 20)
     # Where thoughts cost, it does without.
     costs = RewardConfig("product", {"correctness": {}, "think_length": {"budget": 3}})

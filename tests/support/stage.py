@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.schema import RunConfig
 from runtime.context import StageContext
+from runtime.scoring.scorers import Scorers
 from runtime.stop import StopSignal
 from runtime.store.checkpoint import CheckpointState
 from runtime.store.runlock import RunLock
@@ -46,7 +47,7 @@ def stage_context(
         steps=steps,
         config=config,
         session=SimpleNamespace(
-            crew=SimpleNamespace(workers=[]),
+            crew=SimpleNamespace(workers=[], scorers=Scorers(config.reward, config.cluster, (), lambda place: None)),
             book=SimpleNamespace(explain=str, name_of=lambda error: ""),
             **{"learners": SimpleNamespace(actors=[])} | session,
         ),
