@@ -212,10 +212,14 @@ def best_oracle(
     best = _play(score, rows, 0, time.monotonic() + seconds / 2)
     if all(result.total == 1 for result in best):
         return best, 0
-    thinking = _play(score, rows[: len(best)], think_tokens, time.monotonic() + seconds / 2)
-    if _total(thinking) <= _total(best[: len(thinking)]):
+    # A reward that failed on a row may have cost minutes: it is not asked again.
+    good = [i for i, result in enumerate(best) if result.failed is None]
+    again = _play(score, [rows[i] for i in good], think_tokens, time.monotonic() + seconds / 2)
+    if _total(again) <= _total([best[i] for i in good[: len(again)]]):
         return best, 0
-    return thinking, think_tokens
+    thinking = dict(zip(good, again, strict=False))
+    reached = len(best) if len(again) == len(good) else good[len(again)]
+    return [thinking.get(i, best[i]) for i in range(reached)], think_tokens
 
 
 def _play(score: Score, rows: Sequence[OracleRow], think_tokens: int, over: float) -> list[RewardResult]:

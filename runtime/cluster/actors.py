@@ -21,8 +21,8 @@ from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STARTS, l
 TAIL_LINES = 15
 TAIL_BYTES = 65536
 LINE_CHARACTERS = 300
-CRASHES = ("Fatal Python error", "Timeout (")
-"""How Python's own report of a crash begins, and that of code that was stuck (`rewards.deadline`)."""
+CRASH, STUCK = "Fatal Python error", "Timeout ("
+"""How Python's own report of a crash begins, and that of a reward that was stuck (`rewards.deadline`)."""
 _FRAME = re.compile(r'\s*File "(.+)", line (\d+) in (.+)')
 _CALLER = "/rewards/compose.py"
 """Whoever it calls is a reward."""
@@ -75,7 +75,10 @@ class ActorBook:
         place += [f"pid {pid}"] if (pid := _field(text, "pid")) else []
         died = f"{name} died ({', '.join(place)})" if place else f"{name} died"
         path = log_path(self.log_folder, name)
-        return f"{died}: {_cause(text)}{_reward_at(path)}{tail(path)}"
+        crash = _crash(_newest(path) or [])
+        stuck = crash and crash[0].startswith(STUCK)
+        cause = "its reward took longer than reward.timeout_s and could not be interrupted." if stuck else _cause(text)
+        return f"{died}: {cause}{_reward_at(crash)}{tail(path)}"
 
 
 def named_class(actor: type, name: str) -> type:
@@ -111,13 +114,13 @@ def _newest(path: Path) -> list[str] | None:
 
 def _crash(lines: list[str]) -> list[str]:
     """Return the lines from a crash's report on; [] without one."""
-    return lines[next((i for i, line in enumerate(lines) if line.startswith(CRASHES)), len(lines)) :]
+    return lines[next((i for i, line in enumerate(lines) if line.startswith((CRASH, STUCK))), len(lines)) :]
 
 
-def _reward_at(path: Path) -> str:
-    """Return where in a reward a scorer has crashed, or was stuck, in words; '' if its log does not tell."""
+def _reward_at(crash: list[str]) -> str:
+    """Return where in a reward a scorer was when it crashed, or was stuck, in words; '' if the report does not tell."""
     inner = None
-    for frame in filter(None, map(_FRAME.match, _crash(_newest(path) or []))):
+    for frame in filter(None, map(_FRAME.match, crash)):
         if frame[1].endswith(_CALLER):
             return "" if inner is None else f" It was in {inner[3]}, {inner[1]}:{inner[2]}."
         inner = frame

@@ -11,7 +11,7 @@ from tests.support.killed_runs import CLIPS, Driver, journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-HANGS, DIES = "train-0000-now", "train-0003-recall"
+HANGS, DIES = "train-0004-now", "train-0003-recall"
 SETTINGS = (
     "reward.workers=2",
     "reward.timeout_s=1",
@@ -28,12 +28,14 @@ def test_rewards_that_hang_in_native_code_or_end_their_scorer_cost_their_groups(
     driver = Driver(root, *SETTINGS)
     assert driver.wait() == 0, driver.output
     state = json.loads((root / "checkpoints" / "rl" / "final" / "state.json").read_text())
-    assert sorted(state["dropped"]) == [f"0/{HANGS}", f"0/{DIES}"]
+    assert sorted(state["dropped"]) == [f"0/{DIES}", f"0/{HANGS}"]
     trained = [group for line in journal(root, "rl") if line["kind"] == "step" for group in line["groups"]]
     assert len(trained) == len(set(trained)) == CLIPS - 2
     assert not {f"0/{HANGS}", f"0/{DIES}"} & set(trained)
     said = driver.output
-    for task, cause in ((HANGS, r".* It was in __call__, \S+deadly_reward\.py:\d+\."), (DIES, "it was killed .*")):
+    stuck = r"its reward took longer than reward.timeout_s and could not be interrupted."
+    causes = {HANGS: rf"{stuck} It was in __call__, \S+deadly_reward\.py:\d+\.", DIES: r".* it was killed .*"}
+    for task, cause in causes.items():
         died = rf"every reward failed: stream {task}: the second scorer died while it computed this reward: scorer-[01] died"
         assert re.search(
             rf"rl: dropped group 0/{task}: {died} \(.*\): {cause} \(row .*\) \(weights version \d\)", said
@@ -42,6 +44,6 @@ def test_rewards_that_hang_in_native_code_or_end_their_scorer_cost_their_groups(
         assert re.search(rf"stream {task}: the second scorer died .*\. It counts as failed", said), said
     skipped = json.loads((root / "stages" / "rl.json").read_text())["result"]["skipped"]
     assert sorted(sample["source"] for sample in skipped) == [
-        f"stream 0/{task}/{i}" for task in (HANGS, DIES) for i in (0, 1)
+        f"stream 0/{task}/{i}" for task in (DIES, HANGS) for i in (0, 1)
     ]
     assert "Traceback" not in said

@@ -117,3 +117,8 @@ def test_in_another_thread_there_is_no_deadline():
 def test_a_deadline_that_means_nothing_is_refused(value):
     with pytest.raises(ValueError, match=r"reward\.timeout_s"):
         RewardConfig(terms={"correctness": {}}, timeout_s=value)
+
+
+def test_a_run_without_a_scorer_is_refused():
+    with pytest.raises(ValueError, match=r"reward\.workers=0 must be at least 1"):
+        RewardConfig(terms={"correctness": {}}, workers=0)

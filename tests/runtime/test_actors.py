@@ -71,6 +71,7 @@ def test_a_reward_that_was_stuck_is_named_with_its_line(tmp_path):
         error.actor_id = "abc"
         first, _, shown, *_ = book.explain(error).splitlines()
         assert first.endswith(" It was in f1, /home/me/mine.py:1.")
+        assert ("could not be interrupted" in first) == report.startswith("Timeout")
         assert shown == f"  {report}"
         (tmp_path / "scorer.log").write_text(f"{text}scorer starts: host h\n")
         assert "mine.py" not in book.explain(error), "another process has written that"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
+from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
 from runtime.cluster.placement import placement_note, plan_bundles
 from runtime.cluster.preflight import Bundle, Node, check_resources, unplaced
@@ -70,6 +71,8 @@ def test_every_actor_has_a_bundle_and_the_learner_comes_first():
         "scorer",
     ]
     assert all((b.cpus, b.gpus) == (0.5, 0.0) for b in bundles)
+    several = replace(config(1), reward=RewardConfig(workers=2))
+    assert [b.name for b in plan_bundles(several, cluster_gpus=0)][1:] == ["rollout worker 0", "scorer 0", "scorer 1"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from conf.jobs import JobConfig
 from conf.schema import RunConfig
 from conf.training import SftConfig
 from evals.stage import ROWS as EVAL
-from rewards import RewardConfig
+from rewards import RewardConfig, RewardResult
 from rewards.scorer import Scorer
 from rl.stage import ROWS as RL
 from runtime.rows import GOOD_ORACLE, OracleReport, best_oracle, judged, row_texts, tell_oracle, tell_overlap, tell_rows
@@ -257,6 +257,23 @@ def test_a_reward_that_raises_on_a_row_is_named_and_costs_that_row(monkeypatch, 
     assert "KeyError: 'gone'" in said[0]
     assert "(row f.jsonl:1)" in said[0]
     assert "earns 0.500 of 1" in said[1]
+
+
+def test_an_oracle_that_thinks_does_not_ask_a_reward_again_that_failed_on_a_row():
+    """It may have cost a scorer, or minutes."""
+    asked: list[tuple[str, int]] = []
+
+    def score(jobs):
+        given = [(job.task.id, job.turns[0][0].think_tokens) for job in jobs]
+        asked.extend(given)
+        failed = {"1": "a scorer died"}
+        return [(RewardResult(bool(think) * 1.0, {}, (), failed.get(name)),) for name, think in given]
+
+    rows = [(task((2, "red", "text"), name=str(i)), Plan(8, 1.0), {}) for i in range(3)]
+    results, think = best_oracle(score, rows, 6, 1000.0)
+    assert asked == [("0", 0), ("1", 0), ("2", 0), ("0", 6), ("2", 6)]
+    assert think == 6
+    assert [(result.total, result.failed) for result in results] == [(1.0, None), (0.0, "a scorer died"), (1.0, None)]
 
 
 def fails_on_1(outcome):
