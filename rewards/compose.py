@@ -45,7 +45,7 @@ class RewardConfig:
     timeout_s: float = 60.0
     """Seconds that a term may take for one stream; a stream whose reward takes longer is left out and named."""
     workers: int = 1
-    """Scorers: processes that compute rewards, each for whole groups at a time. More of them help where a reward is slow."""
+    """Scorers: processes that compute rewards, a few streams at a time each. More of them help where a reward is slow."""
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINES:
@@ -115,6 +115,15 @@ class Reward:
             config.combine,
             config.timeout_s,
         )
+
+    @classmethod
+    def without_own_terms(cls, config: RewardConfig) -> Reward:
+        """Return a reward that knows only `failed`: terms of a user's own, which may be large, are not made."""
+        terms: dict[str, tuple[Term, float]] = {}
+        for name, params in config.terms.items():
+            own = ":" in params.get("target", name)
+            terms[name] = (np.zeros_like, 1.0) if own else _read_term(name, params, config.combine)
+        return cls(terms, config.combine)
 
     def __call__(self, outcome: StreamOutcome) -> RewardResult:
         return self._result(outcome, *self._call_terms(outcome))

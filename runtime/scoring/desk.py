@@ -22,8 +22,6 @@ from rewards.compose import RewardResult
 from streams.data.dataset import at_row
 from streams.messages import RewardJob
 
-STREAMS_PER_CALL = 32
-"""A reply costs the driver about a millisecond, the rewards of a stream less: an evaluation is not asked stream by stream."""
 MOST_GROUPS = 8
 """A group, or a held-out stream, that is given up costs its scorers' time only; so many in a row are not the groups' fault."""
 
@@ -105,9 +103,11 @@ class Call:
 class Desk:
     """Hands calls to `places` scorers. Whoever has it sends what `next` returns, and reports what became of it."""
 
-    def __init__(self, places: int, give_up: Callable[[RewardJob, str], RewardResult], given_up: GivenUp) -> None:
-        """give_up: returns the failed result of a job of one stream, with its cause."""
-        self._places, self._give_up, self._given_up = places, give_up, given_up
+    def __init__(
+        self, places: int, per_call: int, give_up: Callable[[RewardJob, str], RewardResult], given_up: GivenUp
+    ) -> None:
+        """per_call: streams of a call, at most. give_up: returns the failed result of a job of one stream, with its cause."""
+        self._places, self._per_call, self._give_up, self._given_up = places, per_call, give_up, given_up
         self._free = set(range(places))
         self._waiting: deque[Call] = deque()
 
@@ -117,8 +117,8 @@ class Desk:
         results: list[list[RewardResult | None]] = [[None] * count for count in streams_of]
         request = _Request(tuple(jobs), what, handle, results, sum(streams_of))
         streams = [_Stream(request, job, index) for job, count in enumerate(streams_of) for index in range(count)]
-        for begin in range(0, len(streams), STREAMS_PER_CALL):
-            self._waiting.append(Call(tuple(streams[begin : begin + STREAMS_PER_CALL])))
+        for begin in range(0, len(streams), self._per_call):
+            self._waiting.append(Call(tuple(streams[begin : begin + self._per_call])))
         if not streams:
             handle([() for _ in jobs])
 

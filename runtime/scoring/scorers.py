@@ -5,8 +5,8 @@ those that can do neither: a process that is stopped, or that waits for a disk t
 
 Invariants:
 * there is one process for each scorer at any time;
-* a call has `reward.timeout_s`, and a few seconds, for every term of every stream in it, but no more than
-  `cluster.call_timeout_s`; whoever has not replied by then is ended, which is a death like any other;
+* a call has `reward.timeout_s` + GRACE_S for every term of every stream in it, and SLACK_S; whoever has not replied by then is
+  ended, which is a death like any other. It holds as many streams as can take `cluster.call_timeout_s`, at least one;
 * a call that follows a death is sent to a process that has just answered: if that one dies, it dies of the call;
 * a scorer that dies MOST_DEATHS times in a row without having answered ends the run, with what it died of first.
 """
@@ -34,6 +34,8 @@ log = logging.getLogger("sightline.cluster")
 
 SLACK_S = 30.0
 """What a call may take beside its terms: a busy machine, a large message."""
+MOST_STREAMS = 32
+"""Of a call. More would save little: a reply costs the driver about a millisecond."""
 
 
 class Expect(Protocol):
@@ -52,12 +54,12 @@ class Expect(Protocol):
 
 @dataclass(frozen=True)
 class _Due:
-    """When the process is ended that has not replied. why: the config key of the limit."""
+    """When the process is ended that has not replied. key: where the limit comes from."""
 
     actor: Any
     at: float
     limit_s: float
-    why: str
+    key: str
 
 
 class Scorers:
@@ -67,14 +69,20 @@ class Scorers:
         self, reward: RewardConfig, cluster: ClusterConfig, names: Sequence[str], make: Callable[[int], Any]
     ) -> None:
         """make: starts the process of a place."""
-        self._config, self._cluster, self._make = reward, cluster, make
+        self._cluster, self._make = cluster, make
         self.names = list(names)
         self.actors = [make(place) for place in range(len(self.names))]
         self.given_up = GivenUp()
-        self._reward = Reward.from_config(reward)
+        self._stream_s = len(reward.terms) * (reward.timeout_s + GRACE_S)
+        self._reward = Reward.without_own_terms(reward)
         self._in_vain = InVain()
         self._causes = [""] * len(self.names)
         self._due: dict[int, _Due] = {}
+
+    @property
+    def per_call(self) -> int:
+        """The streams of a call, at most."""
+        return max(1, min(MOST_STREAMS, int((self._cluster.call_timeout_s - SLACK_S) / self._stream_s)))
 
     def died(self, name: str, words: str, death: ActorDeath) -> None:
         """Start another process in the place of one that died of what `words` say. Raises RuntimeError, see above."""
@@ -113,20 +121,18 @@ class Scorers:
 
     def may_score(self, place: int, streams: int) -> None:
         """Limit the time of a call."""
-        seconds = streams * len(self._config.terms) * (self._config.timeout_s + GRACE_S) + SLACK_S
-        most = self._cluster.call_timeout_s
-        self._limit(place, min(seconds, most), "reward.timeout_s" if seconds <= most else "cluster.call_timeout_s")
+        self._limit(place, streams * self._stream_s + SLACK_S, "reward.timeout_s")
 
     def look(self) -> None:
         """End the processes that have not replied in time. Waits for nothing."""
         for place, due in list(self._due.items()):
             if time.monotonic() > due.at:
                 del self._due[place]
-                log.warning("%s has not replied for %.0f s (%s): it is ended", self.names[place], due.limit_s, due.why)
+                log.warning("%s has not replied for %.0f s (%s): it is ended", self.names[place], due.limit_s, due.key)
                 ray.kill(due.actor)
 
-    def _limit(self, place: int, seconds: float, why: str) -> None:
-        self._due[place] = _Due(self.actors[place], time.monotonic() + seconds, seconds, why)
+    def _limit(self, place: int, seconds: float, key: str) -> None:
+        self._due[place] = _Due(self.actors[place], time.monotonic() + seconds, seconds, key)
 
 
 class Scoring:
@@ -134,7 +140,7 @@ class Scoring:
 
     def __init__(self, scorers: Scorers, expect: Expect) -> None:
         self._scorers, self._expect = scorers, expect
-        self._desk = Desk(len(scorers.names), scorers.failed, scorers.given_up)
+        self._desk = Desk(len(scorers.names), scorers.per_call, scorers.failed, scorers.given_up)
         self._answered: list[Any] = [None] * len(scorers.names)  # processes that have answered since then
         scorers.forget()
 

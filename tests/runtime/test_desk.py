@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.compose import RewardResult
-from runtime.scoring.desk import MOST_GROUPS, STREAMS_PER_CALL, Call, Desk, GivenUp
+from runtime.scoring.desk import MOST_GROUPS, Call, Desk, GivenUp
 from streams.messages import RewardJob
 from streams.task import Plan
 from streams.turns import ParsedTurn
 from tests.support.tasks import clip_task
 
 PLAN = Plan(1, 1.0)
+PER_CALL = 7
 
 
 def job(name: str, streams: int) -> RewardJob:
@@ -49,7 +50,7 @@ class World:
     found: dict[str, list[RewardResult]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.desk = Desk(self.places, give_up, GivenUp())
+        self.desk = Desk(self.places, PER_CALL, give_up, GivenUp())
 
     def ask(self, jobs: list[RewardJob]) -> None:
         def handle(results):
@@ -63,7 +64,7 @@ class World:
     def send(self) -> None:
         while (call := self.desk.next()) is not None:
             assert call.place not in [other.place for other in self.out], "one call at a time"
-            assert len(call.streams) <= STREAMS_PER_CALL
+            assert len(call.streams) <= PER_CALL
             for name in self.streams(call):
                 before = self.deaths_with.get(name, [])
                 assert call.alone == bool(before)
@@ -92,7 +93,7 @@ class World:
 )
 def test_every_stream_gets_one_result_whatever_dies(places, sizes, seed):
     chance = random.Random(seed)
-    requests = [[job(f"r{r}j{j}", 9 * count) for j, count in enumerate(counts)] for r, counts in enumerate(sizes)]
+    requests = [[job(f"r{r}j{j}", 4 * count) for j, count in enumerate(counts)] for r, counts in enumerate(sizes)]
     everyone = [name for jobs in requests for asked in jobs for name in named(asked)]
     groups = sorted({name.partition("/")[0] for name in everyone})
     # Fewer groups than those that end a run.
@@ -143,7 +144,7 @@ def test_whoever_dies_before_a_call_costs_nothing_however_often():
 
 def test_a_request_without_streams_is_answered_at_once():
     found = []
-    desk = Desk(1, give_up, GivenUp())
+    desk = Desk(1, PER_CALL, give_up, GivenUp())
     desk.ask([], "nothing", found.append)
     desk.ask([job("a", 0)], "no stream", found.append)
     assert (found, desk.next()) == ([[], [()]], None)
