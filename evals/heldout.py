@@ -138,7 +138,7 @@ def evaluate(
             progress.say(f"eval: failed {task.id}: {summary.failed}{at_row(task)}")
     watched = [done[index] for index in range(len(tasks))]
     jobs = reward_jobs(watched)
-    scores = session.crew.score(jobs, "the scores of the evaluation")
+    scores = session.crew.score(jobs, "the evaluation")
     evicted = sum(stream.summary.evicted_tokens for stream in watched)
     log_tokens = sum(stream.summary.log_tokens for stream in watched)
     return collect(condition.name, scored_streams(watched, jobs, scores), evicted, log_tokens)
@@ -224,7 +224,7 @@ def scripted_rewards(
     jobs = tuple(
         RewardJob(task.id, task, plan, (silent_turns(plan.turns),)) for task, plan in zip(tasks, plans, strict=True)
     )
-    scores = session.crew.score(jobs, "the scores of the silent script")
+    scores = session.crew.score(jobs, "the silent script")
     return play_oracle(config, session, tasks, fits).reward, float(np.mean([r[0].total for r in scores]))
 
 

@@ -44,13 +44,17 @@ class RewardConfig:
     with it.
     """
     timeout_s: float = 60.0
-    """Seconds that a term may take for one stream, in Python code; a stream whose reward takes longer is left out and named."""
+    """Seconds that a term may take for one stream; a stream whose reward takes longer is left out and named."""
+    workers: int = 1
+    """Scorers: processes that compute rewards, a few streams at a time each. More of them help where a reward is slow."""
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINES:
             raise ValueError(f"reward.combine={self.combine!r} is not one of {', '.join(COMBINES)}")
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"reward.timeout_s={self.timeout_s} must be a positive number of seconds")
+        if self.workers < 1:
+            raise ValueError(f"reward.workers={self.workers} must be at least 1: somebody has to compute the rewards")
         for name, params in self.terms.items():
             _read_term(name, params, self.combine)
 
@@ -113,8 +117,23 @@ class Reward:
             config.timeout_s,
         )
 
+    @classmethod
+    def without_own_terms(cls, config: RewardConfig) -> Reward:
+        """Return a reward that knows only `failed`: terms of a user's own, which may be large, are not made."""
+        terms: dict[str, tuple[Term, float]] = {}
+        for name, params in config.terms.items():
+            own = ":" in params.get("target", name)
+            terms[name] = (np.zeros_like, 1.0) if own else _read_term(name, params, config.combine)
+        return cls(terms, config.combine)
+
     def __call__(self, outcome: StreamOutcome) -> RewardResult:
-        values, failed = self._call_terms(outcome)
+        return self._result(outcome, *self._call_terms(outcome))
+
+    def failed(self, outcome: StreamOutcome, cause: str) -> RewardResult:
+        """Return the result of a stream whose reward cannot be computed. Calls no term but `timing`."""
+        return self._result(outcome, {}, cause)
+
+    def _result(self, outcome: StreamOutcome, values: Mapping[str, np.ndarray], failed: str | None) -> RewardResult:
         count = len(outcome.task.answers)
         combined = np.zeros(count) if failed else self._combined(values)
         timing, correct = self.timing(outcome), correct_answers(outcome)

@@ -163,10 +163,12 @@ class RLLoop:
         for i, result in enumerate(results):
             if result.failed is not None:
                 name = f"stream {summary.group}/{i}"
-                self.result.skipped.append(SkippedSample(name, f"reward: {result.failed}", Reason.REWARD))
+                self.result.skipped.append(
+                    SkippedSample(name, f"reward: {result.failed} ({_weights(summary)})", Reason.REWARD)
+                )
         if all(result.failed is not None for result in results):
             # Rewards may be a user's code, which may fail for one task or for all of them.
-            self._drop(assignment, f"every reward failed: {results[0].failed}", mend="the reward")
+            self._drop(assignment, f"every reward failed: {results[0].failed} ({_weights(summary)})", mend="the reward")
             return
         self.stage.found_good()
         self.dispatch.fulfil(assignment, ReadyGroup(summary, payload, results))
@@ -276,3 +278,9 @@ class RLLoop:
     def _counters(self) -> dict[str, Any]:
         """Return the result so far, as checkpoints store it."""
         return self._account().counters()
+
+
+def _weights(summary: GroupSummary) -> str:
+    """Return which weights have sampled a group, in words."""
+    several = len(summary.versions) > 1
+    return f"weights version{'s' if several else ''} {', '.join(map(str, summary.versions))}"

@@ -1,10 +1,10 @@
-"""The rollout workers and the scorer, shared by training and the evaluation beside it: streams out, weights in.
+"""The rollout workers and the scorers, shared by training and the evaluation beside it: streams out, weights in.
 
 Invariants:
 * every reply of a worker passes the mismatch gate before it is used;
 * a worker fetches a published version at once, or, if it is fetching another, the newest one after that
   (`rl.versions`);
-* what a scorer leaves without a reply is asked of the one that takes its place.
+* every stream gets a reward, or the cause why it has none, whatever becomes of the scorers (`runtime.scoring`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rewards.compose import RewardResult
 from rl.versions import VersionLedger
 from runtime.cluster.events import Events
 from runtime.cluster.session import Session
 from runtime.mismatch_gate import MismatchGate
-from runtime.recovery.revival import SCORER, Revival
+from runtime.recovery.revival import Revival
+from runtime.scoring.desk import Results
+from runtime.scoring.scorers import Scoring
 from streams.messages import GroupSummary, RewardJob, RolloutTask, SwapReport
 
 CHECK_TRIES = 10
@@ -26,12 +27,13 @@ CHECK_TRIES = 10
 
 
 class Workers:
-    """Calls the workers and the scorer for one stage; their replies are events."""
+    """Calls the workers and the scorers for one stage; their replies are events."""
 
     def __init__(
         self, session: Session, events: Events, ledger: VersionLedger, gate: MismatchGate, revival: Revival
     ) -> None:
         self._session, self._events, self._gate, self._revival = session, events, gate, revival
+        self._scoring = Scoring(session.crew.scorers, events.expect)
         self.ledger = ledger
         self.suspects = revival.suspects
         self._weights: Any = None
@@ -58,21 +60,9 @@ class Workers:
 
         self._events.expect(summary, f"{what} on rollout worker {worker}", arrived, lost=lost)
 
-    def score(
-        self, jobs: tuple[RewardJob, ...], what: str, handle: Callable[[list[tuple[RewardResult, ...]]], None]
-    ) -> None:
+    def score(self, jobs: tuple[RewardJob, ...], what: str, handle: Callable[[Results], None]) -> None:
         """Have the rewards of `jobs` computed. Calls `handle` with, for each job, one result per stream."""
-
-        def scored(results: list[tuple[RewardResult, ...]]) -> None:
-            self._revival.alive(SCORER)
-            handle(results)
-
-        self._events.expect(
-            self._session.crew.scorer.score.remote(jobs),
-            f"the scores of {what}",
-            scored,
-            lost=lambda: self.score(jobs, what, handle),
-        )
+        self._scoring.score(jobs, what, handle)
 
     def publish(self, version: int, weights: Any) -> None:
         """Have the workers fetch new weights. weights: object reference to a WeightsUpdate."""

@@ -1,7 +1,7 @@
 """Which rows of a file a stage can use: judged before the stage starts, named with counts by reason.
 
 Times are judged here, texts by the checkpoint's tokenizer (in a rollout worker), and what a perfect stream earns by the
-run's own reward (in the scorer). Problems that only the video shows are found when it is read, and counted with the
+run's own reward (in the scorers). Problems that only the video shows are found when it is read, and counted with the
 rest.
 
 Invariants:
@@ -13,7 +13,8 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,24 +22,31 @@ import numpy as np
 
 from conf.schema import RunConfig
 from rewards.compose import RewardResult
+from rewards.scripted import oracle_turns
 from runtime.cluster.session import Session
 from streams.answers.judge import is_correct
 from streams.data.answerable import Finding, lost, overlap, too_long, untimely
 from streams.data.dataset import SkippedSample, at_row, counted
-from streams.messages import RowTexts, RowWords, ScriptedJob, ScriptedTurn
+from streams.messages import RewardJob, RowTexts, RowWords, ScriptedTurn
 from streams.support.terminal import one_line
-from streams.task import Reason, StreamTask
+from streams.task import Plan, Reason, StreamTask
 
 NAMED = 5
 """Rows of one kind that are printed; summary.json has all of them."""
 GOOD_ORACLE = 0.99
 ORACLE_SECONDS = 20.0
 """Seconds that the oracle may play. The built-in rewards take less for 20,000 rows; a user's reward may be slow."""
+ASK_S = 0.5
+"""Seconds of work that the oracle asks for at once, about: then it looks at the clock."""
 EXACT_TERMS = ("correctness", "thinkstream_correctness")
 """Terms that compare with the expected words. Under others a shorter answer in the model's own words may do as well."""
 
 
 Script = Callable[[RunConfig, StreamTask], tuple[tuple[int, ScriptedTurn], ...]]
+Score = Callable[[Sequence[RewardJob]], Sequence[tuple[RewardResult, ...]]]
+"""Returns the rewards of jobs: for each job, one result per stream."""
+OracleRow = tuple[StreamTask, Plan, Mapping[int, str]]
+"""A row for the scripted oracle to play. The last: by index, the part of a long answer that it says, as in RowWords."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +193,52 @@ def play_oracle(
     # Spread over the file, in case there is no time for all.
     order = np.random.default_rng(0).permutation(len(tasks)) if math.isfinite(seconds) else range(len(tasks))
     chosen = [tasks[int(i)] for i in order]
-    jobs = tuple(ScriptedJob(task, config.data.plan_of(task), dict(fits.get(task.id, {}))) for task in chosen)
-    results, think_tokens = session.crew.of_scorer(
-        lambda scorer: scorer.oracle.remote(jobs, config.layout.think_budget, seconds),
-        "the scores of the scripted oracle",
+    rows = [(task, config.data.plan_of(task), fits.get(task.id, {})) for task in chosen]
+    results, think_tokens = best_oracle(
+        lambda jobs: session.crew.score(jobs, "the scripted oracle"), rows, config.layout.think_budget, seconds
     )
     return OracleReport(tuple(zip(chosen, results, strict=False)), think_tokens)
+
+
+def best_oracle(
+    score: Score, rows: Sequence[OracleRow], think_tokens: int, seconds: float
+) -> tuple[list[RewardResult], int]:
+    """Play the scripted oracle over the rows. Returns one result per row, and the length of its think spans.
+
+    The oracle thinks nothing, or `think_tokens` tokens a turn if that earns more over all rows: a reward may pay for either.
+    Rows are played in order until `seconds` are over; there are then fewer results.
+    """
+    best = _play(score, rows, 0, time.monotonic() + seconds / 2)
+    if all(result.total == 1 for result in best):
+        return best, 0
+    # A reward that failed on a row may have cost minutes: it is not asked again.
+    good = [i for i, result in enumerate(best) if result.failed is None]
+    again = _play(score, [rows[i] for i in good], think_tokens, time.monotonic() + seconds / 2)
+    if _total(again) <= _total([best[i] for i in good[: len(again)]]):
+        return best, 0
+    thinking = dict(zip(good, again, strict=False))
+    reached = len(best) if len(again) == len(good) else good[len(again)]
+    return [thinking.get(i, best[i]) for i in range(reached)], think_tokens
+
+
+def _play(score: Score, rows: Sequence[OracleRow], think_tokens: int, over: float) -> list[RewardResult]:
+    """Return the oracle's result per row; fewer, but at least one, once the clock (time.monotonic) is past `over`."""
+    played: list[RewardResult] = []
+    asked = 1
+    while len(played) < len(rows) and (not played or time.monotonic() <= over):
+        began = time.monotonic()
+        jobs = [
+            RewardJob(task.id, task, plan, (oracle_turns(task, plan, said, think_tokens),))
+            for task, plan, said in rows[len(played) : len(played) + asked]
+        ]
+        played += [result for (result,) in score(jobs)]
+        # A reward may be slow: what is asked at once is what it does in a moment.
+        asked = 2 * asked if time.monotonic() - began < ASK_S else max(1, asked // 2)
+    return played
+
+
+def _total(results: Sequence[RewardResult]) -> float:
+    return sum(result.total for result in results)
 
 
 def tell_oracle(say: Callable[[str], None], what: str, report: OracleReport, judged: JudgedRows) -> None:

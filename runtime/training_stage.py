@@ -50,6 +50,7 @@ class TrainingStage:
         session = context.session
         self._watch = Watch(
             session.crew.places,
+            session.crew.scorers,
             cluster.hang_s,
             cluster.start_timeout_s,
             session.learners,

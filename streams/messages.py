@@ -91,18 +91,6 @@ class RowWords:
 
 
 @dataclass(frozen=True)
-class ScriptedJob:
-    """A row for the scripted oracle to play and have scored.
-
-    fits: as in RowWords; the oracle says only these beginnings.
-    """
-
-    task: StreamTask
-    plan: Plan
-    fits: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class GroupPayload:
     """The heavy half of a group, kept in the object store for the learner.
 

@@ -21,10 +21,13 @@ from streams.support.actor_log import ACTOR_VARIABLE, FOLDER_VARIABLE, STARTS, l
 TAIL_LINES = 15
 TAIL_BYTES = 65536
 LINE_CHARACTERS = 300
-CRASH = "Fatal Python error"
-"""How Python's own report of a crash begins."""
+CRASH, STUCK = "Fatal Python error", "Timeout ("
+"""How Python's own report of a crash begins, and that of a reward that was stuck (`rewards.deadline`)."""
 OUTSIDE = re.compile(r"SIGTERM|preempted|drained|node has died|node was terminated", re.IGNORECASE)
 """What Ray says of a death that nothing in the process has caused."""
+_FRAME = re.compile(r'\s*File "(.+)", line (\d+) in (.+)')
+_CALLER = "/rewards/compose.py"
+"""Whoever it calls is a reward."""
 
 
 def run_id(root: Path) -> str:
@@ -33,8 +36,8 @@ def run_id(root: Path) -> str:
 
 
 def short_name(bundle: str) -> str:
-    """Return an actor's short name: `rollout-0` for `rollout worker 0`, `learner-1` for `learner rank 1`."""
-    return re.sub(r" (?:worker|rank) ", "-", bundle)
+    """Return an actor's short name: `rollout-0` for `rollout worker 0`, `learner-1` for `learner rank 1`, `scorer-1`."""
+    return re.sub(r" (?:worker |rank )?(?=\d)", "-", bundle)
 
 
 @dataclass
@@ -77,7 +80,7 @@ class ActorBook:
             return None
         crash = _crash(_lines(log_path(self.log_folder, self.name_of(error))))
         if crash:
-            return crash
+            return crash[0]
         return None if _NO_CAUSE in text else _cause(text).splitlines()[-1].strip()
 
     def explain(self, error: RayActorError) -> str:
@@ -87,7 +90,11 @@ class ActorBook:
         place = [f"node {ip}"] if (ip := _field(text, "ip")) else []
         place += [f"pid {pid}"] if (pid := _field(text, "pid")) else []
         died = f"{name} died ({', '.join(place)})" if place else f"{name} died"
-        return f"{died}: {_cause(text)}{tail(log_path(self.log_folder, name))}"
+        path = log_path(self.log_folder, name)
+        crash = _crash(_lines(path))
+        stuck = crash and crash[0].startswith(STUCK)
+        cause = "its reward took longer than reward.timeout_s and could not be interrupted." if stuck else _cause(text)
+        return f"{died}: {cause}{_reward_at(crash)}{tail(path)}"
 
 
 def named_class(actor: type, name: str) -> type:
@@ -104,8 +111,7 @@ def tail(path: Path) -> str:
     lines = _lines(path)
     if not lines:
         return ""
-    crash = next((i for i, line in enumerate(lines) if line.startswith(CRASH)), None)
-    shown = lines[-TAIL_LINES:] if crash is None else lines[crash : crash + TAIL_LINES]
+    shown = _crash(lines)[:TAIL_LINES] or lines[-TAIL_LINES:]
     return f"\nits log is {path}, which ends:\n" + "\n".join(f"  {line[:LINE_CHARACTERS]}" for line in shown)
 
 
@@ -122,9 +128,19 @@ def _lines(path: Path) -> list[str]:
     return lines[max((i for i, line in enumerate(lines) if STARTS in line), default=0) :]
 
 
-def _crash(lines: list[str]) -> str:
-    """Return the first line of Python's own report of a crash; empty without one."""
-    return next((line for line in lines if line.startswith(CRASH)), "")
+def _crash(lines: list[str]) -> list[str]:
+    """Return the lines from a crash's report on; [] without one."""
+    return lines[next((i for i, line in enumerate(lines) if line.startswith((CRASH, STUCK))), len(lines)) :]
+
+
+def _reward_at(crash: list[str]) -> str:
+    """Return where in a reward a scorer was when it crashed, or was stuck, in words; '' if the report does not tell."""
+    inner = None
+    for frame in filter(None, map(_FRAME.match, crash)):
+        if frame[1].endswith(_CALLER):
+            return "" if inner is None else f" It was in {inner[3]}, {inner[1]}:{inner[2]}."
+        inner = frame
+    return ""
 
 
 def _field(text: str, key: str) -> str:

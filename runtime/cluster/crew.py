@@ -1,4 +1,4 @@
-"""The rollout workers and the scorer of a session: those that die are replaced, and asked again.
+"""The rollout workers and the scorers of a session: those that die are replaced, and asked again.
 
 Neither holds anything that cannot be made again. While a training stage runs, its events bring the deaths, and
 `runtime.recovery.revival` replaces; here are the calls that are waited for one by one, between stages and in evaluations.
@@ -12,22 +12,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 
 from conf.schema import RunConfig
-from rewards.compose import RewardResult
 from rollout.setup import WorkerInfo, WorkerSetup
-from runtime.cluster.actors import ActorBook
-from runtime.cluster.events import CALL_LIMIT, MOST_DEATHS, SLICE_S, START_LIMIT, ActorLostError, first_line, wait_for
+from runtime.cluster.actors import ActorBook, short_name
+from runtime.cluster.events import (
+    CALL_LIMIT,
+    MOST_DEATHS,
+    SLICE_S,
+    START_LIMIT,
+    ActorDeath,
+    ActorLostError,
+    Events,
+    first_line,
+    wait_for,
+)
 from runtime.cluster.maker import ActorMaker
 from runtime.cluster.places import Places
+from runtime.placing.placement import scorer_names
 from runtime.placing.seats import NoRoomError
 from runtime.recovery.suspects import Suspects
 from runtime.recovery.watch import Watch
+from runtime.scoring.desk import Results
+from runtime.scoring.scorers import Scorers, Scoring
+from runtime.stop import StopSignal
 from streams.messages import RewardJob
 
 log = logging.getLogger("sightline.cluster")
@@ -36,26 +48,22 @@ Send = Callable[[Any], Any]
 
 
 class Crew:
-    """places: the workers. scorer: the actor as it is now. setup: what the workers load, None before the first stage.
+    """places: the workers. setup: what the workers load, None before the first stage.
 
     suspects: what evaluations have found out about streams that end their workers.
     """
 
     def __init__(self, config: RunConfig, book: ActorBook, maker: ActorMaker) -> None:
         cluster = self.config = config.cluster
-        self._book, self._maker = book, maker
+        self._book = book
         self.places = Places(config, maker)
-        self.scorer = maker.scorer()
+        names = [short_name(name) for name in scorer_names(config)]
+        self.scorers = Scorers(config.reward, cluster, names, maker.scorer)
         self.setup: WorkerSetup | None = None
         self.suspects = Suspects()
-        self._watch = Watch(self.places, cluster.hang_s, cluster.start_timeout_s)
+        self._watch = Watch(self.places, self.scorers, cluster.hang_s, cluster.start_timeout_s)
 
     # --- who is there ---------------------------------------------------------------------------------------------
-
-    def replace_scorer(self) -> None:
-        """Start a process in the place of the scorer."""
-        ray.kill(self.scorer)
-        self.scorer = self._maker.scorer()
 
     def set_up(self, setup: WorkerSetup) -> tuple[WorkerInfo, ...]:
         """Have the workers load a stage's checkpoint, at least as many as are needed; returns what they report."""
@@ -122,14 +130,17 @@ class Crew:
         places.here.add(worker)
         return reply
 
-    def of_scorer(self, send: Send, what: str, *, start: bool = False) -> Any:
-        """Return the scorer's reply. what: is waited for."""
+    def start_scorer(self, place: int) -> int:
+        """Wait until a scorer answers; returns its pid."""
+        scorers = self.scorers
 
         def again() -> Any:
-            self.replace_scorer()
-            return send(self.scorer)
+            scorers.replace(place)
+            return scorers.actors[place].pid.remote()
 
-        return self._ask(send(self.scorer), again, what, start, self.look)
+        what = f"{scorers.names[place]} to start"
+        pid: int = self._ask(scorers.actors[place].pid.remote(), again, what, True, self.look)
+        return pid
 
     def of_living(self, send: Send, what: str) -> list[Any]:
         """Return the workers' replies; None for one that is not there, or has died: what it would say is lost with it."""
@@ -142,9 +153,19 @@ class Crew:
                 log.warning("%s", first_line(error))
         return found
 
-    def score(self, jobs: tuple[RewardJob, ...], what: str) -> tuple[tuple[RewardResult, ...], ...]:
-        """Return the rewards of `jobs`: for each job, one result per stream."""
-        return self.of_scorer(lambda scorer: scorer.score.remote(jobs), what)
+    def score(self, jobs: Sequence[RewardJob], what: str) -> Results:
+        """Return the rewards of `jobs`: for each job, one result per stream. what: whose they are."""
+        found: list[Results] = []
+        events = Events(self.config.call_timeout_s, StopSignal(), self._scorer_died, self.look)
+        Scoring(self.scorers, events.expect).score(jobs, what, found.append)
+        while not found:
+            events.wait()
+        return found[0]
+
+    def _scorer_died(self, death: ActorDeath) -> None:
+        words = self._book.explain(death.error)
+        self.scorers.died(self._book.name_of(death.error), words, death)
+        log.warning("%s; another process takes its place, its work is done again", first_line(words))
 
     def is_of(self, error: ActorLostError, worker: int) -> bool:
         """Return whether it is this worker's process that died, and not the one before it."""

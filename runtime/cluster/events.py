@@ -31,6 +31,31 @@ class ActorLostError(RuntimeError):
     """An actor died while the run waited for it; its cause is Ray's error."""
 
 
+class InVain:
+    """Counts an actor's processes that died, one after the other, before any of them had done anything."""
+
+    def __init__(self) -> None:
+        self._useful: set[str] = set()
+        self._causes: dict[str, list[str]] = {}
+
+    def alive(self, name: str) -> None:
+        """Note that an actor's present process has done something."""
+        self._useful.add(name)
+        self._causes.pop(name, None)
+
+    def died(self, name: str, words: str, death: ActorDeath) -> None:
+        """Note that it has died. words: of what. Raises RuntimeError, with the first cause, after MOST_DEATHS in vain."""
+        causes = self._causes.setdefault(name, [])
+        if name not in self._useful:
+            causes.append(words)
+        self._useful.discard(name)
+        if len(causes) >= MOST_DEATHS:
+            raise RuntimeError(
+                f"{name} died {len(causes)} times in a row before it had done anything, last during {death.what}; the first "
+                f"time: {causes[0]}"
+            ) from death.error
+
+
 def wait_for(
     reference: Any,
     timeout_s: float,
@@ -78,8 +103,8 @@ def _in_words(error: RayError, what: str) -> RuntimeError:
     return RuntimeError(f"{what} failed: {type(error).__name__}: {str(error).strip()}")
 
 
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def first_line(words: object) -> str:
+    return str(words).partition("\n")[0]
 
 
 def lost_with_an_actor(error: Exception) -> bool:

@@ -49,8 +49,9 @@ class ActorMaker:
         threads = config.rollout.threads
         return self._make(RolloutWorker, self.seat_of_worker(worker), threads, worker, threads, config.data.cache_mb)
 
-    def scorer(self) -> Any:
-        return self._make(Scorer, len(self.seats.bundles) - 1, 1, self._config.reward)
+    def scorer(self, scorer: int) -> Any:
+        index = len(self.seats.bundles) - self._config.reward.workers + scorer
+        return self._make(Scorer, index, 1, self._config.reward)
 
     def _make(self, actor: type, index: int, threads: int, *args: Any) -> Any:
         bundle = self.seats.bundles[index]

@@ -5,7 +5,7 @@ Invariants:
 * all actors that a run begins with are placed, or it stops with the arithmetic; the others start when nodes have room;
 * every wait has a timeout, and its error names what was waited for;
 * an actor that died is reported with its name, node, cause and log; a rollout worker or scorer is replaced;
-* actors are separate processes (workers, scorer, learner) that end with the driver, however it ends.
+* actors are separate processes (workers, scorers, learner) that end with the driver, however it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.cluster.crew import Crew
 from runtime.cluster.events import CALL_LIMIT, SLICE_S, START_LIMIT, lost_with_an_actor, wait_for
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.maker import ActorMaker
-from runtime.placing.placement import placement_note, plan_bundles
+from runtime.placing.placement import placement_note, plan_bundles, scorer_names
 from runtime.placing.preflight import run_preflight
 from runtime.placing.seats import NoRoomError, Seats, free
 from streams.backbone.tiny_spec import TinySpec
@@ -103,8 +103,8 @@ class Session:
             for rank, (name, reference) in enumerate(self._learner_ready.items())
         }
         pids |= {f"rollout worker {worker}": pid for worker, pid in self.crew.gather().items()}
-        pids["scorer"] = self.crew.of_scorer(lambda scorer: scorer.pid.remote(), "the scorer to start", start=True)
-        return pids
+        scorers = scorer_names(self.config)
+        return pids | {name: self.crew.start_scorer(place) for place, name in enumerate(scorers)}
 
     def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
         """Have a rollout worker, which can load torch, write a random checkpoint to `folder`; return that."""

@@ -51,7 +51,7 @@ def gpu_shares(config: RunConfig, cluster_gpus: float) -> tuple[float, float]:
 
 
 def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
-    """Return one bundle per actor: learner ranks, workers, scorer."""
+    """Return one bundle per actor: learner ranks, workers, scorers."""
     cpus, ranks = config.cluster.actor_cpus, config.learner.ranks
     rank_gpus, worker_gpus = gpu_shares(config, cluster_gpus)
     learners = [Bundle("learner" if ranks == 1 else f"learner rank {r}", cpus, rank_gpus) for r in range(ranks)]
@@ -59,7 +59,13 @@ def plan_bundles(config: RunConfig, cluster_gpus: float) -> list[Bundle]:
     workers = [
         Bundle(f"rollout worker {i}", cpus, worker_gpus, joins=i >= least) for i in range(config.rollout.workers)
     ]
-    return [*learners, *workers, Bundle("scorer", cpus, 0.0)]
+    return [*learners, *workers, *(Bundle(name, cpus, 0.0) for name in scorer_names(config))]
+
+
+def scorer_names(config: RunConfig) -> list[str]:
+    """Return what the bundles of the scorers are called."""
+    count = config.reward.workers
+    return ["scorer"] if count == 1 else [f"scorer {i}" for i in range(count)]
 
 
 def placement_note(config: RunConfig, cluster_gpus: float) -> str:

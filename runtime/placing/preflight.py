@@ -90,8 +90,8 @@ def check_resources(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[st
         if need > have + 1e-9:
             parts = " + ".join(f"{b.name} {_amount(b, kind):g}" for b in bundles)
             problems.append(
-                f"the actors need {need:g} {kind}s ({parts}) but the cluster has {have:g}: lower rollout.workers, "
-                "learner.ranks or cluster.actor_cpus, or bring a larger cluster"
+                f"the actors need {need:g} {kind}s ({parts}) but the cluster has {have:g}: lower "
+                "rollout.min_workers, reward.workers, learner.ranks or cluster.actor_cpus, or bring a larger cluster"
             )
     homeless = [b for b in bundles if not any(node.holds(b) for node in nodes)]
     if homeless:
@@ -106,7 +106,8 @@ def check_resources(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[st
     if left:
         problems.append(
             f"the nodes have enough in sum, but each actor must lie on one node and no room is left for "
-            f"{_listed([b.name for b in left])} ({_sizes(nodes)}): lower cluster.actor_cpus or rollout.workers"
+            f"{_listed([b.name for b in left])} ({_sizes(nodes)}): lower cluster.actor_cpus, "
+            "reward.workers or rollout.min_workers"
         )
     return problems
 

@@ -1,8 +1,8 @@
 """Rollout workers and scorers that die while a stage runs: another process takes their place. Workers also join late.
 
 Neither has anything that cannot be made again: a worker loads the stage's checkpoint and fetches the newest weights, and what
-it had under way is asked for again by those who asked before. A learner's death ends the stage's attempt
-(`runtime.recovery.restarts`).
+it had under way is asked for again by those who asked before (a scorer's: `runtime.scoring`). A learner's death ends the
+stage's attempt (`runtime.recovery.restarts`).
 
 Invariants:
 * a process is replaced once, however many calls it leaves without a reply, and ended before it is;
@@ -23,11 +23,9 @@ from pathlib import Path
 import ray
 
 from rollout.setup import WorkerInfo, WorkerSetup
-from runtime.cluster.events import MOST_DEATHS, ActorDeath
+from runtime.cluster.events import ActorDeath, InVain, first_line
 from runtime.cluster.session import Session
 from runtime.recovery.suspects import Suspects
-
-SCORER = "scorer"
 
 log = logging.getLogger("sightline.cluster")
 
@@ -64,8 +62,7 @@ class Revival:
         """
         self._session, self._expect, self._say, self._newest = session, expect, say, newest
         self._gone: set[str] = set()  # ids of the processes that are known to be dead
-        self._useful: set[str] = set()  # actors whose present process has done something
-        self._in_vain: dict[str, list[str]] = {}  # what each actor's processes died of that had done nothing
+        self._in_vain = InVain()
         self._lost: list[Callable[[int], object]] = []
         self._back: list[Callable[[int, int], None]] = []
         self.deaths = deaths
@@ -130,28 +127,30 @@ class Revival:
             places.check_wait(self._too_few_since, there)
 
     def alive(self, name: str) -> None:
-        """Note that an actor has done something."""
-        self._useful.add(name)
-        self._in_vain.pop(name, None)
+        """Note that a worker has done something."""
+        self._in_vain.alive(name)
 
     def died(self, death: ActorDeath) -> None:
         """Replace the process. Raises RuntimeError for an actor that cannot be, and for one that dies over and over."""
-        book, error = self._session.book, death.error
+        book, error, scorers = self._session.book, death.error, self._session.crew.scorers
         name = book.name_of(error)
-        if not name.startswith("rollout-") and name != SCORER:
+        if not name.startswith("rollout-") and name not in scorers.names:
             raise RuntimeError(f"an actor died during {death.what}: {book.explain(error)}") from error
         if error.actor_id in self._gone:
             return
         self._gone.add(str(error.actor_id))
-        if name == SCORER:
-            self._count(name, death)
-            self._session.crew.replace_scorer()
+        words = book.explain(error)
+        self.deaths[name] += 1
+        replaced = f"{first_line(words)}; another process takes its place, its work is done again"
+        if name in scorers.names:
+            scorers.died(name, words, death)
+            self._say(replaced)
             return
         worker = int(name.removeprefix("rollout-"))
         if self.suspects.died(worker, book.cause_inside(error)):
-            self._in_vain.pop(name, None)
-            self._useful.add(name)  # the process could not help it
-        self._count(name, death)
+            self._in_vain.alive(name)  # the process could not help it
+        self._in_vain.died(name, words, death)
+        self._say(replaced)
         for tell in self._lost:
             tell(worker)
         self._session.crew.places.replace(worker)
@@ -192,17 +191,3 @@ class Revival:
         self._say(f"rollout-{worker} is there{again} (pid {info.pid}, node {info.node})")
         for tell in self._back:
             tell(worker, version)
-
-    def _count(self, name: str, death: ActorDeath) -> None:
-        words = self._session.book.explain(death.error)
-        self.deaths[name] += 1
-        causes = self._in_vain.setdefault(name, [])
-        if name not in self._useful:
-            causes.append(words)
-        self._useful.discard(name)
-        if len(causes) >= MOST_DEATHS:
-            raise RuntimeError(
-                f"{name} died {len(causes)} times in a row before it had done anything, last during {death.what}; the first "
-                f"time: {causes[0]}"
-            ) from death.error
-        self._say(f"{words.splitlines()[0]}; another process takes its place, its work is done again")

@@ -1,8 +1,9 @@
-"""Signs of life: a rollout worker or learner that hangs is ended, so that it is replaced like one that died.
+"""Signs of life: an actor that hangs is ended, so that it is replaced like one that died.
 
 Invariants:
 * a worker, or a rank of the learner, that gives no sign of life for `cluster.hang_s` is ended: what it leaves without a reply
   comes as its death;
+* so is a scorer whose reply is overdue: it computes in the one thread that could give a sign (`runtime.scoring.scorers`);
 * looking for signs of life waits for nothing.
 """
 
@@ -25,6 +26,13 @@ log = logging.getLogger("sightline.cluster")
 
 BEAT_S = 2.0
 """How often an actor is asked, at most."""
+
+
+class Calls(Protocol):
+    """Calls that are waited for."""
+
+    def look(self) -> None:
+        """End whoever has not replied in time."""
 
 
 class Workers(Protocol):
@@ -59,18 +67,21 @@ class Watch:
     def __init__(
         self,
         workers: Workers,
+        scorers: Calls,
         hang_s: float,
         start_s: float,
         learners: Ranks | None = None,
         where: Callable[[], str] | None = None,
     ) -> None:
-        self._workers, self._learners, self._hang_s, self._start_s = workers, learners, hang_s, max(start_s, hang_s)
+        self._workers, self._scorers, self._learners = workers, scorers, learners
+        self._hang_s, self._start_s = hang_s, max(start_s, hang_s)
         self._where = where
         self._asked: dict[str, _Asked] = {}
         self._ended: set[str] = set()
 
     def look(self) -> None:
-        """Ask everyone for a sign of life, now and then, and end those that gave none."""
+        """Ask everyone for a sign of life, now and then, and end those that gave none, or no reply in time."""
+        self._scorers.look()
         for worker, actor in enumerate(self._workers.workers):
             if worker in self._workers.waiting:
                 self._asked.pop(f"rollout-{worker}", None)

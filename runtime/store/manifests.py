@@ -65,7 +65,7 @@ _FREE = (
     *(f"sft.learner.{key}" for key in _LEARNER_FREE),
     *(f"data.{key}" for key in ("train", "heldout", "root", "cache_mb", "video.decode_timeout_s")),
     "algorithm.groups_in_flight",
-    "reward.timeout_s",
+    *("reward.timeout_s", "reward.workers"),
 )
 """Keys among those that change how a stage runs, not what it computes. (data.train is compared by its content.)"""
 

@@ -6,6 +6,7 @@
 Invariants:
 * a crash of the interpreter (segmentation fault, abort) leaves its stack in the same file;
 * STACKS_SIGNAL has the stacks of all threads written there, whatever the process is doing;
+* code that is stuck leaves its stacks there, too, if whoever watches it writes to `crash_file`;
 * the file rotates;
 * passwords and tokens do not reach it (`streams.support.redact`);
 * an actor whose folder cannot be written runs without a log.
@@ -24,6 +25,7 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from streams.support.redact import redact
 
@@ -75,6 +77,14 @@ class _Redacting(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+
+def crash_file() -> TextIO:
+    """Return the file that stacks are written to: the log, or stderr for a process without one."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _CrashAwareHandler) and handler.stream is not None:
+            return handler.stream
+    return sys.stderr
 
 
 class _CrashAwareHandler(RotatingFileHandler):

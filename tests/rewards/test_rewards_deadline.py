@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +13,7 @@ import pytest
 
 from rewards.compose import Reward, RewardConfig
 from rewards.deadline import OutOfTimeError, deadline
+from tests.support.project import ROOT
 from tests.support.rewards import one_answer, outcome
 
 LIMIT_S = 0.2
@@ -56,6 +60,35 @@ def test_a_term_that_never_ends_costs_its_stream_and_is_named_with_its_line(term
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+STUCK = """
+import sys
+from rewards.compose import Reward
+from rewards.deadline import WATCHDOG
+from tests.support.deadly_reward import Deadly
+from tests.support.project import ROOT
+from tests.support.rewards import one_answer, outcome
+
+file = open(sys.argv[1], "w")
+WATCHDOG.start(lambda: file)
+soon = Reward({"mine": (Deadly(), 1.0)}, "product", 0.1)
+assert soon(outcome(one_answer(), {})).total == 1
+Reward({"mine": (Deadly(hangs="task"), 1.0)}, "product", 0.1)(outcome(one_answer(), {}))
+"""
+
+
+def test_code_that_cannot_be_interrupted_ends_its_process_with_its_line(tmp_path):
+    """No signal reaches it, and no other thread of Python's runs."""
+    ended = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path / "log")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (1, "")
+    said = (tmp_path / "log").read_text()
+    assert said.startswith("Timeout (0:00:03.1")
+    reward, caller = [line for line in said.splitlines() if "File" in line][:2]
+    assert re.search(r'deadly_reward\.py", line \d+ in __call__', reward)
+    assert re.search(r'rewards/compose\.py", line \d+ in _call_terms', caller)
+
+
 def test_the_handler_before_is_back_and_who_is_in_time_notices_nothing():
     before = signal.getsignal(signal.SIGALRM)
     with deadline(30):
@@ -84,3 +117,8 @@ def test_in_another_thread_there_is_no_deadline():
 def test_a_deadline_that_means_nothing_is_refused(value):
     with pytest.raises(ValueError, match=r"reward\.timeout_s"):
         RewardConfig(terms={"correctness": {}}, timeout_s=value)
+
+
+def test_a_run_without_a_scorer_is_refused():
+    with pytest.raises(ValueError, match=r"reward\.workers=0 must be at least 1"):
+        RewardConfig(terms={"correctness": {}}, workers=0)

@@ -36,14 +36,14 @@ def summary(assignment, **values):
 def score(loop, *results):
     assignment = admitted(loop)
     assert loop.dispatch.returned(assignment, summary(assignment))
-    loop._scored(results, summary(assignment), None, assignment)
+    loop._scored(results, summary(assignment, versions=(3, 4)), None, assignment)
     return assignment
 
 
 def test_a_group_without_any_reward_is_dropped_and_said(loop):
     score(loop, FAILED, FAILED)
     assert (list(loop.stage.dropped), loop.result.dropped_groups, loop.buffer.untrained) == (["0/a"], 1, 0)
-    assert loop.said == [f"rl: dropped group 0/a: every reward failed: {FAILED.failed}"]
+    assert loop.said == [f"rl: dropped group 0/a: every reward failed: {FAILED.failed} (weights versions 3, 4)"]
     assert [sample.source for sample in loop.result.skipped] == ["stream 0/a/0", "stream 0/a/1"]
 
 

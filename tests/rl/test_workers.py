@@ -1,4 +1,4 @@
-"""Calls of workers and scorer whose processes come and go: replies that come late, work that is asked for again."""
+"""Calls of workers whose processes come and go: replies that come late, work that is asked for again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 from rl.versions import VersionLedger
 from rl.workers import CHECK_TRIES, PublishedGroups, Workers
 from runtime.recovery.suspects import Suspects
-from streams.messages import GroupSummary, RewardJob, SwapReport
-from streams.task import Plan
-from tests.support.tasks import clip_task
+from runtime.scoring.scorers import Scorers
+from streams.messages import GroupSummary, SwapReport
+from tests.support.configs import composed
+
+BASE = composed()
 
 
 class Actor:
@@ -50,7 +52,8 @@ class Calls:
 
 @pytest.fixture
 def world():
-    crew = SimpleNamespace(places=SimpleNamespace(workers=[Actor(), Actor()]), scorer=Actor())
+    scorers = Scorers(BASE.reward, BASE.cluster, ("scorer",), lambda place: Actor())
+    crew = SimpleNamespace(places=SimpleNamespace(workers=[Actor(), Actor()]), scorers=scorers)
     calls, alive = Calls(), []
     ledger = VersionLedger(workers=2, max_lag=1)
     gate = SimpleNamespace(observe=lambda *_: None)
@@ -79,17 +82,6 @@ def test_a_swaps_reply_that_comes_after_its_process_died_is_nobodys(world):
     world.calls.answer(0, swap(1, 1))
     assert world.ledger.running == {0: 1, 1: 1}
     assert [report.worker for report in world.workers.take_swaps()] == [0, 1]
-
-
-def test_what_a_scorer_leaves_without_a_reply_is_asked_of_the_next_one(world):
-    jobs = (RewardJob("0/a", clip_task("a"), Plan(1, 1.0), ()),)
-    found: list[Any] = []
-    world.workers.score(jobs, "group 0/a", found.append)
-    first, world.crew.scorer = world.crew.scorer, Actor()
-    world.calls.lose(0)
-    assert first.asked == world.crew.scorer.asked == [("score", jobs)]
-    world.calls.answer(0, "scores")
-    assert (found, world.alive) == (["scores"], ["scorer"])
 
 
 def summary(worker: int, failed: str | None = None) -> GroupSummary:

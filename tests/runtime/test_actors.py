@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
@@ -21,8 +22,8 @@ from tests.support.project import ROOT
 
 
 def test_names_are_short_and_runs_never_share_one(tmp_path):
-    names = [short_name(name) for name in ("learner", "learner rank 3", "rollout worker 12", "scorer")]
-    assert names == ["learner", "learner-3", "rollout-12", "scorer"]
+    names = [short_name(name) for name in ("learner", "learner rank 3", "rollout worker 12", "scorer", "scorer 3")]
+    assert names == ["learner", "learner-3", "rollout-12", "scorer", "scorer-3"]
     assert run_id(tmp_path / "my run").startswith("my_run-")
     assert run_id(tmp_path / "a").endswith(f"-{os.getpid()}")
 
@@ -56,6 +57,24 @@ def test_a_crash_is_quoted_from_its_beginning_and_an_earlier_attempts_crash_is_n
     assert len(said) < 20
     log.write_text(f"a starts: host h\n{crash}\na starts: host h\nloaded\n")
     assert tail(log).endswith("which ends:\n  a starts: host h\n  loaded")
+
+
+def test_a_reward_that_was_stuck_is_named_with_its_line(tmp_path):
+    frames = ("/usr/lib/re.py", "/home/me/mine.py", "/opt/rewards/compose.py", "/opt/rewards/scorer.py")
+    stack = "\n".join(f'  File "{file}", line {i} in f{i}' for i, file in enumerate(frames))
+    for report in ("Timeout (0:00:04)!", "Fatal Python error: Segmentation fault"):
+        text = f"scorer starts: host h\n{report}\nThread 0x1 (most recent call first):\n{stack}\n"
+        (tmp_path / "scorer.log").write_text(text)
+        book = ActorBook("run", tmp_path)
+        book.add("scorer", SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: "abc")))
+        error = ActorDiedError()
+        error.actor_id = "abc"
+        first, _, shown, *_ = book.explain(error).splitlines()
+        assert first.endswith(" It was in f1, /home/me/mine.py:1.")
+        assert ("could not be interrupted" in first) == report.startswith("Timeout")
+        assert shown == f"  {report}"
+        (tmp_path / "scorer.log").write_text(f"{text}scorer starts: host h\n")
+        assert "mine.py" not in book.explain(error), "another process has written that"
 
 
 def test_an_error_without_any_detail_is_still_explained(tmp_path):

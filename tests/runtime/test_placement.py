@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from conf.schema import ClusterConfig, RunConfig
 from learner.config import LearnerConfig
+from rewards.compose import RewardConfig
 from rollout.config import RolloutConfig
 from runtime.placing.placement import placement_note, plan_bundles
 from runtime.placing.preflight import Bundle, Node, check_resources, unplaced
@@ -46,7 +47,7 @@ def test_a_run_that_does_not_fit_stops_at_start_with_the_arithmetic(tmp_path):
     )
     assert done.returncode == 2
     assert "the actors need 42 CPUs (learner 1 + rollout worker 0 1 + " in done.stderr
-    assert "scorer 1) but the cluster has 2: lower rollout.workers, learner.ranks or cluster.actor_cpus" in done.stderr
+    assert "scorer 1) but the cluster has 2: lower rollout.min_workers, " in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 120
 
@@ -71,6 +72,8 @@ def test_every_actor_has_a_bundle_and_the_learner_comes_first():
         "scorer",
     ]
     assert all((b.cpus, b.gpus) == (0.5, 0.0) for b in bundles)
+    several = replace(config(1), reward=RewardConfig(workers=2))
+    assert [b.name for b in plan_bundles(several, cluster_gpus=0)][1:] == ["rollout worker 0", "scorer 0", "scorer 1"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ from runtime.recovery.watch import Watch
 from runtime.stop import StopSignal
 from streams.messages import WorkerStats
 
+NOBODY = SimpleNamespace(look=lambda: None)
+"""Scorers that owe no reply."""
+
 
 class World:
     """A crew of two whose processes are numbers, and what the revival does with them."""
@@ -42,10 +45,12 @@ class World:
         )
         self.crew = SimpleNamespace(
             places=self.places,
-            scorer=self.process("scorer"),
+            scorers=SimpleNamespace(
+                names=["scorer-0", "scorer-1"], died=lambda name, words, death: self.told.append((name, words))
+            ),
             setup=setup,
-            replace_scorer=lambda: self.told.append("scorer"),
         )
+        self.process("scorer-1")
         self.inside: str | None = None
         book = SimpleNamespace(
             name_of=lambda error: self.names.get(error.actor_id, ""),
@@ -147,7 +152,9 @@ def test_one_that_does_something_between_its_deaths_goes_on_for_ever(world):
 
 def test_a_scorer_is_replaced_and_a_learner_ends_the_run(world):
     world.die(3)
-    assert world.told == ["scorer"]
+    assert world.told == [("scorer-1", "died 3")]
+    assert world.revival.deaths == {"scorer-1": 1}
+    assert world.said == ["died 3; another process takes its place, its work is done again"]
     world.names["9"] = "learner"
     with pytest.raises(RuntimeError, match="an actor died during optimiser step 4: died 9"):
         world.die(9, "optimiser step 4")
@@ -245,7 +252,7 @@ class Watched:
         monkeypatch.setattr(watch.ray, "kill", self.ended.append)
         self.crew = SimpleNamespace(workers=[self.process(), self.process()], waiting=set())
         self.learners = SimpleNamespace(actors=[])
-        self.watch = Watch(self.crew, 10.0, 40.0, self.learners)
+        self.watch = Watch(self.crew, NOBODY, 10.0, 40.0, self.learners)
 
     def process(self):
         def remote():
@@ -307,7 +314,7 @@ def test_where_all_stand_is_said_before_a_process_is_ended_and_never_keeps_it_fr
             raise OSError("no folder")
         return "rollout-0: engine: waits for a group"
 
-    world.watch = Watch(world.crew, 10.0, 40.0, world.learners, where)
+    world.watch = Watch(world.crew, NOBODY, 10.0, 40.0, world.learners, where)
     world.run(60, None)
     (ending,) = [thread for thread in threading.enumerate() if thread.name == "watch"] or [None]
     if ending is not None:

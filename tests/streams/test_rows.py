@@ -14,10 +14,10 @@ from conf.jobs import JobConfig
 from conf.schema import RunConfig
 from conf.training import SftConfig
 from evals.stage import ROWS as EVAL
-from rewards import RewardConfig
+from rewards import RewardConfig, RewardResult
 from rewards.scorer import Scorer
 from rl.stage import ROWS as RL
-from runtime.rows import GOOD_ORACLE, OracleReport, judged, row_texts, tell_oracle, tell_overlap, tell_rows
+from runtime.rows import GOOD_ORACLE, OracleReport, best_oracle, judged, row_texts, tell_oracle, tell_overlap, tell_rows
 from sft.stage import ROWS as SFT
 from streams.backbone.tiny import QWEN_CONTROL_TOKENS, build_tiny
 from streams.backbone.tiny_spec import TinySpec
@@ -26,7 +26,7 @@ from streams.data.answerable import read_words, untimely
 from streams.data.check import check
 from streams.data.dataset import SkippedSample, counted, load_tasks, write_tasks
 from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
-from streams.messages import RolloutTask, ScriptedJob
+from streams.messages import RolloutTask
 from streams.task import ExpectedAnswer, Plan, Reason, StreamTask, TimedQuery, TimedThought
 from tests.support.clips import write_grey_ramp
 from tests.support.configs import reward_preset
@@ -200,8 +200,8 @@ def test_counts_and_examples_are_said_on_one_line_each(layout):
 
 
 def oracle(reward, tasks, fits=None, seconds=1000.0):
-    jobs = tuple(ScriptedJob(t, Plan(8, 1.0), (fits or {}).get(t.id, {})) for t in tasks)
-    results, think = Scorer(reward).oracle(jobs, 6, seconds)
+    rows = [(t, Plan(8, 1.0), (fits or {}).get(t.id, {})) for t in tasks]
+    results, think = best_oracle(Scorer(reward).score, rows, 6, seconds)
     return OracleReport(tuple(zip(tasks, results, strict=False)), think)
 
 
@@ -238,8 +238,8 @@ def test_the_oracle_thinks_where_the_reward_pays_for_it():
         "thinkstream_efficiency": {"weight": 0.2, "budget": 6},
     }
     rows = [task((2, "B", "choice"))]
-    jobs = (ScriptedJob(rows[0], Plan(8, 1.0)),)
-    (result,), think = Scorer(RewardConfig("weighted_sum", terms)).oracle(jobs, 20, 1000.0)
+    score = Scorer(RewardConfig("weighted_sum", terms)).score
+    (result,), think = best_oracle(score, [(rows[0], Plan(8, 1.0), {})], 20, 1000.0)
     assert (result.total, think) == (1.0, 20)
     # Where thoughts cost, it does without.
     costs = RewardConfig("product", {"correctness": {}, "think_length": {"budget": 3}})
@@ -257,6 +257,23 @@ def test_a_reward_that_raises_on_a_row_is_named_and_costs_that_row(monkeypatch, 
     assert "KeyError: 'gone'" in said[0]
     assert "(row f.jsonl:1)" in said[0]
     assert "earns 0.500 of 1" in said[1]
+
+
+def test_an_oracle_that_thinks_does_not_ask_a_reward_again_that_failed_on_a_row():
+    """It may have cost a scorer, or minutes."""
+    asked: list[tuple[str, int]] = []
+
+    def score(jobs):
+        given = [(job.task.id, job.turns[0][0].think_tokens) for job in jobs]
+        asked.extend(given)
+        failed = {"1": "a scorer died"}
+        return [(RewardResult(bool(think) * 1.0, {}, (), failed.get(name)),) for name, think in given]
+
+    rows = [(task((2, "red", "text"), name=str(i)), Plan(8, 1.0), {}) for i in range(3)]
+    results, think = best_oracle(score, rows, 6, 1000.0)
+    assert asked == [("0", 0), ("1", 0), ("2", 0), ("0", 6), ("2", 6)]
+    assert think == 6
+    assert [(result.total, result.failed) for result in results] == [(1.0, None), (0.0, "a scorer died"), (1.0, None)]
 
 
 def fails_on_1(outcome):

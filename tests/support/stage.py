@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.schema import RunConfig
 from runtime.context import StageContext
+from runtime.scoring.scorers import Scorers
 from runtime.stop import StopSignal
 from runtime.store.checkpoint import CheckpointState, Groups
 from runtime.store.runlock import RunLock
@@ -52,7 +53,8 @@ def stage_context(
         config=config,
         session=SimpleNamespace(
             crew=SimpleNamespace(
-                places=SimpleNamespace(workers=[], waiting=set(), loaded=set(), least=0, look=lambda: None)
+                places=SimpleNamespace(workers=[], waiting=set(), loaded=set(), least=0, look=lambda: None),
+                scorers=Scorers(config.reward, config.cluster, (), lambda place: None),
             ),
             config=config,
             book=SimpleNamespace(explain=str, name_of=lambda error: ""),
