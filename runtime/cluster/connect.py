@@ -23,6 +23,8 @@ from runtime.recovery import reaper
 from streams.support.files import MODULES_VARIABLE
 
 ANSWER_TIMEOUT_S = 10.0
+TASKS_KEPT = 1000
+"""Finished tasks that a local Ray's head remembers."""
 
 log = logging.getLogger("sightline.cluster")
 
@@ -47,6 +49,8 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
         # Ray would start a process per core that no actor can use, as actors bring an environment of their own.
         os.environ.setdefault("RAY_enable_worker_prestart", "0")
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        # The head keeps what became of the last tasks for Ray's dashboard, which a local run has not; by default 100,000.
+        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", str(TASKS_KEPT))
         # "local" rather than nothing: Ray would look for a cluster that runs already.
         environment = {"PYTHONPATH": local_path(), "TOKENIZERS_PARALLELISM": "false"}
         try:

@@ -26,8 +26,9 @@ def test_it_comes_back_exactly_as_it_was_written(tmp_path):
     fill(journal, 1, 5, evals=(2,))
     again = StepJournal.open(tmp_path / "rl.steps.jsonl", 5)
     assert again.take(5) == journal.take(5)
-    assert again.has("eval", 2)
-    assert not again.has("eval", 3)
+    assert again.evaluation(2) == {"eval/reward": 1.0}
+    assert again.evaluation(3) is None
+    assert [line.step for line in again.steps()] == [1, 2, 3, 4, 5]
 
 
 def test_a_stage_that_starts_over_begins_an_empty_journal(tmp_path):
