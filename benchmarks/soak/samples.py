@@ -132,12 +132,14 @@ def files_by_kind(root: Path) -> dict[str, tuple[int, int]]:
     """Return (number, bytes) of the files under run_root by kind."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for path in root.rglob("*"):
-        with contextlib.suppress(OSError):  # deleted meanwhile
-            if path.is_file():
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                size = path.stat().st_size
                 kind = kind_of(path.relative_to(root))
                 counts[kind] += 1
-                sizes[kind] += path.stat().st_size
+                sizes[kind] += size
     return {kind: (counts[kind], sizes[kind]) for kind in counts}
 
 
