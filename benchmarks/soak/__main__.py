@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak [--steps N] [--run FOLDER] [--json PATH|-]
 
-A real run (data, asynchronous RL with evaluations and checkpoints, MLflow) on a tiny model, whose steps take well under a second.
-Nearly all that a run does once a step, it does thousands of times here. The learning rate is so small that streams stay as long as
-they are. The first 200 steps are not judged; then everything is compared between there and the end (`benchmarks.soak.judging`).
+A real run (data, asynchronous RL with evaluations and checkpoints, MLflow) on a tiny model, whose steps take well under a
+second: what a run does once a step, it does thousands of times here. The learning rate is so small that streams stay as long
+as they are. The first 200 steps are not judged; then all is compared between there and the end (`benchmarks.soak.judging`).
 
 Exit 1 says that a process has grown by more than 5 % (and 8 MiB), that files have which should not, that the object store was
 spilled, or that the last 200 steps took more than 5 % longer than those from 200 to 400; `reasons` says which.

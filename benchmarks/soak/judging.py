@@ -1,7 +1,8 @@
 """Whether what was seen of a long run has grown, and whether its steps have become slower. Pure.
 
-Memory, files, open files and threads are compared between the first steps after the warm-up and the last ones, each as the median
-of its samples, as allocators breathe. What may grow is named: logs, journals, checkpoints that are kept, MLflow's database.
+Memory, files, open files and threads are compared between the first steps after the warm-up and the last ones, each as the
+median of its samples, as allocators breathe. What may grow is named: logs, journals, checkpoints that are kept, MLflow's
+database.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from typing import Any
 from benchmarks.soak.samples import Sample
 
 WARM, SPAN = 200, 200
-"""Steps that are not judged, and steps that are compared with as many at the end; fewer in a run of under three times as many."""
+"""Steps that are not judged, and steps that are compared with as many at the end; fewer in a shorter run."""
 GROWTH = 0.05
 FLOOR = 8 * 2**20
 """Bytes that a process may grow by, however small it is."""
 FEW = 4
 """Open files and threads that a process may have more than before."""
 SLOWER = 1.05
-FOREIGN = 0.1
-"""CPU cores that others may take more of during the last steps before the run's wall time says little."""
 MAY_GROW = ("logs", "journals", "checkpoints", "mlflow", "being written")
-"""Kinds of files that may. Of checkpoints their bytes, as each names all groups that its weights have seen; not their number."""
+"""Kinds of files that may. Of checkpoints the bytes, as each names all groups that its weights have seen; not the number."""
+TASKS = "task worker"
+"""Processes that Ray starts and ends as it likes."""
 MIB = 2**20
 
 
@@ -67,7 +68,7 @@ def report(samples: Sequence[Sample], step_s: dict[int, float], steps: int) -> d
     row = {
         "steps": done,
         "compared_steps": {"early": windows.early, "late": windows.late},
-        "processes": _processes(early, late, done, reasons),
+        "processes": _processes(early, late, reasons),
         "files": _files(early, late, reasons),
         "object_store": _store(early, late, samples, reasons),
         "step_time": _times(windows, samples, step_s, reasons, notes),
@@ -81,20 +82,18 @@ def _middle(samples: Sequence[Sample], value: Callable[[Sample], float | None]) 
     return median(found) if found else None
 
 
-def _processes(early: Sequence[Sample], late: Sequence[Sample], steps: int, reasons: list[str]) -> dict[str, Any]:
+def _of(samples: Sequence[Sample], name: str, what: str) -> float | None:
+    """Return the median of a field of the processes of one role; None if there were none."""
+    return _middle(samples, lambda s: getattr(s.processes[name], what) if name in s.processes else None)
+
+
+def _processes(early: Sequence[Sample], late: Sequence[Sample], reasons: list[str]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     between = max(1, late[-1].step - early[0].step)
     for name in sorted({name for sample in (*early, *late) for name in sample.processes}):
-
-        def of(what: str, name: str = name) -> tuple[float | None, float | None]:
-            def value(sample: Sample) -> float | None:
-                return getattr(sample.processes[name], what) if name in sample.processes else None
-
-            return _middle(early, value), _middle(late, value)
-
-        before, after = of("memory")
+        before, after = (_of(part, name, "memory") for part in (early, late))
         if before is None or after is None:
-            if name != "task worker":  # Ray starts and ends those as it likes
+            if name != TASKS:
                 reasons.append(f"{name}: it was not there {'at first' if before is None else 'at the end'}")
             continue
         grown = after - before
@@ -107,10 +106,9 @@ def _processes(early: Sequence[Sample], late: Sequence[Sample], steps: int, reas
         if grown > max(GROWTH * before, FLOOR):
             reasons.append(f"{name}: {before / MIB:.1f} -> {after / MIB:.1f} MiB ({100 * grown / before:.0f} %)")
         for what in ("count", "files", "threads"):
-            first, last = of(what)
-            assert first is not None and last is not None
+            first, last = (_of(part, name, what) or 0.0 for part in (early, late))
             rows[name] |= {f"{what}_early": first, f"{what}_late": last}
-            if last > first + (0 if what == "count" and name != "task worker" else FEW):
+            if last > first + (0 if what == "count" and name != TASKS else FEW):
                 reasons.append(f"{name}: {what} {first:g} -> {last:g}")
     return rows
 
@@ -118,19 +116,19 @@ def _processes(early: Sequence[Sample], late: Sequence[Sample], steps: int, reas
 def _files(early: Sequence[Sample], late: Sequence[Sample], reasons: list[str]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for kind in sorted({kind for sample in (*early, *late) for kind in sample.files}):
-        counts = [_middle(samples, lambda sample: sample.files.get(kind, (0, 0))[0]) for samples in (early, late)]
-        sizes = [_middle(samples, lambda sample: sample.files.get(kind, (0, 0))[1]) for samples in (early, late)]
-        rows[kind] = {
-            "number_early": counts[0],
-            "number_late": counts[1],
-            "bytes_early": sizes[0],
-            "bytes_late": sizes[1],
-        }
-        if kind not in MAY_GROW and (counts[1] > counts[0] or sizes[1] > sizes[0]):
-            reasons.append(f"files of {kind}: {counts[0]} -> {counts[1]}, {sizes[0]:,} -> {sizes[1]:,} bytes")
-        if kind == "checkpoints" and counts[1] > (1 + GROWTH) * counts[0]:
-            reasons.append(f"files of checkpoints: {counts[0]} -> {counts[1]}: more are kept than before")
+        (count, size), (last_count, last_size) = (_held(part, kind) for part in (early, late))
+        rows[kind] = {"number_early": count, "number_late": last_count, "bytes_early": size, "bytes_late": last_size}
+        if kind not in MAY_GROW and (last_count > count or last_size > size):
+            reasons.append(f"files of {kind}: {count:g} -> {last_count:g}, {size:,.0f} -> {last_size:,.0f} bytes")
+        if kind == "checkpoints" and last_count > (1 + GROWTH) * count:
+            reasons.append(f"files of checkpoints: {count:g} -> {last_count:g}: more are kept than before")
     return rows
+
+
+def _held(samples: Sequence[Sample], kind: str) -> tuple[float, float]:
+    """Return the medians of number and bytes of the files of one kind."""
+    found = [sample.files.get(kind, (0, 0)) for sample in samples]
+    return median(number for number, _ in found), median(size for _, size in found)
 
 
 def _store(
@@ -152,24 +150,26 @@ def _store(
 def _times(
     windows: Windows, samples: Sequence[Sample], step_s: dict[int, float], reasons: list[str], notes: list[str]
 ) -> dict[str, Any]:
-    """Compare the medians of wall time, and what CPU time a step has cost the run and others took meanwhile."""
+    """Compare the medians of wall time; beside them, the CPU time of a step, how fast the machine was, and what others took."""
     wall = [median(step_s[i] for i in step_s if a < i <= b) for a, b in (windows.early, windows.late)]
-    spent = [_spent(part, step_s) for part in windows.within(samples)]
-    (cpu_early, foreign_early), (cpu_late, foreign_late) = spent
+    parts = windows.within(samples)
+    (cpu_early, foreign_early), (cpu_late, foreign_late) = (_spent(part, step_s) for part in parts)
+    slow_early, slow_late = (_middle(part, lambda sample: sample.yardstick_s) for part in parts)
     ratio = wall[1] / wall[0]
+    machine = slow_late / slow_early if slow_early and slow_late else None
     cpu_ratio = cpu_late / cpu_early if cpu_early and cpu_late is not None else None
     said = f"the last steps take {ratio:.3f} times as long as the early ones ({wall[0]:.3f} -> {wall[1]:.3f} s)"
     if ratio > SLOWER:
-        more = None if foreign_early is None or foreign_late is None else foreign_late - foreign_early
-        if more is not None and more > FOREIGN and cpu_ratio is not None and cpu_ratio <= SLOWER:
+        if machine is not None and ratio / machine <= SLOWER:
             notes.append(
-                f"{said}, but others took {more:.2f} cores more of the machine meanwhile, and a step costs the run "
-                f"{cpu_ratio:.3f} times as much CPU time: not judged, measure again on a quiet machine"
+                f"{said}, but so does other work ({machine:.3f} times): not judged, measure on a quiet machine"
             )
         else:
-            reasons.append(said)
+            reasons.append(said if machine is None else f"{said}, other work {machine:.3f} times")
     if cpu_ratio is not None and cpu_ratio > SLOWER:
-        notes.append(f"a step costs {cpu_ratio:.3f} times as much CPU time at the end ({cpu_early:.3f} -> {cpu_late:.3f} s)")
+        notes.append(
+            f"a step costs {cpu_ratio:.3f} times as much CPU time at the end ({cpu_early:.3f} -> {cpu_late:.3f} s)"
+        )
     return {
         "wall_s_early": round(wall[0], 4),
         "wall_s_late": round(wall[1], 4),
@@ -177,6 +177,7 @@ def _times(
         "cpu_s_early": _rounded(cpu_early),
         "cpu_s_late": _rounded(cpu_late),
         "cpu_ratio": _rounded(cpu_ratio),
+        "machine_ratio": _rounded(machine),
         "foreign_cores_early": _rounded(foreign_early),
         "foreign_cores_late": _rounded(foreign_late),
     }
@@ -187,7 +188,7 @@ def _spent(part: Sequence[Sample], step_s: dict[int, float]) -> tuple[float | No
     if len(part) < 2 or part[-1].step == part[0].step:
         return None, None
     first, last = part[0], part[-1]
-    both = first.processes.keys() & last.processes.keys() - {"task worker"}
+    both = first.processes.keys() & last.processes.keys() - {TASKS}
     cpu = sum(last.processes[name].cpu_s - first.processes[name].cpu_s for name in both)
     wall = sum(step_s[i] for i in range(first.step + 1, last.step + 1) if i in step_s)
     foreign = (last.busy_s - first.busy_s - cpu) / wall if wall else None

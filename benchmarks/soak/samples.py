@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 from tests.support.processes import command, family
 
 TICKS = os.sysconf("SC_CLK_TCK")
+YARDSTICK = 100_000
+"""Numbers that are squared and added, in about five milliseconds."""
 TAIL = 16384
 """Bytes at the end of a journal in which there is a whole line of a step."""
 ROLES = (
@@ -52,6 +55,7 @@ class Sample:
 
     Attributes:
         busy_s: CPU seconds that the whole machine has spent, on this run or not.
+        yardstick_s: how long a fixed piece of work took, which tells how fast the machine was.
         files: (number, bytes) of the files under run_root by kind.
         store: bytes pinned in the object store, and spilled from it, as the raylet last wrote down; None if it has not yet.
     """
@@ -59,6 +63,7 @@ class Sample:
     step: int
     processes: dict[str, Process]
     busy_s: float
+    yardstick_s: float
     files: dict[str, tuple[int, int]]
     store: tuple[int, int] | None
 
@@ -71,7 +76,7 @@ class Sample:
 def look(driver: int, root: Path, step: int) -> Sample:
     """Look at the run of this driver's process."""
     lines = {pid: command(pid) for pid in family(driver)}
-    return Sample(step, _processes(lines), _busy_s(), files_by_kind(root), _store(lines))
+    return Sample(step, _processes(lines), _busy_s(), _yardstick_s(), files_by_kind(root), _store(lines))
 
 
 def role(line: str) -> str:
@@ -112,6 +117,12 @@ def _busy_s() -> float:
     """Return the CPU seconds of the whole machine, but for those in which it was idle or waited for a disk."""
     fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / TICKS
+
+
+def _yardstick_s() -> float:
+    began = time.perf_counter()
+    sum(number * number for number in range(YARDSTICK))
+    return time.perf_counter() - began
 
 
 def _store(lines: dict[int, str]) -> tuple[int, int] | None:

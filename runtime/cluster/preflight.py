@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from conf.data import DataConfig
@@ -34,6 +35,7 @@ from runtime.cluster.nodes import (
     reply_file,
     stamp,
 )
+from runtime.planning.object_store import NodeStore
 from runtime.starting_point import named_checkpoints
 from streams.checkpoint.folder import is_hub_id
 from streams.data.dataset import sample_tasks
@@ -241,6 +243,18 @@ def live_nodes() -> list[Node]:
         name = f"{entry['NodeManagerAddress']} ({entry['NodeManagerHostname']}, {entry['NodeID'][:6]})"
         found.append(Node(entry["NodeID"], name, resources.get("CPU", 0.0), resources.get("GPU", 0.0)))
     return sorted(found, key=lambda node: node.name)
+
+
+def object_stores(group: PlacementGroup, bundles: Sequence[Bundle]) -> tuple[NodeStore, ...]:
+    """Return the object stores of the nodes that a placed group lies on, with the actors there."""
+    homes: dict[str, list[str]] = {}
+    for index, node in placement_group_table(group)["bundles_to_node_id"].items():
+        homes.setdefault(node, []).append(bundles[int(index)].name)
+    return tuple(
+        NodeStore(entry["NodeManagerAddress"], int(entry["Resources"].get("object_store_memory", 0)), tuple(actors))
+        for entry in ray.nodes()
+        if (actors := homes.get(entry["NodeID"]))
+    )
 
 
 def run_preflight(config: RunConfig, bundles: Sequence[Bundle]) -> None:

@@ -28,7 +28,7 @@ from runtime.cluster.events import CALL_LIMIT, START_LIMIT, lost_with_an_actor, 
 from runtime.cluster.learners import LearnerGroup
 from runtime.cluster.maker import ActorMaker
 from runtime.cluster.placement import placement_note, plan_bundles
-from runtime.cluster.preflight import Bundle, run_preflight
+from runtime.cluster.preflight import Bundle, object_stores, run_preflight
 from streams.backbone.tiny_spec import TinySpec
 from streams.messages import ScoreReport
 from streams.support.usage import DeviceInfo, ProcessUsage
@@ -60,7 +60,9 @@ class Session:
             if note := placement_note(config, gpus):
                 log.warning(note)
             run_preflight(config, bundles)
-            make = self._make = ActorMaker(config, self.book, bundles, self._reserve(bundles))
+            group = self._reserve(bundles)
+            self.stores = object_stores(group, bundles)
+            make = self._make = ActorMaker(config, self.book, bundles, group)
             self._start_learner()
             self.crew = Crew(config.cluster, self.book, make, config.rollout.workers)
         except BaseException:

@@ -133,6 +133,14 @@ class RunLock:
         self._beats.start()
         return self
 
+    def look(self) -> Holder | None:
+        """Take nothing. Returns a holder that ended without saying so. Raises RunRootBusyError if another run works there."""
+        previous = _read(self.path)
+        if previous is None or (previous.machine == self.holder.machine and not Path(f"/proc/{previous.pid}").exists()):
+            return previous
+        self._wait_until_stale(previous)
+        return previous
+
     def release(self) -> None:
         """Free the lock; the file stays, empty: removing it would race with whoever opens it."""
         if self._descriptor is None:

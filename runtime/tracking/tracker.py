@@ -35,6 +35,8 @@ CLOSE_TIMEOUT_S = 60.0
 RUN_FILE = "tracking.json"
 RETRY_S = 15.0
 """How long to leave a store alone that could not take something; MLflow's client has tried for half a minute by then."""
+LOOK_S = 10
+"""Seconds that a server may take to answer whoever only asks whether it is there."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's error codes for a store that does not answer."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -215,6 +217,28 @@ class Tracker:
             aside = file.with_name(file.name + ".partial")
             aside.write_text(json.dumps({"uri": self._store, "run_id": run_id}) + "\n")
             os.replace(aside, file)
+
+
+def look(config: TrackingConfig, root: Path) -> tuple[bool, str]:
+    """Return whether a run would find its store, and where it is, in words. It makes no run, nor a database."""
+    if not config.enabled:
+        return True, "off (tracking.enabled=false)"
+    if not config.uri:
+        return True, f"a database under run_root: {(root / 'mlflow.db').resolve()}"
+    shown = public_uri(config.uri)
+    if not config.uri.startswith("http"):
+        return True, f"{shown}, not asked: opening it would create it"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(LOOK_S))
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    try:
+        import mlflow
+
+        found = mlflow.MlflowClient(tracking_uri=config.uri).get_experiment_by_name(config.experiment)
+    except Exception as error:  # noqa: BLE001 - named boundary: the tracker
+        words = public_words(_first_line(error), config.uri)
+        return False, f"{shown} does not answer, a run would start without it and try again: {words}"
+    return True, f"{shown} answers, {'it has' if found else 'it has not yet'} the experiment {config.experiment!r}"
 
 
 class _Store:
