@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from learner.config import LearnerConfig
 from learner.messages import RankDiedError, TrainBatch
 from learner.setup import LearnerSetup, RankPlace
-from streams.backbone.kernel_choice import choose_fused_kernels, choose_learner_attention, choose_vision_attention
 from streams.messages import MESSAGES_VERSION, GroupPayload, ScoreReport, TrainReport, WeightsUpdate
 from streams.support.actor_log import open_actor_log
 from streams.support.imports import large_imports
@@ -68,15 +66,6 @@ class Learner:
         from streams.support.meter import device_info
 
         return device_info(ray.util.get_node_ip_address())
-
-    def kernels(self, learner: LearnerConfig, vision_attention: str, fused_kernels: str) -> tuple[str, ...]:
-        """Return the kernels that a model would get here, in words. Raises ValueError for one that cannot run here."""
-        device = "cuda" if self.device().cuda else "cpu"
-        return (
-            f"attention {choose_learner_attention(learner.attention, device)}",
-            f"vision attention {choose_vision_attention(vision_attention, device, learner.dtype)}",
-            f"fused kernels {choose_fused_kernels(fused_kernels, device, learner.dtype)}",
-        )
 
     def usage(self) -> ProcessUsage:
         """Return the time and memory of the engine's phases. Raises RuntimeError before `setup`."""

@@ -22,16 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from rollout.config import RolloutConfig
 from rollout.promises import ServiceClosedError
 from rollout.setup import WorkerInfo, WorkerSetup
-from streams.backbone.kernel_choice import (
-    choose_cuda_graphs,
-    choose_decode_attention,
-    choose_fused_kernels,
-    choose_rollout_attention,
-    choose_vision_attention,
-)
 from streams.backbone.tiny_spec import TinySpec
 from streams.layout.layout import LayoutConfig
 from streams.messages import (
@@ -77,21 +69,6 @@ class RolloutWorker:
         from streams.support.meter import device_info
 
         return await asyncio.to_thread(device_info, ray.util.get_node_ip_address())
-
-    async def kernels(
-        self, rollout: RolloutConfig, dtype: str, head_dim: int, vision_attention: str, fused_kernels: str
-    ) -> tuple[str, ...]:
-        """Return the kernels that a model would get here, in words. Raises ValueError for one that cannot run here."""
-        device = "cuda" if (await self.device()).cuda else "cpu"
-        prefill = choose_rollout_attention(rollout.attention, device, dtype, head_dim)
-        decode = choose_decode_attention(rollout.attention, device, prefill.name)
-        return (
-            f"attention {prefill}",
-            f"decoding {decode}",
-            f"CUDA graphs {choose_cuda_graphs(rollout.cuda_graphs, device, decode.name)}",
-            f"vision attention {choose_vision_attention(vision_attention, device, dtype)}",
-            f"fused kernels {choose_fused_kernels(fused_kernels, device, dtype)}",
-        )
 
     async def usage(self) -> ProcessUsage | None:
         """Return where its time and memory went; None if it has loaded nothing, as it took another one's place."""

@@ -251,7 +251,12 @@ def object_stores(group: PlacementGroup, bundles: Sequence[Bundle]) -> tuple[Nod
     for index, node in placement_group_table(group)["bundles_to_node_id"].items():
         homes.setdefault(node, []).append(bundles[int(index)].name)
     return tuple(
-        NodeStore(entry["NodeManagerAddress"], int(entry["Resources"].get("object_store_memory", 0)), tuple(actors))
+        NodeStore(
+            entry["NodeManagerAddress"],
+            int(entry["Resources"].get("object_store_memory", 0)),
+            tuple(actors),
+            entry["NodeID"],
+        )
         for entry in ray.nodes()
         if (actors := homes.get(entry["NodeID"]))
     )

@@ -24,6 +24,7 @@ from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from runtime.checks import check_memory_policy, check_rows, describe, needed_splits
 from runtime.doctor.findings import Findings
+from runtime.doctor.kernels import kernel_lines
 from runtime.planning.room import room_checks
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
@@ -272,17 +273,4 @@ def _to_come(config: RunConfig, split: str) -> tuple[StreamTask, int]:
 
 
 def _kernels(run: Run, learner: LearnerConfig | None, geometry: ModelGeometry) -> list[str]:
-    """Ask every worker and rank which kernels it would use. Those that answer alike share a line."""
-    session, config = run.ready_session(), run.config
-    model = config.model
-    asked = (config.rollout, model.dtype, geometry.head_dim, model.vision_attention, model.fused_kernels)
-    told = session.crew.of_workers(lambda worker: worker.kernels.remote(*asked), "say which kernels it would use")
-    lines: dict[str, list[str]] = {}
-    for worker, kernels in enumerate(told):
-        lines.setdefault(", ".join(kernels), []).append(f"rollout worker {worker}")
-    if learner is not None:
-        for rank, actor in enumerate(session.learners.actors):
-            reply = actor.kernels.remote(learner, model.vision_attention, model.fused_kernels)
-            said = session.call(reply, f"learner rank {rank} to say which kernels it would use")
-            lines.setdefault(", ".join(said), []).append(f"learner rank {rank}")
-    return [f"{', '.join(who)}: {kernels}" for kernels, who in lines.items()]
+    return kernel_lines(run.ready_session(), run.config, learner, geometry.head_dim)

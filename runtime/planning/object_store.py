@@ -32,11 +32,12 @@ SFT_BATCHES = 3
 
 @dataclass(frozen=True)
 class NodeStore:
-    """The object store of a node. size: bytes; actors: what the run has placed there, by bundle name."""
+    """The object store of a node. size: bytes; actors: what the run has placed there, by bundle name; id: Ray's of the node."""
 
     node: str
     size: int
     actors: tuple[str, ...]
+    id: str = ""
 
     @property
     def learns(self) -> bool:
