@@ -53,7 +53,7 @@ class Findings:
             return None
         said = self.heard.take()
         warned = any("warning: " in text for text in (line, *said))
-        self._print(WARNING if warned else OK, what, line.removeprefix("warning: "), said)
+        self._print(WARNING if warned else OK, what, line.removeprefix("warning: ").removeprefix(f"{what}: "), said)
         return value
 
     def leave_open(self, what: str, why: str) -> None:

@@ -134,11 +134,13 @@ class RunLock:
         return self
 
     def look(self) -> Holder | None:
-        """Take nothing. Returns a holder that ended without saying so. Raises RunRootBusyError if another run works there."""
+        """Take nothing. Returns a holder that ended without saying so. Raises RunRootBusyError if another run works there.
+
+        The kernel is not asked: whoever starts in that moment would find the lock taken.
+        """
         previous = _read(self.path)
-        if previous is None or (previous.machine == self.holder.machine and not Path(f"/proc/{previous.pid}").exists()):
-            return previous
-        self._wait_until_stale(previous)
+        if previous is not None:
+            self._wait_until_stale(previous)
         return previous
 
     def release(self) -> None:

@@ -63,10 +63,7 @@ def test_a_node_of_workers_holds_its_share_and_one_of_the_learner_a_batch():
 
 def test_what_a_stage_needs_is_its_weights_its_longest_clip_and_its_logs():
     parameters = {"model.language_model.layers.0.mlp.up_proj.weight": 2048, "lm_head.weight": 512}
-    geometry, stream = (
-        dataclasses.replace(THREE_B, parameters=parameters),
-        STREAM,
-    )
+    geometry = dataclasses.replace(THREE_B, parameters=parameters)
     config = dataclasses.replace(composed(), algorithm=AlgorithmConfig(steps=1, groups_per_step=4, groups_in_flight=8))
     learner = config.learner.with_overrides({"freeze": "tower+merger"})
     need = store_need(config, geometry, learner, "rl", STREAM)
