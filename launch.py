@@ -2,13 +2,14 @@
 
     python launch.py                                  # job=all: data, cold start, RL, evaluation
     python launch.py job=data|sft|rl|eval [KEY=VALUE ...]
+    python launch.py job=doctor [KEY=VALUE ...]    only checks whether job=all would start
     python launch.py job=watch video=FILE query="..." at=SECONDS model=DIR
     python launch.py --help
 
 Installed, the same command is `sightline` (`sightline.__main__`).
 
-Exit status: 0 done, 1 failed, 2 nothing was started (configuration), 130 stopped by Ctrl-C, checkpoint.requeue_status
-stopped by SIGTERM and ready to go on.
+Exit status: 0 done, 1 failed, 2 nothing was started (configuration), or would be (job=doctor), 130 stopped by Ctrl-C,
+checkpoint.requeue_status stopped by SIGTERM and ready to go on.
 
 Invariants:
 * a bad configuration or missing data stops the run before any actor starts;
@@ -139,6 +140,10 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
     from runtime.store.runlock import RunLock
     from runtime.tracking.progress import Progress
 
+    if config.job.check_only:
+        from runtime.doctor.doctor import diagnose
+
+        sys.exit(diagnose(config, overrides, _stages(), stop))
     progress = Progress()
     warn = logging.getLogger("sightline").warning
     with contextlib.ExitStack() as held:
@@ -228,7 +233,8 @@ def main(raw: DictConfig) -> None:
         _open_log(str(raw.get("run_root")), list(OmegaConf.select(raw, "job.stages", default=[])))
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)
-    _open_log(config.run_root, config.job.stages)
+    if not config.job.check_only:  # it may be that of a run that is under way
+        _open_log(config.run_root, config.job.stages)
     if config.job.stages == ["watch"]:
         from evals.watch.job import watch
 

@@ -16,6 +16,10 @@ class JobConfig:
     """Name of the job, shown in logs and in MLflow."""
     stages: list[str] = field(default_factory=lambda: ["data", "sft", "rl", "eval"])
     """Stages to run, in this order: any of `data`, `sft`, `rl`, `eval`, or `watch` alone."""
+    check_only: bool = False
+    """Only check whether these stages could run, and print what was found: `job=doctor`. Nothing is trained, written or
+    deleted.
+    """
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -23,6 +27,10 @@ class JobConfig:
             raise ValueError(f"job.stages={self.stages}: stages are {', '.join(STAGES)}")
         if "watch" in self.stages and len(self.stages) > 1:
             raise ValueError(f"job.stages={self.stages}: watch runs alone")
+        if "watch" in self.stages and self.check_only:
+            raise ValueError(
+                f"job.check_only=true with job.stages={self.stages}: only the stages of a run can be checked"
+            )
 
 
 @dataclass(frozen=True)

@@ -71,5 +71,8 @@ def _finish(run: Run, summary: dict[str, Any], stages: tuple[str, ...]) -> None:
 
 
 EVAL = Stage(
-    run, uses=lambda config: (ROWS,), learner=lambda config: config.learner if config.eval.score_logs else None
+    run,
+    uses=lambda config: (ROWS,),
+    learner=lambda config: config.learner if config.eval.score_logs else None,
+    begins=lambda run: tuple(run.start.evaluated(checkpoint_label).values()),
 )

@@ -53,7 +53,7 @@ class EvaluatedStage(TrainingStage):
         """
         if self.began_at:
             self._promote(self.began_at)
-        for line in self.journal.of_kind("step"):
+        for line in self.journal.steps():
             if line.step < self.began_at and self._awaited(line.step):
                 self.context.progress.say(
                     f"rl: the evaluation of step {line.step} was cut off by the end of the run: left out"
@@ -81,12 +81,12 @@ class EvaluatedStage(TrainingStage):
         return {step_name(written) for written in self.checkpoints.written if self._awaited(written)}
 
     def _awaited(self, step: int) -> bool:
-        return self.evaluation_due(step) and not self.journal.has("eval", step)
+        return self.evaluation_due(step) and self.journal.evaluation(step) is None
 
     def _promote(self, step: int) -> None:
         """Keep the export of `step` as `best` if it and its result are there, and the result beats the best so far."""
         metric = f"eval/{self._decides}"
-        value = next((line.values.get(metric) for line in self.journal.of_kind("eval") if line.step == step), None)
+        value = (self.journal.evaluation(step) or {}).get(metric)
         if step not in self.checkpoints.written or value is None:
             return
         if self.best and self.best["value"] >= value:

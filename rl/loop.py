@@ -64,7 +64,7 @@ class RLLoop:
         self.workers = Workers(self.session, self.stage.events, ledger, self.gate, self.stage.revival)
         self.stage.revival.watch(self.dispatch.reissue, self._worker_back)
         self.evaluation = PeriodicEvaluation(self.stage, self.workers, self)
-        self.report = StepReport(context, [line.values for line in self.stage.journal.of_kind("step")])
+        self.report = StepReport(context, [line.values for line in self.stage.journal.steps()])
         self.published_off: OffToken | None = None
         self._training = False
 

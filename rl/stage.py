@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
@@ -21,9 +22,7 @@ def run(run: Run) -> dict[str, Any]:
     config = run.config
     checkpoint, tasks = run.start_from(ROWS, lambda: run.start.of_rl(run.initial_model))
     steps = config.rl_steps(len(tasks))
-    reference = None
-    if config.algorithm.kl_coef:
-        reference = run.start.reference(run.store.read("rl").get("origin"), run.initial_model)
+    reference = _reference(run)
     context = run.prepare("rl", checkpoint, config.rl_learner(steps), steps, tasks, reference=reference)
     loop = RLLoop(context, tasks, run.files.tasks("heldout") if config.eval.every else ())
     with run.stop.deferred():
@@ -39,6 +38,17 @@ def run(run: Run) -> dict[str, Any]:
     return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["rl"].kept]}
 
 
+def _reference(run: Run) -> Path | None:
+    if not run.config.algorithm.kl_coef:
+        return None
+    return run.start.reference(run.store.read("rl").get("origin"), run.initial_model)
+
+
+def _begins(run: Run) -> tuple[Path, ...]:
+    reference = _reference(run)
+    return (run.start.of_rl(run.initial_model), *([reference] if reference else []))
+
+
 def _uses(config: RunConfig) -> tuple[RowUse, ...]:
     return (ROWS, HELDOUT) if config.eval.every else (ROWS,)
 
@@ -52,4 +62,5 @@ RL = Stage(
     uses=_uses,
     learner=lambda config: config.rl_learner(1),
     check=lambda config, rows: check_best(config, rows.get("heldout")),
+    begins=_begins,
 )

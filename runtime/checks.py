@@ -58,31 +58,40 @@ Rows = Mapping[str, tuple[StreamTask, ...] | None]
 
 def check_inputs(config: RunConfig, start: StartingPoint) -> Rows:
     """Raise ValueError or FileNotFoundError for what would fail later. Returns the rows of the files that the job reads."""
-    if config.root.exists() and not config.root.is_dir():
-        raise ValueError(f"run_root={config.run_root} is a file: name a folder, new or of an earlier run")
+    check_root(config)
     age_bound(config)
-    rows = _check_data(config)
+    rows = {split: check_rows(config, split) for split in needed_splits(config)}
     start.check()
     return rows
 
 
-def _check_data(config: RunConfig) -> Rows:
-    """Return the rows by split. Raises FileNotFoundError for a missing file, ValueError for one without rows."""
+def check_root(config: RunConfig) -> None:
+    """Raise ValueError for a run_root that cannot be a folder."""
+    if config.root.exists() and not config.root.is_dir():
+        raise ValueError(f"run_root={config.run_root} is a file: name a folder, new or of an earlier run")
+
+
+def needed_splits(config: RunConfig) -> list[str]:
+    """Return which task files the job reads: `train`, `heldout`."""
     stages = set(config.job.stages)
     needed = [split for split, by in (("train", {"sft", "rl"}), ("heldout", {"eval"})) if stages & by]
     if config.eval.every and "rl" in stages and "heldout" not in needed:
         needed.append("heldout")
-    rows: dict[str, tuple[StreamTask, ...] | None] = {}
-    for split in needed:
-        rows[split] = None
-        given = getattr(config.data, split)
-        path = Path(given) if given else config.root / "data" / f"{split}.jsonl"
-        if given or "data" not in stages:
-            if not path.is_file():
-                how = f"set data.{split} to a JSONL file" if given else f"set data.{split} or run job=data first"
-                raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
-            # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
-            data = config.data
-            loaded = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields, root=data.root)
-            rows[split] = loaded.tasks
-    return rows
+    return needed
+
+
+def check_rows(config: RunConfig, split: str) -> tuple[StreamTask, ...] | None:
+    """Return the rows of a file; None if they are yet to be generated.
+
+    Raises FileNotFoundError for a missing file, ValueError for one without rows.
+    """
+    given = getattr(config.data, split)
+    path = Path(given) if given else config.root / "data" / f"{split}.jsonl"
+    if not given and "data" in config.job.stages:
+        return None
+    if not path.is_file():
+        how = f"set data.{split} to a JSONL file" if given else f"set data.{split} or run job=data first"
+        raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
+    # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
+    data = config.data
+    return load_tasks(path, format=data.format, ignore_fields=data.ignore_fields, root=data.root).tasks

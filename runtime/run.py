@@ -27,9 +27,9 @@ from runtime.checks import Rows, describe
 from runtime.cluster.session import Session
 from runtime.context import StageContext
 from runtime.mismatch_gate import MismatchGate
-from runtime.planning.clip_cache import check_features
 from runtime.planning.device_plan import DevicePlan, plan_devices
-from runtime.planning.disk import check_disk, checkpoint_size
+from runtime.planning.footprint import gib
+from runtime.planning.room import room_checks
 from runtime.planning.usage import usage_lines, usage_report, write_usage
 from runtime.recovery.lifeline import RayGuard
 from runtime.recovery.restarts import LEARNER, LearnerLoss, Restarts, learner_loss, words_of
@@ -42,6 +42,7 @@ from runtime.store.manifests import TRAINING, StageStore, clear, flat, plain
 from runtime.store.runlock import RunLock
 from runtime.task_files import TaskFiles
 from runtime.tracking.progress import Progress
+from runtime.tracking.spilling import SpillWatch
 from runtime.tracking.tracker import Tracker
 from streams.backbone.boundary import Boundary
 from streams.checkpoint.folder import resolve_checkpoint
@@ -59,6 +60,10 @@ def _no_learner(config: RunConfig) -> LearnerConfig | None:
     return None
 
 
+def _no_checkpoints(run: Run) -> tuple[Path, ...]:
+    return ()
+
+
 def _nothing_to_check(config: RunConfig, rows: Rows) -> None:
     pass
 
@@ -73,6 +78,7 @@ class Stage:
         uses: what it does with the rows of the task files.
         learner: the settings of the learner that it sets up; None where it sets up none. Devices are planned by them.
         check: raises ValueError for settings under which the stage could only fail, before any actor starts.
+        begins: returns the checkpoints that it would load if it began now, the one that it starts from first; () if none.
     """
 
     run: Callable[[Run], dict[str, Any] | None]
@@ -80,6 +86,7 @@ class Stage:
     uses: Callable[[RunConfig], tuple[RowUse, ...]] = _no_rows
     learner: Callable[[RunConfig], LearnerConfig | None] = _no_learner
     check: Callable[[RunConfig, Rows], None] = _nothing_to_check
+    begins: Callable[[Run], tuple[Path, ...]] = _no_checkpoints
 
 
 class Run:
@@ -94,17 +101,21 @@ class Run:
         progress: Progress,
         lock: RunLock,
         stop: StopSignal,
+        *,
+        aside: Path | None = None,
     ) -> None:
+        """aside: a folder for what the actors write, of a run that only checks: it tracks nothing, and deletes nothing."""
         self.config, self.store, self.progress, self.lock, self.stop = config, store, progress, lock, stop
         self.start = start
         self.stages = {name: stages[name] for name in config.job.stages}
         self.root = config.root.resolve()
+        self._written = aside or self.root
         self.began = time.monotonic()
         self.gate = MismatchGate(config)
         self.files = TaskFiles(config, progress.say)
         self.restarts = Restarts(config.cluster)
         self._introduced = False
-        self._guard = RayGuard(stop)
+        self.guard = RayGuard(stop)
         self._plan: DevicePlan | None = None
         self._checked: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -114,7 +125,7 @@ class Run:
         training = any(stage in TRAINING for stage in plans)
         resumed = [plan.resume for plan in plans.values() if plan.resume]
         self.tracker = Tracker(
-            config.tracking,
+            replace(config.tracking, enabled=config.tracking.enabled and not aside),
             self.root,
             f"{config.job.name}-seed{config.seed}",
             resume=training and config.resume != "never" and store.charts_go_on,
@@ -125,17 +136,20 @@ class Run:
         try:
             # Actors import while the driver makes the data.
             needs_actors = any(stage.actors for stage in self.stages.values())
-            self.session = Session(config, connecting=self._guard.connecting()) if needs_actors else None
+            placed = replace(config, run_root=str(self._written)) if aside else config
+            self.session = Session(placed, connecting=self.guard.connecting()) if needs_actors else None
             # Only now: a run that cannot start must not delete the results of an earlier one.
-            clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
+            if aside is None:
+                clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
         except BaseException:
-            self._guard.close()
+            self.guard.close()
             self.tracker.close("FAILED")
             raise
 
     def run(self) -> None:
         """Run every stage. Raises runtime.stop.Requeue if the run was asked to stop."""
         status = "FAILED"
+        spills = None if self.session is None else SpillWatch()
         try:
             for stage, does in self.stages.items():
                 plan = self.store.plans.get(stage)
@@ -161,7 +175,13 @@ class Run:
                 self.progress.say(ask_everywhere(self.session.book.log_folder))
             raise
         finally:
-            self._guard.close()
+            self.guard.close()
+            if spills is not None:
+                spills.close()
+                if spills.spilled:
+                    self.progress.say(
+                        f"object store: up to {gib(spills.spilled)} lay on disk at once, for want of room"
+                    )
             self.tracker.close(status)
             if self.session is not None and self.stop.loss:
                 end_here(self.session.book.log_folder)
@@ -174,10 +194,10 @@ class Run:
             try:
                 return does.run(self)
             except OSError as error:
-                self._guard.judge(stage, error)
+                self.guard.judge(stage, error)
                 raise
             except (RuntimeError, RayError) as error:
-                self._guard.judge(stage, error)
+                self.guard.judge(stage, error)
                 loss = None if self.session is None else learner_loss(error, self.session)
                 if loss is None:
                     raise
@@ -240,12 +260,11 @@ class Run:
         geometry = self.geometry(checkpoint)
         if reference is not None:
             self.geometry(reference)
-        size = checkpoint_size(geometry, learner)
-        self.progress.say(
-            check_disk(self.root, size, self.config.checkpoint, best=bool(self.config.eval.every), stage=stage)
-        )
-        turns = max((self.config.data.plan_of(task).turns for task in tasks), default=1)
-        self.progress.say(check_features(self.config, geometry, stage, turns))
+        assert self.session is not None
+        room = room_checks(self.config, self.root, geometry, learner, stage, tasks, self.session.stores)
+        for check in room.values():
+            for line in check():
+                self.progress.say(line)
         session = self.ready_session()
         self.plan_devices(geometry)
         version = found.state.version if found else 0
@@ -322,7 +341,7 @@ class Run:
         if self.config.model.path:
             return resolve_checkpoint(self.config.model.path)
         model = self.config.model
-        return self.ready_session().build_tiny(self.root / "model", model.tiny, self.config.seed, model.dtype)
+        return self.ready_session().build_tiny(self._written / "model", model.tiny, self.config.seed, model.dtype)
 
     def worker_setup(self, checkpoint: Path, boundary: Boundary, version: int = 0) -> WorkerSetup:
         config = self.config

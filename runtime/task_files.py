@@ -61,6 +61,10 @@ class TaskFiles:
             )
         return self._files[split]
 
+    def expect(self, split: str, longest: StreamTask, count: int) -> None:
+        """Plan for `count` rows that are yet to be generated, none longer than `longest`."""
+        self._files[split] = TaskFile((longest,) * count, ())
+
     def tasks(self, split: str) -> tuple[StreamTask, ...]:
         """Return the rows of a file, after naming those that cannot be read."""
         loaded = self.file(split)

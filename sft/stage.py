@@ -30,4 +30,9 @@ def run(run: Run) -> dict[str, Any]:
     return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["sft"].kept]}
 
 
-SFT = Stage(run, uses=lambda config: (ROWS,), learner=lambda config: config.sft_learner(1))
+SFT = Stage(
+    run,
+    uses=lambda config: (ROWS,),
+    learner=lambda config: config.sft_learner(1),
+    begins=lambda run: (run.initial_model(),),
+)

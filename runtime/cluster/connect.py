@@ -25,6 +25,8 @@ from streams.support.files import MODULES_VARIABLE
 
 ANSWER_TIMEOUT_S = 10.0
 LOCAL_NATIVE_S = "120"
+TASKS_KEPT = 1000
+"""Finished tasks that a local Ray's head remembers."""
 
 log = logging.getLogger("sightline.cluster")
 
@@ -51,6 +53,8 @@ def connect(cluster: ClusterConfig, namespace: str, run_root: Path) -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # Time for the last checkpoint, if this Ray loses its GCS.
         os.environ.setdefault(NATIVE_VARIABLE, LOCAL_NATIVE_S)
+        # The head keeps what became of the last tasks for Ray's dashboard, which a local run has not; by default 100,000.
+        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", str(TASKS_KEPT))
         # "local" rather than nothing: Ray would look for a cluster that runs already.
         environment = {"PYTHONPATH": local_path(), "TOKENIZERS_PARALLELISM": "false"}
         try:

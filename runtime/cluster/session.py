@@ -30,6 +30,7 @@ from runtime.cluster.maker import ActorMaker
 from runtime.placing.placement import placement_note, plan_bundles, scorer_names
 from runtime.placing.preflight import run_preflight
 from runtime.placing.seats import NoRoomError, Seats, free
+from runtime.planning.object_store import NodeStore
 from streams.backbone.tiny_spec import TinySpec
 from streams.messages import ScoreReport
 from streams.support.usage import DeviceInfo, ProcessUsage
@@ -132,6 +133,11 @@ class Session:
         replies = [actor.usage.remote() for actor in self.learners.actors]
         workers = self.crew.of_living(lambda worker: worker.usage.remote(), "give an account of its phases")
         return [*(self.call(reply, "a learner's account of its phases") for reply in replies), *workers]
+
+    @property
+    def stores(self) -> tuple[NodeStore, ...]:
+        """The object stores of the nodes that the actors are on, as they lie now."""
+        return self._make.seats.stores()
 
     def setup_learner(self, setup: LearnerSetup) -> int:
         return self.learners.setup(setup, self.config.cluster.start_timeout_s)

@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runtime.placing.preflight import Bundle
+from runtime.planning.object_store import NodeStore
 
 QUIET_WAIT_S = 2.0
 """How long to wait for resources before saying so."""
@@ -80,6 +81,23 @@ class Seats:
         """Return whether a node holds room for this actor, as far as Ray knows: a loss it notices within some 15 s."""
         seat = self._seats[index]
         return bool(placement_group_table(seat.group)["bundles_to_node_id"].get(seat.index))
+
+    def stores(self) -> tuple[NodeStore, ...]:
+        """Return the object stores of the nodes that hold room, with the actors that have it there."""
+        homes: dict[str, list[str]] = {}
+        for bundle, seat in ((bundle, self._seats[i]) for i, bundle in enumerate(self.bundles)):
+            if node := placement_group_table(seat.group)["bundles_to_node_id"].get(seat.index):
+                homes.setdefault(node, []).append(bundle.name)
+        return tuple(
+            NodeStore(
+                entry["NodeManagerAddress"],
+                int(entry["Resources"].get("object_store_memory", 0)),
+                tuple(actors),
+                entry["NodeID"],
+            )
+            for entry in ray.nodes()
+            if (actors := homes.get(entry["NodeID"]))
+        )
 
     def check(self, index: int) -> None:
         """Raise NoRoomError if no node holds room for this actor."""

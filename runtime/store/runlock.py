@@ -133,6 +133,16 @@ class RunLock:
         self._beats.start()
         return self
 
+    def look(self) -> Holder | None:
+        """Take nothing. Returns a holder that ended without saying so. Raises RunRootBusyError if another run works there.
+
+        The kernel is not asked: whoever starts in that moment would find the lock taken.
+        """
+        previous = _read(self.path)
+        if previous is not None:
+            self._wait_until_stale(previous)
+        return previous
+
     def release(self) -> None:
         """Free the lock; the file stays, empty: removing it would race with whoever opens it."""
         if self._descriptor is None:

@@ -21,7 +21,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ RETRY_S = 15.0
 """How long to leave a store alone that could not take something; MLflow's client has tried for half a minute by then."""
 _EPOCH = time.time() - time.monotonic()
 """Makes times of day of a clock that nobody sets back: MLflow returns a metric's history in the order of these times."""
+LOOK_S = 10
+"""Seconds that a server may take to answer whoever only asks whether it is there."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's error codes for a store that does not answer."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -219,6 +221,28 @@ class Tracker:
             os.replace(aside, file)
 
 
+def look(config: TrackingConfig, root: Path) -> tuple[bool, str]:
+    """Return whether a run would find its store, and where it is, in words. It makes no run, nor a database."""
+    if not config.enabled:
+        return True, "off (tracking.enabled=false)"
+    if not config.uri:
+        return True, f"a database under run_root: {(root / 'mlflow.db').resolve()}"
+    shown = public_uri(config.uri)
+    if not config.uri.startswith("http"):
+        return True, f"{shown}, not asked: opening it would create it"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(LOOK_S))
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    try:
+        import mlflow
+
+        found = mlflow.MlflowClient(tracking_uri=config.uri).get_experiment_by_name(config.experiment)
+    except Exception as error:  # noqa: BLE001 - named boundary: the tracker
+        words = public_words(_first_line(error), config.uri)
+        return False, f"{shown} does not answer, a run would start without it and try again: {words}"
+    return True, f"{shown} answers, {'it has' if found else 'it has not yet'} the experiment {config.experiment!r}"
+
+
 class _Store:
     """One MLflow run, written from the tracker's thread. refused(what, error): called for an entry that the store refuses.
 
@@ -227,7 +251,10 @@ class _Store:
 
     def __init__(self, client: Any, run: str, continued: bool, refused: Callable[[str, Exception], None]) -> None:
         self._client, self._run, self._continued, self._refused = client, run, continued, refused
-        self._logged: dict[str, set[int]] = {}
+        self._logged: dict[int, frozenset[str]] = {}
+        """By step, the metrics that the run has of it. Most steps have the same, so one set serves them all."""
+        self._sets: dict[frozenset[str], frozenset[str]] = {}
+        self._asked: set[str] = set()
         self._left_out: set[str] = set()
 
     def write(self, kind: str, value: Any) -> None:
@@ -254,11 +281,12 @@ class _Store:
         """Log the values of one step, without those that the run already has."""
         from mlflow.entities import Metric
 
-        names = [name for name in values if name not in self._left_out and step not in self._steps(name)]
+        self._ask(values)
+        known = self._logged.get(step, frozenset())
+        names = [name for name in values if name not in self._left_out and name not in known]
         new = [Metric(name, values[name], stamp, step) for name in names]
         self._each("metric", new, lambda some: self._client.log_batch(self._run, metrics=some))
-        for metric in new:
-            self._logged[metric.key].add(step)
+        self._note(step, names)
 
     def artifact(self, path: Path) -> None:
         try:
@@ -289,12 +317,18 @@ class _Store:
                 self._left_out.add(entry.key)
                 self._refused(f"{what} {entry.key!r}", error)
 
-    def _steps(self, key: str) -> set[int]:
-        """Return the steps at which `key` already has a value; the store is asked once per key of a continued run."""
-        if key not in self._logged:
-            before = self._client.get_metric_history(self._run, key) if self._continued else []
-            self._logged[key] = {int(metric.step) for metric in before}
-        return self._logged[key]
+    def _ask(self, names: Iterable[str]) -> None:
+        """Ask the store which steps of these metrics it has, once per metric of a continued run."""
+        if not self._continued:
+            return
+        for name in [name for name in names if name not in self._asked]:
+            self._asked.add(name)
+            for metric in self._client.get_metric_history(self._run, name):
+                self._note(int(metric.step), (name,))
+
+    def _note(self, step: int, names: Iterable[str]) -> None:
+        known = self._logged.get(step, frozenset()).union(names)
+        self._logged[step] = self._sets.setdefault(known, known)
 
 
 def _first_line(error: Exception) -> str:

@@ -291,3 +291,12 @@ def test_help_lists_jobs_and_experiments():
         "memory: full",
     ):
         assert word in done.stdout
+
+
+def test_a_doctor_checks_the_stages_of_the_whole_job_or_those_that_are_named():
+    assert composed("job=doctor").job.stages == composed().job.stages
+    assert composed("job=doctor").job.check_only
+    assert not composed().job.check_only
+    assert composed("experiment=vst_7b", "job.check_only=true").job.stages == composed("experiment=vst_7b").job.stages
+    with pytest.raises(ValueError, match=r"job\.check_only=true with job\.stages=\['watch'\]"):
+        composed("job=watch", "job.check_only=true")

@@ -18,7 +18,7 @@ from tests.support.project import ROOT
     [
         (
             "job=foo",
-            "job=foo: there is no such option; job is one of all, data, eval, gpu_smoke, rl, sft, sft_eval, watch",
+            "job=foo: there is no such option; job is one of all, data, doctor, eval, gpu_smoke, rl, sft, sft_eval, watch",
         ),
         ("memory=rscm", "memory=rscm: there is no such option (did you mean rcsm?); memory is one of full, "),
         ("experiment=quickstrat", "(did you mean quickstart?)"),

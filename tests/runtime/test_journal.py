@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ def test_it_comes_back_exactly_as_it_was_written(tmp_path):
     fill(journal, 1, 5, evals=(2,))
     again = StepJournal.open(tmp_path / "rl.steps.jsonl", 5)
     assert again.take(5) == journal.take(5)
-    assert again.has("eval", 2)
-    assert not again.has("eval", 3)
+    assert again.evaluation(2) == {"eval/reward": 1.0}
+    assert again.evaluation(3) is None
+    assert [line.step for line in again.steps()] == [1, 2, 3, 4, 5]
 
 
 def test_a_stage_that_starts_over_begins_an_empty_journal(tmp_path):
@@ -89,3 +91,36 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, caplog):
     (tmp_path / "saved").rename(path)
     fill(journal, 6, 6)
     assert [line.step for line in StepJournal.open(path, 6).take(6)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_was_written_and_taken_is_in_the_file_only(tmp_path):
+    journal = StepJournal.open(tmp_path / "j", 0)
+    fill(journal, 1, 20, evals=(10,))
+    journal.take(20)
+    tracemalloc.start()
+    try:
+        for step in range(21, 2001):
+            fill(journal, step, step)
+            journal.take(step)
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert grown < 50_000
+    assert [line.step for line in journal.steps()] == list(range(1, 2001))
+    assert journal.evaluation(10) == {"eval/reward": 1.0}
+
+
+def test_a_line_that_was_cut_off_on_a_full_disk_is_written_whole(tmp_path):
+    path = tmp_path / "j"
+    journal = StepJournal.open(path, 0)
+    fill(journal, 1, 2)
+    path.rename(tmp_path / "saved")
+    path.mkdir()
+    fill(journal, 3, 3)
+    path.rmdir()
+    (tmp_path / "saved").rename(path)
+    with path.open("a") as file:
+        file.write('{"step": 3, "ki')
+    assert [line.step for line in journal.steps()] == [1, 2, 3]
+    fill(journal, 4, 4)
+    assert [line.step for line in StepJournal.open(path, 4).take(4)] == [1, 2, 3, 4]

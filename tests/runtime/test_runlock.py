@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -181,3 +182,31 @@ def test_without_locks_of_two_that_claim_at_once_one_gives_way(tmp_path, no_lock
             lock(tmp_path).acquire()
     finally:
         other.join()
+
+
+def test_whoever_only_looks_takes_nothing_and_sees_a_living_holder(tmp_path, hold):
+    assert lock(tmp_path).look() is None
+    assert list(tmp_path.iterdir()) == []
+    holder = hold()
+    with pytest.raises(RunRootBusyError, match=rf"in use by another run: pid {holder.pid} on "):
+        lock(tmp_path).look()
+    holder.kill()
+    holder.wait()
+    before = (tmp_path / ".lock").read_bytes()
+    assert lock(tmp_path).look().pid == holder.pid
+    assert (tmp_path / ".lock").read_bytes() == before
+    with lock(tmp_path) as taken:
+        assert taken.taken_over.pid == holder.pid
+
+
+def test_whoever_only_looks_watches_a_holder_on_another_machine_for_a_sign_of_life(tmp_path):
+    file = tmp_path / ".lock"
+    other = json.dumps(dataclasses.asdict(dataclasses.replace(runlock.Holder.this_process(), machine="another")))
+    file.write_text(other)
+    assert lock(tmp_path).look().machine == "another"
+    beats = threading.Timer(0.3, lambda: os.utime(file))
+    beats.start()
+    with pytest.raises(RunRootBusyError):
+        lock(tmp_path).look()
+    beats.join()
+    assert file.read_text() == other

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
 from dataclasses import asdict
 
 import pytest
 
 from conf.schema import MemoryConfig, RunConfig, TrackingConfig
 from runtime.store.manifests import flat
-from runtime.tracking.tracker import CLOSE_TIMEOUT_S, Tracker
+from runtime.tracking.tracker import CLOSE_TIMEOUT_S, Tracker, _Store, look
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -207,3 +208,36 @@ def test_a_disabled_tracker_does_nothing(tmp_path):
     assert not tracker._thread.is_alive()
     assert tracker._queue.empty()
     assert not root.exists()
+
+
+def test_whoever_only_looks_makes_no_store_and_says_whether_a_server_answers(tmp_path):
+    found, where = look(TrackingConfig(), tmp_path)
+    assert found
+    assert str(tmp_path / "mlflow.db") in where
+    found, where = look(TrackingConfig(uri=f"sqlite:///{tmp_path / 'own.db'}"), tmp_path)
+    assert found
+    assert list(tmp_path.iterdir()) == []
+    found, where = look(TrackingConfig(uri="http://me:secret@127.0.0.1:9"), tmp_path)
+    assert not found
+    assert "does not answer" in where
+    assert "secret" not in where
+    assert look(TrackingConfig(enabled=False), tmp_path) == (True, "off (tracking.enabled=false)")
+
+
+def test_what_was_charted_is_remembered_in_little_room(tmp_path):
+    class Client:
+        def log_batch(self, run, metrics):
+            pass
+
+    store = _Store(Client(), "run", False, lambda what, error: None)
+    values = {f"metric/{i}": 0.5 for i in range(50)}
+    store.metrics(values, 1, 0)
+    tracemalloc.start()
+    try:
+        for step in range(2, 1002):
+            store.metrics(values, step, 0)
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert grown < 300_000
+    assert all(store._logged[step] == set(values) for step in range(1, 1002))

@@ -1,0 +1,1 @@
+"""`job=doctor`: would this run start?"""
