@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from runtime.store.checkpoint import read_state
+from runtime.task_order import names_of
 from tests.support.killed_runs import CLIPS, Driver, journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -27,8 +29,8 @@ def test_rewards_that_hang_in_native_code_or_end_their_scorer_cost_their_groups(
     root = tmp_path / "run"
     driver = Driver(root, *SETTINGS)
     assert driver.wait() == 0, driver.output
-    state = json.loads((root / "checkpoints" / "rl" / "final" / "state.json").read_text())
-    assert sorted(state["dropped"]) == [f"0/{DIES}", f"0/{HANGS}"]
+    state = read_state(root / "checkpoints" / "rl" / "final")
+    assert sorted(names_of(state, "dropped")) == [f"0/{DIES}", f"0/{HANGS}"]
     trained = [group for line in journal(root, "rl") if line["kind"] == "step" for group in line["groups"]]
     assert len(trained) == len(set(trained)) == CLIPS - 2
     assert not {f"0/{HANGS}", f"0/{DIES}"} & set(trained)
