@@ -47,6 +47,10 @@ class CheckpointConfig:
     """Which kept checkpoints have optimiser state: `all`, only the `latest`, or `none`. Resuming without it
     starts with fresh moments.
     """
+    keep_rollouts: bool = False
+    """Keep the finished rollouts that are not trained yet with each checkpoint, clips included: a run that goes on from it
+    trains on them, instead of rolling them out again.
+    """
     grace_s: float = 60.0
     """Seconds from SIGTERM to the end of the process: the time there is for a last checkpoint."""
     deadline_s: float = 1800.0

@@ -6,7 +6,7 @@ same loop with a capacity of one step and no lag. `deterministic=true` also fixe
 lets each worker run one group at a time, so that no batch depends on timing.
 
 Invariants:
-* no sample is older than the bound of `rl.buffer`;
+* no sample is older than the bound of `rl.groups.buffer`;
 * at most two published versions are alive (`rl.versions`);
 * every admitted group is trained, dropped by name, or left over at the end, whatever workers and scorers die meanwhile;
 * weights that the mismatch gate refuses reach no worker and no checkpoint.
@@ -21,15 +21,16 @@ from conf.age import age_bound
 from rewards.compose import RewardResult
 from rl.algorithms.base import train_batch
 from rl.algorithms.table import make_algorithm
-from rl.buffer import GroupBuffer
-from rl.dispatch import Assignment, Dispatcher
 from rl.evaluated_stage import EvaluatedStage
+from rl.groups import kept
+from rl.groups.buffer import GroupBuffer
+from rl.groups.dispatch import KEPT, Assignment, Dispatcher
 from rl.periodic_eval import PeriodicEvaluation
 from rl.results import ReadyGroup, RLResult
 from rl.step_report import StepReport
 from rl.versions import VersionLedger
 from rl.workers import PublishedGroups, Workers
-from runtime.cluster.events import MOST_DEATHS, lost_with_an_actor
+from runtime.cluster.events import MOST_DEATHS, first_line, lost_with_an_actor
 from runtime.context import StageContext
 from runtime.mismatch_gate import MismatchGate
 from runtime.task_order import epochs
@@ -59,7 +60,13 @@ class RLLoop:
         self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(age_bound(config))
         ledger = VersionLedger(config.rollout.workers, self.buffer.limits.lag, self.version)
         done, suspects = self.stage.done, self.stage.revival.suspects
-        self.dispatch = Dispatcher(config, self.buffer, ledger, epochs(tasks, config.seed, done), len(done), suspects)
+        self.kept = kept.read(context.resumed) if context.resumed else {}
+        if self.kept:
+            context.progress.say(f"rl: {len(self.kept)} finished groups of the checkpoint are not rolled out again")
+        source = epochs(tasks, config.seed, done)
+        self.dispatch = Dispatcher(config, self.buffer, ledger, source, len(done), suspects, self.kept)
+        if config.checkpoint.keep_rollouts:
+            self.stage.checkpoints.beside = lambda partial: kept.write(self.buffer.finished, partial)
         self.gate = MismatchGate(config)
         self.workers = Workers(self.session, self.stage.events, ledger, self.gate, self.stage.revival)
         self.stage.revival.watch(self.dispatch.reissue, self._worker_back)
@@ -84,12 +91,12 @@ class RLLoop:
                 # The step under way is finished first: the checkpoint must hold what the learner has.
                 while self._training:
                     wait()
-                stage.leave(self.version, self._counters())
+                stage.leave(self.version, self._account().counters())
             self.evaluation.pump()
             self._admit()
             self._train()
             wait()
-        stage.finish(self.version, self._counters())
+        stage.finish(self.version, self._account().counters())
         # `_check_published` is about the last version: every worker must have swapped to it.
         while not self.workers.ledger.settled or stage.revival.coming:
             wait()
@@ -123,11 +130,29 @@ class RLLoop:
         left = self.total * self.config.algorithm.groups_per_step - len(self.stage.consumed)
         while assignment := self.dispatch.next(self.version, left):
             why = self.workers.suspects.condemned(assignment.group)
-            if why is None:
+            if assignment.life == KEPT:
+                self._take(assignment)
+            elif why is None:
                 self._send(assignment)
             else:
                 failed = GroupSummary(assignment.group, assignment.task.id, assignment.worker, failed=why)
                 self._rolled_out(failed, None, assignment)
+
+    def _take(self, assignment: Assignment) -> None:
+        """Make a group ready that the checkpoint has kept; have it rolled out again if it cannot be read."""
+        group = self.kept.pop(assignment.group)
+        missing, payload = kept.fetch(group)
+
+        def fetched(why: str | None) -> None:
+            if why is None:
+                self.stage.found_good()
+                self.dispatch.fulfil(assignment, group.ready(payload))
+                return
+            self.stage.context.progress.say(f"rl: group {group.summary.group} is rolled out again: {why}")
+            self.dispatch.again(assignment)
+
+        name = f"group {group.summary.group} of the checkpoint"
+        self.stage.events.expect(missing, name, fetched, lambda error: fetched(first_line(error)))
 
     def _send(self, assignment: Assignment) -> None:
         self.workers.roll_out(
@@ -234,7 +259,7 @@ class RLLoop:
         self.report.say(self.version, values)
         evaluate = self.stage.evaluation_due(self.version)
         if self.stage.checkpoints.due(self.version) or (evaluate and self.version < self.total):
-            self.stage.save(self.version, self._counters())
+            self.stage.save(self.version, self._account().counters())
         if evaluate:
             self.evaluation.begin(self.version)
 
@@ -274,10 +299,6 @@ class RLLoop:
         self.result.deaths = self.stage.deaths
         self.result.seconds, self.result.best = self.stage.seconds, self.stage.best
         return self.result
-
-    def _counters(self) -> dict[str, Any]:
-        """Return the result so far, as checkpoints store it."""
-        return self._account().counters()
 
 
 def _weights(summary: GroupSummary) -> str:

@@ -32,8 +32,8 @@ UNDER_WAY_S = 10.0
 
 
 @ray.remote(num_cpus=0)
-def _commit(saved: Any, partial: str, final: str, state: CheckpointState) -> str:
-    """Complete a checkpoint. saved: the learner's reply, for which Ray waits, and whose error it passes on."""
+def _commit(saved: Any, beside: Any, partial: str, final: str, state: CheckpointState) -> str:
+    """Complete a checkpoint. saved, beside: what is written into it, for which Ray waits, and whose errors it passes on."""
     commit(Path(partial), Path(final), state)
     return final
 
@@ -63,6 +63,8 @@ class Checkpointer:
 
     Attributes:
         written: the steps whose checkpoints are complete.
+        beside: writes what a checkpoint is to hold besides the learner's part into the folder that it is given; returns a
+            reference to wait for, or None.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Checkpointer:
         for left in (path for path in self.folder.iterdir() if path.suffix in (".partial", ".replaced")):
             shutil.rmtree(left, ignore_errors=True)
         self.written: set[int] = set() if began_at is None else {began_at}
+        self.beside: Callable[[Path], Any] = lambda _: None
         self._under_way: _Save | None = None
         self._owed: CheckpointState | None = None
         self._failures = 0
@@ -115,7 +118,9 @@ class Checkpointer:
         except OSError as error:
             self._failed(error, state.step, final=final)
             return
-        reference = _commit.remote(started.saved, str(started.partial), str(started.path), started.state)
+        # The last one is not gone on from, and the stage waits for it.
+        beside = None if final else self.beside(started.partial)
+        reference = _commit.remote(started.saved, beside, str(started.partial), str(started.path), started.state)
         self._under_way = _Save(state.step, final, reference, time.monotonic())
         self._context.saves.add(reference)
         self._events.expect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
@@ -24,7 +25,7 @@ class StageContext:
         steps: optimiser steps of the whole stage.
         lock: the lock on run_root, checked before a checkpoint is written.
         streaming: the contents of streaming.json in exported checkpoints.
-        resume: the state that the stage continues from; None if it starts.
+        resume: the state that the stage continues from; None if it starts. resumed: the checkpoint's folder.
         deaths: processes that died in the stage, by the actor's name; counted on.
         saves: references to checkpoints that are being written.
     """
@@ -39,6 +40,7 @@ class StageContext:
     lock: RunLock
     streaming: dict[str, Any]
     resume: CheckpointState | None = None
+    resumed: Path | None = None
     deaths: Counter[str] = field(default_factory=Counter)
     saves: set[Any] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)

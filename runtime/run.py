@@ -115,7 +115,7 @@ class Run:
         self.files = TaskFiles(config, progress.say)
         self.restarts = Restarts(config.cluster)
         self._introduced = False
-        self.guard = RayGuard(stop)
+        self._guard = RayGuard(stop)
         self._plan: DevicePlan | None = None
         self._checked: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -137,12 +137,12 @@ class Run:
             # Actors import while the driver makes the data.
             needs_actors = any(stage.actors for stage in self.stages.values())
             placed = replace(config, run_root=str(self._written)) if aside else config
-            self.session = Session(placed, connecting=self.guard.connecting()) if needs_actors else None
+            self.session = Session(placed, self._guard) if needs_actors else None
             # Only now: a run that cannot start must not delete the results of an earlier one.
             if aside is None:
                 clear(self.root, [s for s in config.job.stages if s not in plans or plans[s].fresh])
         except BaseException:
-            self.guard.close()
+            self._guard.close()
             self.tracker.close("FAILED")
             raise
 
@@ -175,7 +175,7 @@ class Run:
                 self.progress.say(ask_everywhere(self.session.book.log_folder))
             raise
         finally:
-            self.guard.close()
+            self._guard.close()
             if spills is not None:
                 spills.close()
                 if spills.spilled:
@@ -194,10 +194,10 @@ class Run:
             try:
                 return does.run(self)
             except OSError as error:
-                self.guard.judge(stage, error)
+                self._guard.judge(stage, error)
                 raise
             except (RuntimeError, RayError) as error:
-                self.guard.judge(stage, error)
+                self._guard.judge(stage, error)
                 loss = None if self.session is None else learner_loss(error, self.session)
                 if loss is None:
                     raise
@@ -290,6 +290,7 @@ class Run:
             stop=self.stop,
             streaming=streaming_settings(self.config),
             resume=found.state if found else None,
+            resumed=found.path if found else None,
             lock=self.lock,
             deaths=self.restarts.deaths(stage, found.state if found else None),
             saves=self.restarts.saves,

@@ -14,7 +14,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
@@ -38,20 +38,31 @@ from streams.support.usage import DeviceInfo, ProcessUsage
 log = logging.getLogger("sightline.cluster")
 
 
+class Guard(Protocol):
+    """Watches the Ray of a session."""
+
+    def connecting(self) -> AbstractContextManager[None]:
+        """Entered while Ray is joined or started; it is watched from then on."""
+
+    def close(self) -> None:
+        """Watch no more: what ends from now on ends as it should."""
+
+
 class Session:
     """The running actors. Use as a context manager: leaving it stops what it started."""
 
     def __init__(
         self,
         config: RunConfig,
-        connecting: AbstractContextManager[None] | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        """connecting: entered while Ray is joined or started."""
+        """guard: of the Ray that is joined or started here, until `close`."""
         self.config = config
         root = config.root.resolve()
         self.book = ActorBook(run_id(root), root / "logs")
         self._seats: Seats | None = None
-        with connecting or nullcontext():
+        self._guard = guard
+        with guard.connecting() if guard else nullcontext():
             connect(config.cluster, self.book.namespace, root)
         try:
             gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -83,6 +94,8 @@ class Session:
         self.close()
 
     def close(self) -> None:
+        if self._guard is not None:
+            self._guard.close()
         if self._seats is not None:
             self._seats.close()
             self._seats = None

@@ -162,7 +162,6 @@ class _Doctor:
             if ready is not None:
                 self._look_at_stages(run)
         finally:
-            run.guard.close()
             run.tracker.close()
             if run.session is not None:
                 run.session.close()

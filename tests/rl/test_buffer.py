@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.age import AgeBound
-from rl.buffer import GroupBuffer
+from rl.groups.buffer import GroupBuffer
 
 pytestmark = pytest.mark.smoke
 

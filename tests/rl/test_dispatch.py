@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.age import AgeBound
-from rl.buffer import GroupBuffer
-from rl.dispatch import Assignment, Dispatcher
+from rl.groups.buffer import GroupBuffer
+from rl.groups.dispatch import KEPT, Assignment, Dispatcher
 from rl.results import ReadyGroup
 from rl.versions import VersionLedger
 from runtime.recovery.suspects import Suspects
-from runtime.task_order import epochs
+from runtime.task_order import epochs, group_id
 from streams.messages import GroupSummary
 from tests.support.configs import composed
 from tests.support.tasks import clip_task
@@ -36,20 +36,33 @@ def configured(limit: int, *, deterministic: bool = False):
 class Simulation:
     """Workers, scorer and learner around a dispatcher, with accounts of their own.
 
-    calls: what each worker has been sent and has not answered. memory: the lives whose object store still has its things.
+    calls: what each worker has been sent and has not answered. reading: kept groups that are not there yet.
     """
 
-    def __init__(self, limits: AgeBound, workers: int, limit: int, *, deterministic: bool, done: int = 0) -> None:
+    def __init__(
+        self,
+        limits: AgeBound,
+        workers: int,
+        limit: int,
+        *,
+        deterministic: bool,
+        done: int = 0,
+        kept: tuple[int, ...] = (),
+    ) -> None:
+        """kept: places of groups in the source that a checkpoint has, as old as they may have been."""
         self.limits, self.limit, self.done = limits, 1 if deterministic else limit, done
         self.deterministic = deterministic
         self.buffer: GroupBuffer[ReadyGroup] = GroupBuffer(limits)
         self.ledger = VersionLedger(workers, limits.lag)
         config = configured(limit, deterministic=deterministic)
-        self.dispatch = Dispatcher(config, self.buffer, self.ledger, epochs(TASKS, 0), done)
+        order = list(itertools.islice(epochs(TASKS, 0), limits.capacity))
+        self.kept = {group_id(*order[place]): place // limits.batch - limits.bound for place in kept}
+        self.dispatch = Dispatcher(config, self.buffer, self.ledger, epochs(TASKS, 0), done, kept=self.kept)
         self.version = 0
         self.lives = [0] * workers
         self.lost: set[int] = set()
         self.calls: list[tuple[Assignment, int]] = []
+        self.reading: list[Assignment] = []
         self.stale: list[tuple[Assignment, int]] = []
         self.scoring: list[tuple[Assignment, GroupSummary]] = []
         self.group_of: dict[int, str] = {}
@@ -62,7 +75,7 @@ class Simulation:
 
     def alive(self, assignment: Assignment) -> bool:
         lives = [assignment.life, *([assignment.maker] if assignment.maker else [])]
-        return all(self.lives[life.worker] == life.number for life in lives)
+        return all(life == KEPT or self.lives[life.worker] == life.number for life in lives)
 
     def send(self) -> bool:
         assignment = self.dispatch.next(self.version, PLENTY)
@@ -76,6 +89,11 @@ class Simulation:
         else:
             assert ticket == len(self.group_of)
             self.group_of[ticket] = assignment.group
+            assert (assignment.life == KEPT) == (assignment.group in self.kept)
+            if assignment.life == KEPT:
+                self.reading.append(assignment)
+                self.check()
+                return True
         self.attempts[ticket] += 1
         assert worker not in self.lost
         assert self.version - self.ledger.running[worker] <= self.limits.lag
@@ -88,6 +106,16 @@ class Simulation:
         self.calls.append((assignment, self.ledger.running[worker]))
         self.check()
         return True
+
+    def read(self, assignment: Assignment, *, damaged: bool) -> None:
+        """A kept group is there, or cannot be read."""
+        self.reading.remove(assignment)
+        if damaged:
+            self.dispatch.again(assignment)
+            self.taken_back.add(assignment.ticket)
+            return
+        summary = GroupSummary(assignment.group, assignment.task.id, 0, oldest_version=self.kept[assignment.group])
+        self.dispatch.fulfil(assignment, ReadyGroup(summary, assignment, ()))
 
     def reply(self, call: tuple[Assignment, int], *, failed: bool) -> None:
         assignment, oldest = call
@@ -171,7 +199,11 @@ class Simulation:
         self.stale += gone
         # By the simulation's own account: what needs this life, and is not trained or dropped yet.
         untrained = [t for t in self.group_of if not self.ended[t] and t not in self.taken_back]
-        latest = {a.ticket: a for a, _ in [*self.stale, *self.calls, *self.scoring] if self.dispatch.is_latest(a)}
+        latest = {
+            a.ticket: a
+            for a, _ in [*self.stale, *self.calls, *self.scoring, *((r, 0) for r in self.reading)]
+            if self.dispatch.is_latest(a)
+        }
         latest |= {g.payload.ticket: g.payload for g in self.buffer._waiting.values() if g is not None}
         self.lives[worker] += 1
         needed = {t for t in untrained if not self.alive(latest[t])}
@@ -205,6 +237,9 @@ class Simulation:
             for call in list(self.calls):
                 self.reply(call, failed=False)
                 moved = True
+            for assignment in list(self.reading):
+                self.read(assignment, damaged=False)
+                moved = True
             for entry in list(self.scoring):
                 self.score(entry)
                 moved = True
@@ -218,7 +253,7 @@ class Simulation:
 
 ACTIONS = (
     *("send", "send", "send", "reply", "reply", "score", "score", "fail"),
-    *("train", "done", "swap", "lose", "restore", "late", "unfetched"),
+    *("train", "done", "swap", "lose", "restore", "late", "unfetched", "read", "damaged"),
 )
 
 
@@ -236,7 +271,8 @@ def test_in_any_schedule_of_losses_every_ticket_ends_once_within_the_age_bound(
 ):
     batch, more, lag = numbers
     limits = AgeBound(capacity=batch, batch=batch, lag=0) if deterministic else AgeBound(batch + more, batch, lag)
-    world = Simulation(limits, workers, limit, deterministic=deterministic, done=done)
+    kept = data.draw(st.sets(st.integers(0, limits.capacity - 1)), label="kept")
+    world = Simulation(limits, workers, limit, deterministic=deterministic, done=done, kept=tuple(kept))
     for _ in range(data.draw(st.integers(1, 80), label="events")):
         action = data.draw(st.sampled_from(ACTIONS))
         if action == "send":
@@ -245,6 +281,8 @@ def test_in_any_schedule_of_losses_every_ticket_ends_once_within_the_age_bound(
             world.reply(data.draw(st.sampled_from(world.calls)), failed=action == "fail")
         elif action == "late" and world.stale:
             world.late_reply(data.draw(st.sampled_from(world.stale)))
+        elif action in ("read", "damaged") and world.reading:
+            world.read(data.draw(st.sampled_from(world.reading)), damaged=action == "damaged")
         elif action == "score" and world.scoring:
             world.score(data.draw(st.sampled_from(world.scoring)))
         elif action == "train":

@@ -185,7 +185,7 @@ def test_a_node_that_sees_other_files_and_versions_is_named_with_all_of_it(head,
     assert "configuration error: the cluster is not ready for this run, " in done.stderr
     problems = re.findall(r"^  \d+\. (.*)$", done.stderr, re.MULTILINE)
     assert problems[0].startswith("the actors need 9 CPUs (learner 1.5 + rollout worker 0 1.5 + ")
-    assert "but the cluster has 6: lower rollout.workers" in problems[0]
+    assert "but the cluster has 6: lower rollout.min_workers" in problems[0]
     # The head sees what the driver sees: only the other node is named.
     for problem in problems[1:]:
         assert re.match(r"node \S+ \(.*, \w{6}\): ", problem)

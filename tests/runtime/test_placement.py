@@ -101,7 +101,7 @@ def test_every_actor_gets_a_gpu_or_a_share_of_one(placement, gpus, learner, work
         (
             "separated",
             0,
-            r"needs 4 GPUs \(learner\.ranks=1 \+ rollout\.min_workers=3\), the cluster has 0: cluster\.placement=auto",
+            r"needs 4 GPUs \(learner\.ranks=1 \+ rollout\.workers=3\), the cluster has 0: cluster\.placement=auto",
         ),
         ("separated", 3, r"needs 4 GPUs .*, the cluster has 3: cluster\.placement=colocated shares them, "),
         ("colocated", 0, r"needs 1 GPUs \(learner\.ranks=1\), the cluster has 0: "),

@@ -8,18 +8,19 @@ Invariants:
 * every ticket is fulfilled or dropped exactly once, by its latest assignment; replies to earlier ones are ignored;
 * lost groups are assigned before any new one is admitted, in the order of their tickets;
 * no worker has more than its limit of groups under way, and none gets a group while it is lost or lags too far behind;
+* groups that a checkpoint has kept get a ticket in their turn, and go to no worker unless they are lost;
 * a group that may have ended a worker has one to itself (`runtime.recovery.suspects`);
 * with `deterministic` group number n belongs to worker n mod W, which has one group at a time, also after a loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from conf.schema import RunConfig
-from rl.buffer import GroupBuffer
+from rl.groups.buffer import GroupBuffer
 from rl.results import ReadyGroup
 from rl.versions import VersionLedger
 from runtime.recovery.suspects import Suspects
@@ -37,15 +38,19 @@ class Life:
     number: int
 
 
+KEPT = Life(-1, 0)
+"""Stands for the worker of a group that a checkpoint has kept: no loss of a worker takes it away."""
+
+
 @dataclass(frozen=True)
 class Assignment:
-    """A group as it is sent to a worker, once.
+    """A group as it is sent to a worker, once, or taken from a checkpoint.
 
     Attributes:
         ticket: the group's place in the buffer.
         epoch, task: the group's identity.
         plan: how many turns, and how long a chunk.
-        life: the process of the worker it is sent to.
+        life: the process of the worker it is sent to, or KEPT.
         features: a reference to the encoded clip, sent along; None if the worker is to encode it.
         maker: the process that made `features`; None without features.
     """
@@ -67,6 +72,28 @@ class Assignment:
         return group_id(self.epoch, self.task)
 
 
+class _Coming:
+    """The groups still to come, in order. kept: names of those that a checkpoint has."""
+
+    def __init__(self, source: Iterator[tuple[int, StreamTask]], kept: Collection[str]) -> None:
+        self._source, self._kept = source, set(kept)
+        self._ahead: tuple[int, StreamTask] | None = None
+
+    def take(self) -> tuple[int, StreamTask]:
+        """Return the next group's epoch and task."""
+        taken = self._ahead or next(self._source)
+        self._ahead = None
+        return taken
+
+    def take_kept(self) -> tuple[int, StreamTask] | None:
+        """Return the next group if it is kept, once; else None, and it stays the next."""
+        epoch, task = self._ahead = self._ahead or next(self._source)
+        if (name := group_id(epoch, task)) not in self._kept:
+            return None
+        self._kept.remove(name)
+        return self.take()
+
+
 class Dispatcher:
     """Assigns groups to workers, with tickets of `buffer`. The loop sends what `next` returns and reports the outcome."""
 
@@ -78,12 +105,13 @@ class Dispatcher:
         source: Iterator[tuple[int, StreamTask]],
         done: int = 0,
         suspects: Suspects | None = None,
+        kept: Collection[str] = (),
     ) -> None:
         """source: (epoch, task) of the groups still to come. done: number of groups trained or dropped before.
 
-        suspects: told of everything that is sent to a worker.
+        suspects: told of everything that is sent to a worker. kept: names of groups that a checkpoint has.
         """
-        self._config, self._buffer, self._ledger, self._source = config, buffer, ledger, source
+        self._config, self._buffer, self._ledger, self._coming = config, buffer, ledger, _Coming(source, kept)
         self._suspects = suspects or Suspects()
         self._done_before = done
         self._limit = 1 if config.deterministic else max(1, config.rollout.max_streams // config.algorithm.group_size)
@@ -105,7 +133,7 @@ class Dispatcher:
         needed.
 
         version: the learner's version. left: number of groups that the stage has still to train, those under way
-        included.
+        included. One whose life is KEPT is not sent to a worker.
         """
         if self._returned:
             ticket = min(self._returned)
@@ -116,10 +144,14 @@ class Dispatcher:
             return self._assign(ticket, lost.epoch, lost.task, lost.plan, worker)
         if not self._buffer.may_admit() or self._buffer.untrained >= left:
             return None
+        if (found := self._coming.take_kept()) is not None:
+            kept = Assignment(self._buffer.admit(), *found, self._config.data.plan_of(found[1]), KEPT)
+            self._latest[kept.ticket] = kept
+            return kept
         worker = self._worker_for(self._buffer.admitted, version, "")
         if worker is None:
             return None
-        epoch, task = next(self._source)
+        epoch, task = self._coming.take()
         return self._assign(self._buffer.admit(), epoch, task, self._config.data.plan_of(task), worker)
 
     def request(self, assignment: Assignment) -> RolloutTask:
@@ -128,7 +160,7 @@ class Dispatcher:
 
     def extra(self, name: str) -> RolloutTask:
         """Return a request for one more group of the source, under a name of its own, which is not trained on."""
-        _, task = next(self._source)
+        _, task = self._coming.take()
         return _rollout_task(
             self._config, f"{name}/{task.id}", task, self._config.data.plan_of(task), self._kept(task)[0]
         )
@@ -180,7 +212,8 @@ class Dispatcher:
             for ticket, assignment in self._latest.items()
             if self._buffer.waits(ticket)
             and any(
-                life is not None and self._lives[life.worker] != life for life in (assignment.life, assignment.maker)
+                life not in (None, KEPT) and self._lives[life.worker] != life
+                for life in (assignment.life, assignment.maker)
             )
         }
         for ticket in taken:

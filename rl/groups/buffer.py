@@ -53,6 +53,11 @@ class GroupBuffer(Generic[G]):
         """Number of groups that wait for a batch, scored."""
         return sum(value is not None for value in self._waiting.values())
 
+    @property
+    def finished(self) -> list[G]:
+        """The groups that wait for a batch, scored, in the order of their admission."""
+        return [value for _, value in sorted(self._waiting.items()) if value is not None]
+
     def may_admit(self) -> bool:
         """Return whether there is room for one more group."""
         return self.untrained < self.limits.capacity

@@ -1,0 +1,163 @@
+"""Finished groups that are kept with a checkpoint, so that a run that goes on from it need not roll them out again.
+
+One group is two files in the checkpoint's folder `rollouts`: its arrays (`.npz`, read without pickle), and all else as JSON. A
+Ray task writes them beside training, before the checkpoint is complete, and another one reads a group when its turn comes.
+
+Invariants:
+* a group is kept with its media: nothing else need be alive to train on it;
+* it keeps its name, rewards and recorded log-probs, and its place in the order of the groups, so the bound on age holds
+  (`rl.groups.buffer`);
+* one that was lost before it could be written, or was written by other code, is rolled out again, as if it had not been kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+from pydantic import TypeAdapter
+from ray.exceptions import RayError
+
+from rewards.compose import RewardResult
+from rl.results import ReadyGroup
+from streams.log.record import ChunkRecord, LogHeader, StreamLog
+from streams.messages import MESSAGES_VERSION, GroupPayload, GroupSummary
+from streams.positions.regions import RegionLog
+
+FOLDER = "rollouts"
+FETCH_S = 60.0
+"""How long a group's payload may take from the object store; one that takes longer is not kept."""
+ARRAYS = tuple(field.name for field in fields(StreamLog) if field.name not in ("header", "chunks", "regions"))
+REGIONS = tuple(field.name for field in fields(RegionLog))
+
+RESULTS, CHUNKS = tuple[RewardResult, ...], tuple[ChunkRecord, ...]
+
+T = TypeVar("T")
+log = logging.getLogger("sightline.rollouts")
+
+
+@dataclass(frozen=True)
+class KeptGroup:
+    """A group in a checkpoint. path: of its files, without their suffixes."""
+
+    path: Path
+    summary: GroupSummary
+    results: tuple[RewardResult, ...]
+
+    def ready(self, payload: Any) -> ReadyGroup:
+        """payload: a reference to what `fetch` has read."""
+        return ReadyGroup(self.summary, payload, self.results)
+
+
+def write(groups: Sequence[ReadyGroup], partial: Path) -> Any:
+    """Have groups written into a checkpoint that is being made. Returns a reference to the names of those that were."""
+    light = [(replace(group.summary, features=None, feature_bytes=0), group.results) for group in groups]
+    # In a list, so that Ray does not wait for them, nor fail all if one is lost.
+    return _write.remote(light, [group.payload for group in groups], str(partial / FOLDER))
+
+
+def read(checkpoint: Path) -> dict[str, KeptGroup]:
+    """Return the groups of a checkpoint by name; {} if it has none that this code can read."""
+    found: dict[str, KeptGroup] = {}
+    for path in sorted((checkpoint / FOLDER).glob("*.json")):
+        stored = json.loads(path.read_text())
+        if stored["version"] != MESSAGES_VERSION:
+            log.warning("%s was written by other code: its groups are rolled out again", path.parent)
+            return {}
+        summary = _typed(GroupSummary, stored["summary"])
+        results = _typed(RESULTS, stored["results"])
+        found[summary.group] = KeptGroup(path.with_suffix(""), summary, results)
+    return found
+
+
+def fetch(kept: KeptGroup) -> tuple[Any, Any]:
+    """Have a group read. Returns references: to None once it is there, or to an OSError or ValueError; to its payload."""
+    references: Any = _fetch.options(num_returns=2).remote(str(kept.path))
+    why, payload = references
+    return why, payload
+
+
+@ray.remote(num_cpus=0)
+def _write(light: list[tuple[GroupSummary, tuple[RewardResult, ...]]], payloads: list[Any], folder: str) -> list[str]:
+    written: list[str] = []
+    for (summary, results), reference in zip(light, payloads, strict=True):
+        try:
+            payload: GroupPayload = ray.get(reference, timeout=FETCH_S)
+            if isinstance(payload.media, ray.ObjectRef):
+                payload = replace(payload, media=ray.get(payload.media, timeout=FETCH_S))
+        except RayError:  # it went with its worker: the run will roll it out again, too
+            continue
+        store(Path(folder) / f"{len(written):05d}", summary, results, payload)
+        written.append(summary.group)
+    return written
+
+
+@ray.remote(num_cpus=0)
+def _fetch(path: str) -> tuple[str | None, GroupPayload | None]:
+    try:
+        return None, load(Path(path))
+    except (OSError, ValueError, KeyError) as error:
+        return str(error), None
+
+
+def store(path: Path, summary: GroupSummary, results: tuple[RewardResult, ...], payload: GroupPayload) -> None:
+    """Write a group's two files. path: without suffix. Raises OSError."""
+    path.parent.mkdir(exist_ok=True)
+    arrays = {"media": payload.media}
+    logs = []
+    for i, entry in enumerate(payload.logs):
+        arrays |= {f"{i}.{name}": getattr(entry, name) for name in ARRAYS}
+        if entry.regions is not None:
+            arrays |= {f"{i}.regions.{name}": getattr(entry.regions, name) for name in REGIONS}
+        logs.append(
+            {
+                "header": asdict(entry.header),
+                "chunks": [asdict(chunk) for chunk in entry.chunks],
+                "regions": entry.regions is not None,
+            }
+        )
+    with open(path.with_suffix(".npz"), "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    stored = {
+        "version": MESSAGES_VERSION,
+        "summary": asdict(summary),
+        "results": [asdict(result) for result in results],
+        "logs": logs,
+        "media_kind": payload.media_kind,
+    }
+    path.with_suffix(".json").write_text(json.dumps(stored) + "\n")
+
+
+def load(path: Path) -> GroupPayload:
+    """Return the payload of a group. path: without suffix. Raises OSError, ValueError or KeyError for damaged files."""
+    stored = json.loads(path.with_suffix(".json").read_text())
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        logs = tuple(
+            StreamLog(
+                header=_typed(LogHeader, entry["header"]),
+                chunks=_typed(CHUNKS, entry["chunks"]),
+                regions=RegionLog(**{name: arrays[f"{i}.regions.{name}"] for name in REGIONS})
+                if entry["regions"]
+                else None,
+                **{name: arrays[f"{i}.{name}"] for name in ARRAYS},
+            )
+            for i, entry in enumerate(stored["logs"])
+        )
+        return GroupPayload(logs, stored["media_kind"], arrays["media"])
+
+
+def _typed(kind: type[T], stored: Any) -> T:
+    """Return what `asdict` and JSON have made of a dataclass. Raises ValueError."""
+    value: T = _adapters[kind].validate_python(stored)
+    return value
+
+
+_adapters: dict[Any, TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind) for kind in (GroupSummary, RESULTS, LogHeader, CHUNKS)
+}
