@@ -35,6 +35,7 @@ from runtime.cluster.maker import ActorMaker
 from runtime.cluster.places import Places
 from runtime.placing.placement import scorer_names
 from runtime.placing.seats import NoRoomError
+from runtime.recovery.stacks import ask_everywhere
 from runtime.recovery.suspects import Suspects
 from runtime.recovery.watch import Watch
 from runtime.scoring.desk import Results
@@ -61,7 +62,13 @@ class Crew:
         self.scorers = Scorers(config.reward, cluster, names, maker.scorer)
         self.setup: WorkerSetup | None = None
         self.suspects = Suspects()
-        self._watch = Watch(self.places, self.scorers, cluster.hang_s, cluster.start_timeout_s)
+        self._watch = Watch(
+            self.places,
+            self.scorers,
+            cluster.hang_s,
+            cluster.start_timeout_s,
+            where=lambda: ask_everywhere(book.log_folder),
+        )
 
     # --- who is there ---------------------------------------------------------------------------------------------
 
