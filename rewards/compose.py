@@ -31,6 +31,10 @@ from streams.support.doing import doing
 COMBINES = ("product", "weighted_sum")
 
 
+LONGEST_S = 86_400
+"""Timers of the system take no time as long as one likes; a reward has a day."""
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """The terms of the reward and how they are combined."""
@@ -51,8 +55,10 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.combine not in COMBINES:
             raise ValueError(f"reward.combine={self.combine!r} is not one of {', '.join(COMBINES)}")
-        if not 0 < self.timeout_s < math.inf:
-            raise ValueError(f"reward.timeout_s={self.timeout_s} must be a positive number of seconds")
+        if not 0 < self.timeout_s <= LONGEST_S:
+            raise ValueError(
+                f"reward.timeout_s={self.timeout_s} must be a positive number of seconds, at most {LONGEST_S:,}"
+            )
         if self.workers < 1:
             raise ValueError(f"reward.workers={self.workers} must be at least 1: somebody has to compute the rewards")
         for name, params in self.terms.items():

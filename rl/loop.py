@@ -66,7 +66,7 @@ class RLLoop:
         source = epochs(tasks, config.seed, done)
         self.dispatch = Dispatcher(config, self.buffer, ledger, source, len(done), suspects, self.kept)
         if config.checkpoint.keep_rollouts:
-            self.stage.checkpoints.beside = lambda partial: kept.write(self.buffer.finished, partial)
+            self.stage.checkpoints.beside = kept.Keeper(config.checkpoint, context.stop, self.buffer)
         self.gate = MismatchGate(config)
         self.workers = Workers(self.session, self.stage.events, ledger, self.gate, self.stage.revival)
         self.stage.revival.watch(self.dispatch.reissue, self._worker_back)
@@ -141,6 +141,12 @@ class RLLoop:
     def _take(self, assignment: Assignment) -> None:
         """Make a group ready that the checkpoint has kept; have it rolled out again if it cannot be read."""
         group = self.kept.pop(assignment.group)
+        limits = self.buffer.limits
+        trained_at = self.version + (self.buffer.untrained - 1) // limits.batch
+        if trained_at - group.summary.oldest_version > limits.bound:
+            # Settings or rows have changed since it was kept: in its old place it would have been young enough.
+            self.dispatch.again(assignment)
+            return
         missing, payload = kept.fetch(group)
 
         def fetched(why: str | None) -> None:

@@ -32,8 +32,13 @@ UNDER_WAY_S = 10.0
 
 
 @ray.remote(num_cpus=0)
-def _commit(saved: Any, beside: Any, partial: str, final: str, state: CheckpointState) -> str:
-    """Complete a checkpoint. saved, beside: what is written into it, for which Ray waits, and whose errors it passes on."""
+def _commit(saved: Any, beside: list[Any], partial: str, final: str, state: CheckpointState, limit_s: float) -> str:
+    """Complete a checkpoint. saved: the learner's reply, for which Ray waits, and whose error it passes on.
+
+    beside: references to wait for, whatever comes of them, but no longer than `limit_s`.
+    """
+    if beside:
+        ray.wait(beside, num_returns=len(beside), timeout=limit_s)
     commit(Path(partial), Path(final), state)
     return final
 
@@ -63,8 +68,8 @@ class Checkpointer:
 
     Attributes:
         written: the steps whose checkpoints are complete.
-        beside: writes what a checkpoint is to hold besides the learner's part into the folder that it is given; returns a
-            reference to wait for, or None.
+        beside: writes what a checkpoint is to hold besides the learner's part into the folder that it is given; returns
+            references to wait for.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class Checkpointer:
         for left in (path for path in self.folder.iterdir() if path.suffix in (".partial", ".replaced")):
             shutil.rmtree(left, ignore_errors=True)
         self.written: set[int] = set() if began_at is None else {began_at}
-        self.beside: Callable[[Path], Any] = lambda _: None
+        self.beside: Callable[[Path], list[Any]] = lambda _: []
         self._under_way: _Save | None = None
         self._owed: CheckpointState | None = None
         self._failures = 0
@@ -119,8 +124,15 @@ class Checkpointer:
             self._failed(error, state.step, final=final)
             return
         # The last one is not gone on from, and the stage waits for it.
-        beside = None if final else self.beside(started.partial)
-        reference = _commit.remote(started.saved, beside, str(started.partial), str(started.path), started.state)
+        beside = [] if final else self.beside(started.partial)
+        reference = _commit.remote(
+            started.saved,
+            beside,
+            str(started.partial),
+            str(started.path),
+            started.state,
+            self._config.checkpoint.deadline_s,
+        )
         self._under_way = _Save(state.step, final, reference, time.monotonic())
         self._context.saves.add(reference)
         self._events.expect(
@@ -171,7 +183,10 @@ class Checkpointer:
         self.written.add(save.step)
         self._context.stop.last_checkpoint = path
         config = self._config.checkpoint
-        prune(self.folder, config.keep, config.optimizer, self._completed(save.step))
+        try:
+            prune(self.folder, config.keep, config.optimizer, self._completed(save.step))
+        except OSError as error:  # somebody reads there, on a file system that keeps what is open
+            self._context.progress.say(f"{self._context.stage}: an old checkpoint could not be deleted: {error}")
         self._pay()
 
     def _save_failed(self, error: Exception) -> None:

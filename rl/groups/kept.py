@@ -7,14 +7,16 @@ Invariants:
 * a group is kept with its media: nothing else need be alive to train on it;
 * it keeps its name, rewards and recorded log-probs, and its place in the order of the groups, so the bound on age holds
   (`rl.groups.buffer`);
-* one that was lost before it could be written, or was written by other code, is rolled out again, as if it had not been kept.
+* one that was lost before it could be written, or was written by other code, is rolled out again, as if it had not been kept;
+* a checkpoint does not depend on them: where the disk is full, or time is short, fewer are kept, or none.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +26,11 @@ import ray
 from pydantic import TypeAdapter
 from ray.exceptions import RayError
 
+from conf.platform import CheckpointConfig
 from rewards.compose import RewardResult
+from rl.groups.buffer import GroupBuffer
 from rl.results import ReadyGroup
+from runtime.stop import StopSignal
 from streams.log.record import ChunkRecord, LogHeader, StreamLog
 from streams.messages import MESSAGES_VERSION, GroupPayload, GroupSummary
 from streams.positions.regions import RegionLog
@@ -55,11 +60,19 @@ class KeptGroup:
         return ReadyGroup(self.summary, payload, self.results)
 
 
-def write(groups: Sequence[ReadyGroup], partial: Path) -> Any:
-    """Have groups written into a checkpoint that is being made. Returns a reference to the names of those that were."""
-    light = [(replace(group.summary, features=None, feature_bytes=0), group.results) for group in groups]
-    # In a list, so that Ray does not wait for them, nor fail all if one is lost.
-    return _write.remote(light, [group.payload for group in groups], str(partial / FOLDER))
+class Keeper:
+    """Writes the finished groups of `buffer` into each checkpoint."""
+
+    def __init__(self, config: CheckpointConfig, stop: StopSignal, buffer: GroupBuffer[ReadyGroup]) -> None:
+        self._config, self._stop, self._buffer = config, stop, buffer
+
+    def __call__(self, partial: Path) -> list[Any]:
+        """Have them written, in a third of the time that the checkpoint has. Returns references to wait for."""
+        groups = self._buffer.finished
+        limit_s = (self._config.grace_s if self._stop.requested else self._config.deadline_s) / 3
+        light = [(replace(group.summary, features=None, feature_bytes=0), group.results) for group in groups]
+        # Payloads in a list, so that Ray does not wait for them, nor fail all if one is lost.
+        return [_write.remote(light, [group.payload for group in groups], str(partial / FOLDER), limit_s)]
 
 
 def read(checkpoint: Path) -> dict[str, KeptGroup]:
@@ -78,22 +91,34 @@ def read(checkpoint: Path) -> dict[str, KeptGroup]:
 
 def fetch(kept: KeptGroup) -> tuple[Any, Any]:
     """Have a group read. Returns references: to None once it is there, or to an OSError or ValueError; to its payload."""
-    references: Any = _fetch.options(num_returns=2).remote(str(kept.path))
+    # Once: if what it has read is lost, the checkpoint may be, too, and the group is rolled out again.
+    references: Any = _fetch.options(num_returns=2, max_retries=0).remote(str(kept.path))
     why, payload = references
     return why, payload
 
 
 @ray.remote(num_cpus=0)
-def _write(light: list[tuple[GroupSummary, tuple[RewardResult, ...]]], payloads: list[Any], folder: str) -> list[str]:
+def _write(
+    light: list[tuple[GroupSummary, tuple[RewardResult, ...]]], payloads: list[Any], folder: str, limit_s: float
+) -> list[str]:
     written: list[str] = []
+    until = time.monotonic() + limit_s
     for (summary, results), reference in zip(light, payloads, strict=True):
+        left = min(FETCH_S, until - time.monotonic())
+        if left <= 0:
+            break
         try:
-            payload: GroupPayload = ray.get(reference, timeout=FETCH_S)
+            payload: GroupPayload = ray.get(reference, timeout=left)
             if isinstance(payload.media, ray.ObjectRef):
-                payload = replace(payload, media=ray.get(payload.media, timeout=FETCH_S))
+                payload = replace(payload, media=ray.get(payload.media, timeout=left))
         except RayError:  # it went with its worker: the run will roll it out again, too
             continue
-        store(Path(folder) / f"{len(written):05d}", summary, results, payload)
+        try:
+            store(Path(folder) / f"{len(written):05d}", summary, results, payload)
+        except OSError as error:
+            log.warning("finished rollouts are not kept: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)  # the checkpoint itself needs the room
+            return []
         written.append(summary.group)
     return written
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from conf.schema import RunConfig
 from rollout.setup import WorkerInfo, WorkerSetup
@@ -79,7 +79,8 @@ class Crew:
         found: dict[int, WorkerInfo] = {}
         while len(found) < places.least:
             new = [worker for worker in self.gather() if worker not in found]
-            found |= self.of_workers(lambda worker: worker.setup.remote(setup), what, new, start=True)
+            least = places.least - len(found)
+            found |= self.of_workers(lambda worker: worker.setup.remote(setup), what, new, start=True, least=least)
         places.loaded.clear()
         for worker, info in found.items():
             places.arrived(worker, info)
@@ -102,18 +103,30 @@ class Crew:
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
-    def of_workers(self, send: Send, what: str, workers: Collection[int], *, start: bool = False) -> dict[int, Any]:
+    def of_workers(
+        self, send: Send, what: str, workers: Collection[int], *, start: bool = False, least: int | None = None
+    ) -> dict[int, Any]:
         """Return the replies of `workers`, who are asked at once; none of one that is lost and has no room any more.
 
-        what: they are to do, for messages. start: it may take as long as loading a model.
+        what: they are to do, for messages. start: it may take as long as loading a model. least: so many must reply; another
+        one may fail, and is left out. None: nobody may.
         """
         asked = {worker: send(self.places.workers[worker]) for worker in workers}
         found = {}
+        failed: list[RayTaskError] = []
         for worker, reference in asked.items():
             try:
                 found[worker] = self._of_worker(worker, send, reference, what, start=start)
             except NoRoomError as error:
                 log.warning("%s: the run goes on without rollout worker %d", error, worker)
+            except RayTaskError as error:
+                # It may be on a node that is not like the others.
+                if least is None:
+                    raise
+                failed.append(error)
+                log.warning("rollout worker %d could not %s: %s", worker, what, str(error).strip().splitlines()[-1])
+        if failed and len(found) < (least or 0):
+            raise failed[0]
         return found
 
     def of_any_worker(self, send: Send, what: str, *, start: bool = False) -> Any:

@@ -94,7 +94,10 @@ def death_of(error: BaseException, reference: Any) -> RayActorError | None:
     if isinstance(error, RayActorError):
         return error
     if isinstance(error, OutOfMemoryError) and isinstance(reference, ray.ObjectRef):
-        return RayActorError(reference.task_id().actor_id().hex(), f"its node ran out of memory: {str(error).strip()}")
+        actor = reference.task_id().actor_id()
+        if actor.is_nil():
+            return None  # a task's
+        return RayActorError(actor.hex(), f"its node ran out of memory: {str(error).strip()}")
     return None
 
 
@@ -206,7 +209,10 @@ class Events:
             return
         except RayError as error:
             if (death := death_of(error, reference)) is None:
-                raise _in_words(error, entry.what) from error
+                if entry.failed is None:
+                    raise _in_words(error, entry.what) from error
+                entry.failed(_in_words(error, entry.what))
+                return
             self._on_death(ActorDeath(entry.what, death))
             if entry.lost is not None:
                 entry.lost()

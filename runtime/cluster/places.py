@@ -2,11 +2,13 @@
 
 Invariants:
 * there is one process for each place at any time: one that only seems to be dead is ended before another is made;
-* a process starts when a node has room for it, at the session's start or later.
+* a process starts when a node has room for it, at the session's start or later;
+* looking waits for nothing, also where Ray's GCS does not answer any more.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -39,6 +41,7 @@ class Places:
         self.waiting: set[int] = set()
         self.least = config.least_workers
         self._looked = 0.0
+        self._asking = threading.Thread(target=self._ask)
 
     def replace(self, worker: int) -> Any:
         """Have another process start in a worker's place; returns it. It has loaded nothing."""
@@ -57,18 +60,21 @@ class Places:
         return before
 
     def look(self) -> None:
-        """Ask Ray, now and then, which of the workers that have not answered yet have no room."""
-        if time.monotonic() - self._looked >= POLL_S:
+        """Have Ray asked, now and then, which of the workers that have not answered yet have no room."""
+        if time.monotonic() - self._looked >= POLL_S and not self._asking.is_alive():
             self._looked = time.monotonic()
-            self.waiting = set(range(len(self.workers))) - self.with_room()
+            # In a thread: without a GCS the question never ends, and the run has a last checkpoint to write.
+            self._asking = threading.Thread(target=self._ask, name="room", daemon=True)
+            self._asking.start()
 
     def with_room(self) -> set[int]:
         """Return the workers that are there, or for which a node has room."""
-        return {worker for worker in range(len(self.workers)) if worker in self.here or self._has_room(worker)}
+        self._ask()
+        return set(range(len(self.workers))) - self.waiting
 
     def check_room(self, worker: int) -> None:
-        """Raise NoRoomError if a worker is not there, and no node has room for it."""
-        if worker not in self.here:
+        """Raise NoRoomError if a worker is not there, and no node has room for it, as far as `look` knows."""
+        if worker in self.waiting and worker not in self.here:
             self._maker.seats.check(self._maker.seat_of_worker(worker))
 
     def check_wait(self, since: float, there: int) -> None:
@@ -82,5 +88,7 @@ class Places:
             f"(rollout.min_workers; with deterministic=true all): {maker.seats.in_words(without)}"
         )
 
-    def _has_room(self, worker: int) -> bool:
-        return self._maker.seats.has_room(self._maker.seat_of_worker(worker))
+    def _ask(self) -> None:
+        seats, seat = self._maker.seats, self._maker.seat_of_worker
+        absent = [worker for worker in range(len(self.workers)) if worker not in self.here]
+        self.waiting = {worker for worker in absent if not seats.has_room(seat(worker))}

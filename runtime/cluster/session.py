@@ -102,13 +102,16 @@ class Session:
         ray.shutdown()
 
     def restart(self) -> None:
-        """Start new processes in the places of the learner's ranks and the rollout workers; none has loaded anything."""
+        """Start new processes in the places of all actors; none has loaded anything."""
         for rank in self.learners.actors:
             ray.kill(rank)
         self._start_learner()
         places = self.crew.places
         for worker in range(len(places.workers)):
             places.replace(worker)
+        # One may be at work for the attempt that is over.
+        for scorer in range(len(self.crew.scorers.names)):
+            self.crew.scorers.replace(scorer)
 
     def wait_ready(self) -> dict[str, int]:
         """Wait until the process of every actor that has room answers; returns their pids by name. Raises TimeoutError."""

@@ -123,7 +123,9 @@ def _reload(crew: Crew, worker: int, error: ActorLostError) -> None:
     places.replace(worker)
     while True:
         what = "load in place of one that died"
-        places.loaded |= set(crew.of_workers(lambda actor: actor.setup.remote(setup), what, new, start=True))
+        least = max(0, places.least - len(places.loaded))
+        loaded = crew.of_workers(lambda actor: actor.setup.remote(setup), what, new, start=True, least=least)
+        places.loaded |= set(loaded)
         if len(places.loaded) >= places.least:
             return
         new = set(crew.gather()) - places.loaded

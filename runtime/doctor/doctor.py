@@ -23,6 +23,7 @@ from conf.age import age_bound
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
 from runtime.checks import check_memory_policy, check_rows, describe, needed_splits
+from runtime.cluster.session import Session
 from runtime.doctor.findings import Findings
 from runtime.doctor.kernels import kernel_lines
 from runtime.planning.room import room_checks
@@ -110,8 +111,10 @@ class _Doctor:
         check("memory policy", self._memory_policy)
         for name in self.config.job.stages:
             check(f"settings of {name}", partial(self._settings_of, name))
-        check("use of run_root", self._in_use)
-        check("stages", self._planned)
+        if check("use of run_root", self._in_use) is None:
+            self._findings.leave_open("stages", "a run that goes on changes them")
+        else:
+            check("stages", self._planned)
         reached, where = tracker.look(self.config.tracking, self.config.root)
         check("MLflow", lambda: where if reached else f"warning: {where}")
         return len(self._findings.problems) == before
@@ -158,7 +161,7 @@ class _Doctor:
         try:
             if run.session is None:
                 return
-            ready = self._findings.check("actors", run.ready_session, lambda _: "all of them have begun")
+            ready = self._findings.check("actors", run.ready_session, _begun)
             if ready is not None:
                 self._look_at_stages(run)
         finally:
@@ -242,6 +245,13 @@ def _placed_in_words(run: Run) -> str:
     if run.session is None:
         return "no stage needs an actor"
     return "; ".join(f"node {store.node}: {', '.join(store.actors)}" for store in run.session.stores)
+
+
+def _begun(session: Session) -> str:
+    there, wanted = len(session.crew.places.here), len(session.crew.places.workers)
+    if there == wanted:
+        return "all of them have begun"
+    return f"warning: {there} of {wanted} rollout workers have begun: no node has room for the others, which join when one has"
 
 
 def _begins(run: Run, stage: Stage, plan: StagePlan | None) -> tuple[Path, ...]:

@@ -34,7 +34,7 @@ def kernel_lines(session: Session, config: RunConfig, learner: LearnerConfig | N
     ranks, workers = session.devices()
     asked: list[tuple[str, str, Ask]] = [
         (f"rollout worker {i}", _type(device.cuda), partial(worker_kernels, config, head_dim))
-        for i, device in enumerate(workers)
+        for i, device in zip(sorted(session.crew.places.here), workers, strict=True)
     ]
     if learner is not None:
         asked += [
