@@ -65,10 +65,16 @@ def check_goes_on_from(root: Path, step: int, monkeypatch: pytest.MonkeyPatch, *
     assert tracked(root) == ["FINISHED"]
 
 
-def test_without_its_gcs_a_run_writes_a_last_checkpoint_and_says_what_is_lost(tmp_path, monkeypatch):
+# A third worker waits for room, about which Ray is asked over and over.
+ABSENT = ("rollout.workers=3", "rollout.min_workers=2", "cluster.actor_cpus=0.25", "cluster.num_cpus=1")
+
+
+@pytest.mark.parametrize("absent", [(), ABSENT], ids=["all are there", "one is absent"])
+def test_without_its_gcs_a_run_writes_a_last_checkpoint_and_says_what_is_lost(tmp_path, monkeypatch, absent):
     root = tmp_path / "run"
-    driver = Driver(root, *OVERRIDES, "checkpoint.every=1000")
+    driver = Driver(root, *OVERRIDES, *absent, "checkpoint.every=1000")
     driver.wait_for(rf"\brl 3/{STEPS}")
+    assert ("no node has room for the rollout worker 2" in driver.output) == bool(absent)
     processes = family(driver.process.pid)
     end_ray_of(processes, "gcs_server")
     began = time.monotonic()
@@ -85,7 +91,7 @@ def test_without_its_gcs_a_run_writes_a_last_checkpoint_and_says_what_is_lost(tm
         r"the same command with resume=auto goes on from \S+/rl/step(\d+)$", driver.output, re.MULTILINE
     )
     assert tracked(root) == ["FAILED"]
-    check_goes_on_from(root, int(step), monkeypatch, "checkpoint.every=1000")
+    check_goes_on_from(root, int(step), monkeypatch, *absent, "checkpoint.every=1000")
 
 
 def test_without_its_raylet_a_run_names_it_and_no_other_culprit(tmp_path, monkeypatch):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.compose import AnswerResult, RewardResult
 from rl.groups import kept
+from rl.groups.dispatch import KEPT
+from rl.loop import RLLoop
+from runtime.store.checkpoint import CheckpointState
 from streams.log.mismatch import LogpDiff, OffToken
 from streams.memory import MemoryConfig, make_policy
 from streams.messages import GroupPayload, GroupSummary
 from streams.positions.mrope import PositionCursor
 from streams.turns import ParsedTurn
 from streams.writing.writer import StreamWriter
-from tests.support.logs import assert_same_log
+from tests.support.configs import composed
+from tests.support.logs import assert_same_log, file_size_limit
 from tests.support.policies import LAYOUTS, MEMORIES, generate, header, plans
+from tests.support.stage import stage_context
+from tests.support.tasks import clip_task
 
 CONTIGUOUS = MemoryConfig("sink_window", 2, 3, sink_tokens=4, tail_tokens=5, positions="contiguous")
 SUMMARY = GroupSummary(
@@ -91,3 +99,59 @@ def test_damaged_files_are_a_value_error_and_never_pickle(tmp_path):
     path.with_suffix(".npz").write_bytes(b"PK")
     with pytest.raises((ValueError, OSError)):
         kept.load(path)
+
+
+def groups(count):
+    return [(replace(SUMMARY, group=f"{n}/a"), RESULTS) for n in range(count)]
+
+
+@pytest.fixture
+def payloads(monkeypatch):
+    """`ray.get` returns what it is given; a payload that is an error was lost."""
+
+    def get(reference, timeout):
+        if isinstance(reference, Exception):
+            raise reference
+        return reference
+
+    monkeypatch.setattr(kept.ray, "get", get)
+    return [GroupPayload((), "features", np.zeros(1)) for _ in range(3)]
+
+
+def test_what_was_lost_with_its_worker_is_not_kept(tmp_path, payloads):
+    payloads[1] = ray.exceptions.ObjectLostError("0" * 56, None, "")
+    assert kept._write._function(groups(3), payloads, str(tmp_path / kept.FOLDER), 60.0) == ["0/a", "2/a"]
+    assert list(kept.read(tmp_path)) == ["0/a", "2/a"]
+
+
+def test_a_full_disk_or_no_time_costs_the_groups_and_not_the_checkpoint(tmp_path, payloads, caplog):
+    folder = tmp_path / kept.FOLDER
+    payloads[1] = replace(payloads[1], media=np.zeros(10_000))
+    with file_size_limit(20_000):
+        assert kept._write._function(groups(3), payloads, str(folder), 60.0) == []
+    assert "finished rollouts are not kept" in caplog.text
+    assert not folder.exists(), "the checkpoint needs the room"
+    assert kept._write._function(groups(3), payloads, str(folder), 0.0) == []
+
+
+def test_a_kept_group_that_would_be_too_old_is_rolled_out_again(tmp_path):
+    for n, oldest in enumerate((4, 9)):
+        path = tmp_path / kept.FOLDER / f"{n}"
+        path.parent.mkdir(exist_ok=True)
+        summary = replace(SUMMARY, group=f"{n}/a", oldest_version=oldest)
+        kept.store(path, summary, RESULTS, GroupPayload((), "features", np.zeros(1)))
+    config = composed(f"run_root={tmp_path}", "algorithm.groups_in_flight=2", "algorithm.groups_per_step=1")
+    state = CheckpointState("rl", version=9, step=9, rows=("a",), seed=config.seed)
+    context, _ = stage_context(config, "rl", steps=50, resume=state)
+    loop = RLLoop(replace(context, resumed=tmp_path), (clip_task("a"),))
+    assert loop.buffer.limits.bound < 9 - 4
+    fetched = []
+    loop.stage.events.expect = lambda *given: fetched.append(given[1])
+    first, second = (loop.dispatch.next(9, 1000) for _ in range(2))
+    assert (first.life, second.life) == (KEPT, KEPT)
+    loop._take(first)
+    loop._take(second)
+    assert fetched == ["group 1/a of the checkpoint"]
+    again = loop.dispatch.next(9, 1000)
+    assert (again.group, again.ticket) == ("0/a", first.ticket)
+    assert again.life != KEPT
