@@ -1,8 +1,8 @@
 """Checkpoints: directories with everything a stage made, completed by a rename, verified, and found again by a resume.
 
 Layout of one: `hf/` (an exported checkpoint that `from_pretrained` loads, with tokenizer, processors, chat
-template and streaming.json), `deepspeed/` (model, optimiser, scheduler and RNG state), `rollouts/` (finished groups, if they are kept), `state.json`
-(CheckpointState), `files.json` (size and CRC of every file).
+template and streaming.json), `deepspeed/` (model, optimiser, scheduler and RNG state), `rollouts/` (finished groups, if
+they are kept), `state.json` (CheckpointState), `files.json` (size and CRC of every file).
 
 Invariants:
 * a directory under its final name is complete: it is written aside, flushed, and renamed;
