@@ -10,6 +10,7 @@ from typing import Any
 
 from conf.schema import RunConfig
 from runtime.cluster.session import Session
+from runtime.recovery.suspects import Suspects
 from runtime.stop import StopSignal
 from runtime.store.checkpoint import CheckpointState
 from runtime.store.runlock import RunLock
@@ -27,6 +28,7 @@ class StageContext:
         streaming: the contents of streaming.json in exported checkpoints.
         resume: the state that the stage continues from; None if it starts. resumed: the checkpoint's folder.
         deaths: processes that died in the stage, by the actor's name; counted on.
+        suspects: work that may have ended workers, also in earlier attempts.
         saves: references to checkpoints that are being written.
     """
 
@@ -42,6 +44,7 @@ class StageContext:
     resume: CheckpointState | None = None
     resumed: Path | None = None
     deaths: Counter[str] = field(default_factory=Counter)
+    suspects: Suspects = field(default_factory=Suspects)
     saves: set[Any] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
 

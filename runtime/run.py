@@ -293,6 +293,7 @@ class Run:
             resumed=found.path if found else None,
             lock=self.lock,
             deaths=self.restarts.deaths(stage, found.state if found else None),
+            suspects=self.restarts.suspects(stage),
             saves=self.restarts.saves,
         )
 

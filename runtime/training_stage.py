@@ -45,6 +45,7 @@ class TrainingStage:
             lambda line: context.progress.say(f"{context.stage}: {line}"),
             lambda setup: _there(setup, self),
             context.deaths,
+            context.suspects,
         )
         cluster = context.config.cluster
         session = context.session

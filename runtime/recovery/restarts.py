@@ -26,6 +26,7 @@ from learner.messages import RankDiedError
 from runtime.cluster.actors import OUTSIDE
 from runtime.cluster.events import death_of, lost_with_an_actor
 from runtime.cluster.session import Session
+from runtime.recovery.suspects import Suspects
 from runtime.store.checkpoint import CheckpointState
 
 LEARNER = "learner"
@@ -96,6 +97,7 @@ class Restarts:
         self._failures: list[_Failure] = []
         self._outside = 0
         self._deaths: dict[str, Counter[str]] = {}
+        self._suspects: dict[str, Suspects] = {}
         self.saves: set[Any] = set()
 
     def deaths(self, stage: str, resumed: CheckpointState | None) -> Counter[str]:
@@ -105,6 +107,12 @@ class Restarts:
         """
         before = resumed.counters.get("deaths", {}) if resumed else {}
         return self._deaths.setdefault(stage, Counter(before))
+
+    def suspects(self, stage: str) -> Suspects:
+        """Return what attempts of a stage have found out about work that ends its workers; nothing of it is under way."""
+        found = self._suspects.setdefault(stage, Suspects())
+        found.begin()
+        return found
 
     def allow(self, stage: str, step: int, loss: LearnerLoss, error: Exception) -> str:
         """Note a loss at `step`; returns which restart this is, in words. Raises `error`, or RuntimeError, for none more."""

@@ -54,11 +54,12 @@ class Revival:
         say: Callable[[str], None],
         newest: Callable[[WorkerSetup], WorkerSetup],
         deaths: Counter[str],
+        suspects: Suspects,
     ) -> None:
         """expect: `Events.expect` of the stage, without its limit. say: tells the user, a line each.
 
         newest: returns the setup with a checkpoint of the stage that is still there. deaths: those until now, by the actor's
-        short name.
+        short name. suspects: what is known of work that ends workers.
         """
         self._session, self._expect, self._say, self._newest = session, expect, say, newest
         self._gone: set[str] = set()  # ids of the processes that are known to be dead
@@ -66,7 +67,7 @@ class Revival:
         self._lost: list[Callable[[int], object]] = []
         self._back: list[Callable[[int, int], None]] = []
         self.deaths = deaths
-        self.suspects = Suspects()
+        self.suspects = suspects
         self.loading: dict[int, float] = {}
         self._given_up: set[int] = set()
         self._too_few_since: float | None = None

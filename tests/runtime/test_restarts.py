@@ -74,6 +74,19 @@ def test_deaths_are_counted_on_from_what_this_run_found():
     assert found.deaths("sft", None) == Counter()
 
 
+def test_a_row_that_ends_its_workers_stays_known_in_the_next_attempt():
+    found = rules()
+    suspects = found.suspects("rl")
+    for _ in range(2):
+        suspects.sent(0, "1/fatal")
+        suspects.died(0, "it crashed")
+    suspects.sent(1, "1/other")
+    again = found.suspects("rl")
+    assert again.condemned("0/fatal") == "it ended the workers that had it alone, 2 times: it crashed"
+    assert again.may_take(1, "0/fatal"), "nothing is under way"
+    assert found.suspects("sft").condemned("0/fatal") is None
+
+
 def test_words_are_one_line():
     assert words_of(CRASH) == "learner died (pid 1): it was killed"
 

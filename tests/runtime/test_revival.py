@@ -16,6 +16,7 @@ from runtime.cluster.events import ActorDeath, ActorLostError, Events, death_of,
 from runtime.cluster.learners import LearnerGroup
 from runtime.recovery import watch
 from runtime.recovery.revival import Revival, deaths_in_words
+from runtime.recovery.suspects import Suspects
 from runtime.recovery.watch import Watch
 from runtime.stop import StopSignal
 from streams.messages import WorkerStats
@@ -60,7 +61,12 @@ class World:
         config = SimpleNamespace(cluster=SimpleNamespace(start_timeout_s=100.0))
         session = SimpleNamespace(crew=self.crew, book=book, config=config)
         self.revival = Revival(
-            session, lambda *given: self.loads.append(given), self.said.append, lambda setup: setup, Counter()
+            session,
+            lambda *given: self.loads.append(given),
+            self.said.append,
+            lambda setup: setup,
+            Counter(),
+            Suspects(),
         )
         self.revival.watch(
             lambda worker: self.told.append(("lost", worker)), lambda *given: self.told.append(("back", *given))
