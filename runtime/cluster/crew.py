@@ -34,6 +34,7 @@ from runtime.cluster.events import (
 from runtime.cluster.maker import ActorMaker
 from runtime.cluster.places import Places
 from runtime.placing.placement import scorer_names
+from runtime.placing.room import RoomWatch
 from runtime.placing.seats import NoRoomError
 from runtime.recovery.stacks import ask_everywhere
 from runtime.recovery.suspects import Suspects
@@ -59,7 +60,8 @@ class Crew:
         self._book = book
         self.places = Places(config, maker)
         names = [short_name(name) for name in scorer_names(config)]
-        self.scorers = Scorers(config.reward, cluster, names, maker.scorer)
+        seats = [maker.seat_of_scorer(place) for place in range(len(names))]
+        self.scorers = Scorers(config.reward, cluster, names, maker.scorer, RoomWatch(maker.seats.has_room), seats)
         self.setup: WorkerSetup | None = None
         self.suspects = Suspects()
         self._watch = Watch(

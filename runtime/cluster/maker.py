@@ -49,9 +49,12 @@ class ActorMaker:
         threads = config.rollout.threads
         return self._make(RolloutWorker, self.seat_of_worker(worker), threads, worker, threads, config.data.cache_mb)
 
+    def seat_of_scorer(self, scorer: int) -> int:
+        """Return the index of a scorer's seat."""
+        return len(self.seats.bundles) - self._config.reward.workers + scorer
+
     def scorer(self, scorer: int) -> Any:
-        index = len(self.seats.bundles) - self._config.reward.workers + scorer
-        return self._make(Scorer, index, 1, self._config.reward)
+        return self._make(Scorer, self.seat_of_scorer(scorer), 1, self._config.reward)
 
     def _make(self, actor: type, index: int, threads: int, *args: Any) -> Any:
         bundle = self.seats.bundles[index]

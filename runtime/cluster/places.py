@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -17,9 +16,7 @@ import ray
 from conf.schema import RunConfig
 from rollout.setup import WorkerInfo
 from runtime.cluster.maker import ActorMaker
-
-POLL_S = 2.0
-"""How often Ray is asked who has room, at most."""
+from runtime.placing.room import RoomWatch
 
 
 class Places:
@@ -28,7 +25,6 @@ class Places:
     Attributes:
         workers: the actors' handles.
         here: workers whose process has answered. loaded: those that have loaded the stage's checkpoint, too.
-        waiting: workers for which no node has room, as far as Ray knows.
         least: how many a run needs.
     """
 
@@ -38,10 +34,13 @@ class Places:
         self.here: set[int] = set()
         self.loaded: set[int] = set()
         self._infos: dict[int, WorkerInfo] = {}
-        self.waiting: set[int] = set()
         self.least = config.least_workers
-        self._looked = 0.0
-        self._asking = threading.Thread(target=self._ask)
+        self._room = RoomWatch(maker.seats.has_room)
+
+    @property
+    def waiting(self) -> set[int]:
+        """Workers that have not answered yet, and for which no node has room, as far as is known."""
+        return {worker for seat, worker in self._absent().items() if seat in self._room.without}
 
     def replace(self, worker: int) -> Any:
         """Have another process start in a worker's place; returns it. It has loaded nothing."""
@@ -61,20 +60,16 @@ class Places:
 
     def look(self) -> None:
         """Have Ray asked, now and then, which of the workers that have not answered yet have no room."""
-        if time.monotonic() - self._looked >= POLL_S and not self._asking.is_alive():
-            self._looked = time.monotonic()
-            # In a thread: without a GCS the question never ends, and the run has a last checkpoint to write.
-            self._asking = threading.Thread(target=self._ask, name="room", daemon=True)
-            self._asking.start()
+        self._room.look(self._absent())
 
     def with_room(self) -> set[int]:
         """Return the workers that are there, or for which a node has room."""
-        self._ask()
+        self._room.ask(self._absent())
         return set(range(len(self.workers))) - self.waiting
 
     def check_room(self, worker: int) -> None:
         """Raise NoRoomError if a worker is not there, and no node has room for it, as far as `look` knows."""
-        if worker in self.waiting and worker not in self.here:
+        if worker in self.waiting:
             self._maker.seats.check(self._maker.seat_of_worker(worker))
 
     def check_wait(self, since: float, there: int) -> None:
@@ -88,7 +83,6 @@ class Places:
             f"(rollout.min_workers; with deterministic=true all): {maker.seats.in_words(without)}"
         )
 
-    def _ask(self) -> None:
-        seats, seat = self._maker.seats, self._maker.seat_of_worker
-        absent = [worker for worker in range(len(self.workers)) if worker not in self.here]
-        self.waiting = {worker for worker in absent if not seats.has_room(seat(worker))}
+    def _absent(self) -> dict[int, int]:
+        """Return the workers that have not answered yet, by their seats."""
+        return {self._maker.seat_of_worker(w): w for w in range(len(self.workers)) if w not in self.here}

@@ -39,7 +39,9 @@ class Workers(Protocol):
     """workers: the actors as they are now. waiting: those that cannot start, as no node has room for them."""
 
     workers: list[Any]
-    waiting: set[int]
+
+    @property
+    def waiting(self) -> set[int]: ...
 
 
 class Ranks(Protocol):

@@ -15,7 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from rewards.compose import RewardResult
@@ -122,11 +122,15 @@ class Desk:
         if not streams:
             handle([() for _ in jobs])
 
-    def next(self) -> Call | None:
-        """Return a call to send now; None while no scorer is free for any that waits."""
+    def next(self, absent: Collection[int] = ()) -> Call | None:
+        """Return a call to send now; None while no scorer is free for any that waits.
+
+        absent: places that get none, unless these are all.
+        """
+        there = set(range(self._places)).difference(absent) or set(range(self._places))
         for number, call in enumerate(self._waiting):
             # With a single scorer it is the process that took the place of the one that died.
-            places = [p for p in sorted(self._free) if p != call.avoid or self._places == 1]
+            places = [p for p in sorted(self._free & there) if p != call.avoid or len(there) == 1]
             if places:
                 del self._waiting[number]
                 self._free.remove(places[0])

@@ -8,6 +8,7 @@ Invariants:
 * a call has `reward.timeout_s` + GRACE_S for every term of every stream in it, and SLACK_S; whoever has not replied by then is
   ended, which is a death like any other. It holds as many streams as can take `cluster.call_timeout_s`, at least one;
 * a call that follows a death is sent to a process that has just answered: if that one dies, it dies of the call;
+* one for which no node has room gets no call while another one has; if none has, room is waited for, `cluster.wait_s` long;
 * a scorer that dies MOST_DEATHS times in a row without having answered ends the run, with what it died of first.
 """
 
@@ -27,11 +28,13 @@ from rewards.compose import Reward, RewardConfig, RewardResult
 from rewards.deadline import GRACE_S
 from rewards.outcome import StreamOutcome
 from runtime.cluster.events import ActorDeath, InVain, first_line
+from runtime.placing.room import RoomWatch
 from runtime.scoring.desk import Call, Desk, GivenUp, Results
 from streams.messages import RewardJob
 
 log = logging.getLogger("sightline.cluster")
 
+START_KEY = "cluster.start_timeout_s"
 SLACK_S = 30.0
 """What a call may take beside its terms: a busy machine, a large message."""
 MOST_STREAMS = 32
@@ -63,13 +66,25 @@ class _Due:
 
 
 class Scorers:
-    """Attributes: names: short names, by place. actors: the processes as they are now. given_up: see there."""
+    """Attributes: names: short names, by place. actors: the processes as they are now. given_up: see there.
+
+    absent: places for which no node has room, as far as is known.
+    """
 
     def __init__(
-        self, reward: RewardConfig, cluster: ClusterConfig, names: Sequence[str], make: Callable[[int], Any]
+        self,
+        reward: RewardConfig,
+        cluster: ClusterConfig,
+        names: Sequence[str],
+        make: Callable[[int], Any],
+        room: RoomWatch | None = None,
+        seats: Sequence[int] = (),
     ) -> None:
-        """make: starts the process of a place."""
+        """make: starts the process of a place. room, seats: which seats have room, and the seat of each place."""
         self._cluster, self._make = cluster, make
+        self._room, self._seats = room, seats
+        self.absent: frozenset[int] = frozenset()
+        self._absent_since = 0.0
         self.names = list(names)
         self.actors = [make(place) for place in range(len(self.names))]
         self.given_up = GivenUp()
@@ -87,7 +102,8 @@ class Scorers:
     def died(self, name: str, words: str, death: ActorDeath) -> None:
         """Start another process in the place of one that died of what `words` say. Raises RuntimeError, see above."""
         place = self.names.index(name)
-        self._in_vain.died(name, words, death)
+        if place not in self.absent:
+            self._in_vain.died(name, words, death)
         self._causes[place] = words
         self.replace(place)
 
@@ -117,19 +133,50 @@ class Scorers:
 
     def may_start(self, place: int) -> None:
         """Limit the time until a process answers: it may have to start."""
-        self._limit(place, self._cluster.start_timeout_s, "cluster.start_timeout_s")
+        self._limit(place, self._cluster.start_timeout_s, START_KEY)
 
     def may_score(self, place: int, streams: int) -> None:
         """Limit the time of a call."""
         self._limit(place, streams * self._stream_s + SLACK_S, "reward.timeout_s")
 
     def look(self) -> None:
-        """End the processes that have not replied in time. Waits for nothing."""
+        """End the processes that have not replied in time. Waits for nothing.
+
+        Raises TimeoutError if no node has had room for any scorer for too long.
+        """
+        self._look_for_room()
         for place, due in list(self._due.items()):
             if time.monotonic() > due.at:
                 del self._due[place]
                 log.warning("%s has not replied for %.0f s (%s): it is ended", self.names[place], due.limit_s, due.key)
                 ray.kill(due.actor)
+
+    def _look_for_room(self) -> None:
+        """Take calls from processes that cannot start, as long as another one can."""
+        starting = [place for place, due in self._due.items() if due.key == START_KEY]
+        if self._room is None or not (starting or self.absent):
+            return
+        looked_at = {self._seats[place]: place for place in (*starting, *self.absent)}
+        self._room.look(looked_at)
+        before = self.absent
+        self.absent = frozenset(place for seat, place in looked_at.items() if seat in self._room.without)
+        for place in self.absent - before:
+            log.warning("no node has room for %s: it starts when one has", self.names[place])
+        if len(self.absent) == len(self.names):
+            now = time.monotonic()
+            self._absent_since = self._absent_since or now
+            for place in starting:
+                self.may_start(place)
+            if now - self._absent_since > self._cluster.wait_s:
+                raise TimeoutError(
+                    f"waited {self._cluster.wait_s:g} s (cluster.wait_s) for a node with room for a scorer: bring a node, or "
+                    "lower cluster.actor_cpus"
+                )
+            return
+        self._absent_since = 0.0
+        for place in self.absent.intersection(starting):
+            del self._due[place]
+            ray.kill(self.actors[place])  # what waits for it goes to another one
 
     def _limit(self, place: int, seconds: float, key: str) -> None:
         self._due[place] = _Due(self.actors[place], time.monotonic() + seconds, seconds, key)
@@ -150,7 +197,7 @@ class Scoring:
         self._send()
 
     def _send(self) -> None:
-        while (call := self._desk.next()) is not None:
+        while (call := self._desk.next(self._scorers.absent)) is not None:
             actor = self._scorers.actors[call.place]
             if not call.alone and self._answered[call.place] is actor:
                 self._score(call, actor)

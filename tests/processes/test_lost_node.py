@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.support.killed_runs import Driver, check_exactly_once, pid_of
+from tests.support.noisy_reward import SLOW_VARIABLE
 from tests.support.processes import family
 from tests.support.ray_head import RayHead
 
@@ -30,4 +31,27 @@ def test_the_node_of_learner_and_worker_is_lost_and_another_one_takes_their_plac
         assert re.search(r"rl: learner died.*; new processes go on from the newest checkpoint \(loss", driver.output)
         assert "from outside" in driver.output
         assert "restart 1 of 3" not in driver.output, "a node that is lost is nothing that the learner did"
+        assert "Traceback" not in driver.output
+
+
+def test_the_node_of_one_scorer_is_lost_and_the_other_one_computes_all_rewards(tmp_path, monkeypatch):
+    monkeypatch.setenv(SLOW_VARIABLE, "0.2")  # both have something to do
+    root = tmp_path / "run"
+    slowly = "reward.terms.noise.target=tests.support.noisy_reward:slowly"
+    with RayHead(0) as head:
+        for cpus in (2, 0.5):
+            head.add_node(cpus)
+        # Five actors, of which one finds no place beside the others.
+        joining = head.joining | {SLOW_VARIABLE: "0.2"}
+        driver = Driver(
+            root, "cluster.address=auto", "cluster.actor_cpus=0.5", "reward.workers=2", slowly, environment=joining
+        )
+        driver.wait_for_step("rl", 2)
+        assert driver.process.poll() is None, driver.output
+        alone = {name for name in ("scorer-0", "scorer-1") if pid_of(root, name) in family(head.nodes[-1])}
+        assert len(alone) == 1, "Ray packs the others on the larger node"
+        head.lose_node(head.nodes[-1])
+        assert driver.wait() == 0, driver.output
+        check_exactly_once(root, driver.output)
+        assert f"no node has room for {alone.pop()}: it starts when one has" in driver.output
         assert "Traceback" not in driver.output

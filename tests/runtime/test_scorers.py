@@ -19,7 +19,7 @@ from tests.support.rewards import one_answer, stream
 
 TERMS = {"correctness": {}, "mine": {"target": "tests.support.stuck_reward:stuck"}}
 REWARD = RewardConfig(terms=TERMS, timeout_s=10)
-CLUSTER = ClusterConfig(call_timeout_s=100, start_timeout_s=50)
+CLUSTER = ClusterConfig(call_timeout_s=100, start_timeout_s=50, wait_s=300)
 
 
 class Actor:
@@ -39,7 +39,9 @@ class World:
         self.now, self.ended, self.made, self.pending, self.found = 0.0, [], [], [], []
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(module.ray, "kill", self.ended.append)
-        self.scorers = Scorers(REWARD, CLUSTER, [f"scorer-{i}" for i in range(places)], self.make)
+        self.room = SimpleNamespace(look=lambda seats: None, without=frozenset())
+        names, seats = [f"scorer-{i}" for i in range(places)], [5 + i for i in range(places)]
+        self.scorers = Scorers(REWARD, CLUSTER, names, self.make, self.room, seats)
         self.scoring = Scoring(self.scorers, self.expect)
 
     def make(self, place: int) -> Actor:
@@ -169,3 +171,53 @@ def test_nobody_is_ended_for_a_reply_that_nobody_waits_for(world):
     world.now = 10_000
     world.scorers.look()
     assert world.ended == []
+
+
+def test_one_without_room_gets_no_call_while_another_one_has(monkeypatch, caplog):
+    world = World(monkeypatch, 2)
+    world.scoring.score((group(),), "group 0/a", world.found.append)
+    world.room.without = frozenset({5})
+    world.scorers.look()
+    assert world.ended == [world.made[0]]
+    assert "no node has room for scorer-0: it starts when one has" in caplog.text
+    world.lose(0)
+    assert world.waits_for == ["scorer-1 to start"]
+    for _ in range(2):
+        world.answer()
+    for n in range(9):
+        world.scoring.score((group(),), f"group 0/{n}", world.found.append)
+        world.scorers.look()
+        assert world.waits_for == [f"the scores of group 0/{n}"]
+        world.answer()
+    world.room.without = frozenset()
+    world.scorers.look()
+    for name in "bc":
+        world.scoring.score((group(),), f"group 0/{name}", world.found.append)
+    assert world.waits_for == ["scorer-0 to start", "the scores of group 0/c"]
+
+
+def test_a_stream_that_ended_the_only_scorer_with_room_is_asked_again_there(monkeypatch):
+    world = World(monkeypatch, 2)
+    world.scorers.absent = frozenset({1})
+    world.scoring.score((group(1),), "group 0/a", world.found.append)
+    world.answer()
+    world.lose(0)
+    assert world.waits_for == ["scorer-0 to start"]
+
+
+def test_room_for_any_scorer_is_waited_for_as_long_as_for_a_worker(world):
+    world.scoring.score((group(),), "group 0/a", world.found.append)
+    world.room.without = frozenset({5, 6})
+    for _ in range(2):
+        world.scorers.look()
+    if len(world.scorers.names) == 2:
+        # Only one has been asked, so only of one it is known.
+        world.lose(0)
+        world.scorers.look()
+    ended = list(world.ended)
+    for world.now in range(0, 300, 40):
+        world.scorers.look()
+    assert world.ended == ended, "who has no room is not too slow to start"
+    world.now = 400
+    with pytest.raises(TimeoutError, match=r"waited 300 s \(cluster.wait_s\) for a node with room for a scorer"):
+        world.scorers.look()
