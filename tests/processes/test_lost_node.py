@@ -39,12 +39,12 @@ def test_the_node_of_one_scorer_is_lost_and_the_other_one_computes_all_rewards(t
     root = tmp_path / "run"
     slowly = "reward.terms.noise.target=tests.support.noisy_reward:slowly"
     with RayHead(0) as head:
-        for cpus in (2, 0.5):
+        for cpus in (4, 1):
             head.add_node(cpus)
         # Five actors, of which one finds no place beside the others.
         joining = head.joining | {SLOW_VARIABLE: "0.2"}
         driver = Driver(
-            root, "cluster.address=auto", "cluster.actor_cpus=0.5", "reward.workers=2", slowly, environment=joining
+            root, "cluster.address=auto", "cluster.actor_cpus=1", "reward.workers=2", slowly, environment=joining
         )
         driver.wait_for_step("rl", 2)
         assert driver.process.poll() is None, driver.output
