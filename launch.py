@@ -271,9 +271,9 @@ def interruptible(typed: list[str]) -> None:
     interrupt = _Interrupt()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
         signal.signal(signal.SIGINT, interrupt)
-    from conf.schema import register_schema
-
     try:
+        from conf.schema import register_schema
+
         register_schema()
         sys.argv[1:] = plain_words(typed)
         command_line(typed)

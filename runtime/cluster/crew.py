@@ -4,12 +4,14 @@ Neither holds anything that cannot be made again. While a training stage runs, i
 `runtime.recovery.revival` replaces; here are the calls that are waited for one by one, between stages and in evaluations.
 
 Invariants:
-* a worker for which no node has room is waited for only while fewer than `rollout.min_workers` are there;
+* a worker for which no node has room is waited for only while fewer than `rollout.min_workers` are there, a scorer only
+  while no other one has room;
 * an actor that dies MOST_DEATHS times in a row without a reply ends the run, with what it died of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -152,16 +154,37 @@ class Crew:
         places.here.add(worker)
         return reply
 
-    def start_scorer(self, place: int) -> int:
-        """Wait until a scorer answers; returns its pid."""
+    def gather_scorers(self) -> dict[int, int]:
+        """Wait for the scorers that have room, at least for one; returns their pids by place."""
+        pids: dict[int, int] = {}
+        while not pids:
+            for place in self.scorers.with_room():
+                with contextlib.suppress(NoRoomError):
+                    pids[place] = self._start_scorer(place)
+            if not pids:
+                self.look()  # it has a limit
+                time.sleep(SLICE_S)
+        return pids
+
+    def _start_scorer(self, place: int) -> int:
+        """Return the pid of a scorer once it answers. Raises NoRoomError if its node is lost, and no other one has room."""
         scorers = self.scorers
+        what = f"{scorers.names[place]} to start"
 
         def again() -> Any:
             scorers.replace(place)
             return scorers.actors[place].pid.remote()
 
-        what = f"{scorers.names[place]} to start"
-        pid: int = self._ask(scorers.actors[place].pid.remote(), again, what, True, self.look)
+        def look() -> None:
+            self.look()
+            if place in scorers.absent:
+                raise NoRoomError(what)
+
+        scorers.awaited = (place,)
+        try:
+            pid: int = self._ask(scorers.actors[place].pid.remote(), again, what, True, look)
+        finally:
+            scorers.awaited = ()
         return pid
 
     def of_living(self, send: Send, what: str) -> list[Any]:

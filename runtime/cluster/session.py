@@ -121,7 +121,7 @@ class Session:
         }
         pids |= {f"rollout worker {worker}": pid for worker, pid in self.crew.gather().items()}
         scorers = scorer_names(self.config)
-        return pids | {name: self.crew.start_scorer(place) for place, name in enumerate(scorers)}
+        return pids | {scorers[place]: pid for place, pid in self.crew.gather_scorers().items()}
 
     def build_tiny(self, folder: Path, spec: TinySpec, seed: int, dtype: str) -> Path:
         """Have a rollout worker, which can load torch, write a random checkpoint to `folder`; return that."""

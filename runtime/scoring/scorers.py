@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -68,7 +68,7 @@ class _Due:
 class Scorers:
     """Attributes: names: short names, by place. actors: the processes as they are now. given_up: see there.
 
-    absent: places for which no node has room, as far as is known.
+    absent: places for which no node has room, as far as is known. awaited: places that somebody else waits for.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Scorers:
         self._cluster, self._make = cluster, make
         self._room, self._seats = room, seats
         self.absent: frozenset[int] = frozenset()
+        self.awaited: tuple[int, ...] = ()
         self._absent_since = 0.0
         self.names = list(names)
         self.actors = [make(place) for place in range(len(self.names))]
@@ -127,6 +128,13 @@ class Scorers:
         self._due.pop(place, None)
         self._in_vain.alive(self.names[place])
 
+    def with_room(self) -> list[int]:
+        """Ask Ray which places have room; returns them."""
+        if self._room is not None:
+            self._room.ask(self._seats)
+            self._note(range(len(self.names)))
+        return [place for place in range(len(self.names)) if place not in self.absent]
+
     def forget(self) -> None:
         """Note that nobody waits for any reply any more."""
         self._due.clear()
@@ -154,14 +162,11 @@ class Scorers:
     def _look_for_room(self) -> None:
         """Take calls from processes that cannot start, as long as another one can."""
         starting = [place for place, due in self._due.items() if due.key == START_KEY]
-        if self._room is None or not (starting or self.absent):
+        looked_at = {*starting, *self.absent, *self.awaited}
+        if self._room is None or not looked_at:
             return
-        looked_at = {self._seats[place]: place for place in (*starting, *self.absent)}
-        self._room.look(looked_at)
-        before = self.absent
-        self.absent = frozenset(place for seat, place in looked_at.items() if seat in self._room.without)
-        for place in self.absent - before:
-            log.warning("no node has room for %s: it starts when one has", self.names[place])
+        self._room.look([self._seats[place] for place in looked_at])
+        self._note(looked_at)
         if len(self.absent) == len(self.names):
             now = time.monotonic()
             self._absent_since = self._absent_since or now
@@ -177,6 +182,14 @@ class Scorers:
         for place in self.absent.intersection(starting):
             del self._due[place]
             ray.kill(self.actors[place])  # what waits for it goes to another one
+
+    def _note(self, looked_at: Collection[int]) -> None:
+        """Note which of these have no room, as far as is known."""
+        assert self._room is not None
+        before = self.absent
+        self.absent = frozenset(place for place in looked_at if self._seats[place] in self._room.without)
+        for place in self.absent - before:
+            log.warning("no node has room for %s: it starts when one has", self.names[place])
 
     def _limit(self, place: int, seconds: float, key: str) -> None:
         self._due[place] = _Due(self.actors[place], time.monotonic() + seconds, seconds, key)

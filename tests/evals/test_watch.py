@@ -137,8 +137,17 @@ def test_a_checkpoint_without_settings_is_watched_with_those_of_the_configuratio
 
 @pytest.mark.parametrize(
     ("after", "ready"),
-    [(0.6, ""), (1.2, ""), (2.5, ""), (4.0, ""), (0.0, "memory rcsm"), (0.3, "memory rcsm"), (0.0, "5.0-5.5 s")],
-    ids=["configuration", "torch", "model", "film", "introduced", "first turns", "turns"],
+    [
+        (0.02, ""),
+        (0.4, ""),
+        (0.8, ""),
+        (2.1, ""),
+        (3.6, ""),
+        (0.0, "memory rcsm"),
+        (0.3, "memory rcsm"),
+        (0.0, "5.0-5.5 s"),
+    ],
+    ids=["schema", "configuration", "torch", "model", "film", "introduced", "first turns", "turns"],
 )
 def test_ctrl_c_ends_it_with_one_line_and_leaves_nobody_behind(made, tmp_path, after, ready):
     frames = np.random.default_rng(0).integers(0, 256, (600, 64, 64, 3), dtype=np.uint8)

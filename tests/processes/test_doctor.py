@@ -74,7 +74,7 @@ def test_every_problem_is_listed_and_a_run_root_in_use_stays_as_it_is(tmp_path):
         found = told(done.stdout)
         assert found["problem"] == ["data.train", "data.heldout", "checkpoints", "use of run_root"], done.stdout
         assert found["warning"] == ["MLflow"], done.stdout
-        assert found["not checked"] == ["cluster, rows, room, devices, kernels"]
+        assert found["not checked"] == ["stages", "cluster, rows, room, devices, kernels"]
         assert f"is in use by another run: pid {os.getpid()} on" in done.stdout
         assert done.stdout.endswith("this run would not start: 4 problems\n")
         assert contents(root) == before

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -51,8 +52,16 @@ def launch(*overrides: str, limit_s: float = LIMIT_S, env: dict[str, str] | None
     return Finished(process.returncode, stdout, stderr, process.pid)
 
 
+def _catches(pid, signum) -> bool:
+    (mask,) = re.findall(r"(?m)^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (signum - 1) & 1)
+
+
 def interrupted(*words, after=0.0, ready=""):
-    """Interrupt `launch.py WORDS` and check that no process of it is left. Returns (status, output, error output)."""
+    """Interrupt `launch.py WORDS` and check that no process of it is left. Returns (status, output, error output).
+
+    `after` counts from when it handles signals: how long Python takes to import the command itself is the machine's.
+    """
     process = subprocess.Popen(
         [sys.executable, "launch.py", *words],
         cwd=ROOT,
@@ -67,6 +76,11 @@ def interrupted(*words, after=0.0, ready=""):
             line = process.stdout.readline()
             assert line, process.stderr.read()
             shown += line
+    give_up = time.monotonic() + 60
+    while not _catches(process.pid, signal.SIGTERM):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < give_up, "the command handles no signals"
+        time.sleep(0.01)
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=90)

@@ -79,7 +79,9 @@ class RayHead:
 
     def add_node(self, cpus: int, wrapper: tuple[str, ...] = ()) -> None:
         """wrapper: a command that ends by running its arguments."""
-        self._start(f"--address={self.address}", f"--num-cpus={cpus}", wrapper=wrapper)
+        # A folder of its own, as on another machine: nodes unpack the code that they are sent afresh, one over the other's.
+        folder = self.folder / f"n{len(self._processes)}"
+        self._start(f"--address={self.address}", f"--num-cpus={cpus}", f"--temp-dir={folder}", wrapper=wrapper)
         self._await_nodes(len(self._processes))
 
     def lose_node(self, process: int) -> None:
