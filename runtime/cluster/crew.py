@@ -212,10 +212,6 @@ class Crew:
         self.scorers.died(self._book.name_of(death.error), words, death)
         log.warning("%s; another process takes its place, its work is done again", first_line(words))
 
-    def is_of(self, error: ActorLostError, worker: int) -> bool:
-        """Return whether it is this worker's process that died, and not the one before it."""
-        return getattr(error.__cause__, "actor_id", None) == self.places.workers[worker]._actor_id.hex()
-
     def cause_inside(self, error: ActorLostError) -> str | None:
         """Return what a process died of, if what it was doing can be the cause."""
         assert isinstance(error.__cause__, RayActorError)

@@ -15,6 +15,7 @@ import ray
 
 from conf.schema import RunConfig
 from rollout.setup import WorkerInfo
+from runtime.cluster.events import ActorLostError
 from runtime.cluster.maker import ActorMaker
 from runtime.placing.room import RoomWatch
 
@@ -57,6 +58,10 @@ class Places:
         before = self._infos.get(worker)
         self._infos[worker] = info
         return before
+
+    def is_of(self, error: ActorLostError, worker: int) -> bool:
+        """Return whether it is this worker's process that died, and not the one before it."""
+        return getattr(error.__cause__, "actor_id", None) == self.workers[worker]._actor_id.hex()
 
     def look(self) -> None:
         """Have Ray asked, now and then, which of the workers that have not answered yet have no room."""

@@ -87,7 +87,7 @@ def spread(
         try:
             reply = crew.wait(first, f"{what} on rollout worker {worker}")
         except ActorLostError as error:
-            if crew.is_of(error, worker):
+            if crew.places.is_of(error, worker):
                 condemned = suspects.died(worker, crew.cause_inside(error))
                 deaths[worker] = 0 if condemned else deaths[worker] + 1
                 if deaths[worker] >= MOST_DEATHS:
