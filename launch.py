@@ -155,7 +155,6 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
             stages = _stages()
             for name in config.job.stages:
                 stages[name].check(config, rows)
-            del rows  # a run reads them again, for itself: a million take more than a GiB
             lock = held.enter_context(RunLock(config.root.resolve()))
             said.open(config.root, " ".join(sys.argv))
             store = StageStore(config.root.resolve(), config, progress.say)
@@ -163,7 +162,7 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
             start.check_cold_start(store.plans)
             from runtime.run import Run
 
-            run = Run(config, start, stages, store, progress, lock, stop)
+            run = Run(config, start, stages, store, progress, lock, stop, read=rows)
         except (
             ValueError,
             OSError,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from conf.schema import RunConfig
@@ -24,7 +24,7 @@ SHOWN = 30
 """Names that an error lists at most."""
 
 
-def evaluated(config: RunConfig, tasks: tuple[StreamTask, ...]) -> tuple[StreamTask, ...]:
+def evaluated(config: RunConfig, tasks: Sequence[StreamTask]) -> Sequence[StreamTask]:
     """Return the held-out tasks that an evaluation while training watches."""
     return tasks[: config.eval.tasks] if config.eval.tasks else tasks
 
@@ -57,13 +57,13 @@ def best_metric(config: RunConfig, categories: Iterable[str]) -> str:
     )
 
 
-def check_best(config: RunConfig, tasks: tuple[StreamTask, ...] | None) -> None:
+def check_best(config: RunConfig, tasks: Sequence[StreamTask] | None) -> None:
     """Raise ValueError if no evaluation has what `eval.best` names. tasks: held-out rows, None = generated ones."""
     if config.eval.every and "rl" in config.job.stages:
         best_metric(config, MODES if tasks is None else [task.category for task in evaluated(config, tasks)])
 
 
-def named_best(config: RunConfig, heldout: tuple[StreamTask, ...]) -> RunConfig:
+def named_best(config: RunConfig, heldout: Sequence[StreamTask]) -> RunConfig:
     """Return the config with `eval.best` as its metric is logged, below `eval/`. Raises ValueError (`best_metric`)."""
     if not config.eval.every or not heldout:
         return config

@@ -104,7 +104,7 @@ class EvalResult:
 def evaluate(
     config: RunConfig,
     session: Session,
-    tasks: tuple[StreamTask, ...],
+    tasks: Sequence[StreamTask],
     condition: Condition,
     progress: Progress,
     stage: str,
@@ -217,7 +217,7 @@ def collect(name: str, streams: tuple[ScoredStream, ...], evicted: int = 0, log_
 
 
 def scripted_rewards(
-    config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], fits: Mapping[str, Mapping[int, str]]
+    config: RunConfig, session: Session, tasks: Sequence[StreamTask], fits: Mapping[str, Mapping[int, str]]
 ) -> tuple[float, float]:
     """Return the mean rewards of a scripted oracle and of constant silence, from the run's own scorer."""
     plans = [config.data.plan_of(task) for task in tasks]
@@ -228,7 +228,7 @@ def scripted_rewards(
     return play_oracle(config, session, tasks, fits).reward, float(np.mean([r[0].total for r in scores]))
 
 
-def chance(tasks: tuple[StreamTask, ...], category: str) -> float | None:
+def chance(tasks: Sequence[StreamTask], category: str) -> float | None:
     """Return the share of the most common answer in a category; None if it has no question."""
     answers = Counter(a.text for task in tasks if task.category == category for a in task.answers)
     total = sum(answers.values())

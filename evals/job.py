@@ -6,7 +6,7 @@ engine and learner on streams that nobody trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from streams.task import StreamTask
 def run_evaluation(
     config: RunConfig,
     session: Session,
-    tasks: tuple[StreamTask, ...],
+    tasks: Sequence[StreamTask],
     checkpoints: dict[str, Path],
     worker_setup: Callable[[Path, Boundary], WorkerSetup],
     learner_setup: Callable[[Path], LearnerSetup],

@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from evals.best import evaluated, named_best
@@ -24,8 +25,8 @@ class EvaluatedStage(TrainingStage):
     def __init__(
         self,
         context: StageContext,
-        tasks: tuple[StreamTask, ...],
-        heldout: tuple[StreamTask, ...],
+        tasks: Sequence[StreamTask],
+        heldout: Sequence[StreamTask],
         *,
         patience: int,
         group_size: int,

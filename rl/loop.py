@@ -14,7 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from conf.age import age_bound
@@ -43,9 +43,7 @@ from streams.task import StreamTask
 class RLLoop:
     """One RL stage over a running session whose actors have loaded the starting checkpoint, or the resumed one."""
 
-    def __init__(
-        self, context: StageContext, tasks: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...] = ()
-    ) -> None:
+    def __init__(self, context: StageContext, tasks: Sequence[StreamTask], heldout: Sequence[StreamTask] = ()) -> None:
         config = self.config = context.config
         self.session, self.total = context.session, context.steps
         self.stage = EvaluatedStage(

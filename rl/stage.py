@@ -10,6 +10,7 @@ from conf.schema import RunConfig
 from evals.best import check_best
 from evals.stage import ROWS as HELDOUT
 from rl.loop import RLLoop
+from runtime.checks import Rows
 from runtime.recovery.revival import deaths_in_words
 from runtime.rows import RowUse
 from runtime.run import Run, Stage
@@ -57,10 +58,15 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _check(config: RunConfig, rows: Rows) -> None:
+    heldout = rows.get("heldout")
+    check_best(config, None if heldout is None else heldout.tasks)
+
+
 RL = Stage(
     run,
     uses=_uses,
     learner=lambda config: config.rl_learner(1),
-    check=lambda config, rows: check_best(config, rows.get("heldout")),
+    check=_check,
     begins=_begins,
 )

@@ -13,10 +13,9 @@ from conf.age import age_bound
 from conf.schema import RunConfig
 from runtime.planning.stream_size import StreamSize
 from runtime.starting_point import StartingPoint
-from streams.data.dataset import load_tasks
+from streams.data.dataset import TaskFile, load_tasks
 from streams.log.record import BYTES_PER_TOKEN
 from streams.memory import check_args_taken, check_text_tells_time, make_policy
-from streams.task import StreamTask
 
 
 def largest_stream(config: RunConfig, start: StartingPoint) -> StreamSize:
@@ -52,8 +51,8 @@ def check_memory_policy(config: RunConfig, start: StartingPoint) -> None:
     largest_stream(config, start).live(config)
 
 
-Rows = Mapping[str, tuple[StreamTask, ...] | None]
-"""By split, the rows of the file that a job reads; None = they are yet to be generated."""
+Rows = Mapping[str, TaskFile | None]
+"""By split, what the file holds that a job reads; None = it is yet to be generated."""
 
 
 def check_inputs(config: RunConfig, start: StartingPoint) -> Rows:
@@ -80,7 +79,7 @@ def needed_splits(config: RunConfig) -> list[str]:
     return needed
 
 
-def check_rows(config: RunConfig, split: str) -> tuple[StreamTask, ...] | None:
+def check_rows(config: RunConfig, split: str) -> TaskFile | None:
     """Return the rows of a file; None if they are yet to be generated.
 
     Raises FileNotFoundError for a missing file, ValueError for one without rows.
@@ -92,6 +91,6 @@ def check_rows(config: RunConfig, split: str) -> tuple[StreamTask, ...] | None:
     if not path.is_file():
         how = f"set data.{split} to a JSONL file" if given else f"set data.{split} or run job=data first"
         raise FileNotFoundError(f"data.{split}: {path} does not exist ({how})")
-    # Rows are read again, and bad ones named, when a stage uses them; a file without one usable row ends here.
+    # Bad rows are named when a stage uses them; a file without one usable row ends here.
     data = config.data
-    return load_tasks(path, format=data.format, ignore_fields=data.ignore_fields, root=data.root).tasks
+    return load_tasks(path, format=data.format, ignore_fields=data.ignore_fields, root=data.root)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from runtime.cluster.session import Session
 from streams.answers.judge import is_correct
 from streams.data.answerable import Finding, lost, overlap, too_long, untimely
 from streams.data.dataset import SkippedSample, at_row, counted
+from streams.data.rows import TaskRows
 from streams.messages import RewardJob, RowTexts, RowWords, ScriptedTurn
 from streams.support.terminal import one_line
 from streams.task import Plan, Reason, StreamTask
@@ -36,6 +38,10 @@ NAMED = 5
 GOOD_ORACLE = 0.99
 ORACLE_SECONDS = 20.0
 """Seconds that the oracle may play. The built-in rewards take less for 20,000 rows; a user's reward may be slow."""
+MOST_PLAYED = 50_000
+"""Rows that it plays in that time, at most: rows that are chosen are held in memory."""
+ROWS_AT_ONCE = 4096
+"""Rows of a message to the tokenizer."""
 ASK_S = 0.5
 """Seconds of work that the oracle asks for at once, about: then it looks at the clock."""
 EXACT_TERMS = ("correctness", "thinkstream_correctness")
@@ -76,45 +82,52 @@ class JudgedRows:
     fits: by task id, then index of an answer that is longer than a turn: what a turn can hold of it.
     """
 
-    tasks: tuple[StreamTask, ...]
+    tasks: TaskRows
     skipped: tuple[SkippedSample, ...]
     kept: tuple[SkippedSample, ...]
     fits: Mapping[str, Mapping[int, str]]
 
 
-def judge_rows(
-    config: RunConfig, session: Session, tasks: tuple[StreamTask, ...], checkpoint: Path, use: RowUse
-) -> JudgedRows:
+def judge_rows(config: RunConfig, session: Session, tasks: TaskRows, checkpoint: Path, use: RowUse) -> JudgedRows:
     """Judge the rows of a file for a stage that starts from the folder `checkpoint`."""
-    rows = row_texts(config, tasks, use)
-    words = session.crew.of_any_worker(
-        lambda worker: worker.read_rows.remote(str(checkpoint), config.layout, rows),
-        f"read {len(rows)} rows with the tokenizer of {checkpoint}",
-    )
-    return judged(config, tasks, words, use)
+
+    def asked(rows: tuple[RowTexts, ...]) -> tuple[RowWords, ...]:
+        words: tuple[RowWords, ...] = session.crew.of_any_worker(
+            lambda worker: worker.read_rows.remote(str(checkpoint), config.layout, rows),
+            f"read {len(rows)} rows with the tokenizer of {checkpoint}",
+        )
+        return words
+
+    def words() -> Iterator[RowWords]:
+        for begin in range(0, len(tasks), ROWS_AT_ONCE):
+            yield from asked(row_texts(config, tasks[begin : begin + ROWS_AT_ONCE], use))
+
+    return judged(config, tasks, words(), use)
 
 
-def row_texts(config: RunConfig, tasks: tuple[StreamTask, ...], use: RowUse) -> tuple[RowTexts, ...]:
+def row_texts(config: RunConfig, tasks: Iterable[StreamTask], use: RowUse) -> tuple[RowTexts, ...]:
     """Return what the tokenizer is asked about: the texts of the rows and, if the stage has any, of demonstrations."""
     return tuple(RowTexts(task, use.script(config, task) if use.script else ()) for task in tasks)
 
 
-def judged(config: RunConfig, tasks: tuple[StreamTask, ...], words: tuple[RowWords, ...], use: RowUse) -> JudgedRows:
+def judged(config: RunConfig, tasks: TaskRows, words: Iterable[RowWords], use: RowUse) -> JudgedRows:
     """Return the verdict on every row, from its times and from what the tokenizer found."""
-    used: list[StreamTask] = []
+    used = array("Q")
+    fits: dict[str, Mapping[int, str]] = {}
     skipped: list[SkippedSample] = []
     kept: list[SkippedSample] = []
-    for task, said in zip(tasks, words, strict=True):
+    for number, (task, said) in enumerate(zip(tasks, words, strict=True)):
+        if said.fits:
+            fits[task.id] = said.fits
         findings = _findings(config, task, said, use)
         samples = [SkippedSample.of(task, finding.reason, finding.kind) for finding in findings]
         if use.trains and (said.refused is not None or lost(task, findings)):
             # One entry a row: the counts are of rows.
             skipped.append(samples[0])
             continue
-        used.append(task)
+        used.append(number)
         kept += samples
-    fits = {task.id: said.fits for task, said in zip(tasks, words, strict=True) if said.fits}
-    return JudgedRows(tuple(used), tuple(skipped), tuple(kept), fits)
+    return JudgedRows(tasks.select(used), tuple(skipped), tuple(kept), fits)
 
 
 def _findings(config: RunConfig, task: StreamTask, said: RowWords, use: RowUse) -> list[Finding]:
@@ -152,7 +165,7 @@ def tell_rows(say: Callable[[str], None], what: str, judged: JudgedRows) -> None
                 say(f"{what}: {kind}: and {len(of_kind) - NAMED} more")
 
 
-def tell_overlap(say: Callable[[str], None], train: tuple[StreamTask, ...], heldout: tuple[StreamTask, ...]) -> None:
+def tell_overlap(say: Callable[[str], None], train: Sequence[StreamTask], heldout: Sequence[StreamTask]) -> None:
     """Warn about held-out questions that are trained on."""
     pairs = overlap(train, heldout)
     if pairs:
@@ -181,7 +194,7 @@ class OracleReport:
 def play_oracle(
     config: RunConfig,
     session: Session,
-    tasks: tuple[StreamTask, ...],
+    tasks: Sequence[StreamTask],
     fits: Mapping[str, Mapping[int, str]],
     seconds: float = math.inf,
 ) -> OracleReport:
@@ -191,8 +204,10 @@ def play_oracle(
     then a sample of the file.
     """
     # Spread over the file, in case there is no time for all.
-    order = np.random.default_rng(0).permutation(len(tasks)) if math.isfinite(seconds) else range(len(tasks))
-    chosen = [tasks[int(i)] for i in order]
+    order: Sequence[int] = range(len(tasks))
+    if math.isfinite(seconds):
+        order = np.random.default_rng(0).permutation(len(tasks))[:MOST_PLAYED].tolist()
+    chosen = [tasks[i] for i in order]
     rows = [(task, config.data.plan_of(task), fits.get(task.id, {})) for task in chosen]
     results, think_tokens = best_oracle(
         lambda jobs: session.crew.score(jobs, "the scripted oracle"), rows, config.layout.think_budget, seconds

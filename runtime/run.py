@@ -11,8 +11,9 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,12 @@ class Run:
         stop: StopSignal,
         *,
         aside: Path | None = None,
+        read: Rows | None = None,
     ) -> None:
-        """aside: a folder for what the actors write, of a run that only checks: it tracks nothing, and deletes nothing."""
+        """read: the task files that have been read.
+
+        aside: a folder for what the actors write, of a run that only checks: it tracks nothing, and deletes nothing.
+        """
         self.config, self.store, self.progress, self.lock, self.stop = config, store, progress, lock, stop
         self.start = start
         self.stages = {name: stages[name] for name in config.job.stages}
@@ -112,7 +117,7 @@ class Run:
         self._written = aside or self.root
         self.began = time.monotonic()
         self.gate = MismatchGate(config)
-        self.files = TaskFiles(config, progress.say)
+        self.files = TaskFiles(config, progress.say, read or {})
         self.restarts = Restarts(config.cluster)
         self._introduced = False
         self._guard = RayGuard(stop)
@@ -233,7 +238,7 @@ class Run:
         uses = {use.name: use for ahead in self.ahead() for use in ahead.uses(self.config)}
         self.files.judge(stage, tuple(uses.values()), self.ready_session(), checkpoint)
 
-    def start_from(self, use: RowUse, start: Callable[[], Path]) -> tuple[Path, tuple[StreamTask, ...]]:
+    def start_from(self, use: RowUse, start: Callable[[], Path]) -> tuple[Path, Sequence[StreamTask]]:
         """Return the checkpoint that a training stage continues or starts from, and the rows that it can use."""
         found = self.store.plans[use.name].resume
         self.files.tasks(use.split)
@@ -247,7 +252,7 @@ class Run:
         checkpoint: Path,
         learner: LearnerConfig,
         steps: int,
-        tasks: tuple[StreamTask, ...],
+        tasks: Sequence[StreamTask],
         *,
         reference: Path | None = None,
     ) -> StageContext:
@@ -317,7 +322,7 @@ class Run:
         learners = {name: settings for name, stage in ahead.items() if (settings := stage.learner(self.config))}
         splits = dict.fromkeys(use.split for stage in ahead.values() for use in stage.uses(self.config))
         devices = self.ready_session().devices()
-        tasks = tuple(task for split in splits for task in self.files.file(split).tasks)
+        tasks = chain.from_iterable(self.files.file(split).tasks for split in splits)
         self._plan = plan_devices(self.config, learners, geometry, tasks, devices)
         for line in self._plan.lines:
             self.progress.say(line)

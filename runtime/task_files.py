@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,7 @@ from runtime.rows import (
     tell_rows,
 )
 from streams.data.dataset import SkippedSample, TaskFile, counted, load_tasks
+from streams.data.rows import TaskRows
 from streams.support.terminal import one_line
 from streams.task import StreamTask
 
@@ -41,20 +42,25 @@ class TaskFiles:
     """What one invocation reads of `data.train` and `data.heldout`.
 
     Attributes:
+        read: by split, the files that have been read, videos of unknown length apart.
         skipped: every sample that was left out so far, by any stage of this invocation.
         judged: the verdicts on the rows, by the name of the use.
     """
 
     config: RunConfig
     say: Callable[[str], None]
+    read: Mapping[str, TaskFile | None] = field(default_factory=dict)
     skipped: list[SkippedSample] = field(default_factory=list)
     judged: dict[str, JudgedRows] = field(default_factory=dict)
     _files: dict[str, TaskFile] = field(default_factory=dict)
 
     def file(self, split: str) -> TaskFile:
         """Return the rows of `train` or `heldout` that can be read. Raises ValueError or OSError if none can."""
-        if split not in self._files:
-            data = self.config.data
+        data = self.config.data
+        read = self.read.get(split)
+        if split not in self._files and read is not None and not data.video.max_chunks:
+            self._files[split] = read
+        elif split not in self._files:
             path = getattr(data, split) or self.config.root.resolve() / "data" / f"{split}.jsonl"
             self._files[split] = load_tasks(
                 path, format=data.format, video=data.video, ignore_fields=data.ignore_fields, root=data.root
@@ -63,9 +69,9 @@ class TaskFiles:
 
     def expect(self, split: str, longest: StreamTask, count: int) -> None:
         """Plan for `count` rows that are yet to be generated, none longer than `longest`."""
-        self._files[split] = TaskFile((longest,) * count, ())
+        self._files[split] = TaskFile(TaskRows.of([longest]).select([0] * count), ())
 
-    def tasks(self, split: str) -> tuple[StreamTask, ...]:
+    def tasks(self, split: str) -> Sequence[StreamTask]:
         """Return the rows of a file, after naming those that cannot be read."""
         loaded = self.file(split)
         for sample in loaded.skipped:
@@ -91,7 +97,7 @@ class TaskFiles:
             if not use.trains and any(other.trains for other in uses):
                 tell_overlap(self.say, self.file("train").tasks, tasks)
 
-    def usable(self, use: RowUse) -> tuple[StreamTask, ...]:
+    def usable(self, use: RowUse) -> Sequence[StreamTask]:
         """Return the rows that a training stage trains on, once they are judged. Raises ValueError without any."""
         rows = self.judged[use.name]
         if not rows.tasks:

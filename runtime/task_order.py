@@ -123,7 +123,7 @@ def names_of(state: CheckpointState, which: str = "consumed") -> list[str]:
     return [*map(order.group, Ranges(stored.ranges)), *stored.names]
 
 
-def epochs(tasks: tuple[StreamTask, ...], seed: int, done: Container[str] = ()) -> Iterator[tuple[int, StreamTask]]:
+def epochs(tasks: Sequence[StreamTask], seed: int, done: Container[str] = ()) -> Iterator[tuple[int, StreamTask]]:
     """Yield (epoch, task) for ever, each epoch in a new random order, without the groups in `done`.
 
     Raises ValueError if there is no task.

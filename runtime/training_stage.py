@@ -9,7 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +32,7 @@ class TrainingStage:
     """The state of one stage, restored from the checkpoint that it goes on from, and the events that it waits for."""
 
     def __init__(
-        self, context: StageContext, tasks: tuple[StreamTask, ...], *, patience: int, group_size: int = 1
+        self, context: StageContext, tasks: Sequence[StreamTask], *, patience: int, group_size: int = 1
     ) -> None:
         """tasks: what the stage trains on. patience: groups dropped in a row before it gives up.
 

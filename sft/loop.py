@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class SftResult:
 class SftLoop:
     """One cold start over a running session whose learner has loaded the starting weights, or the resumed state."""
 
-    def __init__(self, context: StageContext, tasks: tuple[StreamTask, ...]) -> None:
+    def __init__(self, context: StageContext, tasks: Sequence[StreamTask]) -> None:
         self.config, self.session, self.total = context.config, context.session, context.steps
         self.stage = TrainingStage(context, tasks, patience=len(tasks))
         self.result = SftResult.restore(context.resume.counters) if context.resume else SftResult()
@@ -144,7 +144,7 @@ def _train_batch(config: RunConfig, step: int, samples: list[LaidOut]) -> TrainB
     return TrainBatch(step, config.sft.loss, members, publish=False)
 
 
-def _scripts(config: RunConfig, tasks: tuple[StreamTask, ...], done: Container[str]) -> Iterator[ScriptTask]:
+def _scripts(config: RunConfig, tasks: Sequence[StreamTask], done: Container[str]) -> Iterator[ScriptTask]:
     for epoch, task in epochs(tasks, config.seed, done):
         plan = config.data.plan_of(task)
         script = script_for(task, plan, config.sft, seed=config.seed, epoch=epoch)

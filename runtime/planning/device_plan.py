@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from conf.schema import RunConfig
@@ -248,7 +248,7 @@ def plan_devices(
     config: RunConfig,
     stages: dict[str, LearnerConfig],
     geometry: ModelGeometry,
-    tasks: tuple[StreamTask, ...],
+    tasks: Iterable[StreamTask],
     devices: tuple[list[DeviceInfo], list[DeviceInfo]],
 ) -> DevicePlan:
     """Return one plan for all stages: the learner that needs the most memory, and one size of KV pools.
@@ -261,6 +261,7 @@ def plan_devices(
     _check_kernels(config, stages, devices, geometry.head_dim)
     check_text_tells_time(make_policy(config.memory), geometry.family.timestamps)
     choices = _choices(config, stages, devices[1])
+    stream = StreamSize.largest(config, tasks, geometry)
     # (plan, what was tried before it and came to less)
     fits: list[tuple[DevicePlan, tuple[str, ...]]] = []
     less: list[str] = []
@@ -270,7 +271,7 @@ def plan_devices(
         chosen = replace(config, weights=replace(config.weights, staging=staging))
         settled = {stage: settle(learner, tokens) for stage, learner in stages.items()}
         try:
-            plan = _plan_as_set(chosen, settled, geometry, tasks, devices)
+            plan = _plan_as_set(chosen, settled, geometry, stream, devices)
         except ValueError as error:
             refused = error
             less.append(f"{said} does not fit")
@@ -319,18 +320,18 @@ def _plan_as_set(
     config: RunConfig,
     stages: dict[str, LearnerConfig],
     geometry: ModelGeometry,
-    tasks: tuple[StreamTask, ...],
+    stream: StreamSize,
     devices: tuple[list[DeviceInfo], list[DeviceInfo]],
 ) -> DevicePlan:
     """Plan as `plan_devices` does, with nothing left open."""
     learner_devices, worker_devices = devices
-    stream, positions = StreamSize.largest(config, tasks, geometry), config.memory.positions
+    positions = config.memory.positions
 
     def learner_of(stage: str, learner: LearnerConfig, device: DeviceInfo) -> Footprint:
         flex = _scores_by_flex(learner, device)
         numbers = trained_numbers(geometry, learner)
         if stage == "eval":
-            return scorer_footprint(geometry, learner, numbers, stream, len(tasks), flex=flex, positions=positions)
+            return scorer_footprint(geometry, learner, numbers, stream, stream.tasks, flex=flex, positions=positions)
         copied = checkpoint_copy(geometry, learner, numbers, resumable=config.checkpoint.optimizer != "none")
         found = learner_footprint(
             geometry,

@@ -24,7 +24,7 @@ def room_checks(
     geometry: ModelGeometry,
     learner: LearnerConfig,
     stage: str,
-    tasks: tuple[StreamTask, ...],
+    tasks: Sequence[StreamTask],
     stores: Sequence[NodeStore],
 ) -> dict[str, Callable[[], list[str]]]:
     """Return the checks by what they look at. Each returns lines with the arithmetic, or raises ValueError."""

@@ -5,6 +5,7 @@ Once a stream exists the engine knows its exact sizes (`rollout.engine.feed`), f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from conf.schema import RunConfig
@@ -40,27 +41,34 @@ class StreamSize:
     sized_by: str = field(default="", compare=False)
 
     @classmethod
-    def largest(cls, config: RunConfig, tasks: tuple[StreamTask, ...], geometry: ModelGeometry) -> StreamSize:
+    def largest(cls, config: RunConfig, tasks: Iterable[StreamTask], geometry: ModelGeometry) -> StreamSize:
         """Return an upper bound over the tasks; frames count as data.video.max_pixels."""
-        turns, longest = max(((config.data.plan_of(task).turns, i) for i, task in enumerate(tasks)), default=(1, 0))
-        queries, wordiest = max(
-            ((sum(len(q.text.encode()) for q in task.queries), i) for i, task in enumerate(tasks)), default=(0, 0)
-        )
+        turns, queries, count = 1, 0, 0
+        longest, wordiest = "", ""
+        for task in tasks:
+            count += 1
+            lasts = config.data.plan_of(task).turns
+            asks = sum(len(query.text.encode()) for query in task.queries)
+            # Of equal ones the last.
+            if lasts >= turns or not longest:
+                turns, longest = lasts, f"{task.id}{at_row(task)}"
+            if asks >= queries:
+                queries, wordiest = asks, f"{task.id}{at_row(task)}"
         found = cls._of(
             config,
             turns=turns,
             queries=queries,
-            tasks=len(tasks),
+            tasks=count,
             token_side=geometry.token_side,
             timestamps=geometry.family.timestamps,
         )
-        if not tasks:
+        if not count:
             return found
         return replace(
             found,
             sized_by=(
-                f"A stream may be as large as one of {turns} turns (task {tasks[longest].id}{at_row(tasks[longest])}) with "
-                f"{queries:,} bytes of questions (task {tasks[wordiest].id}{at_row(tasks[wordiest])})"
+                f"A stream may be as large as one of {turns} turns (task {longest}) with "
+                f"{queries:,} bytes of questions (task {wordiest})"
             ),
         )
 

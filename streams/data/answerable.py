@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from streams.data.rows import VIDEOS_KNOWN
 from streams.layout.layout import STREAMING_TOKENS, Layout, OverBudget
 from streams.messages import RowTexts, RowWords
 from streams.task import Plan, Reason, StreamTask
@@ -147,16 +149,16 @@ def overlap(train: Sequence[StreamTask], heldout: Sequence[StreamTask]) -> list[
 
     Two rows ask the same if the words and the video file are the same; the first such training task is returned.
     """
-    files: dict[str, str] = {}
+    file = lru_cache(VIDEOS_KNOWN)(os.path.realpath)
 
     def asked(task: StreamTask) -> list[tuple[str, str]]:
-        if task.video not in files:
-            files[task.video] = os.path.realpath(task.video)
-        return [(files[task.video], " ".join(query.text.split())) for query in task.queries]
+        return [(file(task.video), " ".join(query.text.split())) for query in task.queries]
 
+    # Of two files the held-out one is the one to hold in memory.
+    wanted = {key for task in heldout for key in asked(task)}
     known: dict[tuple[str, str], StreamTask] = {}
     for task in train:
-        for key in asked(task):
+        for key in wanted.intersection(asked(task)):
             known.setdefault(key, task)
     pairs = ((task, next((known[key] for key in asked(task) if key in known), None)) for task in heldout)
     return [(task, other) for task, other in pairs if other is not None]

@@ -21,6 +21,7 @@ import re
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def not_checked(found: Checked) -> str:
     return line
 
 
-def leaks(found: Checked, path: Path, against: Path, other: tuple[StreamTask, ...]) -> str | None:
+def leaks(found: Checked, path: Path, against: Path, other: Sequence[StreamTask]) -> str | None:
     """Return a warning if rows repeat a question of the other file about the same video, else None."""
     pairs = overlap(other, found.usable)
     if not pairs:

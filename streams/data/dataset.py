@@ -6,6 +6,7 @@ Invariants:
 * every message names file, line and field;
 * nothing is guessed: unknown keys, wrong types and non-finite numbers are errors;
 * ids are unique within a file;
+* a row costs a few bytes of memory (`streams.data.rows`), and is parsed once;
 * a file is always read afresh, never from a cache of an older version;
 * a row whose video lies outside the folder that confines it is left out, and its video is not opened;
 * a video is not opened here unless its length is needed: a missing one costs its sample when it is read.
@@ -17,18 +18,24 @@ import glob
 import json
 import os
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from streams.answers.contradictions import contradiction
 from streams.data.durations import measured
 from streams.data.fields import MAX_TEXT_BYTES, parse_line
 from streams.data.formats.sightline import parse_row, row_of
 from streams.data.formats.thinkstream import is_record, parse_record
+from streams.data.rows import VIDEOS_KNOWN, TaskRows
 from streams.support.redact import redact
 from streams.task import Reason, StreamTask, VideoFile
 from streams.video.config import VideoConfig
@@ -40,6 +47,7 @@ PARSERS: dict[str, Callable[[Any, Path, int], StreamTask]] = {
 }
 """By format, the function (value, folder that relative paths start from, line number) -> task; it raises ValueError."""
 FORMATS = ("auto", *PARSERS)
+DIGEST_BYTES = 16
 HINT = "(set data.* or run job=data)"
 
 
@@ -89,7 +97,7 @@ def at_row(task: StreamTask) -> str:
 class TaskFile:
     """What a file held: the usable rows in file order, and those left out."""
 
-    tasks: tuple[StreamTask, ...]
+    tasks: TaskRows
     skipped: tuple[SkippedSample, ...]
 
 
@@ -132,35 +140,76 @@ def load_tasks(
             raise ValueError(f"{path}:{number}: {reason}")
         skipped.append((number, reason, kind))
 
-    tasks = _parsed(path, format, ignore_fields, _Videos(path, root), bad)
-    found = [(number, task, contradiction(task)) for number, task in tasks]
-    for number, task, reason in found:
-        if reason is not None:
-            bad(number, f"task {task.id}: {reason}", Reason.CONTRADICTORY)
-    tasks = [(number, task) for number, task, reason in found if reason is None]
+    seen = _Ids()
+    tasks = _sound(_parsed(path, format, ignore_fields, _Videos(path, root), seen.add, bad), bad)
     if video is not None and video.max_chunks:
         tasks = measured(tasks, video, lambda number, reason: bad(number, reason, Reason.VIDEO))
+    lines = array("Q")
+    rows = TaskRows.of(_noted(tasks, lines))
+    if again := seen.again():
+        for i, number in enumerate(lines):
+            if number in again:
+                bad(number, f"id={rows[i].id!r} is already used in line {again[number]}", Reason.UNREADABLE)
+        rows = rows.select([i for i, number in enumerate(lines) if number not in again])
     reasons = tuple(SkippedSample(f"{path}:{number}", reason, kind) for number, reason, kind in sorted(skipped))
-    if not tasks:
+    if not rows:
         first = f"; the first problem: {reasons[0].source}: {reasons[0].reason}" if reasons else ""
         raise ValueError(f"task file {path} holds no usable row {HINT}{first}")
-    return TaskFile(tuple(task for _, task in tasks), reasons)
+    return TaskFile(rows, reasons)
+
+
+def _sound(
+    tasks: Iterable[tuple[int, StreamTask]], bad: Callable[[int, str, Reason], None]
+) -> Iterator[tuple[int, StreamTask]]:
+    """Yield the tasks that do not contradict themselves; hand the others to `bad`."""
+    for number, task in tasks:
+        if (reason := contradiction(task)) is None:
+            yield number, task
+        else:
+            bad(number, f"task {task.id}: {reason}", Reason.CONTRADICTORY)
+
+
+def _noted(tasks: Iterable[tuple[int, StreamTask]], lines: array[int]) -> Iterator[StreamTask]:
+    """Yield the tasks; their line numbers are added to `lines`."""
+    for number, task in tasks:
+        lines.append(number)
+        yield task
+
+
+class _Ids:
+    """The ids of a file's rows, as digests: they are compared when all are there."""
+
+    def __init__(self) -> None:
+        self._digests, self._lines = bytearray(), array("Q")
+
+    def add(self, task_id: str, number: int) -> None:
+        self._digests += blake2b(task_id.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES).digest()
+        self._lines.append(number)
+
+    def again(self) -> dict[int, int]:
+        """Return the lines whose id an earlier line has, with that line, in their order."""
+        digests = np.frombuffer(self._digests, np.uint64).reshape(-1, DIGEST_BYTES // 8)
+        order = np.lexsort(digests.T)  # stable: of equal ones the first line comes first
+        same = np.concatenate([[False], (digests[order[1:]] == digests[order[:-1]]).all(axis=1)])
+        firsts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
+        return dict(
+            sorted((self._lines[order[i]], self._lines[order[firsts[i]]]) for i in np.flatnonzero(same).tolist())
+        )
 
 
 class _Videos:
-    """The video files that rows may name; each is looked at once."""
+    """The video files that rows may name."""
 
     def __init__(self, path: Path, root: str | Path) -> None:
         self._root = os.path.realpath(root or path.absolute().parent)
         if not os.path.isdir(self._root):
             raise ValueError(f"data.root={root} is not a folder: name the one that holds the videos, or / for any file")
-        self._known: dict[str, VideoFile | str] = {}
+        # Rows about one video tend to follow one another.
+        self.file = lru_cache(VIDEOS_KNOWN)(self._file)
 
-    def file(self, video: str) -> VideoFile | str:
-        """Return what the row's video is, or why the row may not name it."""
-        if video not in self._known:
-            self._known[video] = outside(video, self._root) or VideoFile(self._root, _size(video))
-        return self._known[video]
+    def _file(self, video: str) -> VideoFile | str:
+        """Return what a row's video is, or why the row may not name it."""
+        return outside(video, self._root) or VideoFile(self._root, _size(video))
 
 
 def _size(video: str) -> int | None:
@@ -183,7 +232,7 @@ def sample_tasks(
     total = sum(1 for _ in _lines(path))
     wanted = {1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
     videos = _Videos(path, root)
-    found = _parsed(path, format, ignore_fields, videos, lambda number, reason, kind: None, only=wanted)
+    found = _parsed(path, format, ignore_fields, videos, lambda *_: None, lambda *_: None, only=wanted)
     return tuple(task for _, task in found)
 
 
@@ -192,13 +241,15 @@ def _parsed(
     format: str,
     ignore_fields: Collection[str],
     videos: _Videos,
+    seen: Callable[[str, int], None],
     bad: Callable[[int, str, Reason], None],
     only: Collection[int] | None = None,
-) -> list[tuple[int, StreamTask]]:
-    """Return (line number, task) of every row that can be parsed; hand the others to `bad`. only: lines to look at."""
+) -> Iterator[tuple[int, StreamTask]]:
+    """Yield (line number, task) of every row that can be parsed; hand the others to `bad`.
+
+    seen: told of each id and its line. only: lines to look at.
+    """
     folder = path.absolute().parent
-    tasks: list[tuple[int, StreamTask]] = []
-    first_line: dict[str, int] = {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip() or (only is not None and number not in only and format != "auto"):
             continue
@@ -214,18 +265,15 @@ def _parsed(
                 raise ValueError(
                     f"its {len(task.queries)} questions have {asked:,} bytes, more than {MAX_TEXT_BYTES:,}"
                 )
-            if task.id in first_line:
-                raise ValueError(f"id={task.id!r} is already used in line {first_line[task.id]}")
         except ValueError as error:
             bad(number, str(error), Reason.UNREADABLE)
             continue
-        first_line[task.id] = number
+        seen(task.id, number)
         file = videos.file(task.video)
         if isinstance(file, str):
             bad(number, f"task {task.id}: {file}", Reason.VIDEO)
             continue
-        tasks.append((number, replace(task, origin=f"{path}:{number}", file=file)))
-    return tasks
+        yield number, replace(task, origin=f"{path}:{number}", file=file)
 
 
 def write_tasks(path: str | Path, tasks: Iterable[StreamTask]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -54,26 +54,26 @@ Source = TypeVar("Source")
 
 def measured(
     tasks: Iterable[tuple[Source, StreamTask]], video: VideoConfig, bad: Callable[[Source, str], None]
-) -> list[tuple[Source, StreamTask]]:
-    """Return the tasks, with the video's length as the end of those without one; hand those that fail to `bad`."""
-    found: list[tuple[Source, StreamTask]] = []
+) -> Iterator[tuple[Source, StreamTask]]:
+    """Yield the tasks, with the video's length as the end of those without one; hand those that fail to `bad`."""
     failed: dict[str, str] = {}
     with ClipReader(video) as reader:
         for source, task in tasks:
             if math.isfinite(task.end):
-                found.append((source, task))
+                yield source, task
                 continue
             if task.video not in failed:
                 try:
-                    found.append((source, bounded(task, known_presentation(reader, task.video).end)))
-                    continue
+                    fitted = bounded(task, known_presentation(reader, task.video).end)
                 except VideoError as error:
                     failed[task.video] = str(error)
                 except ValueError as error:
                     bad(source, f"{task.video}: {error}")
                     continue
+                else:
+                    yield source, fitted
+                    continue
             bad(source, failed[task.video])
-    return found
 
 
 def known_presentation(reader: ClipReader, video: str) -> Presentation:

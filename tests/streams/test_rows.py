@@ -25,6 +25,7 @@ from streams.backbone.vocabulary import text_layout
 from streams.data.answerable import read_words, untimely
 from streams.data.check import check
 from streams.data.dataset import SkippedSample, counted, load_tasks, write_tasks
+from streams.data.rows import TaskRows
 from streams.layout.layout import STREAMING_TOKENS, LayoutConfig
 from streams.messages import RolloutTask
 from streams.task import ExpectedAnswer, Plan, Reason, StreamTask, TimedQuery, TimedThought
@@ -71,7 +72,7 @@ def folder(tmp_path_factory):
 
 def judge(tasks, layout, stage="rl", config=CONFIG):
     words = tuple(read_words(row, layout) for row in row_texts(config, tuple(tasks), USES[stage]))
-    return judged(config, tuple(tasks), words, USES[stage])
+    return judged(config, TaskRows.of(tasks), words, USES[stage])
 
 
 def task(*answers, name="a", query="what?", stay_open=True, thoughts=(), end=10.0):
