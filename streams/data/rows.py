@@ -36,9 +36,16 @@ class _Store:
         self.offsets = array("Q", [0])
 
     def add(self, task: StreamTask) -> None:
-        """Raises OSError for a full disk."""
+        """Raises OSError for a full disk, or without a folder to write to."""
         packed = pickle.dumps(task, protocol=pickle.HIGHEST_PROTOCOL)
-        self._file.write(packed)
+        try:
+            self._file.write(packed)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"rows are kept in a temporary file, which cannot be written ({error.strerror or error}): make room in its "
+                "folder, or name another one with the environment variable TMPDIR",
+            ) from error
         self.offsets.append(self.offsets[-1] + len(packed))
 
     def read(self, number: int) -> StreamTask:

@@ -1,6 +1,7 @@
 """Rows that are kept on disk are the tasks that were added, and take no memory however many they are."""
 
 import pickle
+import tempfile
 import threading
 import tracemalloc
 from collections.abc import Sequence
@@ -96,6 +97,14 @@ def test_rows_are_read_by_several_threads_at_once(kept):
         thread.join(60)
     for into, step in zip(found, (1, 7, 11, 13), strict=True):
         assert into == [str((i * step) % 300) for i in range(300)]
+
+
+def test_a_full_disk_is_said_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(module, "MEMORY_BYTES", 2**10)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    with pytest.raises(OSError, match=r"temporary file, which cannot be written .*TMPDIR"):
+        TaskRows.of(some(50))
+    assert len(TaskRows.of(some(1))) == 1, "few rows need no file"
 
 
 def test_rows_are_sent_to_no_other_process():
