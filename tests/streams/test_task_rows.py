@@ -90,7 +90,9 @@ def test_rows_are_read_by_several_threads_at_once(kept):
     def read(into, step):
         into += [rows[(i * step) % 300].id for i in range(300)]
 
-    threads = [threading.Thread(target=read, args=(into, step)) for into, step in zip(found, (1, 7, 11, 13), strict=True)]
+    threads = [
+        threading.Thread(target=read, args=(into, step)) for into, step in zip(found, (1, 7, 11, 13), strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
