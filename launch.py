@@ -134,7 +134,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
-    from runtime.checks import check_inputs, check_memory_policy
+    from runtime.checks import check_inputs, check_memory_policy, content_of
     from runtime.starting_point import StartingPoint
     from runtime.store.manifests import StageStore
     from runtime.store.runlock import RunLock
@@ -157,7 +157,7 @@ def _start(config: RunConfig, overrides: list[str], stop: StopSignal) -> None:
                 stages[name].check(config, rows)
             lock = held.enter_context(RunLock(config.root.resolve()))
             said.open(config.root, " ".join(sys.argv))
-            store = StageStore(config.root.resolve(), config, progress.say)
+            store = StageStore(config.root.resolve(), config, progress.say, content_of(rows))
             start.check_nothing_needed_is_replaced(store.plan())
             start.check_cold_start(store.plans)
             from runtime.run import Run

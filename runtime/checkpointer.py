@@ -24,7 +24,6 @@ import ray
 from runtime.cluster.events import Events, wait_for
 from runtime.context import StageContext
 from runtime.store.checkpoint import CheckpointState, commit, partial_path, prune, step_name
-from runtime.store.manifests import settings
 
 FINAL = "final"
 UNDER_WAY_S = 10.0
@@ -235,7 +234,7 @@ def _start(context: StageContext, folder: Path, state: CheckpointState, *, final
     state = replace(
         state,
         tracking_run=context.tracker.run_id or "",
-        settings=settings(context.config, context.stage),
+        settings=context.settings,
     )
     path = folder / _name(state.step, final=final)
     partial = partial_path(path)

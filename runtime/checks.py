@@ -64,6 +64,12 @@ def check_inputs(config: RunConfig, start: StartingPoint) -> Rows:
     return rows
 
 
+def content_of(rows: Rows) -> str | None:
+    """Return the digest of the training rows that were read; None if there are none yet."""
+    train = rows.get("train")
+    return None if train is None else train.digest
+
+
 def check_root(config: RunConfig) -> None:
     """Raise ValueError for a run_root that cannot be a folder."""
     if config.root.exists() and not config.root.is_dir():

@@ -26,6 +26,7 @@ class StageContext:
         steps: optimiser steps of the whole stage.
         lock: the lock on run_root, checked before a checkpoint is written.
         streaming: the contents of streaming.json in exported checkpoints.
+        settings: what the stage's outcome depends on (`runtime.store.manifests`).
         resume: the state that the stage continues from; None if it starts. resumed: the checkpoint's folder.
         deaths: processes that died in the stage, by the actor's name; counted on.
         suspects: work that may have ended workers, also in earlier attempts.
@@ -41,6 +42,7 @@ class StageContext:
     stop: StopSignal
     lock: RunLock
     streaming: dict[str, Any]
+    settings: dict[str, Any]
     resume: CheckpointState | None = None
     resumed: Path | None = None
     deaths: Counter[str] = field(default_factory=Counter)

@@ -294,6 +294,7 @@ class Run:
             progress=self.progress,
             stop=self.stop,
             streaming=streaming_settings(self.config),
+            settings=self.store.settings(stage),
             resume=found.state if found else None,
             resumed=found.path if found else None,
             lock=self.lock,

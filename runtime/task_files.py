@@ -25,7 +25,7 @@ from runtime.rows import (
     tell_overlap,
     tell_rows,
 )
-from streams.data.dataset import SkippedSample, TaskFile, counted, load_tasks
+from streams.data.dataset import SkippedSample, TaskFile, counted, load_tasks, with_lengths
 from streams.data.rows import TaskRows
 from streams.support.terminal import one_line
 from streams.task import StreamTask
@@ -56,15 +56,13 @@ class TaskFiles:
 
     def file(self, split: str) -> TaskFile:
         """Return the rows of `train` or `heldout` that can be read. Raises ValueError or OSError if none can."""
-        data = self.config.data
-        read = self.read.get(split)
-        if split not in self._files and read is not None and not data.video.max_chunks:
-            self._files[split] = read
-        elif split not in self._files:
+        if split not in self._files:
+            data = self.config.data
             path = getattr(data, split) or self.config.root.resolve() / "data" / f"{split}.jsonl"
-            self._files[split] = load_tasks(
-                path, format=data.format, video=data.video, ignore_fields=data.ignore_fields, root=data.root
-            )
+            found = self.read.get(split)
+            if found is None:
+                found = load_tasks(path, format=data.format, ignore_fields=data.ignore_fields, root=data.root)
+            self._files[split] = with_lengths(path, found, data.video)
         return self._files[split]
 
     def expect(self, split: str, longest: StreamTask, count: int) -> None:

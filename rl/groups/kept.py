@@ -17,6 +17,8 @@ import json
 import logging
 import shutil
 import time
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +42,9 @@ FETCH_S = 60.0
 """How long a group's payload may take from the object store; one that takes longer is not kept."""
 ARRAYS = tuple(field.name for field in fields(StreamLog) if field.name not in ("header", "chunks", "regions"))
 REGIONS = tuple(field.name for field in fields(RegionLog))
+
+DAMAGED = (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error)
+"""What reading a file raises that does not hold what was written."""
 
 RESULTS, CHUNKS = tuple[RewardResult, ...], tuple[ChunkRecord, ...]
 
@@ -79,12 +84,16 @@ def read(checkpoint: Path) -> dict[str, KeptGroup]:
     """Return the groups of a checkpoint by name; {} if it has none that this code can read."""
     found: dict[str, KeptGroup] = {}
     for path in sorted((checkpoint / FOLDER).glob("*.json")):
-        stored = json.loads(path.read_text())
-        if stored["version"] != MESSAGES_VERSION:
-            log.warning("%s was written by other code: its groups are rolled out again", path.parent)
-            return {}
-        summary = _typed(GroupSummary, stored["summary"])
-        results = _typed(RESULTS, stored["results"])
+        try:
+            stored = json.loads(path.read_text())
+            if stored["version"] != MESSAGES_VERSION:
+                log.warning("%s was written by other code: its groups are rolled out again", path.parent)
+                return {}
+            summary = _typed(GroupSummary, stored["summary"])
+            results = _typed(RESULTS, stored["results"])
+        except (*DAMAGED, OSError) as error:
+            log.warning("%s is damaged (%s: %s): its group is rolled out again", path, type(error).__name__, error)
+            continue
         found[summary.group] = KeptGroup(path.with_suffix(""), summary, results)
     return found
 
@@ -127,8 +136,8 @@ def _write(
 def _fetch(path: str) -> tuple[str | None, GroupPayload | None]:
     try:
         return None, load(Path(path))
-    except (OSError, ValueError, KeyError) as error:
-        return str(error), None
+    except (*DAMAGED, OSError) as error:
+        return f"{path} is damaged ({type(error).__name__}: {error})", None
 
 
 def store(path: Path, summary: GroupSummary, results: tuple[RewardResult, ...], payload: GroupPayload) -> None:
@@ -160,7 +169,7 @@ def store(path: Path, summary: GroupSummary, results: tuple[RewardResult, ...], 
 
 
 def load(path: Path) -> GroupPayload:
-    """Return the payload of a group. path: without suffix. Raises OSError, ValueError or KeyError for damaged files."""
+    """Return the payload of a group. path: without suffix. Raises OSError, or one of DAMAGED."""
     stored = json.loads(path.with_suffix(".json").read_text())
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
         logs = tuple(
@@ -174,6 +183,9 @@ def load(path: Path) -> GroupPayload:
             )
             for i, entry in enumerate(stored["logs"])
         )
+        for entry in logs:
+            if {getattr(entry, name).shape[-1:] for name in ARRAYS} != {(len(entry.ids),)}:
+                raise ValueError("the columns of a stream are not equally long")
         return GroupPayload(logs, stored["media_kind"], arrays["media"])
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from conf.age import age_bound
 from conf.schema import RunConfig
 from learner.config import LearnerConfig
-from runtime.checks import check_memory_policy, check_rows, describe, needed_splits
+from runtime.checks import check_memory_policy, check_rows, content_of, describe, needed_splits
 from runtime.cluster.session import Session
 from runtime.doctor.findings import Findings
 from runtime.doctor.kernels import kernel_lines
@@ -144,7 +144,8 @@ class _Doctor:
         return f"by nobody; {left} ended without saying so" if left else "by nobody"
 
     def _planned(self) -> str:
-        self._store = StageStore(self.config.root.resolve(), self.config, self._findings.heard.say)
+        root, said = self.config.root.resolve(), self._findings.heard.say
+        self._store = StageStore(root, self.config, said, content_of(self._rows))
         plans = self._store.plan()
         self.start.check_nothing_needed_is_replaced(plans)
         self.start.check_cold_start(plans)

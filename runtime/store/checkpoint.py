@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,21 @@ def read_state(path: Path) -> CheckpointState:
         sets = {key: Groups.read(values.get(key, [])) for key in ("consumed", "dropped")}
         if "consumed" not in values:
             raise KeyError("consumed")
-        return CheckpointState(**(values | sets | {"rows": tuple(values.get("rows", ()))}))
-    except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        state = CheckpointState(**(values | sets | {"rows": tuple(values.get("rows", ()))}))
+        _check_types(state)
+        return state
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _check_types(state: CheckpointState) -> None:
+    default = CheckpointState("", 0, 0)
+    for field_ in fields(state):
+        value, kind = getattr(state, field_.name), type(getattr(default, field_.name))
+        if type(value) is not kind:
+            raise TypeError(f"{field_.name}={value!r} is no {kind.__name__}")
+    if not all(isinstance(row, str) for row in state.rows):
+        raise TypeError("rows are no texts")
 
 
 def verify(path: Path) -> Found:
@@ -146,8 +158,10 @@ def verify(path: Path) -> Found:
     try:
         files = json.loads(listing.read_text())
         expected = {name: (int(size), int(crc)) for name, (size, crc) in files.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{listing} is damaged: {error}") from error
+        if STATE_FILE not in expected:
+            raise KeyError(STATE_FILE)
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{listing} is damaged: {type(error).__name__}: {error}") from error
     for name, (size, crc) in expected.items():
         file = path / name
         if not file.is_file():

@@ -13,7 +13,6 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from conf.paths import with_home
 from conf.schema import RunConfig
 from runtime.store.checkpoint import Found, by_age, newest_usable, read_state, set_aside_after, verify
 from streams.memory import CUSTOM
+from streams.support.files import digest
 from streams.support.redact import stored_setting
 from streams.support.strict_json import dumps
 
@@ -108,6 +108,7 @@ class StagePlan:
 class StageStore:
     """Reads and writes the manifests of one run_root.
 
+    content: digest of data.train as it was read; None: it was not, and is hashed as soon as a stage is compared by it.
     settled: the stages that go on from a checkpoint, and have set aside what was beyond it.
     corrected: whether a stage starts over under other settings than those of an attempt that left nothing.
     """
@@ -115,9 +116,16 @@ class StageStore:
     root: Path
     config: RunConfig
     say: Callable[[str], None]
+    content: str | None = None
     plans: dict[str, StagePlan] = field(default_factory=dict)
     corrected: bool = False
     settled: set[str] = field(default_factory=set)
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Return what the stage's outcome depends on; the file may have changed since it was read."""
+        if self.content is None and stage in TRAINING and self.config.data.train:
+            self.content = digest(Path(self.config.data.train))
+        return settings(self.config, stage, self.content)
 
     def path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
@@ -155,7 +163,7 @@ class StageStore:
             "stage": stage,
             "status": "begun",
             "attempts": plan.attempt,
-            "settings": settings(self.config, stage),
+            "settings": self.settings(stage),
         }
         if origin := self._origin(stage):
             manifest["origin"] = origin
@@ -166,7 +174,7 @@ class StageStore:
         later = [plan.resume.path for plan in self.plans.values() if plan.resume]
         if later and not self._readable(stage):
             manifest = {"stage": stage, "status": "finished", "attempts": 0, "result": {}, "origin": str(later[0])}
-            self._write(stage, manifest | {"settings": settings(self.config, stage)})
+            self._write(stage, manifest | {"settings": self.settings(stage)})
 
     def settle(self, stage: str) -> None:
         """Set aside the checkpoints beyond the one that the stage continues from: later, damaged, or of another history.
@@ -335,7 +343,7 @@ class StageStore:
             raise ValueError(f"resume={self.config.resume}: {path} cannot be used: {error}") from error
 
     def _check_settings(self, stage: str, before: dict[str, Any]) -> None:
-        now = settings(self.config, stage)
+        now = self.settings(stage)
         for key in _MAY_GROW:
             if key in before and key in now and now[key] > before[key]:
                 self.say(f"{stage}: {key} grows from {before[key]} to {now[key]}")
@@ -349,7 +357,7 @@ class StageStore:
 
     def _changed(self, stage: str, before: dict[str, Any]) -> list[str]:
         """Return the keys whose values are not those of `before`, each with both values."""
-        now = settings(self.config, stage)
+        now = self.settings(stage)
         if before.get("memory.name") != CUSTOM:
             # Earlier versions accepted, and recorded, a policy that was named but not chosen: it was never used.
             before = {key: v for key, v in before.items() if not key.startswith(("memory.target", "memory.args"))}
@@ -442,8 +450,11 @@ def _later(stage: str) -> list[str]:
     return [s for s in TRAINING if s != stage and s in _MADE_FROM[stage]]
 
 
-def settings(config: RunConfig, stage: str) -> dict[str, Any]:
-    """Return every key that the stage's outcome depends on, flat, JSON-ready, with secrets masked."""
+def settings(config: RunConfig, stage: str, content: str | None = None) -> dict[str, Any]:
+    """Return every key that the stage's outcome depends on, flat, JSON-ready, with secrets masked.
+
+    content: digest of data.train, if that is not to be what it is now.
+    """
     values = flat(asdict(config))
     chosen = {
         key: stored_setting(key, value)
@@ -452,7 +463,7 @@ def settings(config: RunConfig, stage: str) -> dict[str, Any]:
         and key not in _FREE
     }
     if stage in TRAINING and config.data.train:
-        chosen["data.train (content)"] = _digest(Path(config.data.train))
+        chosen["data.train (content)"] = content or digest(Path(config.data.train))
     return json.loads(dumps(chosen))
 
 
@@ -486,11 +497,3 @@ def plain(values: Any) -> Any:
     if isinstance(values, set | frozenset):
         return sorted(values)
     return [plain(v) for v in values] if isinstance(values, list | tuple) else values
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

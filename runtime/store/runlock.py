@@ -111,9 +111,15 @@ class RunLock:
         self.release()
 
     def acquire(self) -> RunLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Not inherited by children: one that outlives the driver must not keep the lock.
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Not inherited by children: one that outlives the driver must not keep the lock.
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"run_root={self.path.parent} cannot be written ({error.strerror}): choose another, or mend it",
+            ) from error
         try:
             locks_work = self._lock()
             previous = _read(self.path)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import tempfile
 from array import array
@@ -36,6 +37,7 @@ from streams.data.fields import MAX_TEXT_BYTES, parse_line
 from streams.data.formats.sightline import parse_row, row_of
 from streams.data.formats.thinkstream import is_record, parse_record
 from streams.data.rows import VIDEOS_KNOWN, TaskRows
+from streams.support.files import digest
 from streams.support.redact import redact
 from streams.task import Reason, StreamTask, VideoFile
 from streams.video.config import VideoConfig
@@ -95,10 +97,11 @@ def at_row(task: StreamTask) -> str:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What a file held: the usable rows in file order, and those left out."""
+    """What a file held: the usable rows in file order, and those left out. digest: of its contents, see `files.digest`."""
 
     tasks: TaskRows
     skipped: tuple[SkippedSample, ...]
+    digest: str = ""
 
 
 def load_tasks(
@@ -121,7 +124,8 @@ def load_tasks(
         ignore_fields: fields that rows may have and that are ignored.
         root: folder that every video must lie in, with symbolic links followed; '' = the file's folder.
 
-    Raises FileNotFoundError without a file, ValueError if it has no usable row or `root` is no folder.
+    Raises FileNotFoundError without a file, ValueError if it has no usable row, `root` is no folder, or the file is changed
+    while it is read.
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r} must be 'raise' or 'skip'")
@@ -133,6 +137,9 @@ def load_tasks(
         raise FileNotFoundError(f"task file {path} {what} {HINT}")
     if path.stat().st_size == 0:
         raise ValueError(f"task file {path} is empty {HINT}")
+    if "::" in str(path):
+        raise ValueError(f"task file {path}: `datasets` cannot open a path with `::` in it: rename it, or link to it")
+    before, contents = _stamp(path), digest(path)
     skipped: list[tuple[int, str, Reason]] = []
 
     def bad(number: int, reason: str, kind: Reason) -> None:
@@ -142,8 +149,6 @@ def load_tasks(
 
     seen = _Ids()
     tasks = _sound(_parsed(path, format, ignore_fields, _Videos(path, root), seen.add, bad), bad)
-    if video is not None and video.max_chunks:
-        tasks = measured(tasks, video, lambda number, reason: bad(number, reason, Reason.VIDEO))
     lines = array("Q")
     rows = TaskRows.of(_noted(tasks, lines))
     if again := seen.again():
@@ -152,10 +157,41 @@ def load_tasks(
                 bad(number, f"id={rows[i].id!r} is already used in line {again[number]}", Reason.UNREADABLE)
         rows = rows.select([i for i, number in enumerate(lines) if number not in again])
     reasons = tuple(SkippedSample(f"{path}:{number}", reason, kind) for number, reason, kind in sorted(skipped))
-    if not rows:
-        first = f"; the first problem: {reasons[0].source}: {reasons[0].reason}" if reasons else ""
+    if _stamp(path) != before:
+        raise ValueError(f"task file {path} was changed while it was read: start again once nobody writes to it")
+    file = _not_empty(path, TaskFile(rows, reasons, contents))
+    return file if video is None else with_lengths(path, file, video, on_bad=on_bad)
+
+
+def with_lengths(
+    path: str | Path, file: TaskFile, video: VideoConfig, *, on_bad: Literal["raise", "skip"] = "skip"
+) -> TaskFile:
+    """Return what was read of a file, with all that is left out because its video cannot be measured: see `load_tasks`."""
+    if not video.max_chunks or all(math.isfinite(task.end) for task in file.tasks):
+        return file
+    skipped = list(file.skipped)
+
+    def bad(row: int, reason: str) -> None:
+        source = file.tasks[row].origin
+        if on_bad == "raise":
+            raise ValueError(f"{source}: {reason}")
+        skipped.append(SkippedSample(source, reason, Reason.VIDEO))
+
+    rows = TaskRows.of(task for _, task in measured(enumerate(file.tasks), video, bad))
+    skipped.sort(key=lambda sample: int(sample.source.rpartition(":")[2]))
+    return _not_empty(path, replace(file, tasks=rows, skipped=tuple(skipped)))
+
+
+def _not_empty(path: str | Path, file: TaskFile) -> TaskFile:
+    if not file.tasks:
+        first = "".join(f"; the first problem: {sample.source}: {sample.reason}" for sample in file.skipped[:1])
         raise ValueError(f"task file {path} holds no usable row {HINT}{first}")
-    return TaskFile(rows, reasons)
+    return file
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _sound(

@@ -41,6 +41,10 @@ def parse_line(line: str, ignore: Collection[str] = ()) -> Any:
         return _without(value, frozenset(ignore)) if ignore else value
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # Python's own advice is for programmers
+            raise ValueError("a number has too many digits") from None
+        raise
     except RecursionError:
         raise ValueError("not a task: JSON nested too deeply") from None
 

@@ -1,7 +1,8 @@
-"""Writing files that replace others: aside first, then renamed, so that a reader finds the old or the new one."""
+"""Files as a whole: what they hold, and replacing one so that a reader finds the old or the new one."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ PACKAGES = ("streams", "rollout", "learner", "rewards", "sft", "rl", "evals", "r
 """All of them: what a wheel holds, what a cluster's workers are sent, what must be equal on all nodes."""
 MODULES_VARIABLE = "SIGHTLINE_MODULES"
 """Environment variable: the folder of the user's own modules. The `sightline` command sets it."""
+
+
+def digest(path: Path) -> str:
+    """Return what tells a file's contents from others: 32 hexadecimal digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -18,10 +18,10 @@ from rl.loop import RLLoop
 from runtime.store.checkpoint import CheckpointState
 from streams.log.mismatch import LogpDiff, OffToken
 from streams.memory import MemoryConfig, make_policy
-from streams.messages import GroupPayload, GroupSummary
+from streams.messages import MESSAGES_VERSION, GroupPayload, GroupSummary
 from streams.positions.mrope import PositionCursor
 from streams.turns import ParsedTurn
-from streams.writing.writer import StreamWriter
+from streams.writing.writer import StreamWriter, TurnInput
 from tests.support.configs import composed
 from tests.support.logs import assert_same_log, file_size_limit
 from tests.support.policies import LAYOUTS, MEMORIES, generate, header, plans
@@ -99,6 +99,49 @@ def test_damaged_files_are_a_value_error_and_never_pickle(tmp_path):
     path.with_suffix(".npz").write_bytes(b"PK")
     with pytest.raises((ValueError, OSError)):
         kept.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", "null", "{", '{"version": 0}', "[" * 200_000),
+        json.dumps({"version": MESSAGES_VERSION}),
+        json.dumps({"version": MESSAGES_VERSION, "summary": {}, "results": []}),
+        json.dumps({"version": MESSAGES_VERSION, "summary": None, "results": 1}),
+        b"\xff\xfe",
+    ],
+)
+def test_a_group_that_is_damaged_is_named_and_rolled_out_again(tmp_path, caplog, text):
+    good, bad = (tmp_path / kept.FOLDER / name for name in ("00000", "00001"))
+    for path in (good, bad):
+        stored(path, GroupPayload((), "features", np.zeros(1)))
+    bad.with_suffix(".json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = kept.read(tmp_path)
+    if "other code" not in caplog.text:
+        assert [group.path for group in found.values()] == [good]
+        assert f"{bad}.json is damaged" in caplog.text
+    assert "rolled out again" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["no zip", "empty", "cut", "a column short", "no logs"])
+def test_arrays_that_are_damaged_cost_the_group(tmp_path, how):
+    path = tmp_path / kept.FOLDER / "00000"
+    stored(path, GroupPayload((written([TurnInput(None)] * 2, MemoryConfig("full"), 0),), "features", np.zeros(9)))
+    file, text = path.with_suffix(".npz"), path.with_suffix(".json")
+    if how == "no zip":
+        file.write_bytes(b"PK no zip")
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-30])
+    elif how == "a column short":
+        with np.load(file) as arrays:
+            np.savez(file, **(dict(arrays) | {"0.kind": arrays["0.kind"][1:]}))
+    else:
+        text.write_text("{}")
+    why, payload = kept._fetch._function(str(path))
+    assert payload is None
+    assert f"{path} is damaged" in why
 
 
 def groups(count):

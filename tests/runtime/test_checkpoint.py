@@ -157,6 +157,11 @@ def test_a_folder_without_state_is_not_a_complete_checkpoint(tmp_path):
         '{"stage": "rl", "step": 1, "consumed": []}',
         '{"stage": "rl", "version": 1, "step": 1, "consumed": null}',
         '{"stage": "rl", "version": 1, "step": 1, "consumed": [], "what": 2}',
+        '{"stage": "rl", "version": 1, "step": "1", "consumed": []}',
+        '{"stage": "rl", "version": null, "step": 1, "consumed": []}',
+        '{"stage": "rl", "version": 1, "step": 1, "consumed": [], "rows": [1]}',
+        '{"stage": "rl", "version": 1, "step": 1, "consumed": [], "settings": []}',
+        "[" * 200_000,
     ],
 )
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path, content):
@@ -188,13 +193,36 @@ def damaged(path, how):
         file.unlink()
     elif how == "listing":
         (path / "files.json").write_text("{")
+    elif how == "empty listing":
+        (path / "files.json").write_text("{}")
+    elif how == "endless size":
+        (path / "files.json").write_text('{"state.json": [1e999, 0]}')
+    elif how == "nested listing":
+        (path / "files.json").write_text("[" * 200_000)
+    elif how == "no number":
+        (path / STATE_FILE).write_text('{"stage": "rl", "version": 1, "step": "9", "consumed": []}')
     elif how == "no listing":
         (path / "files.json").unlink()
     else:
         (path / STATE_FILE).write_text("{}")
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "listing", "no listing", "state"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(
+            "flipped",
+            "truncated",
+            "missing",
+            "listing",
+            "empty listing",
+            "endless size",
+            "nested listing",
+            "no listing",
+        ),
+        *("state", "no number"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, how):
     before = write(tmp_path / "step000002", 2)
     newest = write(tmp_path / "step000004", 4)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,11 @@ def hold(tmp_path):
 
 def lock(root):
     return RunLock(root, beat_s=0.1, stale_s=1.0)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_what_to_do():
+    with pytest.raises(OSError, match=r"run_root=/proc/none cannot be written \(.*\): choose another"):
+        RunLock(Path("/proc/none")).acquire()
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_folder(tmp_path, hold):

@@ -19,7 +19,8 @@ from runtime.store.checkpoint import (
     newest_usable,
     prune,
 )
-from runtime.store.manifests import clear, settings
+from runtime.store.manifests import StageStore, clear, settings
+from streams.support.files import digest
 from tests.support.stages import begun, checkpoint, config, store, with_data
 
 pytestmark = pytest.mark.smoke
@@ -137,6 +138,25 @@ def test_data_that_changed_under_a_run_are_refused(tmp_path):
     train.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"data\.train \(content\)"):
         store(run).plan()
+
+
+def test_what_is_recorded_is_what_was_read_whatever_becomes_of_the_file(tmp_path):
+    train = tmp_path / "train.jsonl"
+    train.write_text("one\n")
+    base = config(tmp_path / "run", stages=("sft",))
+    run = dataclasses.replace(base, data=dataclasses.replace(base.data, train=str(train), heldout=str(train)))
+    read = digest(train)
+    stages = StageStore(run.root, run, print, read)
+    stages.plan()
+    train.unlink()
+    stages.begin("sft")
+    assert stages.read("sft")["settings"]["data.train (content)"] == read
+    checkpoint(run.root, "sft", 3, settings=stages.settings("sft"))
+    train.write_text("two\n")
+    with pytest.raises(ValueError, match=r"data\.train \(content\)"):
+        store(run).plan()
+    train.write_text("one\n")
+    assert store(run).plan()["sft"].attempt == 2
 
 
 def test_auto_never_replaces_a_later_stage_that_was_made_without_this_one(tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streams.data import dataset
 from streams.data.dataset import PARSERS, SkippedSample, load_tasks, write_tasks
 from streams.task import ANSWER_KINDS, ExpectedAnswer, StreamTask, TimedQuery, TimedThought
 from tests.support.project import ROOT
@@ -52,6 +54,28 @@ def test_a_row_becomes_a_task(tmp_path):
         ),
     )
     assert isinstance(found.tasks[0].start, float)
+
+
+def test_a_file_is_known_by_what_was_read_of_it(tmp_path, monkeypatch):
+    path = write(tmp_path, ROW, changed(id="b"))
+    found = load_tasks(path)
+    assert found.digest == hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    lines = dataset._lines
+
+    def while_somebody_writes(path):
+        for line in lines(path):
+            path.write_text(json.dumps(ROW))
+            yield line
+
+    monkeypatch.setattr(dataset, "_lines", while_somebody_writes)
+    with pytest.raises(ValueError, match=f"{path} was changed while it was read"):
+        load_tasks(path)
+
+
+def test_a_name_that_datasets_takes_for_two_is_refused(tmp_path):
+    path = write(tmp_path, ROW).rename(tmp_path / "a::b.jsonl")
+    with pytest.raises(ValueError, match=r"a::b\.jsonl: .*rename it"):
+        load_tasks(path)
 
 
 def test_reading_rows_loads_no_torch(tmp_path):

@@ -65,6 +65,7 @@ def stage_context(
         stop=StopSignal(),
         lock=RunLock(config.root),
         streaming={},
+        settings={},
         resume=resume,
     )
     return context, told
