@@ -185,7 +185,21 @@ def _times(
         "machine_ratio": _rounded(machine),
         "foreign_cores_early": _rounded(foreign_early),
         "foreign_cores_late": _rounded(foreign_late),
+        "cpu_ms_by_process": _by_process(*parts),
     }
+
+
+def _by_process(early: Sequence[Sample], late: Sequence[Sample]) -> dict[str, list[float]]:
+    """Return the CPU milliseconds of a step at first and at the end, of every process that was there all the time."""
+    rows: dict[str, list[float]] = {}
+    for part in (early, late):
+        if len(part) < 2 or part[-1].step == part[0].step:
+            return {}
+        first, last = part[0], part[-1]
+        for name in sorted(_lasting(part)):
+            spent = last.processes[name].cpu_s - first.processes[name].cpu_s
+            rows.setdefault(name, []).append(round(1e3 * spent / (last.step - first.step), 2))
+    return rows
 
 
 def _spent(part: Sequence[Sample], step_s: dict[int, float]) -> tuple[float | None, float | None]:
@@ -193,11 +207,14 @@ def _spent(part: Sequence[Sample], step_s: dict[int, float]) -> tuple[float | No
     if len(part) < 2 or part[-1].step == part[0].step:
         return None, None
     first, last = part[0], part[-1]
-    both = first.processes.keys() & last.processes.keys() - {TASKS}
-    cpu = sum(last.processes[name].cpu_s - first.processes[name].cpu_s for name in both)
+    cpu = sum(last.processes[name].cpu_s - first.processes[name].cpu_s for name in _lasting(part))
     wall = sum(step_s[i] for i in range(first.step + 1, last.step + 1) if i in step_s)
     foreign = (last.busy_s - first.busy_s - cpu) / wall if wall else None
     return cpu / (last.step - first.step), foreign
+
+
+def _lasting(part: Sequence[Sample]) -> set[str]:
+    return (part[0].processes.keys() & part[-1].processes.keys()) - {TASKS}
 
 
 def _rounded(value: float | None) -> float | None:
