@@ -268,9 +268,11 @@ class _Interrupt:
 def interruptible(typed: list[str]) -> None:
     """Run `command_line`. Ctrl-C ends it with one line and status 130, a reader that leaves (`| head`) with status 1."""
     interrupt = _Interrupt()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
-        signal.signal(signal.SIGINT, interrupt)
     try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
+            signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, _stopped_while_loading)
+        said.install()
         from conf.schema import register_schema
 
         register_schema()
@@ -306,13 +308,11 @@ def command_line(typed: list[str]) -> None:
 
 def run(typed: list[str]) -> None:
     """Run the whole program on a command line. A failure ends the process."""
-    signal.signal(signal.SIGTERM, _stopped_while_loading)
     if "--version" in typed:
         print(f"sightline {__version__}")
         return
     if named := os.environ.get(MODULES_VARIABLE):
         sys.path.insert(1, named)
-    said.install()
     interruptible(typed)
 
 
