@@ -281,8 +281,8 @@ class _PagedSlots(StreamSlots):
 
     def row(self, ahead: int) -> np.ndarray:
         self._count(0, self._leaving)
-        self._ahead = np.append(self._ahead, self._allocate(max(0, ahead - len(self._ahead))))
-        return np.append(self.held, self._ahead[:ahead])
+        self._ahead = np.concatenate((self._ahead, self._allocate(max(0, ahead - len(self._ahead)))))
+        return np.concatenate((self.held, self._ahead[:ahead]))
 
     def give_back(self, slots: np.ndarray) -> None:
         self._count(self._due, 0)
@@ -296,7 +296,7 @@ class _PagedSlots(StreamSlots):
 
     def _take(self, count: int) -> np.ndarray:
         taken, self._ahead = self._ahead[:count], self._ahead[count:]
-        return np.append(taken, self._allocate(count - len(taken)))
+        return np.concatenate((taken, self._allocate(count - len(taken))))
 
     def _allocate(self, count: int) -> np.ndarray:
         self._owned += count
@@ -380,14 +380,16 @@ class _BlockSlots(StreamSlots):
     def drop(self, rows: np.ndarray, coming: int) -> Dropped:
         if not len(rows):
             return _NOTHING
-        holes = np.sort(np.append(self._holes, self._forget(rows)))
+        holes = np.concatenate((self._holes, self._forget(rows)))
+        holes.sort()
         end = self._first + len(self.held) + coming
         if self._first + self._used <= end:  # the new tokens fill every hole
             self._holes = holes
             return _NOTHING
         # More leave than come: what lies behind the new end moves into the first holes before it.
-        behind = np.flatnonzero(self.held >= end)
-        target, self._holes = np.split(holes[holes < end], [len(behind)])
+        behind = (self.held >= end).nonzero()[0]
+        holes = holes[: holes.searchsorted(end)]
+        target, self._holes = holes[: len(behind)], holes[len(behind) :]
         source = self.held[behind]
         # In place: `_forget` has just made it.
         self.held[behind] = target
@@ -416,4 +418,4 @@ class _BlockSlots(StreamSlots):
         self._check(more)
         fresh = self._block[self._used : self._used + more]
         self._used += more
-        return np.append(filled, fresh) if len(filled) else fresh
+        return np.concatenate((filled, fresh)) if len(filled) else fresh
