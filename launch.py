@@ -269,7 +269,8 @@ def interruptible(typed: list[str]) -> None:
     """Run `command_line`. Ctrl-C ends it with one line and status 130, a reader that leaves (`| head`) with status 1."""
     interrupt = _Interrupt()
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that nohup or a shell has switched off
+        # Not where nohup or a shell has switched it off.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, _stopped_while_loading)
         said.install()

@@ -89,7 +89,9 @@ class SyntheticConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"data.synthetic.{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
-            raise ValueError(f"data.synthetic.seed={self.seed} must not be negative (it is `seed`, where it is not set)")
+            raise ValueError(
+                f"data.synthetic.seed={self.seed} must not be negative (it is `seed`, where it is not set)"
+            )
         if not 0.1 <= self.chunk_seconds <= 60:
             raise ValueError(f"data.synthetic.chunk_seconds={self.chunk_seconds} must lie in [0.1, 60]")
         longest = LATEST_ALERT + 1 + TAIL_CHUNKS
