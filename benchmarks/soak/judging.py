@@ -192,11 +192,11 @@ def _times(
 def _by_process(early: Sequence[Sample], late: Sequence[Sample]) -> dict[str, list[float]]:
     """Return the CPU milliseconds of a step at first and at the end, of every process that was there all the time."""
     rows: dict[str, list[float]] = {}
+    if any(len(part) < 2 or part[-1].step == part[0].step for part in (early, late)):
+        return rows
     for part in (early, late):
-        if len(part) < 2 or part[-1].step == part[0].step:
-            return {}
         first, last = part[0], part[-1]
-        for name in sorted(_lasting(part)):
+        for name in sorted(_lasting(early) & _lasting(late)):
             spent = last.processes[name].cpu_s - first.processes[name].cpu_s
             rows.setdefault(name, []).append(round(1e3 * spent / (last.step - first.step), 2))
     return rows

@@ -14,7 +14,8 @@ import pickle
 import tempfile
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import overload
 
 import numpy as np
@@ -24,6 +25,19 @@ from streams.task import StreamTask
 MEMORY_BYTES = 32 * 2**20
 VIDEOS_KNOWN = 2**16
 """Videos of which something is remembered, so that they are not looked at again for another row."""
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say of an OSError what is being written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"rows are kept in a temporary file, which cannot be written ({error.strerror or error}): make room in its "
+            "folder, or name another one with the environment variable TMPDIR",
+        ) from error
 
 
 class _Store:
@@ -38,15 +52,14 @@ class _Store:
     def add(self, task: StreamTask) -> None:
         """Raises OSError for a full disk, or without a folder to write to."""
         packed = pickle.dumps(task, protocol=pickle.HIGHEST_PROTOCOL)
-        try:
+        with _told():
             self._file.write(packed)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"rows are kept in a temporary file, which cannot be written ({error.strerror or error}): make room in its "
-                "folder, or name another one with the environment variable TMPDIR",
-            ) from error
         self.offsets.append(self.offsets[-1] + len(packed))
+
+    def flush(self) -> None:
+        """Write what is not in the file yet, so that reading fails for no lack of room. Raises OSError."""
+        with _told():
+            self._file.flush()
 
     def read(self, number: int) -> StreamTask:
         begin, end = self.offsets[number], self.offsets[number + 1]
@@ -70,6 +83,7 @@ class TaskRows(Sequence[StreamTask]):
         store = _Store()
         for task in tasks:
             store.add(task)
+        store.flush()
         return cls(store, np.arange(len(store.offsets) - 1))
 
     @overload
@@ -102,7 +116,3 @@ class TaskRows(Sequence[StreamTask]):
     def select(self, indices: Sequence[int] | np.ndarray) -> TaskRows:
         """Return some of the rows, in the order of `indices`."""
         return TaskRows(self._store, self._numbers[np.asarray(indices, np.int64)])
-
-    def where(self, holds: Callable[[StreamTask], bool]) -> TaskRows:
-        """Return the rows of which `holds` is true."""
-        return self.select([i for i, task in enumerate(self) if holds(task)])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak import rows
 from benchmarks.soak.judging import MIB, Windows, report
 from benchmarks.soak.samples import Process, Sample, files_by_kind, kind_of, look, newest_step, role
 from tests.support.project import ROOT
@@ -201,3 +202,14 @@ def test_a_short_real_run_is_sampled_to_its_end(tmp_path):
     assert found["files"]["checkpoints"]["number_late"] > 0
     assert found["object_store"]["pinned_mib_late"] is not None
     assert found["step_time"]["wall_s_late"] > 0
+
+
+def test_the_rows_that_are_written_can_all_be_read(tmp_path, capsys):
+    rows.write(tmp_path / "rows.jsonl", 50)
+    assert rows.main(["--read", str(tmp_path / "rows.jsonl")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 50
+    assert found["peak_mib"] > 0
+    with pytest.raises(SystemExit):
+        rows.main(["--rows", "1000"])
+    assert "what is bounded is not full yet" in capsys.readouterr().err

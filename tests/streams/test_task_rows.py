@@ -55,7 +55,8 @@ def test_rows_are_the_tasks_that_were_added(tasks, data):
     assert [(row.origin, row.file) for row in rows] == [(task.origin, task.file) for task in tasks]
     cut = slice(*data.draw(st.tuples(*[st.none() | st.integers(-40, 40)] * 2, st.sampled_from([None, 1, 2, -1, -3]))))
     assert list(rows[cut]) == tasks[cut]
-    assert list(rows.where(lambda task: len(task.id) > 3)) == [task for task in tasks if len(task.id) > 3]
+    some_rows = [i for i, task in enumerate(tasks) if len(task.id) > 3]
+    assert list(rows.select(some_rows)) == [tasks[i] for i in some_rows]
     for index in range(-len(tasks), len(tasks)):
         assert rows[index] == tasks[index]
     for index in (len(tasks), -len(tasks) - 1):
