@@ -13,8 +13,14 @@ import numpy as np
 
 
 class Segment(NamedTuple):
-    """`rows` query tokens that start at `start` in the packed forward; slots int64 [n >= rows] they may see."""
+    """`rows` query tokens that start at `start` in the packed forward.
+
+    Attributes:
+        slots: int64 [n >= rows], what they may see.
+        range: the range [first, stop) of slots that these are, in any order; None: it is not known, or they are none.
+    """
 
     start: int
     rows: int
     slots: np.ndarray
+    range: tuple[int, int] | None = None

@@ -39,8 +39,9 @@ class TorchBackend:
         # Streams that began together have their tokens at the same places of their blocks: one mask serves them all.
         masks: dict[tuple[int, int, bool, bytes], torch.Tensor] = {}
         for segment in segments:
-            rows, slots = segment.rows, segment.slots
-            first, stop = int(np.minimum.reduce(slots)), int(np.maximum.reduce(slots)) + 1
+            start, rows, slots, known = segment
+            # To look for it takes as long as the rest.
+            first, stop = known or (int(np.minimum.reduce(slots)), int(np.maximum.reduce(slots)) + 1)
             whole = len(slots) == stop - first
             mask = None
             if rows > 1 or not whole:
@@ -50,7 +51,7 @@ class TorchBackend:
                 if key not in masks:
                     masks[key] = self._mask(rows, columns, stop - first, whole=whole)
                 mask = masks[key]
-            ranges.append(_Range(segment.start, rows, first, stop, mask))
+            ranges.append(_Range(start, rows, first, stop, mask))
         return _Ranges(self._pool, self._groups, ranges)
 
     def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Batches:

@@ -156,13 +156,17 @@ class DecodeState:
     ) -> None:
         """Set seats int64 [n]: what each has in `ints`, in the order of Fields, in `scale`, and its slots, int64 [<= width]."""
         device = self.ints.device
-        table = np.full((len(seats), self.table.shape[1]), self.trash)
-        for row, slots in zip(table, rows, strict=True):
-            row[: len(slots)] = slots
         at = torch.from_numpy(seats).to(device)
+        # Where it lies, if the host can: else as a table of these seats, which is copied.
+        here = self.on_host
+        table = self.table.numpy() if here else np.empty((len(seats), self.table.shape[1]), np.int64)
+        for row, slots in zip(seats.tolist() if here else range(len(seats)), rows, strict=True):
+            table[row, : len(slots)] = slots
+            table[row, len(slots) :] = self.trash
         self.ints[:, at] = torch.from_numpy(np.array(values, np.int64).T).to(device)
         self.scale[at] = torch.tensor(scale, dtype=torch.float64, device=device)
-        self.table[at] = torch.from_numpy(table).to(device)
+        if not here:
+            self.table[at] = torch.from_numpy(table).to(device)
 
     def stop(self, seats: list[int]) -> None:
         """Stop seats whose streams are gone."""

@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from streams.layout.lanes import Lanes, Span
 from streams.layout.layout import Layout
 from streams.layout.runs import Run
 from streams.log.record import NEVER, ChunkRecord, Kind
+from streams.memory.live import LiveSet
 from streams.writing.writer import TurnInput
 
 _QUERY = int(Kind.QUERY)  # numpy takes members of an IntEnum, but several times as long as plain numbers
@@ -96,7 +96,7 @@ class KnownTurns:
         copies = sum(layout.max_memory(span) for span in spans[:-1]) if lanes is Lanes.MEMORY else 0
         return TurnSizes(scaffold, video, queries, copies, len(self._turns))
 
-    def refuses(self, kinds: np.ndarray) -> str:
+    def refuses(self, held: LiveSet) -> str:
         """Return "": `sizes` counted all queries."""
         return ""
 
@@ -158,11 +158,11 @@ class TurnFeed:
         copies = NEVER * layout.max_memory(None) if lanes is Lanes.MEMORY else 0
         return TurnSizes(_scaffold(layout.runs(far, None)), self.largest.num_tokens, self.query_tokens, copies, NEVER)
 
-    def refuses(self, kinds: np.ndarray) -> str:
-        """Return why the next turn cannot be shown while tokens of these kinds, int8 [n], are in memory; empty if it can."""
+    def refuses(self, held: LiveSet) -> str:
+        """Return why the next turn cannot be shown while these tokens are in memory; empty if it can."""
         query = self._turns[0][0].query
-        held = int(np.count_nonzero(kinds == _QUERY))
-        wanted = held + (0 if query is None else len(query.ids) + 1)
+        queries = sum(span.size for span in held.tokens().spans if span.kind == _QUERY)
+        wanted = queries + (0 if query is None else len(query.ids) + 1)
         if wanted <= self.query_tokens:
             return ""
         return (

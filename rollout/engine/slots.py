@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from streams.memory.rows import Rows
+
 _NONE = np.zeros(0, np.int64)
 
 
@@ -61,12 +63,17 @@ class StreamSlots(ABC):
         return slots
 
     @property
+    def range(self) -> tuple[int, int] | None:
+        """The range [first, stop) that the held tokens' slots fill, in any order; None: they may lie anywhere."""
+        return None
+
+    @property
     @abstractmethod
     def owned(self) -> int:
         """How many slots it has taken from the book and not given back, and will take for a turn that is planned."""
 
     @abstractmethod
-    def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
+    def has_room(self, coming: int, leaving: Rows, ahead: int) -> bool:
         """Whether its next turn can begin now.
 
         coming: tokens of its prefill. leaving: rows of the tokens that it evicts; their slots come back after the prefill,
@@ -74,8 +81,8 @@ class StreamSlots(ABC):
         """
 
     @abstractmethod
-    def drop(self, rows: np.ndarray, coming: int) -> Dropped:
-        """Forget the tokens in these rows, int64 [n] ascending, as `coming` new ones are about to be added."""
+    def drop(self, rows: Rows, coming: int) -> Dropped:
+        """Forget the tokens in these rows, as `coming` new ones are about to be added."""
 
     @abstractmethod
     def share(self, leader: StreamSlots, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -114,14 +121,12 @@ class StreamSlots(ABC):
         self._room[before:after] = slots
         self.held = self._room[:after]
 
-    def _forget(self, rows: np.ndarray) -> np.ndarray:
-        """Let go of the tokens in these rows, int64 [n] ascending; returns their slots."""
+    def _forget(self, rows: Rows) -> np.ndarray:
+        """Let go of the tokens in these rows; returns their slots."""
         slots = self.held
-        assert 0 <= rows[0] <= rows[-1] < len(slots), "only tokens that have slots leave"
-        stay = np.ones(len(slots), bool)
-        stay[rows] = False
-        self.held = self._room = slots[stay]
-        return slots[rows]
+        assert rows.ranges[-1][1] <= len(slots), "only tokens that have slots leave"
+        self.held = self._room = rows.without(slots)
+        return rows.of(slots)
 
 
 class SlotBook(ABC):
@@ -246,7 +251,7 @@ class _PagedSlots(StreamSlots):
     def owned(self) -> int:
         return self._owned + self._due
 
-    def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
+    def has_room(self, coming: int, leaving: Rows, ahead: int) -> bool:
         if self.keeps:
             return True
         book, own = self._book, len(self._ahead)
@@ -254,11 +259,11 @@ class _PagedSlots(StreamSlots):
         later = max(0, coming + ahead - own) - now
         if now + later <= book.spare - book.due:
             return True
-        back = book.leaving + book.alone(self.held[leaving])
+        back = book.leaving + book.alone(leaving.of(self.held))
         return now <= book.spare and now + later <= book.spare - book.due + back
 
-    def drop(self, rows: np.ndarray, coming: int) -> Dropped:
-        if not len(rows):
+    def drop(self, rows: Rows, coming: int) -> Dropped:
+        if not rows.ranges:
             return _NOTHING
         freed = self._forget(rows)
         if not self.keeps:
@@ -364,10 +369,14 @@ class _BlockSlots(StreamSlots):
         self._used = 0  # slots of the block that hold tokens or are holes
 
     @property
+    def range(self) -> tuple[int, int] | None:
+        return None if len(self._holes) else (self._first, self._first + self._used)
+
+    @property
     def owned(self) -> int:
         return self._size
 
-    def has_room(self, coming: int, leaving: np.ndarray, ahead: int) -> bool:
+    def has_room(self, coming: int, leaving: Rows, ahead: int) -> bool:
         return True  # its block has room for all that it may hold
 
     def share(self, leader: StreamSlots, count: int, *, copy: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -377,8 +386,8 @@ class _BlockSlots(StreamSlots):
     def expect(self, ahead: int) -> None:
         pass
 
-    def drop(self, rows: np.ndarray, coming: int) -> Dropped:
-        if not len(rows):
+    def drop(self, rows: Rows, coming: int) -> Dropped:
+        if not rows.ranges:
             return _NOTHING
         holes = np.concatenate((self._holes, self._forget(rows)))
         holes.sort()

@@ -24,6 +24,7 @@ from rollout.engine.contiguous import MovedKeys
 from rollout.engine.request import Stream
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
+from streams.memory.rows import Rows
 
 _VIDEO = int(Kind.VIDEO)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 
@@ -48,32 +49,36 @@ class Part:
         """Append all logged tokens of a stream that are not forwarded."""
         log = stream.writer.log
         start, stop = stream.forwarded, log.length
-        self.slots.append(stream.slots.add(stop - start))
+        slots = stream.slots
+        self.slots.append(slots.add(stop - start))
         self.ids.append(log.column("ids", start))
         self.positions.append(log.column("positions", start))
         self.contiguous.append(stream.contiguous)
+        stream.forwarded = stop
+        if stream.writer.policy.lanes is Lanes.ONE:
+            # A view that stays as it is when the next turn drops slots: END keeps seeing what its turn saw.
+            self.segments.append(Segment(self.rows, stop - start, slots.held, slots.range))
+            self.rows += stop - start
+            return
         # A segment sees one set of slots, and lanes see different ones: cut wherever the lane changes.
-        cuts: list[int] = []
-        if stream.writer.policy.lanes is not Lanes.ONE:
-            cuts = (np.flatnonzero(np.diff(log.column("lane", start))) + start + 1).tolist()
+        cuts = (np.flatnonzero(np.diff(log.column("lane", start))) + start + 1).tolist()
         for begin, end in pairwise([start, *cuts, stop]):
             self.segments.append(Segment(self.rows, end - begin, _seen(stream, begin, end)))
             self.rows += end - begin
-        stream.forwarded = stop
 
 
 class Opened(NamedTuple):
     """A turn that its stream's log has begun, and that has no slots yet.
 
     Attributes:
-        evicted: rows int64 [n], among the live tokens before, of what left.
+        evicted: rows of what left, among the live tokens before.
         start: log index of its first token that is not forwarded; coming: how many there are.
         features: its chunk's, None without one.
         prefix: what its prefill is: a turn with the same one has the same keys. None: not to be shared.
     """
 
     stream: Stream
-    evicted: np.ndarray
+    evicted: Rows
     start: int
     coming: int
     features: torch.Tensor | None
@@ -123,7 +128,7 @@ class StepPlan:
 
         Returns None if its source refuses the turn: the stream fails.
         """
-        stream.failure = stream.source.refuses(stream.writer.held.column("kind"))
+        stream.failure = stream.source.refuses(stream.writer.held)
         if stream.failure:
             return None
         self._end_turn(stream)
@@ -189,7 +194,7 @@ class StepPlan:
         while (token := writer.forced()) is not None:
             writer.extend_generated([token], self._version)
         # What is evicted counts, too: its slots are not free before this row's forward.
-        most = len(writer.held) + max(len(evicted), stream.ahead)
+        most = len(writer.held) + max(evicted.count, stream.ahead)
         stream.peak = max(stream.peak, most)
         if most > stream.bound:  # more than the pool may have for it
             raise ValueError(
@@ -219,11 +224,7 @@ def _prefix(stream: Stream, features: torch.Tensor | None) -> Hashable:
 
 def _seen(stream: Stream, begin: int, end: int) -> np.ndarray:
     """Slots int64 [n] that the segment [begin, end) of one lane attends to, its own included: live, of its lane or below."""
-    # A view that stays as it is when the next turn drops slots: END keeps seeing what its turn saw.
-    slots = stream.slots.held
-    if stream.writer.policy.lanes is Lanes.ONE:
-        return slots
-    held = stream.writer.held
+    slots, held = stream.slots.held, stream.writer.held
     # What is logged behind this segment is not for it to see.
     seen = slice(0, int(held.column("index").searchsorted(np.int32(end))))
     return slots[seen][held.column("lane")[seen] <= stream.writer.log.column("lane", begin)[0]]

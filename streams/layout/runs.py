@@ -35,12 +35,29 @@ class Part:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive parts of one lane. ids int32 [n], kinds int8 [n]; shapes: what their positions are made from."""
+    """Consecutive parts of one lane.
+
+    Attributes:
+        ids, kinds: int32 [n], int8 [n].
+        shapes: what their positions are made from.
+        of_kind: see `runs_of`.
+    """
 
     lane: int
     ids: np.ndarray
     kinds: np.ndarray
     shapes: tuple[Shape, ...]
+    of_kind: tuple[tuple[int, int, int], ...]
+
+
+def runs_of(kinds: bytes) -> tuple[tuple[int, int, int], ...]:
+    """Return (kind, start, count) of neighbouring tokens of one kind; kinds: one byte a token."""
+    runs, n, left = [], len(kinds), kinds
+    while left:
+        rest = left.lstrip(left[:1])
+        runs.append((left[0], n - len(left), len(left) - len(rest)))
+        left = rest
+    return tuple(runs)
 
 
 def joined(parts: Sequence[Part]) -> tuple[Run, ...]:
@@ -51,7 +68,7 @@ def joined(parts: Sequence[Part]) -> tuple[Run, ...]:
         ids = np.concatenate([part.ids for part in same])
         ids.setflags(write=False)
         # Bytes are read-only, too, and several times faster here than np.repeat.
-        kinds = np.frombuffer(b"".join([bytes((part.kind,)) * len(part.ids) for part in same]), np.int8)
+        kinds = b"".join([bytes((part.kind,)) * len(part.ids) for part in same])
         shapes = tuple([len(part.ids) if part.grid is None else (part.grid, part.keep) for part in same])
-        runs.append(Run(lane, ids, kinds, shapes))
+        runs.append(Run(lane, ids, np.frombuffer(kinds, np.int8), shapes, runs_of(kinds)))
     return tuple(runs)

@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -80,6 +81,9 @@ _first = itemgetter(0)
 _APPEND_BYTES = 800
 """What Python takes for an append beside the numbers of its tokens, about: a tuple, five arrays' heads, five numbers."""
 
+_EXPIRY_BYTES = 160
+"""What it takes for a range of tokens that expired together, about."""
+
 
 @dataclass(frozen=True)
 class LogPiece:
@@ -128,9 +132,9 @@ class LogBuilder:
     length: int = 0
     first: int = 0
     _appends: list[_Append] = field(default_factory=list)
-    # Tokens that have expired, log indices int64 [n] ascending, and at which index; those in `_amended` are handed out.
-    _expired: list[tuple[np.ndarray, int]] = field(default_factory=list)
-    _amended: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    # Tokens that have expired, log indices [first, stop), and at which index; those in `_amended` are handed out.
+    _expired: list[tuple[int, int, int]] = field(default_factory=list)
+    _amended: list[tuple[int, int, int]] = field(default_factory=list)
     _chunks: list[ChunkRecord] = field(default_factory=list)
     _segment: int = -1
     _turn: int = 0
@@ -140,7 +144,7 @@ class LogBuilder:
     def nbytes(self) -> int:
         """Bytes of the tokens that are held, of expiries and regions."""
         regions = 0 if self.regions is None else self.regions.nbytes
-        expired = sum(indices.nbytes for indices, _ in (*self._expired, *self._amended))
+        expired = _EXPIRY_BYTES * (len(self._expired) + len(self._amended))
         return sum(append.nbytes for append in self._appends) + expired + regions
 
     def column(self, name: str, start: int = 0) -> np.ndarray:
@@ -208,18 +212,16 @@ class LogBuilder:
         self.length = at.stop
         return at
 
-    def expire(self, indices: np.ndarray) -> None:
-        """Lower the expiry of `indices`, int [n] ascending, to the start of the next segment, which has not begun."""
-        if not len(indices):
-            return
-        assert indices[-1] < self.length, "only logged tokens expire"
-        if self.first:
-            # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
-            early = int(indices.searchsorted(self.first))
-            if early:
-                self._amended.append((indices[:early], self.length))
-            indices = indices[early:]
-        self._expired.append((indices, self.length))
+    def expire(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Lower the expiry of log indices [first, stop), ascending, to the start of the next segment, which has not begun."""
+        for first, stop in ranges:
+            assert stop <= self.length, "only logged tokens expire"
+            if first < self.first:
+                # Their piece is written already: the next one carries the new expiry, and `join_pieces` applies it.
+                self._amended.append((first, min(stop, self.first), self.length))
+                first = self.first
+            if first < stop:
+                self._expired.append((first, stop, self.length))
 
     def cut(self, stop: int, *, last: bool = False) -> LogPiece:
         """Return the held tokens before log index `stop` as a piece, and drop them. last: the stream has ended."""
@@ -234,9 +236,9 @@ class LogBuilder:
             header=None if self._pieces else self.header,
             columns=self._hand_out(stop),
             chunks=tuple(self._chunks),
-            amended=np.concatenate([np.zeros(0, np.int64), *(indices for indices, _ in amended)]),
+            amended=np.concatenate([np.zeros(0, np.int64), *(np.arange(first, stop) for first, stop, _ in amended)]),
             amended_expiry=np.repeat(
-                np.array([expiry for _, expiry in amended], np.int32), [len(indices) for indices, _ in amended]
+                np.array([at for _, _, at in amended], np.int32), [stop - first for first, stop, _ in amended]
             ),
             regions=None if self.regions is None else self.regions.cut(),
         )
@@ -257,8 +259,7 @@ class LogBuilder:
         """Return the columns of the held tokens before log index `stop`, and drop them."""
         columns = self._columns_until(stop)
         self._appends = self._between(stop, self.length)
-        later = [(indices[indices.searchsorted(stop) :], at) for indices, at in self._expired]
-        self._expired = [(indices, at) for indices, at in later if len(indices)]
+        self._expired = [(max(first, stop), end, at) for first, end, at in self._expired if end > stop]
         return columns
 
     def _columns_until(self, stop: int) -> dict[str, Any]:
@@ -272,13 +273,16 @@ class LogBuilder:
         common = np.array([append[-len(_IN_COMMON) :] for append in appends], np.int32).reshape(-1, len(_IN_COMMON))
         for name, values in zip(_IN_COMMON, common.T, strict=True):
             columns[name] = values.astype(_COLUMNS[name]).repeat(counts)
-        target, logp = np.zeros(stop - self.first, bool), np.full(stop - self.first, np.nan)
-        for append, count in zip(appends, counts, strict=True):
-            at = slice(append.first - self.first, append.first - self.first + count)
-            if append.target is not None:
-                target[at] = append.target
-            if append.behaviour_logp is not None:
-                logp[at] = append.behaviour_logp
+        # What no token of an append has is cut from one array for all of them.
+        most = max(counts, default=0)
+        without, unsampled = np.zeros(most, bool), np.full(most, np.nan)
+        target = np.concatenate([without[:0], *[without[: len(a.ids)] if a.target is None else a.target for a in appends]])
+        logp = np.concatenate(
+            [
+                unsampled[:0],
+                *[unsampled[: len(a.ids)] if a.behaviour_logp is None else a.behaviour_logp for a in appends],
+            ]
+        )
         return columns | {
             "target": target,
             "behaviour_logp": logp,
@@ -289,10 +293,12 @@ class LogBuilder:
     def _expiry(self, stop: int) -> np.ndarray:
         """Return the expiry of the held tokens before log index `stop`, int32 [n]."""
         expiry = np.full(stop - self.first, NEVER, np.int32)
-        for indices, at in self._expired:
-            held = indices[: indices.searchsorted(stop)] - self.first
-            assert not np.count_nonzero(expiry[held] < at), "expiry is never raised"
-            expiry[held] = at
+        lowered = 0
+        for first, end, at in self._expired:
+            if first < stop:
+                expiry[first - self.first : min(end, stop) - self.first] = at
+                lowered += min(end, stop) - first
+        assert lowered == np.count_nonzero(expiry != NEVER), "expiry is never raised"
         return expiry
 
     def _between(self, start: int, stop: int) -> list[_Append]:

@@ -19,6 +19,7 @@ from streams.memory.policy import (
     old_video,
 )
 from streams.memory.random_tokens import RandomTokens
+from streams.memory.rows import Rows
 from streams.memory.sink_window import SinkWindow
 from streams.memory.text_memory import TextMemory
 from streams.memory.visual_budget import VisualBudget
@@ -40,6 +41,7 @@ __all__ = [
     "Rcsm",
     "RecentFrames",
     "Region",
+    "Rows",
     "SinkWindow",
     "TextMemory",
     "TurnStart",

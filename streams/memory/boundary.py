@@ -6,7 +6,7 @@ Invariant: whatever a policy raises or returns wrongly is a ValueError that name
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,28 +14,53 @@ import numpy as np
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
 from streams.memory.policy import CONTIGUOUS, NATIVE, LiveTokens, MemoryPolicy, TurnStart
+from streams.memory.rows import Range, Rows, add_range
 from streams.positions.regions import Region
 
 _QUERY = int(Kind.QUERY)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 
 
-def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> np.ndarray:
-    """Return the rows of what the policy evicts, int64 ascending; open queries stay.
+def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> Rows:
+    """Return the rows of what the policy evicts; open queries stay.
 
-    Raises ValueError for an answer that is not bool [n].
+    Raises ValueError for an answer that is neither bool [n] nor rows of live tokens.
     """
-    leaving = _call(policy.leaving, f" in turn {start.turn}", live, start)
-    if not isinstance(leaving, np.ndarray) or leaving.dtype != np.bool_ or leaving.shape != (len(live),):
-        given = f"{leaving.dtype} {list(leaving.shape)}" if isinstance(leaving, np.ndarray) else repr(leaving)
+    rows = _call(policy.leaving, f" in turn {start.turn}", live, start)
+    if not isinstance(rows, Rows):
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.bool_ or rows.shape != (len(live),):
+            given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else repr(rows)
+            raise ValueError(
+                f"memory: {type(policy).__name__}.leaving returned {given} in turn {start.turn}; it must be an array of "
+                f"bool, one for each of the {len(live)} live tokens, or their Rows"
+            )
+        rows = Rows.where(rows)
+    elif rows.ranges and not _ascend(rows.ranges, len(live)):
         raise ValueError(
-            f"memory: {type(policy).__name__}.leaving returned {given} in turn {start.turn}; it must be an array of bool, "
-            f"one for each of the {len(live)} live tokens"
+            f"memory: {type(policy).__name__}.leaving returned {rows} in turn {start.turn}; its ranges must ascend, apart "
+            f"from each other, within the {len(live)} live tokens"
         )
-    rows = leaving.nonzero()[0]
-    asked = live.kind[rows] == _QUERY
-    if not np.count_nonzero(asked):
-        return rows
-    return rows[~(asked & (start.closed_in[live.turn[rows]] >= start.turn))]
+    return _without_open_queries(rows, live, start) if start.asked and rows.ranges else rows
+
+
+def _ascend(ranges: Sequence[Range], n: int) -> bool:
+    """Return whether ranges are as those of Rows must be, and within [0, n)."""
+    at = -1
+    for first, stop in ranges:
+        if not at < first < stop:
+            return False
+        at = stop
+    return at <= n
+
+
+def _without_open_queries(rows: Rows, live: LiveTokens, start: TurnStart) -> Rows:
+    """Return these rows, but for those of queries that are open."""
+    opened: list[Range] = []
+    row = 0
+    for span in live.spans:
+        if span.kind == _QUERY and start.closed_in[span.turn] >= start.turn:
+            add_range(opened, row, row + span.size)
+        row += span.size
+    return Rows.where(rows.mask(row) & ~Rows(opened).mask(row)) if opened else rows
 
 
 def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:

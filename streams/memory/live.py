@@ -9,70 +9,107 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from streams.log.record import NEVER
-from streams.memory import LiveTokens, TurnStart
-from streams.memory.columns import Columns
+from streams.log.record import NEVER, Kind
+from streams.memory.policy import TurnStart
+from streams.memory.rows import Range, Rows, add_range
+from streams.memory.spans import Block, LiveTokens, Span
 
-_LIVE = ("index", "kind", "turn", "ids", "ordinal", "lane")
-_PLACED = (*_LIVE, "position")
-_TURNS = ("video_turns", "generated", "closed_in")
+_END = int(Kind.END)  # numpy takes members of an IntEnum, but several times as long as plain numbers
+_VIDEO_TURNS, _GENERATED, _CLOSED_IN = range(3)
+_LEAST = 64
+"""Turns that there is room for at first."""
+_SPAN_BYTES = 160
+"""What Python takes for a span, about: a tuple and its numbers."""
 
 
 class LiveSet:
-    """The tokens that the next one may attend to, its lane permitting.
+    """The tokens that the next one may attend to, its lane permitting."""
 
-    Columns, int32 [n] each, are those of LiveTokens, `lane`, and for contiguous streams `position`: the smallest of a token's
-    three native position ids.
-    """
-
-    def __init__(self, *, positions: bool = False) -> None:
-        self._columns = Columns(_PLACED if positions else _LIVE)
-        self._positions = positions
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+        self._count = 0
+        self._tokens: LiveTokens | None = None  # as they are, until they change
 
     def __len__(self) -> int:
-        return len(self._columns)
+        return self._count
 
     @property
     def nbytes(self) -> int:
-        return self._columns.nbytes
+        """Bytes of the spans, and of all that was appended with what is left."""
+        blocks = {id(span.block): span.block for span in self._spans}
+        held = sum(block.ids.nbytes + block.positions.nbytes for block in blocks.values())
+        return held + _SPAN_BYTES * len(self._spans)
 
     def column(self, name: str) -> np.ndarray:
-        """Return a read-only view of one column, as it is until the next `drop`."""
-        return self._columns.column(name)
+        """Return one column of LiveTokens, or `lane`, or `position`: the smallest of a token's native position ids."""
+        return self.tokens().column(name)
 
     def append(
         self,
-        at: slice,
-        ids: np.ndarray | list[int],
+        first: int,
+        ids: np.ndarray,
         positions: np.ndarray,
+        runs: Sequence[tuple[int, int, int]],
         *,
-        kind: np.ndarray | int,
         turn: int,
-        ordinal: np.ndarray | int = -1,
+        ordinal: int = -1,
         lane: int = 0,
     ) -> None:
-        """Add the tokens logged at `at`. positions: int [3, n]; kind: int [n], or one for all.
+        """Add tokens with log indices from `first` on. Arrays are kept, and must not be written any more.
 
-        ordinal: int [n], place among the stream's generated text; -1 for any other token.
+        Args:
+            ids, positions: int [n], [3, n].
+            runs: (kind, start, count) of those of one kind, see `streams.layout.runs.runs_of`.
+            ordinal: of the first, where they were generated; END, which comes last, has none. -1: they were not.
         """
-        placed = {"position": np.minimum.reduce(positions)} if self._positions else {}
-        index = np.arange(at.start, at.stop)
-        self._columns.append(
-            len(index), index=index, kind=kind, turn=turn, ids=ids, ordinal=ordinal, lane=lane, **placed
-        )
+        block = Block(first, ids, positions, lane)
+        for kind, start, count in runs:
+            place = ordinal + start if ordinal >= 0 and kind != _END else -1
+            self._spans.append(Span(kind, turn, first + start, count, place, block))
+            self._count += count
+        self._tokens = None
 
     def tokens(self) -> LiveTokens:
-        """Return them as a policy sees them."""
-        column = self._columns.column
-        return LiveTokens(column("kind"), column("turn"), column("ids"), column("index"), column("ordinal"))
+        """Return them as a policy sees them; what is appended or dropped later does not show."""
+        if self._tokens is None:
+            self._tokens = LiveTokens.of(tuple(self._spans), self._count)
+        return self._tokens
 
-    def drop(self, rows: np.ndarray) -> np.ndarray:
-        """Drop the tokens in these rows, int64 [n] ascending. Returns their log indices."""
-        left = self._columns.column("index")[rows]
-        if len(rows):
-            self._columns.remove(rows)
+    def drop(self, rows: Rows) -> list[Range]:
+        """Drop the tokens in these rows. Returns their log indices, as ranges."""
+        if not rows.ranges:
+            return []
+        kept: list[Span] = []
+        left: list[Range] = []
+        todo = iter(rows.ranges)
+        start, stop = next(todo)
+        row = 0
+        for number, span in enumerate(self._spans):
+            end = row + span.size
+            at = row  # what is before it is kept or dropped
+            while start < end:
+                if start > at:
+                    kept.append(span.part(at - row, start - row))
+                    at = start
+                upto = min(stop, end)
+                add_range(left, span.first + at - row, span.first + upto - row)
+                at = upto
+                if stop > end:
+                    break
+                start, stop = next(todo, (NEVER, NEVER))
+            if at < end:
+                kept.append(span if at == row else span.part(at - row, span.size))
+            row = end
+            if start == NEVER:
+                kept += self._spans[number + 1 :]
+                break
+        assert start == NEVER, "only live tokens are dropped"
+        self._spans, self._tokens = kept, None
+        self._count -= rows.count
         return left
 
 
@@ -80,8 +117,11 @@ class TurnHistory:
     """The numbers of every turn that a TurnStart gives to policies: 12 bytes a turn."""
 
     def __init__(self) -> None:
-        self._columns = Columns(_TURNS)
+        self._turns = 0
+        self._columns = np.empty((3, _LEAST), np.int32)
+        self._readable = _read_only(self._columns)
         self._open: list[int] = []
+        self._until = -1  # the latest turn that closes a query by itself
         self._video_turns = 0
 
     @property
@@ -90,24 +130,43 @@ class TurnHistory:
 
     def begin(self, *, has_video: bool, video_tokens: int, generated: int) -> TurnStart:
         """Start the next turn. generated: generated text tokens of the turns before it."""
-        turn = len(self._columns)
-        self._columns.append(1, video_turns=self._video_turns, generated=generated, closed_in=NEVER)
+        turn = self._turns
+        if turn == self._columns.shape[1]:
+            self._columns = np.concatenate((self._columns, np.empty_like(self._columns)), axis=1)
+            self._readable = _read_only(self._columns)
+        columns, readable = self._columns, self._readable
+        columns[_VIDEO_TURNS, turn] = self._video_turns
+        columns[_GENERATED, turn] = generated
+        columns[_CLOSED_IN, turn] = NEVER
+        self._turns = turn + 1
         self._video_turns += has_video
-        column = self._columns.column
         return TurnStart(
-            turn, has_video, video_tokens, column("video_turns"), column("generated"), column("closed_in")[:turn]
+            turn,
+            has_video,
+            video_tokens,
+            readable[_VIDEO_TURNS, : turn + 1],
+            readable[_GENERATED, : turn + 1],
+            readable[_CLOSED_IN, :turn],
+            bool(self._open) or self._until >= turn,
         )
 
     def ask(self, until: int | None) -> None:
         """Record that the latest turn has a query, closed in turn `until` or (None) by a response."""
-        turn = len(self._columns) - 1
+        turn = self._turns - 1
         if until is None:
             self._open.append(turn)
         else:
-            self._columns.write("closed_in", np.array([turn]), until)
+            self._columns[_CLOSED_IN, turn] = until
+            self._until = max(self._until, until)
 
     def answered(self) -> None:
         """Record that the latest turn responded, which closes every query that waits for a response."""
         if self._open:
-            self._columns.write("closed_in", np.array(self._open), len(self._columns) - 1)
+            self._columns[_CLOSED_IN, self._open] = self._turns - 1
             self._open.clear()
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.setflags(write=False)
+    return view

@@ -8,13 +8,14 @@ query is pinned, whatever the policy says.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
+from streams.memory.rows import Range, Rows, add_range
+from streams.memory.spans import LiveTokens
 
 # As plain numbers: those are looked up several times as fast as members of an IntEnum.
 TURN_TEXT = tuple(int(kind) for kind in (Kind.SCAFFOLD, Kind.QUERY, Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END))
@@ -24,31 +25,13 @@ NATIVE, CONTIGUOUS = "native", "contiguous"
 POSITIONS = (NATIVE, CONTIGUOUS)
 
 
-@dataclass(frozen=True)
-class LiveTokens:
-    """The live tokens of a stream, in log order; all int32 [n], and views that change once those that leave are dropped.
-
-    index: place in the log. ordinal: place among the generated text (thoughts, decisions, responses) of the whole stream, -1
-    for any other token.
-    """
-
-    kind: np.ndarray
-    turn: np.ndarray
-    ids: np.ndarray
-    index: np.ndarray
-    ordinal: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-
-@dataclass(frozen=True)
-class TurnStart:
+class TurnStart(NamedTuple):
     """What a policy may know when turn `turn` starts.
 
     has_video: whether it shows a chunk; video_tokens: how many tokens of it. video_turns, generated int32 [turn + 1]: number
     of video turns, and of generated text tokens, before each turn, the starting one included as last entry. closed_in
     int32 [turn]: for the query of each earlier turn the turn that closed it; NEVER while open or where there was none.
+    asked: whether a query may be open.
     """
 
     turn: int
@@ -57,6 +40,7 @@ class TurnStart:
     video_turns: np.ndarray
     generated: np.ndarray
     closed_in: np.ndarray
+    asked: bool = True
 
 
 class MemoryPolicy(ABC):
@@ -73,8 +57,8 @@ class MemoryPolicy(ABC):
     positions: str = NATIVE
 
     @abstractmethod
-    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        """bool [n] over the live tokens: True where the token expires at the start of this turn."""
+    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray | Rows:
+        """bool [n] over the live tokens: True where the token expires at the start of this turn. Or those rows, as ranges."""
 
     def regions(self, live: LiveTokens, start: TurnStart) -> np.ndarray | None:
         """int8 [n]: the Region of each token that stays (`live`) from this turn on; None: the policy has no regions.
@@ -103,41 +87,41 @@ class MemoryPolicy(ABC):
         return ""
 
 
+def old_rows(live: LiveTokens, video_before: int, text_before: int, kinds: tuple[int, ...] = TURN_TEXT) -> list[Range]:
+    """Return the rows of the video of turns before one, and of the text of these kinds of turns before another."""
+    ranges: list[Range] = []
+    row, last = 0, max(video_before, text_before)
+    for kind, turn, _, count, *_ in live.spans:
+        if turn >= last:  # turns never decrease
+            break
+        if turn < video_before if kind == _VIDEO else turn < text_before and kind in kinds:
+            add_range(ranges, row, row + count)
+        row += count
+    return ranges
+
+
+def video_begins(start: TurnStart, window: int) -> int:
+    """Return the first turn whose video is of the last `window` video turns. A turn without video moves nothing."""
+    if not start.has_video:
+        return 0
+    # `window` or more video turns have passed since every turn before it.
+    enough = number(int(start.video_turns[start.turn]) - window)
+    return int(start.video_turns.searchsorted(enough, side="right"))
+
+
+def text_begins(start: TurnStart, window: int) -> int:
+    """Return the first of the last `window` turns."""
+    return max(0, start.turn - window + 1)
+
+
 def old_video(live: LiveTokens, start: TurnStart, window: int) -> np.ndarray:
     """bool [n]: video that is not of the last `window` video turns. A turn without video moves nothing."""
-    old = np.zeros(len(live), bool)
-    if start.has_video:
-        # Both lists of turns ascend. `window` or more video turns have passed since every turn before `turn`.
-        enough = number(int(start.video_turns[start.turn]) - window)
-        before = tokens_before(live, int(start.video_turns.searchsorted(enough, side="right")))
-        old[:before] = live.kind[:before] == _VIDEO
-    return old
+    return Rows(old_rows(live, video_begins(start, window), 0)).mask(len(live))
 
 
 def old_text(live: LiveTokens, start: TurnStart, window: int, kinds: tuple[int, ...] = TURN_TEXT) -> np.ndarray:
     """bool [n]: tokens of these kinds that are not of the last `window` turns."""
-    return with_old_text(np.zeros(len(live), bool), live, start, window, kinds)
-
-
-def with_old_text(
-    leaving: np.ndarray, live: LiveTokens, start: TurnStart, window: int, kinds: tuple[int, ...] = TURN_TEXT
-) -> np.ndarray:
-    """Set `leaving`, bool [n], where `old_text` is; returns it."""
-    before = tokens_before(live, start.turn - window + 1)
-    leaving[:before] |= among(live.kind[:before], kinds)
-    return leaving
-
-
-def among(kind: np.ndarray, kinds: tuple[int, ...]) -> np.ndarray:
-    """bool [n]: the tokens of these kinds. np.isin, which sorts, takes ten times as long."""
-    return _table(tuple(kinds))[kind]
-
-
-@lru_cache
-def _table(kinds: tuple[int, ...]) -> np.ndarray:
-    table = np.zeros(len(Kind), bool)
-    table[list(kinds)] = True
-    return table
+    return Rows(old_rows(live, 0, text_begins(start, window), kinds)).mask(len(live))
 
 
 def tokens_before(live: LiveTokens, turn: int) -> int:

@@ -12,7 +12,17 @@ from __future__ import annotations
 import numpy as np
 
 from streams.log.record import Kind
-from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, number, old_video, tokens_before, with_old_text
+from streams.memory.policy import (
+    LiveTokens,
+    MemoryPolicy,
+    TurnStart,
+    number,
+    old_rows,
+    text_begins,
+    tokens_before,
+    video_begins,
+)
+from streams.memory.rows import Rows
 from streams.positions.regions import Region
 
 # numpy takes members of an IntEnum, but several times as long as plain numbers.
@@ -33,10 +43,10 @@ class SinkWindow(MemoryPolicy):
 
     def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
         text = (Kind.SCAFFOLD, Kind.QUERY, Kind.END)
-        leaving = with_old_text(old_video(live, start, self.window), live, start, self.text_window, text)
+        begins = text_begins(start, self.text_window)
+        leaving = Rows(old_rows(live, video_begins(start, self.window), begins, text)).mask(len(live))
         # Generated tokens of the turns that have left the text window: the tail is counted from their end. The ordinal of any
         # other token is -1, which is in no window.
-        begins = max(0, start.turn - self.text_window + 1)
         ordinal = live.ordinal[: tokens_before(live, begins)]
         between = (ordinal >= self.sink_tokens) & (ordinal < int(start.generated[begins]) - self.tail_tokens)
         leaving[: len(between)] |= between
@@ -48,7 +58,7 @@ class SinkWindow(MemoryPolicy):
         shown = int(start.video_turns[start.turn]) + start.has_video
         unseen = int(start.video_turns.searchsorted(number(shown - self.window)))
         region[: tokens_before(live, unseen)] = Region.TEXT
-        old = tokens_before(live, start.turn - self.text_window + 1)
+        old = tokens_before(live, text_begins(start, self.text_window))
         kind, ordinal = live.kind[:old], live.ordinal[:old]
         region[:old][ordinal >= 0] = Region.TAIL
         region[:old][(ordinal >= 0) & (ordinal < self.sink_tokens)] = Region.SINK

@@ -7,11 +7,10 @@ Source: VST (arXiv 2603.12262), which prompts anew at every clip with its memory
 
 from __future__ import annotations
 
-import numpy as np
-
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
-from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, among
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
+from streams.memory.rows import Range, Rows, add_range
 
 STAYS = (Kind.SYSTEM, Kind.QUERY, Kind.MEMORY)
 
@@ -21,8 +20,14 @@ class TextMemory(MemoryPolicy):
 
     lanes = Lanes.MEMORY
 
-    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        return ~among(live.kind, STAYS)
+    def leaving(self, live: LiveTokens, start: TurnStart) -> Rows:
+        ranges: list[Range] = []
+        row = 0
+        for span in live.spans:
+            if span.kind not in STAYS:
+                add_range(ranges, row, row + span.size)
+            row += span.size
+        return Rows(ranges)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         # Slots of an evicted turn are freed after the forward of the next one.

@@ -5,10 +5,9 @@ For chunks of uneven size, where a window of turns would not bound memory. Chunk
 
 from __future__ import annotations
 
-import numpy as np
-
 from streams.log.record import Kind
 from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart
+from streams.memory.rows import Range, Rows, add_range
 
 _VIDEO = int(Kind.VIDEO)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 
@@ -21,16 +20,19 @@ class VisualBudget(MemoryPolicy):
             raise ValueError(f"video_tokens={video_tokens} must be at least the video tokens of one chunk")
         self.video_tokens = video_tokens
 
-    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        video = (live.kind == _VIDEO).nonzero()[0]
-        leaving = np.zeros(len(live), bool)
-        over = len(video) + start.video_tokens - self.video_tokens
-        if over > 0 and len(video):
-            turns = live.turn[video]
+    def leaving(self, live: LiveTokens, start: TurnStart) -> Rows:
+        held = sum(span.size for span in live.spans if span.kind == _VIDEO)
+        over = held + start.video_tokens - self.video_tokens
+        ranges: list[Range] = []
+        row, last = 0, -1
+        for span in live.spans:
             # The oldest `over` tokens must go, and the rest of the last one's chunk with it.
-            last = turns[min(over, len(video)) - 1]
-            leaving[video[: turns.searchsorted(last, side="right")]] = True
-        return leaving
+            if span.kind == _VIDEO and (over > 0 or span.turn == last):
+                add_range(ranges, row, row + span.size)
+                over -= span.size
+                last = span.turn
+            row += span.size
+        return Rows(ranges)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         if video_per_turn > self.video_tokens:

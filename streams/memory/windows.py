@@ -6,16 +6,15 @@ the SimpleStream baseline (recent chunks, nothing else).
 
 from __future__ import annotations
 
-import numpy as np
-
-from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_video, with_old_text
+from streams.memory.policy import LiveTokens, MemoryPolicy, TurnStart, old_rows, text_begins, video_begins
+from streams.memory.rows import Rows
 
 
 class Full(MemoryPolicy):
     """Everything stays."""
 
-    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        return np.zeros(len(live), bool)
+    def leaving(self, live: LiveTokens, start: TurnStart) -> Rows:
+        return Rows()
 
     @property
     def words(self) -> str:
@@ -29,9 +28,9 @@ class Rcsm(MemoryPolicy):
         self.window: int = window
         self.text_window = text_window or None
 
-    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        leaving = old_video(live, start, self.window)
-        return leaving if self.text_window is None else with_old_text(leaving, live, start, self.text_window)
+    def leaving(self, live: LiveTokens, start: TurnStart) -> Rows:
+        text = 0 if self.text_window is None else text_begins(start, self.text_window)
+        return Rows(old_rows(live, video_begins(start, self.window), text))
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         # One more turn than each window: slots of evicted tokens are freed after the forward that replaces them.
@@ -52,8 +51,8 @@ class RecentFrames(MemoryPolicy):
         self.window: int = window
         self.text_window: int = window
 
-    def leaving(self, live: LiveTokens, start: TurnStart) -> np.ndarray:
-        return with_old_text(old_video(live, start, self.window), live, start, self.text_window)
+    def leaving(self, live: LiveTokens, start: TurnStart) -> Rows:
+        return Rows(old_rows(live, video_begins(start, self.window), text_begins(start, self.text_window)))
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
         return fixed + (min(turns, self.window) + 1) * per_turn

@@ -45,8 +45,7 @@ class PositionCursor:
 
     def text(self, n: int) -> np.ndarray:
         """Return the positions of n text tokens: the same id on all three axes."""
-        ids = np.empty((3, n), np.int32)
-        ids[:] = np.arange(self.offset, self.offset + n)
+        ids = _line(n) + self.offset
         self.offset += n
         return ids
 
@@ -63,6 +62,14 @@ class PositionCursor:
 
 
 @lru_cache(maxsize=256)
+def _line(n: int) -> np.ndarray:
+    """Return the positions of n text tokens that begin at 0, int32 [3, n]."""
+    ids = np.tile(np.arange(n, dtype=np.int32), (3, 1))
+    ids.setflags(write=False)
+    return ids
+
+
+@lru_cache(maxsize=256)
 def _relative(shapes: tuple[Shape, ...], tokens_per_second: float, patch_seconds: float) -> tuple[np.ndarray, int]:
     """Return (positions int32 [3, n], where the next position is) of a run that begins at 0.
 
@@ -71,7 +78,7 @@ def _relative(shapes: tuple[Shape, ...], tokens_per_second: float, patch_seconds
     parts, offset = [np.zeros((3, 0), np.int32)], 0
     for shape in shapes:
         if isinstance(shape, int):
-            block = np.tile(np.arange(shape, dtype=np.int32), (3, 1))
+            block = _line(shape)
             advance, keep = shape, None
         else:
             (t, h, w), keep = shape

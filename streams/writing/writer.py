@@ -20,12 +20,13 @@ import numpy as np
 
 from streams.layout.lanes import Lanes, Span
 from streams.layout.layout import Layout
-from streams.layout.runs import Run, joined
+from streams.layout.runs import Run, joined, runs_of
 from streams.layout.turn_state import TurnState
 from streams.log.builder import LogBuilder
 from streams.log.record import ChunkRecord, LogHeader, StreamLog
 from streams.memory import CONTIGUOUS, MemoryPolicy, check_text_tells_time, evicted, lane_one_start, placed
 from streams.memory.live import LiveSet, TurnHistory
+from streams.memory.rows import Rows
 from streams.positions.mrope import PositionCursor
 from streams.positions.regions import RegionBook
 
@@ -51,12 +52,11 @@ class Begun(NamedTuple):
     """What a turn has begun with.
 
     Attributes:
-        left: int32 [n], the log indices of what was evicted. rows: int64 [n], their places among the tokens that were live.
+        rows: what was evicted, among the tokens that were live.
         prefill: of the log; a preceding copy is no part of it.
     """
 
-    left: np.ndarray
-    rows: np.ndarray
+    rows: Rows
     prefill: slice
 
 
@@ -84,7 +84,7 @@ class StreamWriter:
     positions: PositionCursor
     log: LogBuilder = field(init=False)
     _cursors: tuple[PositionCursor, PositionCursor] = field(init=False)
-    held: LiveSet = field(init=False)
+    held: LiveSet = field(default_factory=LiveSet)
     history: TurnHistory = field(default_factory=TurnHistory)
     turn: int = -1
     generated: int = 0
@@ -99,7 +99,6 @@ class StreamWriter:
         check_timestamps_kept(self.layout, self.policy)
         self._cursors = (self.positions, replace(self.positions))
         contiguous = self.policy.positions == CONTIGUOUS
-        self.held = LiveSet(positions=contiguous)
         self.log = LogBuilder(self.header, RegionBook() if contiguous else None)
 
     @property
@@ -127,7 +126,7 @@ class StreamWriter:
             self.history.answered()
         self.turn += 1
         chunk, query = turn_input.chunk, turn_input.query
-        left, rows = self._evict(chunk)
+        rows = self._evict(chunk)
         self._remember(version)
         start = self.log.length
         asked = None if query is None else list(query.ids)
@@ -141,7 +140,7 @@ class StreamWriter:
             self.history.ask(query.until_turn)
         self.state = TurnState(self.layout.tokens, self.layout.config)
         self._generation_begun = False
-        return Begun(left, rows, slice(start, self.log.length))
+        return Begun(rows, slice(start, self.log.length))
 
     def forced(self) -> int | None:
         """Return the id that must come next in this turn, None if the model chooses."""
@@ -169,8 +168,9 @@ class StreamWriter:
             self.log.begin_segment()
             self._generation_begun = True
         ids = np.asarray(ids, np.int32)
-        kinds = np.frombuffer(bytes(self.state.advance(ids.tolist())), np.int8)
-        count = len(kinds)
+        said = bytes(self.state.advance(ids.tolist()))
+        kinds = np.frombuffer(said, np.int8)
+        count = len(said)
         positions = self._cursors[self._lane].text(count)
         at = self.log.append(
             ids,
@@ -182,12 +182,11 @@ class StreamWriter:
             target=target,
             logp=logps,
         )
+        self.held.append(
+            at.start, ids, positions, runs_of(said), turn=self.turn, ordinal=self.generated, lane=self._lane
+        )
         # END, which comes last, is no text.
-        text = count - self.state.over
-        ordinals = np.arange(self.generated, self.generated + count)
-        ordinals[text:] = -1
-        self.held.append(at, ids, positions, kind=kinds, turn=self.turn, ordinal=ordinals, lane=self._lane)
-        self.generated += text
+        self.generated += count - self.state.over
         if self.policy.lanes is Lanes.MEMORY:
             self._wrote.append((ids, kinds))
         return kinds
@@ -205,7 +204,7 @@ class StreamWriter:
                 self._cursors[1].offset = lane_one_start(self.policy, *(c.offset for c in self._cursors))
             positions = self._cursors[lane].run(run.shapes)
             at = self.log.append(run.ids, run.kinds, positions, turn=turn, version=version, lane=lane)
-            self.held.append(at, run.ids, positions, kind=run.kinds, turn=turn, lane=lane)
+            self.held.append(at.start, run.ids, positions, run.of_kind, turn=turn, lane=lane)
 
     def _remember(self, version: int) -> None:
         """Append the copy of the turn before, to that turn. What left for the turn that begins has left before it."""
@@ -217,19 +216,17 @@ class StreamWriter:
         if copy is not None:
             self._append(joined([copy]), self.turn - 1, version)
 
-    def _evict(self, chunk: ChunkRecord | None) -> tuple[np.ndarray, np.ndarray]:
-        """Evict the tokens that the policy names; returns their log indices, and their rows among the live tokens."""
+    def _evict(self, chunk: ChunkRecord | None) -> Rows:
+        """Evict the tokens that the policy names; returns their rows among the live tokens."""
         start = self.history.begin(
             has_video=chunk is not None,
             video_tokens=0 if chunk is None else chunk.num_tokens,
             generated=self.generated,
         )
         rows = evicted(self.policy, self.held.tokens(), start)
-        count, left = len(self.held), self.held.drop(rows)
-        self.log.expire(left)
+        count = len(self.held)
+        self.log.expire(self.held.drop(rows))
         if self.regions is not None:
-            stays = np.ones(count, bool)
-            stays[rows] = False
-            before = self.regions.leave(stays)
+            before = self.regions.leave(~rows.mask(count))
             self.regions.move(self.live, placed(self.policy, self.held.tokens(), start, before), self.log.length)
-        return left, rows
+        return rows

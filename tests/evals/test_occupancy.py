@@ -27,7 +27,7 @@ def logs(draw) -> StreamLog:
         expiry = builder.column("expiry")
         live = np.flatnonzero(expiry > builder.length)
         gone = [i for i in live if draw(st.integers(0, 3)) == 0]
-        builder.expire(np.array(gone, np.int64))
+        builder.expire([(int(i), int(i) + 1) for i in gone])
         builder.begin_segment()
         zeros = np.zeros((3, len(kinds)), np.int32)
         builder.append([0] * len(kinds), np.array(kinds, np.int8), zeros, turn=turn, version=0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.engine.admission import Admission
 from rollout.engine.slots import BlockBook, PagedBook, StreamSlots
+from streams.memory import Rows
 
 CAPACITY, MAX_STREAMS = 20, 4
 
@@ -104,7 +104,7 @@ def test_on_pages_the_youngest_that_does_not_keep_its_bound_is_given_back_and_co
 
     def grow(stream):
         """One token more, as far as its bound goes."""
-        nothing = np.zeros(0, np.int64)
+        nothing = Rows()
         if stream.slots.owned == stream.bound:
             return
         while not stream.slots.has_room(1, nothing, 0):
@@ -132,7 +132,7 @@ def test_on_pages_the_youngest_that_does_not_keep_its_bound_is_given_back_and_co
             end(admission.running[0 if event == "end first" else -1])
         admitted = iter(admission.admit, None)
         for stream in admitted:
-            assert stream.slots.has_room(stream.need, np.zeros(0, np.int64), 0)
+            assert stream.slots.has_room(stream.need, Rows(), 0)
             stream.slots.add(stream.need)
         numbers = [stream.number for stream in admission.running]
         assert numbers == sorted(numbers), "the oldest first"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rollout.engine.slots import PagedBook
+from streams.memory import Rows
 
 CAPACITY = 48
 
@@ -69,7 +70,7 @@ class Pages(RuleBasedStateMachine):
         stream = Paged(self.book, self.came, bound, keeps)
         self.came += 1
         self.running.append(stream)
-        assert stream.slots.has_room(coming, np.zeros(0, np.int64), ahead), "it was admitted with that room"
+        assert stream.slots.has_room(coming, Rows(), ahead), "it was admitted with that room"
         self._place(stream, coming, [], ahead)
         self._forward()
 
@@ -85,7 +86,7 @@ class Pages(RuleBasedStateMachine):
             stream = Paged(self.book, self.came, bound, keeps=False)
             self.came += 1
             self.running.append(stream)
-            assert stream.slots.has_room(coming if copy else 0, np.zeros(0, np.int64), ahead)
+            assert stream.slots.has_room(coming if copy else 0, Rows(), ahead)
             self._place(stream, coming, [], ahead, lead=i == 0, copy=copy)
         self._forward()
 
@@ -120,7 +121,7 @@ class Pages(RuleBasedStateMachine):
         self._forward()
 
     def _begin(self, stream: Paged, coming: int, leaving: list[int], ahead: int) -> None:
-        evicted = np.searchsorted(stream.live, leaving)
+        evicted = Rows.where(np.isin(stream.live, leaving))
         if not stream.slots.has_room(coming, evicted, ahead):
             self._forward()
             while not stream.slots.has_room(coming, evicted, ahead):
@@ -143,7 +144,7 @@ class Pages(RuleBasedStateMachine):
     def _place(
         self, stream: Paged, coming: int, leaving: list[int], ahead: int, *, lead: bool = True, copy: bool = False
     ) -> None:
-        dropped = stream.slots.drop(np.searchsorted(stream.live, leaving), coming)
+        dropped = stream.slots.drop(Rows.where(np.isin(stream.live, leaving)), coming)
         assert not len(dropped.source), "pages never move"
         stream.live = [token for token in stream.live if token not in leaving]
         self.freed.append((stream, dropped.freed))

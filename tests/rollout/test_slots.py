@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rollout.engine.kv_pool import KVPool
 from rollout.engine.slots import BlockBook, PagedBook
+from streams.memory import Rows
 
 CAPACITY = 60
 TURNS = st.lists(
@@ -37,10 +38,11 @@ def test_every_live_token_finds_its_key_and_no_slot_has_two_owners(paged, keeps,
     for which, luck, coming, generated in turns:
         held = len(tokens[which])
         leaving = sorted(luck.sample(range(held), luck.randint(0, held)))
+        evicted = Rows.where(np.isin(np.arange(held), leaving))
         room = 20 - len(tokens[which])
         coming, generated = min(coming, room), min(generated, max(0, room - coming))
-        assert streams[which].has_room(coming, np.array(leaving, np.int64), generated), "three bounds are the pool"
-        dropped = streams[which].drop(np.array(leaving, np.int64), coming)
+        assert streams[which].has_room(coming, evicted, generated), "three bounds are the pool"
+        dropped = streams[which].drop(evicted, coming)
         tokens[which] = [token for row, token in enumerate(tokens[which]) if row not in leaving]
         assert not set(dropped.source.tolist()) & set(dropped.target.tolist())
         pool.move(0, torch.from_numpy(dropped.source), torch.from_numpy(dropped.target))
@@ -69,7 +71,7 @@ def test_new_tokens_take_the_places_of_old_ones_and_nothing_moves():
     pool = KVPool(30, layers=1, kv_heads=1, head_dim=1)
     slots = pool.book.open(20, keeps=True)
     slots.add(10)
-    dropped = slots.drop(np.arange(2, 6), coming=4)
+    dropped = slots.drop(Rows([(2, 6)]), coming=4)
     assert not len(dropped.source)
     assert sorted(slots.add(4).tolist()) == [2, 3, 4, 5]
 
@@ -79,7 +81,7 @@ def test_what_moves_is_counted_in_bytes():
     pool.keep_raw()
     slots = pool.book.open(20, keeps=True)
     slots.add(10)
-    dropped = slots.drop(np.arange(6), coming=3)
+    dropped = slots.drop(Rows([(0, 6)]), coming=3)
     assert len(dropped.source) == 3
     for layer in range(3):
         pool.move(layer, torch.from_numpy(dropped.source), torch.from_numpy(dropped.target))
@@ -123,7 +125,7 @@ def test_a_page_that_others_hold_does_not_come_back_when_one_drops_it():
     first.add(6)
     assert [len(slots) for slots in second.share(first, 6, copy=False)] == [0, 0], "nothing is copied"
     assert book.available == 2
-    evicted = np.arange(6)
+    evicted = Rows([(0, 6)])
     assert second.has_room(2, evicted, 0)
     assert not second.has_room(2, evicted, 1)
     first.close()
@@ -156,9 +158,9 @@ def test_slots_stay_parallel_to_the_live_tokens(book_type, keeps):
     slots = book_type(20).open(10, keeps=keeps)
     a, b, c = slots.add(3).tolist()
     before = slots.held
-    slots.drop(np.array([1]), coming=1)
+    slots.drop(Rows([(1, 2)]), coming=1)
     (d,) = slots.add(1).tolist()
     assert slots.held.tolist() == [a, c, d]
     assert before.tolist() == [a, b, c], "a segment keeps the list that it was planned with"
     with pytest.raises(AssertionError, match="only tokens that have slots"):
-        slots.drop(np.array([-1]), coming=0)
+        slots.drop(Rows([(2, 4)]), coming=0)

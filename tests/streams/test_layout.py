@@ -160,7 +160,7 @@ class TestTurnState:
             forced = state.forced()
             token = forced if forced is not None else layout.tokens.response if state.count == 4 else word
             kinds += state.advance([token])
-        assert [k.name for k in kinds] == ["THINK"] * 4 + ["DECISION"] + ["RESPONSE"] * 2 + ["END"]
+        assert kinds == [Kind.THINK] * 4 + [Kind.DECISION] + [Kind.RESPONSE] * 2 + [Kind.END]
         assert state.spoke
 
     def test_empty_thoughts_are_forced_when_asked_for(self, layout):

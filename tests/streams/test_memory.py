@@ -36,9 +36,10 @@ def test_an_open_query_is_pinned_and_leaves_once_answered_and_old(layout):
     gone = {}
     for turn in range(8):
         query = QueryInput((65, 66)) if turn == 1 else None
-        evicted, *_ = writer.begin_turn(TurnInput(ChunkRecord(turn, "v", (0.0,), (1, 1, 1)), query), 0)
+        before = writer.live
+        evicted, _ = writer.begin_turn(TurnInput(ChunkRecord(turn, "v", (0.0,), (1, 1, 1)), query), 0)
         writer.extend_generated(layout.demonstration("red", "red" if turn == 5 else None), 0, target=True)
-        if (writer.log.column("kind")[evicted] == Kind.QUERY).any():
+        if (writer.log.column("kind")[evicted.of(before)] == Kind.QUERY).any():
             gone[turn] = True
     assert list(gone) == [6], "pinned through turn 5, evicted when turn 6 starts"
 
@@ -62,16 +63,16 @@ class TestLogBuilder:
 
     def test_expiry_is_never_raised(self):
         log = self.builder()
-        log.expire(np.array([0]))
+        log.expire([(0, 1)])
         log.begin_segment()
         log.append([4], Kind.SCAFFOLD, np.zeros((3, 1)), turn=1, version=0)
-        log.expire(np.array([0]))
+        log.expire([(0, 1)])
         with pytest.raises(AssertionError, match="never raised"):
             log.finish()
 
     def test_expiry_is_lowered_only_to_the_next_segment(self):
         log = self.builder()
-        log.expire(np.array([1]))
+        log.expire([(1, 2)])
         assert log.finish().expiry.tolist() == [NEVER, 3, NEVER]
 
     def test_a_token_with_a_log_prob_was_sampled_and_no_other(self):

@@ -28,7 +28,7 @@ def test_what_is_logged_is_the_policys_definition_and_the_bound_holds(name, data
     bound = stream_bound(StreamRequest(header(memory), turns, (), policy, layout, 1.0))
     writer = StreamWriter(header(memory), layout, policy, PositionCursor(2, 1.0))
     for turn_input in turns:
-        left, _, prefilled = writer.begin_turn(turn_input, version=0)
+        left, prefilled = writer.begin_turn(turn_input, version=0)
         assert prefilled.stop == writer.log.length
         # Slots of what leaves are free only after the forward of what comes.
         assert len(writer.live) + len(left) <= bound
@@ -77,7 +77,7 @@ def test_the_bound_is_reached_but_for_one_turns_generation(name):
         writer = StreamWriter(header(memory), layout, policy, PositionCursor(2, 1.0))
         held = 0
         for turn_input in turns:
-            left, *_ = writer.begin_turn(turn_input, 0)
+            left, _ = writer.begin_turn(turn_input, 0)
             held = max(held, len(writer.live) + len(left))
             while not writer.state.over:  # as long as a turn can be
                 forced, place = writer.forced(), writer.state.count

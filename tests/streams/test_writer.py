@@ -12,7 +12,8 @@ from streams.layout.turn_state import TurnState
 from streams.log.pieces import join_pieces
 from streams.log.record import ChunkRecord, Kind
 from streams.memory import MemoryConfig, MemoryPolicy, make_policy
-from streams.memory.columns import Columns
+from streams.memory.live import LiveSet
+from streams.memory.rows import Rows
 from streams.positions.mrope import PositionCursor, TimestampCursor
 from streams.writing.writer import StreamWriter, TurnInput
 from tests.support.lanes import LingeringTurns
@@ -40,8 +41,8 @@ class Pair:
         first = len(self.plain.tokens)
         wanted = self.plain.begin_turn(shown, version)
         before = self.writer.live.copy()
-        left, rows, prefilled = self.writer.begin_turn(shown, version)
-        assert left.tolist() == before[rows].tolist() == wanted
+        rows, prefilled = self.writer.begin_turn(shown, version)
+        assert rows.of(before).tolist() == wanted
         # The copy of the turn before, if there is one, is no part of the prefill.
         mine = [token.index for token in self.plain.tokens[first:] if token.turn == self.plain.turn]
         assert prefilled == slice(mine[0], mine[-1] + 1)
@@ -148,9 +149,13 @@ DEFECTS = {
     ),
     "video a position late": (PositionCursor, "run", lambda f, *a: f(*a) + 1),
     "generated text a position late": (PositionCursor, "text", lambda f, *a: f(*a) + 1),
-    "the neighbour leaves": (Columns, "remove", lambda f, columns, rows: f(columns, rows + 1)),
+    "the neighbour leaves": (LiveSet, "drop", lambda f, live, rows: f(live, _moved(rows))),
     "a first turn without its system prompt": (Layout, "runs", lambda f, *a, first: f(*a)),
 }
+
+
+def _moved(rows: Rows) -> Rows:
+    return Rows([(start + 1, stop + 1) for start, stop in rows.ranges])
 
 
 @pytest.mark.parametrize("defect", sorted(DEFECTS))

@@ -14,7 +14,7 @@ import numpy as np
 from streams.layout.lanes import head
 from streams.layout.layout import Layout
 from streams.log.record import GENERATED_TEXT, NEVER, ChunkRecord, Kind, LogHeader, StreamLog
-from streams.memory import CONTIGUOUS, Lanes, LiveTokens, MemoryPolicy, TurnStart
+from streams.memory import CONTIGUOUS, Lanes, LiveTokens, MemoryPolicy, Rows, TurnStart
 from streams.positions.regions import Region, RegionLog
 from streams.writing.writer import TurnInput
 
@@ -114,6 +114,8 @@ class PlainWriter:
         )
         self.closed_in.append(NEVER)
         leaving = self.policy.leaving(self._seen(), start)
+        if isinstance(leaving, Rows):
+            leaving = leaving.mask(len(self.live))
         left = []
         for token, leaves in list(zip(self.live, leaving, strict=True)):
             if leaves and not (token.kind == Kind.QUERY and self.closed_in[token.turn] >= self.turn):

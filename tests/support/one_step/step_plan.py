@@ -71,7 +71,7 @@ class StepPlan:
         """End the turn that is over and begin the next one; False if that has to wait, or fails."""
         if not stream.source.ready:
             return False
-        stream.failure = stream.source.refuses(stream.writer.held.column("kind"))
+        stream.failure = stream.source.refuses(stream.writer.held)
         if stream.failure or not self._end_turn(stream):
             return False
         self._begin_turn(stream)

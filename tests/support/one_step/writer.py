@@ -162,8 +162,7 @@ class StreamWriter:
             video_tokens=0 if chunk is None else chunk.num_tokens,
             generated=self.generated,
         )
-        leaving = np.zeros(len(self.held), bool)
-        leaving[evicted(self.policy, self.held.tokens(), start)] = True
+        leaving = evicted(self.policy, self.held.tokens(), start).mask(len(self.held))
         left = self.held.drop(leaving)
         self.log.expire(left)
         if self.regions is not None:
