@@ -161,7 +161,7 @@ class TurnFeed:
     def refuses(self, held: LiveSet) -> str:
         """Return why the next turn cannot be shown while these tokens are in memory; empty if it can."""
         query = self._turns[0][0].query
-        queries = sum(span.size for span in held.tokens().spans if span.kind == _QUERY)
+        queries = sum(size for _, (kind, _, size) in held.tokens().runs if kind == _QUERY)
         wanted = queries + (0 if query is None else len(query.ids) + 1)
         if wanted <= self.query_tokens:
             return ""

@@ -276,7 +276,9 @@ class LogBuilder:
         # What no token of an append has is cut from one array for all of them.
         most = max(counts, default=0)
         without, unsampled = np.zeros(most, bool), np.full(most, np.nan)
-        target = np.concatenate([without[:0], *[without[: len(a.ids)] if a.target is None else a.target for a in appends]])
+        target = np.concatenate(
+            [without[:0], *[without[: len(a.ids)] if a.target is None else a.target for a in appends]]
+        )
         logp = np.concatenate(
             [
                 unsampled[:0],

@@ -56,10 +56,10 @@ def _without_open_queries(rows: Rows, live: LiveTokens, start: TurnStart) -> Row
     """Return these rows, but for those of queries that are open."""
     opened: list[Range] = []
     row = 0
-    for span in live.spans:
-        if span.kind == _QUERY and start.closed_in[span.turn] >= start.turn:
-            add_range(opened, row, row + span.size)
-        row += span.size
+    for block, (kind, _, size) in live.runs:
+        if kind == _QUERY and start.closed_in[block.turn] >= start.turn:
+            add_range(opened, row, row + size)
+        row += size
     return Rows.where(rows.mask(row) & ~Rows(opened).mask(row)) if opened else rows
 
 

@@ -9,28 +9,25 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from streams.log.record import NEVER, Kind
+from streams.log.record import NEVER
+from streams.memory.blocks import Block, LiveTokens, Run
 from streams.memory.policy import TurnStart
 from streams.memory.rows import Range, Rows, add_range
-from streams.memory.spans import Block, LiveTokens, Span
 
-_END = int(Kind.END)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 _VIDEO_TURNS, _GENERATED, _CLOSED_IN = range(3)
 _LEAST = 64
 """Turns that there is room for at first."""
-_SPAN_BYTES = 160
-"""What Python takes for a span, about: a tuple and its numbers."""
+_BLOCK_BYTES, _RUN_BYTES = 350, 110
+"""What Python takes for a block beside the numbers of its tokens, and for a run, about."""
 
 
 class LiveSet:
     """The tokens that the next one may attend to, its lane permitting."""
 
     def __init__(self) -> None:
-        self._spans: list[Span] = []
+        self._blocks: list[Block] = []
         self._count = 0
         self._tokens: LiveTokens | None = None  # as they are, until they change
 
@@ -39,10 +36,9 @@ class LiveSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the spans, and of all that was appended with what is left."""
-        blocks = {id(span.block): span.block for span in self._spans}
-        held = sum(block.ids.nbytes + block.positions.nbytes for block in blocks.values())
-        return held + _SPAN_BYTES * len(self._spans)
+        """Bytes of the blocks, and of all that was appended with what is left."""
+        held = sum(block.ids.nbytes + block.positions.nbytes for block in self._blocks)
+        return held + sum(_BLOCK_BYTES + _RUN_BYTES * len(block.runs) for block in self._blocks)
 
     def column(self, name: str) -> np.ndarray:
         """Return one column of LiveTokens, or `lane`, or `position`: the smallest of a token's native position ids."""
@@ -53,7 +49,7 @@ class LiveSet:
         first: int,
         ids: np.ndarray,
         positions: np.ndarray,
-        runs: Sequence[tuple[int, int, int]],
+        runs: tuple[Run, ...],
         *,
         turn: int,
         ordinal: int = -1,
@@ -63,52 +59,56 @@ class LiveSet:
 
         Args:
             ids, positions: int [n], [3, n].
-            runs: (kind, start, count) of those of one kind, see `streams.layout.runs.runs_of`.
+            runs: those of one kind, see `streams.layout.runs.runs_of`.
             ordinal: of the first, where they were generated; END, which comes last, has none. -1: they were not.
         """
-        block = Block(first, ids, positions, lane)
-        for kind, start, count in runs:
-            place = ordinal + start if ordinal >= 0 and kind != _END else -1
-            self._spans.append(Span(kind, turn, first + start, count, place, block))
-            self._count += count
-        self._tokens = None
+        if runs:
+            self._blocks.append(Block(turn, lane, runs, first, ordinal, ids, positions))
+            self._count += len(ids)
+            self._tokens = None
 
     def tokens(self) -> LiveTokens:
         """Return them as a policy sees them; what is appended or dropped later does not show."""
         if self._tokens is None:
-            self._tokens = LiveTokens.of(tuple(self._spans), self._count)
+            self._tokens = LiveTokens.of(tuple(self._blocks), self._count)
         return self._tokens
 
     def drop(self, rows: Rows) -> list[Range]:
         """Drop the tokens in these rows. Returns their log indices, as ranges."""
         if not rows.ranges:
             return []
-        kept: list[Span] = []
+        kept: list[Block] = []
         left: list[Range] = []
         todo = iter(rows.ranges)
         start, stop = next(todo)
         row = 0
-        for number, span in enumerate(self._spans):
-            end = row + span.size
-            at = row  # what is before it is kept or dropped
-            while start < end:
-                if start > at:
-                    kept.append(span.part(at - row, start - row))
-                    at = start
-                upto = min(stop, end)
-                add_range(left, span.first + at - row, span.first + upto - row)
-                at = upto
-                if stop > end:
-                    break
-                start, stop = next(todo, (NEVER, NEVER))
-            if at < end:
-                kept.append(span if at == row else span.part(at - row, span.size))
-            row = end
+        for number, block in enumerate(self._blocks):
             if start == NEVER:
-                kept += self._spans[number + 1 :]
+                kept += self._blocks[number:]
                 break
+            runs: list[Run] = []
+            for run in block.runs:
+                kind, place, size = run
+                end = row + size
+                at = row  # what is before it is kept or dropped
+                while start < end:
+                    if start > at:
+                        runs.append((kind, place + at - row, start - at))
+                        at = start
+                    upto = min(stop, end)
+                    add_range(left, block.first + place + at - row, block.first + place + upto - row)
+                    at = upto
+                    if stop > end:
+                        break
+                    start, stop = next(todo, (NEVER, NEVER))
+                if at < end:
+                    runs.append(run if at == row else (kind, place + at - row, end - at))
+                row = end
+            if runs:
+                now = tuple(runs)
+                kept.append(block if now == block.runs else block._replace(runs=now))
         assert start == NEVER, "only live tokens are dropped"
-        self._spans, self._tokens = kept, None
+        self._blocks, self._tokens = kept, None
         self._count -= rows.count
         return left
 

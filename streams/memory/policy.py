@@ -14,8 +14,8 @@ import numpy as np
 
 from streams.layout.lanes import Lanes
 from streams.log.record import Kind
+from streams.memory.blocks import LiveTokens
 from streams.memory.rows import Range, Rows, add_range
-from streams.memory.spans import LiveTokens
 
 # As plain numbers: those are looked up several times as fast as members of an IntEnum.
 TURN_TEXT = tuple(int(kind) for kind in (Kind.SCAFFOLD, Kind.QUERY, Kind.THINK, Kind.DECISION, Kind.RESPONSE, Kind.END))
@@ -91,12 +91,15 @@ def old_rows(live: LiveTokens, video_before: int, text_before: int, kinds: tuple
     """Return the rows of the video of turns before one, and of the text of these kinds of turns before another."""
     ranges: list[Range] = []
     row, last = 0, max(video_before, text_before)
-    for kind, turn, _, count, *_ in live.spans:
+    for block in live.blocks:
+        turn = block.turn
         if turn >= last:  # turns never decrease
             break
-        if turn < video_before if kind == _VIDEO else turn < text_before and kind in kinds:
-            add_range(ranges, row, row + count)
-        row += count
+        video, text = turn < video_before, turn < text_before
+        for kind, _, size in block.runs:
+            if video if kind == _VIDEO else text and kind in kinds:
+                add_range(ranges, row, row + size)
+            row += size
     return ranges
 
 

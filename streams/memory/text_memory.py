@@ -23,10 +23,10 @@ class TextMemory(MemoryPolicy):
     def leaving(self, live: LiveTokens, start: TurnStart) -> Rows:
         ranges: list[Range] = []
         row = 0
-        for span in live.spans:
-            if span.kind not in STAYS:
-                add_range(ranges, row, row + span.size)
-            row += span.size
+        for _, (kind, _, size) in live.runs:
+            if kind not in STAYS:
+                add_range(ranges, row, row + size)
+            row += size
         return Rows(ranges)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:

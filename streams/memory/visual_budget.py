@@ -21,17 +21,17 @@ class VisualBudget(MemoryPolicy):
         self.video_tokens = video_tokens
 
     def leaving(self, live: LiveTokens, start: TurnStart) -> Rows:
-        held = sum(span.size for span in live.spans if span.kind == _VIDEO)
+        held = sum(size for _, (kind, _, size) in live.runs if kind == _VIDEO)
         over = held + start.video_tokens - self.video_tokens
         ranges: list[Range] = []
         row, last = 0, -1
-        for span in live.spans:
+        for block, (kind, _, size) in live.runs:
             # The oldest `over` tokens must go, and the rest of the last one's chunk with it.
-            if span.kind == _VIDEO and (over > 0 or span.turn == last):
-                add_range(ranges, row, row + span.size)
-                over -= span.size
-                last = span.turn
-            row += span.size
+            if kind == _VIDEO and (over > 0 or block.turn == last):
+                add_range(ranges, row, row + size)
+                over -= size
+                last = block.turn
+            row += size
         return Rows(ranges)
 
     def max_live_tokens(self, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:

@@ -1,4 +1,4 @@
-"""What a stream keeps between turns: rows as ranges, live tokens as spans, the numbers of its turns."""
+"""What a stream keeps between turns: rows as ranges, live tokens as blocks, the numbers of its turns."""
 
 from __future__ import annotations
 
@@ -86,9 +86,8 @@ def test_live_tokens_are_those_that_were_appended_and_not_dropped(data):
         for name in COLUMNS:
             assert seen.column(name).tolist() == [getattr(token, name) for token in were], name
     made = LiveTokens(*(live.column(name) for name in SEEN))
-    spans = [span[:5] for span in made.spans]
-    assert sum(count for _, _, _, count, _ in spans) == len(live) == len(tokens)
-    again = LiveTokens.of(made.spans, len(made))
+    assert sum(size for _, (_, _, size) in made.runs) == len(live) == len(tokens)
+    again = LiveTokens.of(made.blocks, len(made))
     assert all((again.column(name) == live.column(name)).all() for name in SEEN)
 
 
