@@ -118,7 +118,7 @@ def measure_host(device: str, vocabulary: World, quick: bool) -> Row:
         # The budgets of a published turn: 22 generated tokens, 20 of them sampled.
         preset = replace(PRESETS[HOST_PRESET], think_budget=20, max_new_tokens=22)
         world = make_world(preset, Path(folder), device, 1)
-        found = host(world, turns=6 if quick else 12, rounds=3 if quick else 5)
+        found = host(world, turns=12 if quick else 24, rounds=3 if quick else 5)
         say(f"host: {found['now']:.1f} us a token ({found['now_cpu']:.1f} of CPU time)")
         say(f"before: {found['before']:.1f} ({found['before_cpu']:.1f})")
         grown = growth(world)
