@@ -46,7 +46,8 @@ class AttentionBackend(Protocol):
         """Plan one row for each of n streams.
 
         table: int64 [all seats, width], the slots of each seat, of which row i sees the first `lengths[i]` of seat
-        `seats[i]`, in any order, its own among them. seats, lengths: int64 [n].
+        `seats[i]`, in any order, its own among them. seats, lengths: int64 [n]. As long as it is given the same `seats`, the
+        same object, their rows of the table are what they were.
         """
         ...
 

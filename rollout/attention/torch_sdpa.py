@@ -33,6 +33,10 @@ class TorchBackend:
     def __init__(self, pool: KVPool, groups: int) -> None:
         assert not pool.paged, "SDPA reads blocks"
         self._pool, self._groups = pool, groups
+        # Of the steps of one visit: the seats, their blocks' first slots ascending, and which row each is of; None: as it is.
+        self._seats: torch.Tensor | None = None
+        self._firsts = np.zeros(0, np.int64)
+        self._order: torch.Tensor | None = None
 
     def segments(self, segments: list[Segment]) -> _Ranges:
         ranges = []
@@ -55,16 +59,19 @@ class TorchBackend:
         return _Ranges(self._pool, self._groups, ranges)
 
     def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Batches:
-        # A block's slots follow one another, so its first and the length say it all. No copy on a CPU; elsewhere one a step.
-        firsts, counts = table[seats, 0].cpu().numpy(), lengths.cpu().numpy()
-        order = firsts.argsort(kind="stable")
-        batches = _batched(firsts[order], counts[order], self._pool.trash + 1)
-        seen = lengths[torch.from_numpy(order).to(lengths.device)]
+        if seats is not self._seats:
+            # A block's slots follow one another, so its first and the length say it all.
+            firsts = table[seats, 0].cpu().numpy()
+            order = firsts.argsort(kind="stable")
+            self._seats, self._firsts = seats, firsts[order]
+            self._order = None if (order[1:] > order[:-1]).all() else torch.from_numpy(order).to(seats.device)
+        seen = lengths if self._order is None else lengths[self._order]
+        batches = _batched(self._firsts, seen.cpu().numpy(), self._pool.trash + 1)
         return _Batches(
             self._pool,
             self._groups,
             [(batch, self._padding(batch, seen[batch.start : batch.stop])) for batch in batches],
-            None if (order[1:] > order[:-1]).all() else torch.from_numpy(order).to(lengths.device),
+            self._order,
         )
 
     def _padding(self, batch: _Batch, lengths: torch.Tensor) -> torch.Tensor | None:

@@ -25,7 +25,7 @@ def evicted(policy: MemoryPolicy, live: LiveTokens, start: TurnStart) -> Rows:
 
     Raises ValueError for an answer that is neither bool [n] nor rows of live tokens.
     """
-    rows = _call(policy.leaving, f" in turn {start.turn}", live, start)
+    rows = _call(policy.leaving, start, live, start)
     if not isinstance(rows, Rows):
         if not isinstance(rows, np.ndarray) or rows.dtype != np.bool_ or rows.shape != (len(live),):
             given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else repr(rows)
@@ -65,7 +65,7 @@ def _without_open_queries(rows: Rows, live: LiveTokens, start: TurnStart) -> Row
 
 def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.ndarray) -> np.ndarray:
     """Return the region of each live token that stays, int8 [n]. before: their regions now. Raises ValueError."""
-    region = _call(policy.regions, f" in turn {start.turn}", live, start)
+    region = _call(policy.regions, start, live, start)
     name = f"memory: {type(policy).__name__}.regions"
     if not isinstance(region, np.ndarray) or region.dtype != np.int8 or region.shape != (len(live),):
         given = f"{region.dtype} {list(region.shape)}" if isinstance(region, np.ndarray) else repr(region)
@@ -86,7 +86,7 @@ def placed(policy: MemoryPolicy, live: LiveTokens, start: TurnStart, before: np.
 def live_bound(policy: MemoryPolicy, per_turn: int, fixed: int, video_per_turn: int, turns: int) -> int:
     """Return the policy's max_live_tokens. Raises ValueError: the policy's own, and for an answer that is no number."""
     sizes = {"per_turn": per_turn, "fixed": fixed, "video_per_turn": video_per_turn, "turns": turns}
-    bound = _call(policy.max_live_tokens, "", allow_refusal=True, **sizes)
+    bound = _call(policy.max_live_tokens, None, allow_refusal=True, **sizes)
     if not isinstance(bound, int | np.integer) or bound < 1:
         raise ValueError(
             f"memory: {type(policy).__name__}.max_live_tokens returned {bound!r} for {sizes}; it must be a whole number of "
@@ -97,7 +97,7 @@ def live_bound(policy: MemoryPolicy, per_turn: int, fixed: int, video_per_turn: 
 
 def lane_one_start(policy: MemoryPolicy, lane0: int, lane1: int) -> int:
     """Return the policy's lane_one_begins. Raises ValueError for an answer that is no position."""
-    first = _call(policy.lane_one_begins, "", lane0, lane1)
+    first = _call(policy.lane_one_begins, None, lane0, lane1)
     if not isinstance(first, int | np.integer) or first < 0:
         raise ValueError(
             f"memory: {type(policy).__name__}.lane_one_begins returned {first!r} for ({lane0}, {lane1}); it must be a "
@@ -106,11 +106,11 @@ def lane_one_start(policy: MemoryPolicy, lane0: int, lane1: int) -> int:
     return int(first)
 
 
-def _call(method: Callable[..., Any], when: str, *args: Any, allow_refusal: bool = False, **named: Any) -> Any:
+def _call(method: Callable[..., Any], start: TurnStart | None, *args: Any, allow_refusal: bool = False, **named: Any) -> Any:
     """Call a policy's method, which may be user code.
 
-    Any exception is raised again as a ValueError that names the method, `when`, file and line. With `allow_refusal`, the
-    method's own ValueError is an answer: it passes through unchanged.
+    Any exception is raised again as a ValueError that names the method, the turn if one starts, file and line. With
+    `allow_refusal`, the method's own ValueError is an answer: it passes through unchanged.
     """
     try:
         return method(*args, **named)
@@ -118,6 +118,7 @@ def _call(method: Callable[..., Any], when: str, *args: Any, allow_refusal: bool
         if allow_refusal and isinstance(error, ValueError):
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]
+        when = "" if start is None else f" in turn {start.turn}"
         raise ValueError(
             f"memory: {method.__qualname__} raised {type(error).__name__}{when}: {error} ({where.filename}:{where.lineno})"
         ) from error
