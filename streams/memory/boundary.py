@@ -106,7 +106,9 @@ def lane_one_start(policy: MemoryPolicy, lane0: int, lane1: int) -> int:
     return int(first)
 
 
-def _call(method: Callable[..., Any], start: TurnStart | None, *args: Any, allow_refusal: bool = False, **named: Any) -> Any:
+def _call(
+    method: Callable[..., Any], start: TurnStart | None, *args: Any, allow_refusal: bool = False, **named: Any
+) -> Any:
     """Call a policy's method, which may be user code.
 
     Any exception is raised again as a ValueError that names the method, the turn if one starts, file and line. With
