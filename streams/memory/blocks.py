@@ -16,7 +16,7 @@ import numpy as np
 
 from streams.log.record import Kind
 
-Run = tuple[int, int, int]
+KindRun = tuple[int, int, int]
 """The kind of tokens that follow one another in a block, the place of the first in it, and how many they are."""
 _END = int(Kind.END)  # numpy takes members of an IntEnum, but several times as long as plain numbers
 
@@ -35,13 +35,13 @@ class Block(NamedTuple):
 
     turn: int
     lane: int
-    runs: tuple[Run, ...]
+    runs: tuple[KindRun, ...]
     first: int
     ordinal: int
     ids: np.ndarray
     positions: np.ndarray
 
-    def ordinal_of(self, run: Run) -> int:
+    def ordinal_of(self, run: KindRun) -> int:
         """Return the ordinal of a run's first token, whose others follow it; -1: they are no generated text, as END."""
         kind, start, _ = run
         return -1 if self.ordinal < 0 or kind == _END else self.ordinal + start
@@ -84,7 +84,7 @@ class LiveTokens:
         return self._blocks
 
     @property
-    def runs(self) -> Iterator[tuple[Block, Run]]:
+    def runs(self) -> Iterator[tuple[Block, KindRun]]:
         """Every run, with its block."""
         return ((block, run) for block in self.blocks for run in block.runs)
 
@@ -133,22 +133,22 @@ class LiveTokens:
         ]
 
 
-Column = Callable[[Sequence[tuple[Block, Run]]], np.ndarray]
+Column = Callable[[Sequence[tuple[Block, KindRun]]], np.ndarray]
 
 
-def _repeated(number: Callable[[Block, Run], int]) -> Column:
+def _repeated(number: Callable[[Block, KindRun], int]) -> Column:
     """Return what makes the column of a number that all tokens of a run have alike."""
 
-    def column(runs: Sequence[tuple[Block, Run]]) -> np.ndarray:
+    def column(runs: Sequence[tuple[Block, KindRun]]) -> np.ndarray:
         return np.array([number(*run) for run in runs], np.int32).repeat([size for _, (_, _, size) in runs])
 
     return column
 
 
-def _counting(first: Callable[[Block, Run], int]) -> Column:
+def _counting(first: Callable[[Block, KindRun], int]) -> Column:
     """Return what makes the column of a number that grows by one from token to token of a run; -1 stays."""
 
-    def column(runs: Sequence[tuple[Block, Run]]) -> np.ndarray:
+    def column(runs: Sequence[tuple[Block, KindRun]]) -> np.ndarray:
         return _joined([_from(first(block, run), run[2]) for block, run in runs])
 
     return column
@@ -158,11 +158,11 @@ def _from(first: int, size: int) -> np.ndarray:
     return np.full(size, -1, np.int32) if first < 0 else np.arange(first, first + size, dtype=np.int32)
 
 
-def _ids(runs: Sequence[tuple[Block, Run]]) -> np.ndarray:
+def _ids(runs: Sequence[tuple[Block, KindRun]]) -> np.ndarray:
     return _joined([block.ids[start : start + size] for block, (_, start, size) in runs])
 
 
-def _position(runs: Sequence[tuple[Block, Run]]) -> np.ndarray:
+def _position(runs: Sequence[tuple[Block, KindRun]]) -> np.ndarray:
     return _joined([np.minimum.reduce(block.positions[:, start : start + size]) for block, (_, start, size) in runs])
 
 

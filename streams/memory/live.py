@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from streams.log.record import NEVER
-from streams.memory.blocks import Block, LiveTokens, Run
+from streams.memory.blocks import Block, KindRun, LiveTokens
 from streams.memory.policy import TurnStart
 from streams.memory.rows import Range, Rows, add_range
 
@@ -49,7 +49,7 @@ class LiveSet:
         first: int,
         ids: np.ndarray,
         positions: np.ndarray,
-        runs: tuple[Run, ...],
+        runs: tuple[KindRun, ...],
         *,
         turn: int,
         ordinal: int = -1,
@@ -86,7 +86,7 @@ class LiveSet:
             if start == NEVER:
                 kept += self._blocks[number:]
                 break
-            runs: list[Run] = []
+            runs: list[KindRun] = []
             for run in block.runs:
                 kind, place, size = run
                 end = row + size
