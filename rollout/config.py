@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from streams.backbone.kernel_choice import CUDA_GRAPHS, ROLLOUT_ATTENTION
 
 PREFILL_ROWS = 2048
-"""Tokens of one prefill forward, about: more in a row fall out of the caches, fewer leave the cores waiting."""
+"""Tokens of one prefill forward, about: fewer leave the cores of a GPU waiting."""
+CPU_PREFILL_ROWS = 1024
+"""The same on a CPU: what more of them take falls out of the caches, and goes back to the system after every layer."""
 SELF_CHECK_HEAD = 256
 """Tokens whose logits exist at once when a worker re-scores a stream: the memory is missing in its KV pool."""
 
