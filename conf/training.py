@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from learner.losses.config import PolicyGradientConfig, SupervisedConfig
@@ -92,7 +92,7 @@ class SftConfig:
         return SupervisedConfig(self.balance_decisions, self.decision_weight_clamp, self.answer_weight)
 
 
-ADVANTAGES = ("grpo", "mean")
+ADVANTAGES = ("grpo", "mean", "rloo")
 """What `algorithm.advantage` may be; `rl.algorithms.table` has the algorithm of each."""
 
 
@@ -101,7 +101,7 @@ class AlgorithmConfig:
     """The RL stage: `groups_per_step` x `group_size` streams make one optimiser step."""
 
     name: str = "grpo"
-    """RL algorithm; only `grpo` so far."""
+    """The family: only `grpo`, policy gradients of groups. Its members are the presets `algorithm=...`, and what they set."""
     mode: str = "async"
     """`async` = workers go on while the learner trains, `sync` = a step's groups are admitted once every worker
     runs the step's weights (age 0).
@@ -123,11 +123,46 @@ class AlgorithmConfig:
     age of a sample: floor((C - 1) / B) + max_lag versions. Not used with `algorithm.mode=sync`.
     """
     advantage: str = "grpo"
-    """`grpo` = (reward - mean) / (std + 1e-5) over the group, `mean` = reward - mean (Dr. GRPO)."""
+    """`grpo` = (reward - mean) / (std + 1e-5) over the group, `mean` = reward - mean (Dr. GRPO), `rloo` =
+    reward - mean of the others.
+    """
     clip_low: float = 0.2
     """The policy ratio is clipped below 1 - clip_low, in (0, 1)."""
     clip_high: float = 0.2
     """The policy ratio is clipped above 1 + clip_high."""
+    policy_loss: str = "ppo"
+    """`ppo` = the clipped ratio (GRPO, DAPO; GSPO with `algorithm.ratio`), `cispo` = the gradient of every token under a
+    clipped weight, `dppo` = tokens whose probability has moved by more than the clip bounds are left out.
+    """
+    ratio: str = "token"
+    """Over what `ppo` averages log-ratios before it clips: `token`, `turn`, or `stream` (GSPO, whose bounds are about
+    3e-4).
+    """
+    dual_clip: float = 0.0
+    """With `ppo`, a token with a negative advantage loses at most this multiple of it; above 1, 0 = off."""
+    square_coef: float = 0.0
+    """Weight of the squared log-ratio to the recorded policy (with `dppo` usually 1e-3)."""
+    aggregate: str = "token_mean"
+    """What weighs the same in the loss: `token_mean` every token, `turn_mean` every turn, `stream_mean` every stream,
+    `token_sum` = sums of streams, divided by `algorithm.sum_tokens` (Dr. GRPO).
+    """
+    sum_tokens: int = 0
+    """Tokens that `algorithm.aggregate=token_sum` divides a stream's sum by; 0 with the others."""
+    old_policy: str = "behaviour"
+    """What the ratio is taken against: `behaviour` = the recorded log-probs, `current` = the policy before the step, with
+    what lies between the two left to `algorithm.correction`.
+    """
+    correction: str = "none"
+    """Weight for samples of an older policy: `none` = 1, `truncate` = the ratio to it, at most `algorithm.correction_max`;
+    `token_mask` = 0 outside of the two bounds (IcePop), `stream_mask` = 0 for streams whose geometric mean is outside.
+    Masks also weigh by the ratio with `algorithm.old_policy=current`; `truncate` needs that.
+    """
+    correction_min: float = 0.5
+    """Lower bound of that ratio, in (0, 1)."""
+    correction_max: float = 2.0
+    """Upper bound of that ratio, above 1."""
+    kl: str = "k3"
+    """Estimator of `algorithm.kl_coef`'s KL: `k3`, or `k2` = half the squared difference of log-probs."""
     kl_coef: float = 0.0
     """Weight of the KL divergence to a frozen reference (0 = no reference is held)."""
     reference: str = "auto"
@@ -158,6 +193,13 @@ class AlgorithmConfig:
                 "always 0, nothing would be learned; use at least 2 streams a group"
             )
         # Refuses settings that its loss could not work with.
-        PolicyGradientConfig(self.clip_low, self.clip_high, self.kl_coef)
+        _ = self.loss
         if not self.reference:
             raise ValueError("algorithm.reference is empty: use auto or a checkpoint folder")
+
+    @property
+    def loss(self) -> PolicyGradientConfig:
+        """The loss of RL: every setting of it has the key of its name."""
+        return PolicyGradientConfig(
+            **{setting.name: getattr(self, setting.name) for setting in fields(PolicyGradientConfig)}
+        )

@@ -36,17 +36,20 @@ class TargetCounts:
         targets: All targets.
         silent, spoken: Decision tokens, by their decision.
         answer: Words of answers.
+        turns, streams: Those that have a target.
     """
 
     targets: int = 0
     silent: int = 0
     spoken: int = 0
     answer: int = 0
+    turns: int = 0
+    streams: int = 0
 
     @classmethod
     def of(cls, logs: list[StreamLog], tokens: LayoutTokens) -> TargetCounts:
         """Count the targets of logs."""
-        counts = [0, 0, 0, 0]
+        counts = [0] * 6
         for log in logs:
             ids, kind = log.ids[log.target], log.kind[log.target]
             decision = kind == Kind.DECISION
@@ -56,7 +59,8 @@ class TargetCounts:
                 decision & (ids == tokens.response),
                 kind == Kind.RESPONSE,
             )
-            counts = [total + int(mask.sum()) for total, mask in zip(counts, found, strict=True)]
+            sums = [*(int(mask.sum()) for mask in found), len(np.unique(log.turn[log.target])), int(len(ids) > 0)]
+            counts = [total + more for total, more in zip(counts, sums, strict=True)]
         return cls(*counts)
 
     def __add__(self, other: TargetCounts) -> TargetCounts:

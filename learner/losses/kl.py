@@ -18,3 +18,12 @@ def k3_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """
     difference = (reference - logp).clamp(max=MAX_LOG_RATIO)
     return difference.exp() - difference - 1.0
+
+
+def k2_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Estimate KL(current || reference) at sampled tokens, [N]: d^2 / 2 with d = logp - reference.
+
+    Biased as a value, but its gradient is that of the KL. d is bounded by MAX_LOG_RATIO on both sides.
+    Source: estimator k2 of http://joschu.net/blog/kl-approx.html.
+    """
+    return (logp - reference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).square() / 2

@@ -1,9 +1,11 @@
-"""The clipped policy gradient of GRPO and its kin, with an optional KL to the frozen reference.
+"""The policy gradient of GRPO and its kin, with an optional KL to the frozen reference.
 
 Invariants:
-- The ratio is taken against the recorded behaviour log-probs, so it is right for streams of any age.
+- The ratio is taken against the recorded behaviour log-probs, so it is right for streams of any age; with
+  `old_policy=current` against the policy itself, and a correction may weigh by the former.
 - Every target has its own advantage; an algorithm that judges whole streams gives all targets of a stream the same one.
 - No exponential overflows, so one extreme token makes neither the step's loss nor its gradient infinite.
+- Everything is divided by what was counted before any token was left out.
 """
 
 from __future__ import annotations
@@ -12,56 +14,107 @@ import numpy as np
 import torch
 
 from learner.batching import MicroBatch, RankWork
-from learner.losses.base import Loss, LossValue, Sums, or_infinite
+from learner.losses import correction, objectives
+from learner.losses.base import Loss, LossValue, Sums, TargetCounts, or_infinite
 from learner.losses.config import PolicyGradientConfig
-from learner.losses.kl import MAX_LOG_RATIO, k3_kl
+from learner.losses.kl import MAX_LOG_RATIO, k2_kl, k3_kl
+from learner.losses.units import BatchUnits
 from streams.backbone.boundary import Boundary
+from streams.layout.layout import LayoutTokens
 
 
-def grpo_loss(
+def policy_loss(
     logp: torch.Tensor,
     behaviour: torch.Tensor,
     advantage: torch.Tensor,
+    config: PolicyGradientConfig,
     *,
     normaliser: float,
-    clip_low: float,
-    clip_high: float,
+    units: BatchUnits,
     reference: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
 ) -> tuple[torch.Tensor, Sums]:
-    """Return the clipped policy-gradient loss plus `kl_coef` times the KL to the frozen reference, and metrics.
+    """Return the loss of N sampled tokens, and metrics.
 
-    logp, behaviour, advantage, reference: [N]. normaliser: what the sum over the targets is divided by.
-    Log-ratios are bounded by MAX_LOG_RATIO, also in the metrics.
-    Source: PPO (arXiv 1707.06347, eq. 7) with group-relative advantages (GRPO, arXiv 2402.03300, eq. 3) and separate
-    clip bounds (DAPO, arXiv 2503.14476, eq. 10).
+    logp, behaviour, advantage, reference: [N]; logp has the gradient. normaliser: see `normaliser_of`. reference: needed for
+    a KL. Log-ratios are bounded by MAX_LOG_RATIO, also in the metrics.
+    Source: GRPO (arXiv 2402.03300, eq. 3), and for each objective where `learner.losses.objectives` has it.
     """
-    log_ratio = (logp - behaviour).clamp(max=MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    objective, bounded = _objective(logp, behaviour, advantage, config, units)
+    weight = correction.weights(logp - behaviour, units.stream, config)
+    share = _share(logp, config, units)
     with torch.no_grad():
-        # Count the clip where it changes the objective, not wherever the ratio leaves the interval.
-        active = (clipped * advantage < ratio * advantage).to(logp.dtype)
+        log_ratio = (logp - behaviour).clamp(max=MAX_LOG_RATIO)
+        ratio = log_ratio.exp()
         sums = {
-            "clip_share": active.sum(),
+            "clip_share": bounded.to(logp.dtype).sum(),
             "ratio": ratio.sum(),
             # k3 estimator of KL(behaviour || current), http://joschu.net/blog/kl-approx.html
             "behaviour_kl": (ratio - 1.0 - log_ratio).sum(),
             "ratio_square": ratio.square().sum(),
         }
-    loss = -objective.sum()
+        if weight is not None:
+            sums["masked_share"] = (weight == 0).to(logp.dtype).sum()
+            sums["correction_weight"] = weight.sum()
+    loss = -_total(objective if weight is None else objective * weight, share)
+    if config.square_coef:
+        square = (logp - behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).square()
+        loss = loss + config.square_coef * _total(square, share)
     if reference is not None:
-        kl = k3_kl(logp, reference)
-        loss = loss + kl_coef * kl.sum()
+        kl = (k2_kl if config.kl == "k2" else k3_kl)(logp, reference)
+        loss = loss + config.kl_coef * _total(kl, share)
         sums["kl"] = kl.detach().sum()
     return loss / normaliser, sums
 
 
+def normaliser_of(config: PolicyGradientConfig, totals: TargetCounts) -> float:
+    """Return what the sum over a step is divided by: its targets, turns or streams, of all ranks."""
+    counted = {
+        "token_mean": totals.targets,
+        "turn_mean": totals.turns,
+        "stream_mean": totals.streams,
+        "token_sum": totals.streams * config.sum_tokens,
+    }
+    return float(counted[config.aggregate])
+
+
+def _objective(
+    logp: torch.Tensor,
+    behaviour: torch.Tensor,
+    advantage: torch.Tensor,
+    config: PolicyGradientConfig,
+    units: BatchUnits,
+) -> objectives.Objective:
+    low, high = config.clip_low, config.clip_high
+    # A batch is trained on once, so the policy before the step is the policy itself.
+    log_ratio = logp - (behaviour if config.old_policy == "behaviour" else logp.detach())
+    if config.policy_loss == "cispo":
+        return objectives.cispo(logp, log_ratio, advantage, low, high)
+    if config.policy_loss == "dppo":
+        return objectives.dppo(logp, behaviour, advantage, low, high)
+    if config.ratio != "token":
+        log_ratio = objectives.averaged(log_ratio, units.named(config.ratio))
+    return objectives.ppo(log_ratio, advantage, low, high, config.dual_clip)
+
+
+def _share(like: torch.Tensor, config: PolicyGradientConfig, units: BatchUnits) -> torch.Tensor | None:
+    """Return the weight of each token beside the others of its turn or stream, [N]; None: 1."""
+    if config.aggregate in ("token_mean", "token_sum"):
+        return None
+    return 1.0 / units.named(config.aggregate.removesuffix("_mean")).size(like)
+
+
+def _total(values: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
+    return values.sum() if share is None else (values * share).sum()
+
+
 class PolicyGradient(Loss[PolicyGradientConfig]):
-    """`grpo_loss` over the sampled tokens of a step, token mean."""
+    """`policy_loss` over the sampled tokens of a step."""
 
     sampled = True
+
+    def __init__(self, config: PolicyGradientConfig, totals: TargetCounts, tokens: LayoutTokens) -> None:
+        super().__init__(config, totals, tokens)
+        self.normaliser = normaliser_of(config, totals)
 
     @property
     def needs_reference(self) -> bool:
@@ -86,15 +139,14 @@ class PolicyGradient(Loss[PolicyGradientConfig]):
     def __call__(self, logp: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None) -> LossValue:
         scored = logp.detach().double().cpu().numpy()
         behaviour, advantage = batch.column("behaviour_logp"), batch.advantage()
-        value, sums = grpo_loss(
+        value, sums = policy_loss(
             logp,
             torch.from_numpy(behaviour).to(logp),
             torch.from_numpy(advantage).to(logp),
+            self.config,
             normaliser=self.normaliser,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
+            units=BatchUnits.of(batch.rows.stream.numpy(), batch.column("turn")),
             reference=reference,
-            kl_coef=self.config.kl_coef,
         )
         # An advantage that is not finite spoils the step as a log-prob would, so its stream must be named, too.
         return LossValue(value, sums, or_infinite(np.where(np.isfinite(advantage), scored - behaviour, np.inf)))

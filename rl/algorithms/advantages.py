@@ -25,3 +25,12 @@ def normalised(rewards: np.ndarray) -> np.ndarray:
     if len(rewards) < 2:
         raise ValueError("algorithm.group_size=1: a group-normalised advantage needs at least 2 streams a group")
     return centred(rewards) / (rewards.std() + EPSILON)
+
+
+def leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """Return r - mean of the others, float64 [G], from rewards [G], G >= 2. Source: RLOO (arXiv 2402.14740, eq. 7).
+
+    A mean that includes the stream itself is closer to it by (G - 1) / G.
+    """
+    count = len(rewards)
+    return centred(rewards) * count / (count - 1)

@@ -1,7 +1,8 @@
-"""GRPO and Dr. GRPO: a stream's reward against its group's mean, with the clipped policy gradient.
+"""GRPO, Dr. GRPO and RLOO: a stream's reward against its group's, with the configured policy gradient.
 
-They differ in one thing: GRPO divides by the group's standard deviation (arXiv 2402.03300), and Dr. GRPO does not
-(arXiv 2503.20783). The division gives more weight to groups that are nearly always right, or nearly always wrong.
+They differ in one thing: GRPO divides by the group's standard deviation (arXiv 2402.03300), Dr. GRPO does not (arXiv
+2503.20783), and RLOO compares with the mean of the others (arXiv 2402.14740). The division gives more weight to groups that
+are nearly always right, or nearly always wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from conf.training import AlgorithmConfig
 from learner.losses.config import PolicyGradientConfig
-from rl.algorithms.advantages import centred, normalised
+from rl.algorithms.advantages import centred, leave_one_out, normalised
 from rl.algorithms.base import even_advantages
 from rl.results import ReadyGroup
 
@@ -28,7 +29,7 @@ class Grpo:
 
     @property
     def loss(self) -> PolicyGradientConfig:
-        return PolicyGradientConfig(self.config.clip_low, self.config.clip_high, self.config.kl_coef)
+        return self.config.loss
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,11 @@ class DrGrpo(Grpo):
 
     def advantages(self, group: ReadyGroup) -> tuple[np.ndarray, ...]:
         return even_advantages(group, centred)
+
+
+@dataclass(frozen=True)
+class Rloo(Grpo):
+    """Rewards less the mean of the others of their group."""
+
+    def advantages(self, group: ReadyGroup) -> tuple[np.ndarray, ...]:
+        return even_advantages(group, leave_one_out)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from conf.training import AlgorithmConfig
 from rl.algorithms.base import Algorithm
-from rl.algorithms.grpo import DrGrpo, Grpo
+from rl.algorithms.grpo import DrGrpo, Grpo, Rloo
 
 ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {
     "grpo": Grpo,
     "mean": DrGrpo,
+    "rloo": Rloo,
 }
 
 

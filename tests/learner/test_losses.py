@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.losses.kl import k3_kl
-from learner.losses.policy_gradient import grpo_loss
 from learner.losses.sft import decision_weights, sft_loss
+from tests.support.policy_losses import grpo_loss
 
 pytestmark = pytest.mark.smoke
 

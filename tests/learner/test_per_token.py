@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import torch
 from learner.batching import RankWork, TrainItem
 from learner.losses.base import TargetCounts
 from learner.losses.config import LossConfig, PolicyGradientConfig, SupervisedConfig
-from learner.losses.policy_gradient import grpo_loss
 from learner.losses.table import LOSSES, loss_of
 from learner.messages import Runs
 from streams.backbone.boundary import Boundary
 from tests.support.learner import GRPO, SFT, even
+from tests.support.policy_losses import former_loss
 from tests.support.ranks import checkpoint, groups
 
 CUTS = [(1, 1), (150, 300), (10**5, 10**6)]
@@ -61,7 +62,7 @@ def test_even_advantages_are_bit_for_bit_one_per_stream_spread_to_its_targets(it
         reference = start + 0.1 if kl_coef else None
         logp, plain = (start.clone().requires_grad_() for _ in range(2))
         found = loss(logp, batch, reference)
-        value, sums = grpo_loss(
+        value, sums = former_loss(
             plain,
             torch.from_numpy(behaviour).to(plain),
             torch.from_numpy(spread).to(plain),
@@ -150,6 +151,31 @@ def test_advantages_that_do_not_fit_the_logs_are_refused_by_the_stream(items):
     )
     assert problem([*given[:-1], replace(short, advantages=tuple(others))]) == "12 streams but 11 advantages"
     assert problem(items, SFT) is None, "the cold start asks for none"
+
+
+@pytest.mark.parametrize(
+    "member", [{"ratio": "turn", "aggregate": "turn_mean"}, {"ratio": "stream", "aggregate": "stream_mean"}]
+)
+def test_units_of_real_logs_are_whole_however_a_step_is_cut(items, member):
+    rng = np.random.default_rng(6)
+    config = replace(GRPO, **member)
+    moved = [rng.normal(size=len(log)) * 0.4 for item in items for log in item.payload.logs]
+    given = [even(item.payload, rng.normal(size=len(item.payload.logs))) for item in items]
+    found = []
+    for rows, most in CUTS:
+        work, batches = cut(given, rows, most)
+        counts = TargetCounts.of(work.logs, SimpleNamespace(silent=-1, response=-2))
+        assert counts.streams == sum(bool(log.target.any()) for log in work.logs)
+        assert counts.turns == sum(len(set(log.turn[log.target].tolist())) for log in work.logs)
+        loss = loss_of(config)(config, counts, None)
+        total = 0.0
+        for batch in batches:
+            at = zip(batch.rows.stream.tolist(), batch.rows.target_index.tolist(), strict=True)
+            logp = batch.column("behaviour_logp") + np.array([moved[stream][index] for stream, index in at])
+            total += loss(torch.from_numpy(logp), batch, None).value.item()
+        found.append(total)
+    assert found == pytest.approx([found[0]] * len(CUTS), abs=1e-12)
+    assert found[0] != 0
 
 
 def test_every_config_has_a_loss_and_an_unknown_one_is_named():

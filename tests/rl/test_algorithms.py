@@ -13,13 +13,13 @@ from conf.training import ADVANTAGES, AlgorithmConfig
 from learner.losses.config import PolicyGradientConfig
 from learner.messages import Runs
 from rewards import RewardResult
-from rl.algorithms.advantages import EPSILON, centred, normalised
+from rl.algorithms.advantages import EPSILON, centred, leave_one_out, normalised
 from rl.algorithms.base import train_batch
 from rl.algorithms.table import ALGORITHMS, make_algorithm
 from rl.results import ReadyGroup
 from streams.messages import GroupSummary
 
-KINDS = {"grpo": normalised, "mean": centred}
+KINDS = {"grpo": normalised, "mean": centred, "rloo": leave_one_out}
 
 
 def config_of(kind, **values):
@@ -42,6 +42,7 @@ def test_advantages_of_a_group_by_hand():
     rewards = np.array([1.0, 0.0, 0.0, 1.0])
     assert centred(rewards) == pytest.approx([0.5, -0.5, -0.5, 0.5])
     assert normalised(rewards) == pytest.approx(np.array([1, -1, -1, 1]) * 0.5 / (0.5 + 1e-5))
+    assert leave_one_out(rewards) == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
     # The population's standard deviation, not the sample's: sqrt(2/3) over 0, 1, 2.
     assert normalised(np.array([0.0, 1.0, 2.0]))[2] == pytest.approx(1 / (math.sqrt(2 / 3) + 1e-5))
 
@@ -49,13 +50,17 @@ def test_advantages_of_a_group_by_hand():
 REWARDS = st.lists(st.floats(0, 1), min_size=2, max_size=16).map(np.array)
 
 
-@given(REWARDS, st.sampled_from(["grpo", "mean"]))
+@given(REWARDS, st.sampled_from(["grpo", "mean", "rloo"]))
 def test_advantages_have_mean_zero_keep_the_order_and_are_bounded(rewards, kind):
     advantages = KINDS[kind](rewards)
     assert advantages.dtype == np.float64
     assert abs(advantages.mean()) < 1e-6
     assert (np.diff(advantages[np.argsort(rewards, kind="stable")]) >= 0).all()
-    scale = rewards.std() / (rewards.std() + EPSILON) if kind == "grpo" else rewards.std()
+    scale = {
+        "grpo": rewards.std() / (rewards.std() + EPSILON),
+        "mean": rewards.std(),
+        "rloo": rewards.std() * len(rewards) / (len(rewards) - 1),
+    }[kind]
     assert advantages.std() == pytest.approx(scale, abs=1e-9)
 
 
@@ -66,7 +71,7 @@ def test_a_constant_added_to_all_rewards_changes_no_advantage(rewards, constant)
         assert of_rewards(rewards + constant) == pytest.approx(of_rewards(rewards), abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "mean"])
+@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo"])
 @pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
 def test_a_group_of_equal_rewards_has_no_advantage(kind, value):
     assert KINDS[kind](np.full(6, value)).tolist() == [0.0] * 6
@@ -77,8 +82,8 @@ def test_group_normalisation_of_a_single_stream_and_an_unknown_kind_are_refused_
         normalised(np.array([1.0]))
     assert centred(np.array([1.0])).tolist() == [0.0]
     unknown = config_of("mean")
-    object.__setattr__(unknown, "advantage", "rloo")
-    with pytest.raises(ValueError, match=r"algorithm\.advantage='rloo' is not one of grpo, mean"):
+    object.__setattr__(unknown, "advantage", "ppo")
+    with pytest.raises(ValueError, match=r"algorithm\.advantage='ppo' is not one of grpo, mean, rloo"):
         make_algorithm(unknown)
 
 
@@ -89,7 +94,7 @@ def test_every_algorithm_can_be_configured_and_every_name_of_the_configuration_h
 # --- algorithms -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["grpo", "mean"])
+@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo"])
 def test_every_target_of_a_stream_has_the_streams_advantage(kind):
     targets = ([3, 0, 2], [1, 1, 1], [0, 0, 0], [4, 0, 0])
     found = make_algorithm(config_of(kind)).advantages(group_of([1.0, 0.25, 0.5, 0.0], targets))
@@ -98,7 +103,7 @@ def test_every_target_of_a_stream_has_the_streams_advantage(kind):
     assert [values.tolist() for values in found] == [[expected[0]] * 5, [expected[1]] * 3, [], [expected[3]] * 4]
 
 
-@pytest.mark.parametrize("kind", ["grpo", "mean"])
+@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo"])
 def test_a_failed_reward_has_no_advantage_and_does_not_count_in_its_group(kind):
     algorithm = make_algorithm(config_of(kind))
     found = algorithm.advantages(group_of([1.0, None, 0.25], [[2], [3], [1]]))
