@@ -94,6 +94,8 @@ class SftConfig:
 
 ADVANTAGES = ("grpo", "mean", "rloo")
 """What `algorithm.advantage` may be; `rl.algorithms.table` has the algorithm of each."""
+CREDITS = ("stream", "turn")
+TURN_FORMS = ("td", "return")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,14 @@ class AlgorithmConfig:
     """The policy ratio is clipped below 1 - clip_low, in (0, 1)."""
     clip_high: float = 0.2
     """The policy ratio is clipped above 1 + clip_high."""
+    credit: str = "stream"
+    """`stream` = every token of a stream has its advantage, `turn` = an answer's worth goes to the turns that led to it."""
+    turn_form: str = "td"
+    """With `algorithm.credit=turn`: `td` = each turn has what it changed, `return` = every turn up to an answer has what it
+    came to.
+    """
+    turn_weight: float = 1.0
+    """Share of the credit by turn, in [0, 1]; the rest is the stream's advantage."""
     policy_loss: str = "ppo"
     """`ppo` = the clipped ratio (GRPO, DAPO; GSPO with `algorithm.ratio`), `cispo` = the gradient of every token under a
     clipped weight, `dppo` = tokens whose probability has moved by more than the clip bounds are left out.
@@ -192,6 +202,11 @@ class AlgorithmConfig:
                 f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "
                 "always 0, nothing would be learned; use at least 2 streams a group"
             )
+        for key, known in (("credit", CREDITS), ("turn_form", TURN_FORMS)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"algorithm.{key}={getattr(self, key)!r} is not one of {', '.join(known)}")
+        if not 0 <= self.turn_weight <= 1:
+            raise ValueError(f"algorithm.turn_weight={self.turn_weight} must lie in [0, 1]")
         # Refuses settings that its loss could not work with.
         _ = self.loss
         if not self.reference:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from conf.training import AlgorithmConfig
 from rl.algorithms.base import Algorithm
 from rl.algorithms.grpo import DrGrpo, Grpo, Rloo
+from rl.algorithms.turn_credit import TurnCredit
 
 ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {
     "grpo": Grpo,
@@ -23,4 +24,5 @@ def make_algorithm(config: AlgorithmConfig) -> Algorithm:
     """Return the algorithm that the config names. Raises ValueError for a name that is not in the table."""
     if config.advantage not in ALGORITHMS:
         raise ValueError(f"algorithm.advantage={config.advantage!r} is not one of {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[config.advantage](config)
+    algorithm = ALGORITHMS[config.advantage](config)
+    return TurnCredit(config, algorithm) if config.credit == "turn" else algorithm
