@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from learner.losses.config import PolicyGradientConfig, SupervisedConfig
+from learner.losses.config import ENTROPY_KINDS, PolicyGradientConfig, SupervisedConfig
 
 
 def check_length(job: str, steps: int, epochs: float) -> None:
@@ -171,6 +171,12 @@ class AlgorithmConfig:
     """Lower bound of that ratio, in (0, 1)."""
     correction_max: float = 2.0
     """Upper bound of that ratio, above 1."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, which keeps a policy from settling too soon; 0 = none."""
+    entropy_floor: float = 0.0
+    """Nats up to which a token's entropy counts in the bonus: it lifts only what is below; 0 = all of it."""
+    entropy_kinds: tuple[str, ...] = ENTROPY_KINDS
+    """Tokens that the bonus is of, some of `think`, `decision`, `response`, `end`."""
     kl: str = "k3"
     """Estimator of `algorithm.kl_coef`'s KL: `k3`, or `k2` = half the squared difference of log-probs."""
     kl_coef: float = 0.0
@@ -202,6 +208,7 @@ class AlgorithmConfig:
                 f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "
                 "always 0, nothing would be learned; use at least 2 streams a group"
             )
+        object.__setattr__(self, "entropy_kinds", tuple(self.entropy_kinds))
         for key, known in (("credit", CREDITS), ("turn_form", TURN_FORMS)):
             if getattr(self, key) not in known:
                 raise ValueError(f"algorithm.{key}={getattr(self, key)!r} is not one of {', '.join(known)}")

@@ -160,9 +160,11 @@ class LearnerEngine:
             # Only at the last micro-batch does DeepSpeed reduce the gradients over the ranks.
             self.deepspeed.set_gradient_accumulation_boundary(i == len(step.work) - 1)
             with self.meter.phase("forward"):
-                logp, entropy, features = self.deepspeed(batch, common, step.temperature)
+                logp, entropy, features = self.deepspeed(
+                    batch, common, step.temperature, entropy_gradient=step.loss.needs_entropy
+                )
                 reference = self._reference_logp(step, batch, logp, features)
-                found: LossValue = step.loss(logp, batch, reference)
+                found: LossValue = step.loss(logp, entropy, batch, reference)
             if step.loss.sampled:
                 # Streams sampled wholly at the learner's own version: for them the difference must be 0 but for
                 # rounding.
@@ -171,7 +173,7 @@ class LearnerEngine:
                 outlier = batch.outlier(found.differences, self.outlier_above, fresh)
                 mine.outlier = most_telling([mine.outlier, outlier])
             mine.worst = max(mine.worst, batch.furthest(found.differences))
-            mine.add(found, float(entropy.sum()), step.targets)
+            mine.add(found, float(entropy.detach().sum()), step.targets)
             # DeepSpeed averages gradients over the ranks, but the loss is already divided by the targets of all ranks.
             value = found.value * self.ranks.world
             # A gradient that is not finite makes DeepSpeed skip the step on all ranks. A loss that is not finite need

@@ -61,12 +61,12 @@ class PolicyForward(nn.Module):
         self._config = config
 
     def forward(
-        self, batch: MicroBatch, work: MicroBatchWork, temperature: float
+        self, batch: MicroBatch, work: MicroBatchWork, temperature: float, *, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return (log-probs [N], entropies [N]) of the batch's targets and the features of its video tokens.
 
-        Features are for the reference. Only the log-probs may require a gradient: DeepSpeed counts the outputs that do,
-        and the count must be the same on every rank.
+        Features are for the reference. Only the log-probs may require a gradient, and with `entropy_gradient` the entropies:
+        DeepSpeed counts the outputs that do, and the count must be the same on every rank.
         """
         backbone = self._backbone[0]
         features = batch_features(backbone, batch)
@@ -78,5 +78,6 @@ class PolicyForward(nn.Module):
             head_chunk=self._config.head_chunk,
             head_chunks=work.head_chunks,
             attention=choose_learner_attention(self._config.attention, backbone.device.type).name,
+            entropy_gradient=entropy_gradient,
         )
         return scores.logp, scores.entropy, None if features is None else features.detach()

@@ -98,16 +98,24 @@ class Loss(ABC, Generic[C]):
         """Whether `__call__` needs the frozen reference's log-probs."""
         return False
 
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `__call__` needs entropies with gradient."""
+        return False
+
     @staticmethod
     def problem(config: C, work: RankWork, *, has_reference: bool, boundary: Boundary) -> str | None:
         """Return why this rank's work cannot be trained on with that config; None if it can."""
         return None
 
     @abstractmethod
-    def __call__(self, logp: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None) -> LossValue:
+    def __call__(
+        self, logp: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None
+    ) -> LossValue:
         """Return the loss of the batch's targets.
 
-        logp: log-probs [N] with gradient. reference: log-probs [N] without gradient; None unless `needs_reference`.
+        logp: log-probs [N] with gradient. entropy: [N] in nats, with gradient if `needs_entropy`. reference: log-probs [N]
+        without gradient; None unless `needs_reference`.
         """
 
 

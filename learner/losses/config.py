@@ -17,6 +17,23 @@ class LossConfig:
     """Base class of the settings of a loss. The type determines the loss, the fields are its settings."""
 
 
+POLICY_LOSSES = ("ppo", "cispo", "dppo")
+RATIOS = ("token", "turn", "stream")
+AGGREGATES = ("token_mean", "stream_mean", "turn_mean", "token_sum")
+OLD_POLICIES = ("behaviour", "current")
+CORRECTIONS = ("none", "truncate", "token_mask", "stream_mask")
+KLS = ("k2", "k3")
+ENTROPY_KINDS = ("think", "decision", "response", "end")
+_CHOICES = {
+    "policy_loss": POLICY_LOSSES,
+    "ratio": RATIOS,
+    "aggregate": AGGREGATES,
+    "old_policy": OLD_POLICIES,
+    "correction": CORRECTIONS,
+    "kl": KLS,
+}
+
+
 @dataclass(frozen=True)
 class PolicyGradientConfig(LossConfig):
     """Settings of the policy gradient (GRPO and its kin); `learner.losses.policy_gradient` has the formulas.
@@ -34,6 +51,8 @@ class PolicyGradientConfig(LossConfig):
         old_policy: What the ratio is taken against, one of OLD_POLICIES.
         correction: One of CORRECTIONS, with the bounds correction_min and correction_max of the ratio.
         kl: Estimator of the KL to the reference, one of KLS.
+        entropy_coef: Weight of the entropy bonus; 0 = none. It is of tokens of these entropy_kinds (of ENTROPY_KINDS), and of
+            each no more than entropy_floor nats; 0 = all of it.
     """
 
     clip_low: float
@@ -50,6 +69,9 @@ class PolicyGradientConfig(LossConfig):
     correction_min: float = 0.5
     correction_max: float = 2.0
     kl: str = "k3"
+    entropy_coef: float = 0.0
+    entropy_floor: float = 0.0
+    entropy_kinds: tuple[str, ...] = ENTROPY_KINDS
 
     def __post_init__(self) -> None:
         for key, known in _CHOICES.items():
@@ -65,7 +87,7 @@ class PolicyGradientConfig(LossConfig):
                 f"algorithm.clip_low={self.clip_low} must lie in (0, 1), algorithm.clip_high={self.clip_high} above 0 "
                 "(with algorithm.policy_loss=cispo clip_low may be 1, which bounds nothing)"
             )
-        for key in ("kl_coef", "square_coef"):
+        for key in ("kl_coef", "square_coef", "entropy_coef", "entropy_floor"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"algorithm.{key}={getattr(self, key)} must be 0 or a positive number")
         if self.dual_clip and not 1 < self.dual_clip < math.inf:
@@ -85,6 +107,15 @@ class PolicyGradientConfig(LossConfig):
 
     def _check_pairs(self) -> None:
         """Raise ValueError for settings that make no sense together."""
+        unknown = set(self.entropy_kinds) - set(ENTROPY_KINDS)
+        if unknown or not self.entropy_kinds:
+            raise ValueError(
+                f"algorithm.entropy_kinds={list(self.entropy_kinds)} must name some of {', '.join(ENTROPY_KINDS)}"
+            )
+        if self.entropy_floor and not self.entropy_coef:
+            raise ValueError(
+                f"algorithm.entropy_floor={self.entropy_floor} without algorithm.entropy_coef: nothing would lift entropy to it"
+            )
         if self.policy_loss != "ppo":
             for key, off in (("ratio", "token"), ("dual_clip", 0)):
                 if getattr(self, key) != off:
@@ -103,22 +134,6 @@ class PolicyGradientConfig(LossConfig):
                 "algorithm.correction=truncate with algorithm.old_policy=behaviour: the ratio has the behaviour policy "
                 "already, the weight would count it twice; use algorithm.old_policy=current"
             )
-
-
-POLICY_LOSSES = ("ppo", "cispo", "dppo")
-RATIOS = ("token", "turn", "stream")
-AGGREGATES = ("token_mean", "stream_mean", "turn_mean", "token_sum")
-OLD_POLICIES = ("behaviour", "current")
-CORRECTIONS = ("none", "truncate", "token_mask", "stream_mask")
-KLS = ("k2", "k3")
-_CHOICES = {
-    "policy_loss": POLICY_LOSSES,
-    "ratio": RATIOS,
-    "aggregate": AGGREGATES,
-    "old_policy": OLD_POLICIES,
-    "correction": CORRECTIONS,
-    "kl": KLS,
-}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from learner.losses.kl import MAX_LOG_RATIO, k2_kl, k3_kl
 from learner.losses.units import BatchUnits
 from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutTokens
+from streams.log.record import Kind
 
 
 def policy_loss(
@@ -64,6 +65,15 @@ def policy_loss(
         loss = loss + config.kl_coef * _total(kl, share)
         sums["kl"] = kl.detach().sum()
     return loss / normaliser, sums
+
+
+def entropy_bonus(entropy: torch.Tensor, chosen: torch.Tensor, floor: float) -> torch.Tensor:
+    """Return what entropies [N] add to the objective, [N]: those of chosen tokens, bool [N], none more than a floor above 0.
+
+    So with a floor only tokens below it are lifted.
+    """
+    lifted = entropy.clamp(max=floor) if floor else entropy
+    return torch.where(chosen, lifted, torch.zeros_like(lifted))
 
 
 def normaliser_of(config: PolicyGradientConfig, totals: TargetCounts) -> float:
@@ -120,6 +130,10 @@ class PolicyGradient(Loss[PolicyGradientConfig]):
     def needs_reference(self) -> bool:
         return self.config.kl_coef > 0
 
+    @property
+    def needs_entropy(self) -> bool:
+        return self.config.entropy_coef > 0
+
     @staticmethod
     def problem(config: PolicyGradientConfig, work: RankWork, *, has_reference: bool, boundary: Boundary) -> str | None:
         if config.kl_coef and not has_reference:
@@ -136,17 +150,27 @@ class PolicyGradient(Loss[PolicyGradientConfig]):
                 return f"stream {log.header.stream_id}: {len(advantages)} advantages but {int(log.target.sum())} target tokens"
         return None
 
-    def __call__(self, logp: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None) -> LossValue:
+    def __call__(
+        self, logp: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None
+    ) -> LossValue:
         scored = logp.detach().double().cpu().numpy()
         behaviour, advantage = batch.column("behaviour_logp"), batch.advantage()
+        units = BatchUnits.of(batch.rows.stream.numpy(), batch.column("turn"))
         value, sums = policy_loss(
             logp,
             torch.from_numpy(behaviour).to(logp),
             torch.from_numpy(advantage).to(logp),
             self.config,
             normaliser=self.normaliser,
-            units=BatchUnits.of(batch.rows.stream.numpy(), batch.column("turn")),
+            units=units,
             reference=reference,
         )
+        if self.needs_entropy:
+            kinds = torch.from_numpy(
+                np.isin(batch.column("kind"), [Kind[name.upper()] for name in self.config.entropy_kinds])
+            )
+            bonus = entropy_bonus(entropy, kinds.to(entropy.device), self.config.entropy_floor)
+            share = _share(logp, self.config, units)
+            value = value - self.config.entropy_coef * _total(bonus, share) / self.normaliser
         # An advantage that is not finite spoils the step as a log-prob would, so its stream must be named, too.
         return LossValue(value, sums, or_infinite(np.where(np.isfinite(advantage), scored - behaviour, np.inf)))

@@ -80,7 +80,9 @@ class Supervised(Loss[SupervisedConfig]):
         self.weights = SftWeights.balanced(totals, tokens, config)
         self.normaliser = self.weights.total(totals)
 
-    def __call__(self, logp: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None) -> LossValue:
+    def __call__(
+        self, logp: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch, reference: torch.Tensor | None
+    ) -> LossValue:
         weight = self.weights.of(batch.rows.target_ids.numpy(), batch.column("kind"))
         value, sums = sft_loss(logp, torch.from_numpy(weight).to(logp), normaliser=self.normaliser)
         return LossValue(value, sums, or_infinite(logp.detach().double().cpu().numpy()))

@@ -26,7 +26,7 @@ from streams.scoring.packing import Rows, pack, plan_micro_batches
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-prob and entropy, float [N] in nats, of the N targets of a Rows. Entropy: over allowed ids, without gradient."""
+    """Log-prob and entropy over allowed ids, float [N] in nats, of the N targets of a Rows."""
 
     logp: torch.Tensor
     entropy: torch.Tensor
@@ -53,8 +53,11 @@ def score_rows(
     head_chunk: int = 1024,
     head_chunks: int = 0,
     attention: str = "sdpa",
+    entropy_gradient: bool = False,
 ) -> Scores:
     """Return the scores of the rows' targets. Gradients flow into the backbone and `features` where they require them.
+
+    entropy_gradient: entropies have one, too, as log-probs always have.
 
     features: float [M, F] of the video tokens, log by log.
     head_chunks: least number of calls of the head, on no targets if need be: ranks that share a model's parameters must
@@ -74,7 +77,7 @@ def score_rows(
 
     def head(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logp = torch.log_softmax(backbone.logits(states, temperature), dim=-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             # 0 * -inf at banned ids would be NaN.
             entropy = -(logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy

@@ -120,6 +120,20 @@ def largest_difference(a, b):
 # ---- steps ----
 
 
+@pytest.mark.parametrize("settings", [{}, {"head_chunk": 5}, {"zero_stage": 3}])
+def test_an_entropy_bonus_alone_raises_entropy_and_only_up_to_its_floor(engine, groups, settings):
+    silent = [replace(item, advantages=tuple(np.zeros_like(a) for a in item.advantages)) for item in groups]
+    bonus = replace(GRPO, entropy_coef=1.0)
+    learner = engine(**settings)
+    found = [learner.train(step, bonus, silent).metrics["entropy"] for step in range(4)]
+    assert found == sorted(found)
+    assert found[-1] > found[0] + 1e-3
+    low = engine(**settings)
+    floored = [low.train(step, replace(bonus, entropy_floor=1e-6), silent).metrics for step in range(2)]
+    assert floored[0]["grad_norm"] == 0
+    assert floored[0]["entropy"] == floored[1]["entropy"]
+
+
 def test_supervised_steps_lower_the_loss_on_a_fixed_batch(engine, demonstrations):
     learner = engine()
     reports = [learner.train(step, SFT, demonstrations) for step in range(8)]

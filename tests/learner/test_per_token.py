@@ -61,7 +61,7 @@ def test_even_advantages_are_bit_for_bit_one_per_stream_spread_to_its_targets(it
         start = torch.from_numpy(behaviour + rng.normal(size=len(behaviour)) * 0.4).to(dtype)
         reference = start + 0.1 if kl_coef else None
         logp, plain = (start.clone().requires_grad_() for _ in range(2))
-        found = loss(logp, batch, reference)
+        found = loss(logp, torch.zeros_like(logp), batch, reference)
         value, sums = former_loss(
             plain,
             torch.from_numpy(behaviour).to(plain),
@@ -100,7 +100,7 @@ def gradients(items, rows, most):
     found = {}
     for batch in batches:
         logp = torch.from_numpy(batch.column("behaviour_logp")).requires_grad_()
-        loss(logp, batch, None).value.backward()
+        loss(logp, torch.zeros_like(logp), batch, None).value.backward()
         for s, index, slope in zip(batch.rows.stream, batch.rows.target_index, logp.grad, strict=True):
             key = (work.logs[int(s)].header.stream_id, int(index))
             assert key not in found
@@ -153,9 +153,14 @@ def test_advantages_that_do_not_fit_the_logs_are_refused_by_the_stream(items):
     assert problem(items, SFT) is None, "the cold start asks for none"
 
 
-@pytest.mark.parametrize(
-    "member", [{"ratio": "turn", "aggregate": "turn_mean"}, {"ratio": "stream", "aggregate": "stream_mean"}]
-)
+MEMBERS = [
+    {"ratio": "turn", "aggregate": "turn_mean"},
+    {"ratio": "stream", "aggregate": "stream_mean"},
+    {"entropy_coef": 0.3, "entropy_floor": 2.0, "entropy_kinds": ("think", "decision"), "aggregate": "turn_mean"},
+]
+
+
+@pytest.mark.parametrize("member", MEMBERS)
 def test_units_of_real_logs_are_whole_however_a_step_is_cut(items, member):
     rng = np.random.default_rng(6)
     config = replace(GRPO, **member)
@@ -172,7 +177,8 @@ def test_units_of_real_logs_are_whole_however_a_step_is_cut(items, member):
         for batch in batches:
             at = zip(batch.rows.stream.tolist(), batch.rows.target_index.tolist(), strict=True)
             logp = batch.column("behaviour_logp") + np.array([moved[stream][index] for stream, index in at])
-            total += loss(torch.from_numpy(logp), batch, None).value.item()
+            entropy = torch.from_numpy(logp**2)
+            total += loss(torch.from_numpy(logp), entropy, batch, None).value.item()
         found.append(total)
     assert found == pytest.approx([found[0]] * len(CUTS), abs=1e-12)
     assert found[0] != 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from learner.losses.base import TargetCounts
 from learner.losses.config import PolicyGradientConfig
-from learner.losses.policy_gradient import normaliser_of, policy_loss
+from learner.losses.policy_gradient import entropy_bonus, normaliser_of, policy_loss
 from learner.losses.units import BatchUnits, Units
 from tests.support.policy_losses import former_loss, grpo_loss
 
@@ -143,6 +143,16 @@ def test_k2_is_half_the_square_and_its_gradient_the_difference():
     assert loss == pytest.approx(0.1 * (0.125 + 0.5) / 2)
     assert gradient == pytest.approx([0.1 * 0.5 / 2, 0.1 * -1.0 / 2])
     assert sums["kl"] == pytest.approx(0.625)
+
+
+def test_the_entropy_bonus_is_of_chosen_tokens_and_lifts_only_what_is_below_the_floor():
+    entropy = torch.tensor([0.1, 0.5, 2.0, 0.3], dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor([True, True, True, False])
+    assert entropy_bonus(entropy, chosen, 0.0).tolist() == [0.1, 0.5, 2.0, 0.0]
+    bonus = entropy_bonus(entropy, chosen, 0.4)
+    assert bonus.tolist() == [0.1, 0.4, 0.4, 0.0]
+    bonus.sum().backward()
+    assert entropy.grad.tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
 # --- streams and turns ------------------------------------------------------------------------------------------------
@@ -349,6 +359,10 @@ def test_units_count_all_that_have_their_labels():
         ({"correction_max": 0.9}, r"algorithm\.correction_max=0\.9 above 1"),
         ({"correction_min": 0.0}, r"algorithm\.correction_min=0\.0 must lie in \(0, 1\)"),
         ({"square_coef": -1.0}, r"algorithm\.square_coef=-1\.0"),
+        ({"entropy_coef": -0.1}, r"algorithm\.entropy_coef=-0\.1"),
+        ({"entropy_floor": 0.3}, r"algorithm\.entropy_floor=0\.3 without algorithm\.entropy_coef"),
+        ({"entropy_kinds": ("thought",)}, r"algorithm\.entropy_kinds=\['thought'\] must name some of think, decision"),
+        ({"entropy_kinds": ()}, r"algorithm\.entropy_kinds=\[\]"),
         ({"clip_low": 1.0}, r"algorithm\.clip_low=1\.0"),
     ],
 )

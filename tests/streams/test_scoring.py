@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streams.backbone.backbone import VideoTokens
 from streams.log.mismatch import LogpDiff
 from streams.log.record import NEVER
 from streams.memory import MemoryConfig
-from streams.scoring.logprobs import score_rows
+from streams.scoring.logprobs import attention_plan, score_rows
 from streams.scoring.mask import DensePlan, FlexPlan, block_mask, dense_mask
 from streams.scoring.packing import pack, plan_micro_batches, plan_rows
 from tests.support.streams import (
@@ -77,6 +78,32 @@ def test_scores_and_gradients_do_not_depend_on_the_head_chunk(fp64, logged, chun
     whole_logp, whole_grad = scored(10_000)
     torch.testing.assert_close(logp, whole_logp, atol=1e-12, rtol=0)
     torch.testing.assert_close(grad, whole_grad, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_the_entropys_gradient_is_that_of_its_definition_at_any_head_chunk(fp64, logged, chunk):
+    """By the closed form: the gradient of H by the logits is -p (log p + H)."""
+    requests, logs = logged
+    rows = pack(logs[:2], [[0, 1]])
+    features = torch.cat([joined_features(r) for r in requests[:2]])
+    head = fp64.model.lm_head
+    with torch.no_grad():
+        plan = attention_plan(rows, "sdpa", fp64)
+        hidden = fp64.hidden(rows.ids, rows.positions, plan, VideoTokens(rows.video_index, features))
+    states = hidden.flatten(0, 1)[rows.predictor]
+    logp = fp64.logits(states, 0.7).log_softmax(-1)
+    p, entropy = logp.exp(), score_rows(fp64, rows, features, temperature=0.7).entropy
+    assert not entropy.requires_grad
+    by_logit = torch.where(p > 0, -p * (logp + entropy.detach()[:, None]), p) / 0.7
+    expected = by_logit.T @ states
+    for parameter in fp64.model.parameters():
+        parameter.grad = None
+    scores = score_rows(fp64, rows, features, temperature=0.7, head_chunk=chunk, entropy_gradient=True)
+    torch.testing.assert_close(scores.entropy.detach(), entropy, atol=1e-12, rtol=0)
+    scores.entropy.sum().backward()
+    assert (head.weight.grad - expected).abs().max() < 1e-12
+    for parameter in fp64.model.parameters():
+        parameter.grad = None
 
 
 def test_flex_attention_on_the_learners_block_mask_equals_the_dense_mask(fp64, logged):
