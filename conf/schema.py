@@ -95,6 +95,11 @@ class RunConfig:
                 f"deterministic=true needs algorithm.mode=sync, not {self.algorithm.mode}: what a worker samples "
                 "asynchronously depends on when new weights reach it"
             )
+        if self.deterministic and self.algorithm.zero_spread != "train":
+            raise ValueError(
+                f"deterministic=true needs algorithm.zero_spread=train, not {self.algorithm.zero_spread}: which groups "
+                "are given up before algorithm.resample_most is reached depends on which are scored first"
+            )
         if not self.run_root:
             raise ValueError("run_root is empty: name the folder that this run writes to")
         cold_start = self.learner.with_overrides(self.sft.learner)

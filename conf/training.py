@@ -96,6 +96,7 @@ ADVANTAGES = ("grpo", "mean", "rloo")
 """What `algorithm.advantage` may be; `rl.algorithms.table` has the algorithm of each."""
 CREDITS = ("stream", "turn")
 TURN_FORMS = ("td", "return")
+ZERO_SPREADS = ("train", "resample")
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ class AlgorithmConfig:
     """The policy ratio is clipped below 1 - clip_low, in (0, 1)."""
     clip_high: float = 0.2
     """The policy ratio is clipped above 1 + clip_high."""
+    zero_spread: str = "train"
+    """Groups whose advantages are all 0: `train` = they fill their places in a step and teach nothing, `resample` = the
+    next groups take them (DAPO's dynamic sampling). Not with `deterministic`.
+    """
+    resample_most: int = 16
+    """Groups that `algorithm.zero_spread=resample` gives up between two optimiser steps, at most."""
     credit: str = "stream"
     """`stream` = every token of a stream has its advantage, `turn` = an answer's worth goes to the turns that led to it."""
     turn_form: str = "td"
@@ -209,9 +216,13 @@ class AlgorithmConfig:
                 "always 0, nothing would be learned; use at least 2 streams a group"
             )
         object.__setattr__(self, "entropy_kinds", tuple(self.entropy_kinds))
-        for key, known in (("credit", CREDITS), ("turn_form", TURN_FORMS)):
+        for key, known in (("credit", CREDITS), ("turn_form", TURN_FORMS), ("zero_spread", ZERO_SPREADS)):
             if getattr(self, key) not in known:
                 raise ValueError(f"algorithm.{key}={getattr(self, key)!r} is not one of {', '.join(known)}")
+        if self.resample_most < 1:
+            raise ValueError(
+                f"algorithm.resample_most={self.resample_most} must be at least 1; algorithm.zero_spread=train gives none up"
+            )
         if not 0 <= self.turn_weight <= 1:
             raise ValueError(f"algorithm.turn_weight={self.turn_weight} must lie in [0, 1]")
         # Refuses settings that its loss could not work with.

@@ -25,6 +25,7 @@ from rl.evaluated_stage import EvaluatedStage
 from rl.groups import kept
 from rl.groups.buffer import GroupBuffer
 from rl.groups.dispatch import KEPT, Assignment, Dispatcher
+from rl.groups.spread import teaches_nothing
 from rl.periodic_eval import PeriodicEvaluation
 from rl.results import ReadyGroup, RLResult
 from rl.step_report import StepReport
@@ -200,7 +201,14 @@ class RLLoop:
             self._drop(assignment, f"every reward failed: {results[0].failed} ({_weights(summary)})", mend="the reward")
             return
         self.stage.found_good()
-        self.dispatch.fulfil(assignment, ReadyGroup(summary, payload, results))
+        group = ReadyGroup(summary, payload, results)
+        settings = self.config.algorithm
+        if self.result.given_up.may_take(settings) and teaches_nothing(make_algorithm(settings).advantages(group)):
+            self.dispatch.drop(assignment)
+            self.stage.dropped.add(assignment.group)
+            self.result.given_up.add(assignment.task.category, assignment.plan.turns, summary.clip_seconds)
+            return
+        self.dispatch.fulfil(assignment, group)
 
     def _drop(self, assignment: Assignment, reason: str, mend: str) -> None:
         """Drop a group that cannot be trained, by name. Raises RuntimeError after too many of them in a row.
@@ -257,7 +265,7 @@ class RLLoop:
         self.buffer.trained()
         self.workers.publish(report.version, weights)
         swaps = self.workers.take_swaps()
-        values = self.report.metrics(report, groups, ages, swaps, self.buffer.ready, self.result.dropped_groups)
+        values = self.report.metrics(report, groups, ages, swaps, self.buffer.ready, self.result)
         self.result.count_step(report, groups, ages, values["reward/total"])
         self.stage.trained(self.version, tuple(g.summary.group for g in groups), values)
         self.report.say(self.version, values)

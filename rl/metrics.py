@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rl.results import ReadyGroup
+from rl.results import ReadyGroup, RLResult
 from runtime.tracking.metric_names import apart, metric_name
 from streams.log.mismatch import LogpDiff
 from streams.messages import SwapReport, TrainReport
@@ -37,7 +37,7 @@ def step_metrics(
     swaps: Sequence[SwapReport],
     clock: StepClock,
     ready: int,
-    dropped: int,
+    result: RLResult,
 ) -> dict[str, float | None]:
     """Return everything that is charted about a step.
 
@@ -48,7 +48,7 @@ def step_metrics(
         swaps: Workers' swaps since the previous step.
         clock: Times of the step.
         ready: Groups that wait for a batch.
-        dropped: Groups dropped since the stage began.
+        result: What the stage has counted since it began.
     """
     results = [r for g in groups for r in g.results]
     monitor = LogpDiff.merge([g.summary.monitor for g in groups])
@@ -66,7 +66,8 @@ def step_metrics(
         "rollout/evicted_tokens": float(sum(g.summary.evicted_tokens for g in groups)),
         "rollout/preempted": float(sum(g.summary.preempted for g in groups)),
         "rollout/group_s": float(np.mean([g.summary.seconds for g in groups])),
-        "rollout/dropped_groups": float(dropped),
+        "rollout/dropped_groups": float(result.dropped_groups),
+        "rollout/resampled_groups": float(result.given_up.groups),
         "buffer/ready": float(ready),
         "busy/learner": clock.learner_busy,
         "busy/workers": float(np.mean([s.busy_share for s in swaps])) if swaps else None,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rewards.compose import RewardResult
+from rl.groups.spread import GivenUp
 from runtime.store.manifests import plain
 from runtime.store.ranges import Ranges
 from streams.data.dataset import SkippedSample
@@ -48,6 +49,7 @@ class RLResult:
         monitor: Mismatch that the workers measured by re-scoring their own streams.
         age0: Mismatch that the learner measured on training streams of its own version.
         published, published_by_kind: Mismatch on the weights that the workers swapped in last; also by kind of token.
+        given_up: Groups that were not trained since they taught nothing.
         sampled_tokens: Sampled tokens of all trained groups.
         clips_encoded: Clips that the workers encoded.
         distinct_clips: Different clips that were rolled out.
@@ -64,6 +66,7 @@ class RLResult:
     skipped: list[SkippedSample] = field(default_factory=list)
     dropped_groups: int = 0
     dropped_clip_seconds: float = 0.0
+    given_up: GivenUp = field(default_factory=GivenUp)
     monitor: LogpDiff = field(default_factory=LogpDiff)
     age0: LogpDiff = field(default_factory=LogpDiff)
     published: LogpDiff = field(default_factory=LogpDiff)
@@ -80,6 +83,7 @@ class RLResult:
     ) -> None:
         """Count an optimiser step that trained `groups`, each at its age in `ages`."""
         self.steps = report.version
+        self.given_up.since_step = 0
         self.max_age = max(self.max_age, *ages)
         for group in groups:
             self.versions_seen.update(group.summary.versions)
@@ -102,6 +106,7 @@ class RLResult:
         # Earlier versions listed every one.
         values["versions_seen"] = {*Ranges(pair if isinstance(pair, list) else (pair, pair) for pair in seen)}
         values["skipped"] = [SkippedSample(**sample) for sample in values.get("skipped", ())]
+        values["given_up"] = GivenUp(**values.get("given_up", {}))
         for key in ("monitor", "age0", "published"):
             values[key] = LogpDiff(**values.get(key, {}))
         by_kind = values.get("published_by_kind", {})

@@ -35,6 +35,8 @@ def run(run: Run) -> dict[str, Any]:
         f"{_shown(result.mean_reward_last)}, ages up to {result.max_age} (bound {loop.buffer.limits.bound})"
         f"{deaths_in_words(result.deaths)}"
     )
+    if result.given_up.groups:
+        run.progress.say(f"rl: {result.given_up.in_words}")
     run.gate.judge("learner, on the published weights", result.published, loop.published_off)
     return asdict(result) | {"kept": [asdict(sample) for sample in run.files.judged["rl"].kept]}
 

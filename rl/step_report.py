@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from rl.idle import IdleWatch, Values
 from rl.metrics import StepClock, step_metrics
-from rl.results import ReadyGroup
+from rl.results import ReadyGroup, RLResult
 from runtime.context import StageContext
 from streams.messages import SwapReport, TrainReport
 
@@ -33,14 +33,14 @@ class StepReport:
         ages: Sequence[int],
         swaps: Sequence[SwapReport],
         ready: int,
-        dropped: int,
+        result: RLResult,
     ) -> dict[str, float | None]:
         """Return the metrics of a step that has just ended. Arguments: see `rl.metrics.step_metrics`."""
         now = time.monotonic()
         wall, self._step_began = now - self._step_began, now
         self._learner_busy_s += report.metrics["step_s"]
         clock = StepClock(wall, self._learner_busy_s / self._context.seconds())
-        return step_metrics(report, groups, ages, swaps, clock, ready, dropped)
+        return step_metrics(report, groups, ages, swaps, clock, ready, result)
 
     def say(self, step: int, values: dict[str, float | None]) -> None:
         """Print the step's line, and a notice if steps in a row taught nothing."""

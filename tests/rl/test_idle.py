@@ -7,7 +7,7 @@ import pytest
 from rewards.compose import RewardResult
 from rl.idle import IdleWatch
 from rl.metrics import StepClock, step_metrics
-from rl.results import ReadyGroup
+from rl.results import ReadyGroup, RLResult
 from streams.messages import GroupSummary, TrainReport
 from tests.support.configs import composed
 
@@ -22,7 +22,7 @@ def group(*totals: float | None, **components: float) -> ReadyGroup:
 
 def step(*groups: ReadyGroup) -> dict[str, float | None]:
     report = TrainReport(step=0, version=1, metrics={"loss": 0.0})
-    return step_metrics(report, groups, [0], [], StepClock(1.0, 0.5), 0, 0)
+    return step_metrics(report, groups, [0], [], StepClock(1.0, 0.5), 0, RLResult())
 
 
 def watch(*words: str, before=()) -> IdleWatch:
