@@ -27,9 +27,13 @@ class Units:
 
     @classmethod
     def by(cls, *labels: np.ndarray) -> Units:
-        """Return the units of targets that have all labels alike. labels: int [N] each."""
-        _, of, counts = np.unique(np.stack(labels), axis=1, return_inverse=True, return_counts=True)
-        return cls(torch.from_numpy(of.reshape(-1)), torch.from_numpy(counts))
+        """Return the units of targets that have all labels alike. labels: int [N] each, none negative."""
+        # One number for all labels: numpy sorts columns of several many times as slowly.
+        label = np.zeros(len(labels[0]), np.int64)
+        for more in labels:
+            label = label * (int(more.max(initial=0)) + 1) + more
+        _, of, counts = np.unique(label, return_inverse=True, return_counts=True)
+        return cls(torch.from_numpy(of), torch.from_numpy(counts))
 
     def size(self, like: torch.Tensor) -> torch.Tensor:
         """Return how many targets the unit of each has, [N], in the dtype and on the device of `like`."""
