@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import hardware, in_words, result_target, versions, write_result
-from benchmarks.soak.judging import report
+from benchmarks.soak.judging import SPAN, WARM, report
 from benchmarks.soak.samples import Sample, look, newest_step
 from runtime.store.journal import journal_path, read_lines
 from tests.support.killed_runs import Driver
@@ -45,7 +45,8 @@ OVERRIDES = (
     # What it earns says nothing here.
     "monitor.idle_steps=0",
 )
-EVERY_S = 0.5
+EVERY_S, EVERY_S_SHORT = 0.5, 0.05
+"""Seconds between two looks; in a run whose compared steps are few, such that some looks fall among them."""
 HUNG_S = 300.0
 END_S = 180.0
 """How long a run may take to end after its last step."""
@@ -62,9 +63,10 @@ def watch(root: Path, steps: int) -> tuple[list[Sample], int, str]:
     samples: list[Sample] = []
     journal = journal_path(root, "rl")
     newest, moved, told = 0, time.monotonic(), 0
+    pause = EVERY_S if steps >= WARM + 2 * SPAN else EVERY_S_SHORT
     try:
         while driver.process.poll() is None:
-            time.sleep(EVERY_S)
+            time.sleep(pause)
             now, step = time.monotonic(), newest_step(journal)
             if step != newest:
                 newest, moved = step, now

@@ -189,11 +189,11 @@ def test_a_look_sees_memory_files_and_threads_of_a_process_and_its_children(tmp_
 @pytest.mark.timeout(600)
 def test_a_short_real_run_is_sampled_to_its_end(tmp_path):
     target = tmp_path / "soak.json"
-    command = [sys.executable, "-m", "benchmarks.soak", "--steps", "40", "--json", str(target)]
+    command = [sys.executable, "-m", "benchmarks.soak", "--steps", "60", "--json", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert target.is_file(), done.stderr
     found = json.loads(target.read_text())
-    assert found["steps"] == 40, done.stderr
+    assert found["steps"] == 60, done.stderr
     # So short a run may not have come to rest: its status must say what the report does.
     assert done.returncode == (0 if found["ok"] else 1), done.stderr
     expected = {"driver", "learner", "rollout-0", "rollout-1", "scorer", "GCS", "raylet", "decode"}
