@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,6 +96,27 @@ def test_in_place_a_text_model_computes_bit_for_bit_what_it_did(tmp_path, model_
     wanted_grads = dict(plain.model.named_parameters())
     for name, p in fused.model.named_parameters():
         assert p.grad is None or p.grad.equal(wanted_grads[name].grad), name
+
+
+def test_wide_outputs_are_written_where_the_last_ones_were_and_by_each_thread_elsewhere(tmp_path, monkeypatch):
+    path = build_tiny(tmp_path / "tiny", seed=3, gain=2.0, std=1.0)
+    plain, fused_one = (Backbone.load(path, LayoutConfig(), fused_kernels=name) for name in ("off", "torch"))
+    ids, positions = torch.arange(12)[None], torch.arange(12).expand(3, 1, -1)
+    mlp = fused_one.model.model.language_model.layers[1].mlp
+    x = torch.randn(5, mlp.gate_proj.in_features)
+    with torch.no_grad():
+        wanted = plain.hidden(ids, positions, Causal())
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        assert gate.equal(torch.nn.functional.linear(x, mlp.gate_proj.weight))
+        assert mlp.gate_proj(x[:2]).data_ptr() == gate.data_ptr() != up.data_ptr()
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.no_grad()(mlp.gate_proj), x).result().data_ptr() != gate.data_ptr()
+        # An output of a unit is never one that is kept: it outlives the next layer's.
+        assert fused_one.hidden(ids, positions, Causal()).equal(wanted)
+        monkeypatch.setattr(fused, "MOST_KEPT", 0)
+        fresh = mlp.gate_proj(x)
+        assert gate.data_ptr() != fresh.data_ptr() != mlp.gate_proj(x[:2]).data_ptr()
+        assert fused_one.hidden(ids, positions, Causal()).equal(wanted)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter needs no compiler")
