@@ -142,7 +142,7 @@ class Groups:
     # --- engine thread ----------------------------------------------------------------------------------------
 
     def encode_some(self) -> Iterator[tuple[Group, GroupResult]]:
-        """Encode about one slice of what waits for it, and start the groups that are complete; yield those that fail.
+        """Encode some slices of what waits for it, and start the groups that are complete; yield those that fail.
 
         Streams that run wait for no more than that, however long the clip. Raises StoppedError.
         """
@@ -155,7 +155,7 @@ class Groups:
                     return
                 while encoding.made is None:
                     # A clip that weights of another version have overtaken once is finished before the next ones come.
-                    if patches >= slices.SLICE_PATCHES and not encoding.restarts:
+                    if patches >= slices.VISIT_PATCHES and not encoding.restarts:
                         return
                     patches += self._features.advance(encoding)
                 failed = self.start(group)

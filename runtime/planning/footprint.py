@@ -244,10 +244,10 @@ def tower_bytes(geometry: ModelGeometry, stream: StreamSize, width: int, kept: s
     """Return the memory of the tower's largest call for the longest clip: pixels as float32, and activations of its blocks.
 
     kept: `all` activations, for a backward; the blocks' `inputs`, if it recomputes them; `one` block's, without a
-    backward; `slice`, the same for a clip that is encoded some chunks at a time.
+    backward; `slice`, the same for a clip that is encoded some chunks at a time, on a GPU: a CPU takes fewer.
     """
     chunk = stream.video * geometry.merge_size**2
-    patches = chunk * (min(stream.turns, chunks_per_slice(chunk)) if kept == "slice" else stream.turns)
+    patches = chunk * (min(stream.turns, chunks_per_slice(chunk, "cuda")) if kept == "slice" else stream.turns)
     pixels = 3 * geometry.temporal_patch_size * geometry.patch_size**2
     block = width * (6 * geometry.vision_hidden + 3 * geometry.vision_mlp)
     # Computed again, a block's activations stand beside their gradients.

@@ -10,15 +10,19 @@ from __future__ import annotations
 from streams.backbone.boundary import Boundary
 
 SLICE_PATCHES = 4096
-"""Patches of one call of the tower, at most; a chunk with more is a call of its own. A CPU's caches hold the activations of so
-many: a whole clip of 25,000 takes a third longer (towers of 256 columns). At 3B in half precision the working memory is 45 kB a
-patch, 180 MB in all: less than choosing the next tokens of 64 streams takes, and enough rows for a GPU's matrix products.
+"""Patches of one call of the tower on a GPU, at most; a chunk with more is a call of its own. At 3B in half precision the working
+memory is 45 kB a patch, 180 MB in all: less than choosing the next tokens of 64 streams takes, and enough rows for a GPU's
+matrix products.
 """
+CPU_SLICE_PATCHES = 1024
+"""The same on a CPU: of 4,096 the allocator keeps no activation of a block, and the system hands each out page by page."""
+VISIT_PATCHES = 4096
+"""What the engine thread encodes between two visits of the engine, about, where it encodes: running streams wait for it."""
 
 
-def chunks_per_slice(patches: int) -> int:
-    """Return the chunks of one call. patches: of one chunk, before merging."""
-    return max(1, SLICE_PATCHES // patches)
+def chunks_per_slice(patches: int, device: str) -> int:
+    """Return the chunks of one call. patches: of one chunk, before merging. device: "cuda" or "cpu"."""
+    return max(1, (CPU_SLICE_PATCHES if device == "cpu" else SLICE_PATCHES) // patches)
 
 
 def encodes_ahead(boundary: Boundary, device: str) -> bool:

@@ -84,7 +84,8 @@ class ClipEncoding:
         self._image, self._frames, self._dtype = image, frames, dtype
         patches = int(np.prod(_grid(image, frames)))
         self._shape = (len(frames), patches // image.merge_size**2, width)
-        self._patches, self._slice = patches, chunks_per_slice(patches)
+        device = next(visual.parameters()).device.type
+        self._patches, self._slice = patches, chunks_per_slice(patches, device)
         self._made: torch.Tensor | None = None
         self._at = 0
 

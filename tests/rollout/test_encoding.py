@@ -27,8 +27,9 @@ PATCHES = 16
 
 @pytest.fixture
 def open_it(setup, monkeypatch):
-    """Open services that encode ahead or not, whatever the device, one chunk a slice."""
-    monkeypatch.setattr(slices, "SLICE_PATCHES", PATCHES)
+    """Open services that encode ahead or not, whatever the device, one chunk a slice, one slice a visit."""
+    monkeypatch.setattr(slices, "CPU_SLICE_PATCHES", PATCHES)
+    monkeypatch.setattr(slices, "VISIT_PATCHES", PATCHES)
     opened = []
 
     def open_one(ahead, **given):

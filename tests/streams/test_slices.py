@@ -53,7 +53,7 @@ def whole(backbone, clip, *, pre_merger):
 )
 @pytest.mark.parametrize("pre_merger", [False, True], ids=["features", "pre-merger"])
 def test_slices_make_the_rows_of_one_call(backbone, monkeypatch, bound, calls, pre_merger):
-    monkeypatch.setattr(slices, "SLICE_PATCHES", bound)
+    monkeypatch.setattr(slices, "CPU_SLICE_PATCHES", bound)
     clip = clip_of(backbone, 7, times=2)
     wanted = whole(backbone, clip, pre_merger=pre_merger)
     assert wanted.abs().max() > 0.1
@@ -75,7 +75,7 @@ def test_slices_make_the_rows_of_one_call(backbone, monkeypatch, bound, calls, p
 
 def test_one_thread_may_merge_while_another_encodes_up_to_the_mergers(backbone, monkeypatch):
     """The tower of the encoding thread has no mergers, so the other one's are not touched."""
-    monkeypatch.setattr(slices, "SLICE_PATCHES", 60)
+    monkeypatch.setattr(slices, "CPU_SLICE_PATCHES", 60)
     clip = clip_of(backbone, 3)
     rows = whole(backbone, clip, pre_merger=True)
     with torch.no_grad():
@@ -108,7 +108,9 @@ def test_one_thread_may_merge_while_another_encodes_up_to_the_mergers(backbone, 
 def test_the_memory_of_the_tower_is_bounded_by_the_estimate_and_does_not_grow_with_the_clip(
     tmp_path, monkeypatch, model_type, dtype
 ):
+    # The estimate is for a GPU.
     monkeypatch.setattr(slices, "SLICE_PATCHES", 256)
+    monkeypatch.setattr(slices, "CPU_SLICE_PATCHES", 256)
     spec = TinySpec(model_type=model_type, hidden=64, layers=2, mlp=128)
     backbone = Backbone.load(build_tiny(tmp_path, spec), LayoutConfig(), dtype=dtype)
     geometry = ModelGeometry.read(tmp_path)

@@ -327,13 +327,13 @@ def alive(pid):
 def test_a_stuck_decode_is_ended_and_the_next_read_works(tmp_path):
     write_endless(tmp_path / "stuck.mp4")
     good = str(write_grey_ramp(tmp_path / "good.mp4", 8, 4))
-    with ClipReader(VideoConfig(decode_timeout_s=0.5)) as reader:
+    with ClipReader(VideoConfig(decode_timeout_s=3)) as reader:
         first = reader.read(good, 0, 2, 2)
         pid = reader.child_pid
         began = time.monotonic()
         reason = reason_for(reader, tmp_path / "stuck.mp4")
-        assert 0.4 < time.monotonic() - began < 5
-        assert "data.video.decode_timeout_s=0.5 s" in reason
+        assert 2.9 < time.monotonic() - began < 30
+        assert "data.video.decode_timeout_s=3 s" in reason
         assert not alive(pid)
         assert np.array_equal(reader.read(good, 0, 2, 2).frames, first.frames)
         assert reader.child_pid != pid
