@@ -10,9 +10,9 @@ from __future__ import annotations
 from streams.backbone.boundary import Boundary
 
 SLICE_PATCHES = 4096
-"""Patches of one call of the tower on a GPU, at most; a chunk with more is a call of its own. At 3B in half precision the working
-memory is 45 kB a patch, 180 MB in all: less than choosing the next tokens of 64 streams takes, and enough rows for a GPU's
-matrix products.
+"""Patches of one call of the tower on a GPU, at most; a chunk with more is a call of its own. At 3B in half precision the
+working memory is 45 kB a patch, 180 MB in all: less than choosing the next tokens of 64 streams takes, and enough rows for a
+GPU's matrix products.
 """
 CPU_SLICE_PATCHES = 1024
 """The same on a CPU: of 4,096 the allocator keeps no activation of a block, and the system hands each out page by page."""
