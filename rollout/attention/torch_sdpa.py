@@ -56,7 +56,7 @@ class TorchBackend:
                     masks[key] = self._mask(rows, columns, stop - first, whole=whole)
                 mask = masks[key]
             ranges.append(_Range(start, rows, first, stop, mask))
-        return _Ranges(self._pool, self._groups, ranges)
+        return _Ranges(self._pool, self._groups, _in_runs(ranges, self._groups))
 
     def decode(self, table: torch.Tensor, seats: torch.Tensor, lengths: torch.Tensor) -> _Batches:
         if seats is not self._seats:
@@ -107,13 +107,55 @@ def _later(rows: int) -> np.ndarray:
 
 
 class _Range(NamedTuple):
-    """Rows [start, start + rows) of the row attend to slots [first, stop)."""
+    """Rows [start, start + rows) of the row attend to slots [first, stop).
+
+    streams: so many ranges in one, which differ in nothing but their place: each has the next `rows` rows, and its slots lie
+    `stride` behind those of the one before. Then the mask is [1, 1, rows * groups, keys], that of a row for each of its heads.
+    """
 
     start: int
     rows: int
     first: int
     stop: int
     mask: torch.Tensor | None
+    streams: int = 1
+    stride: int = 0
+
+
+def _in_runs(ranges: list[_Range], groups: int) -> list[_Range]:
+    """Put neighbours together that are alike, where they are at least `groups`: their mask takes no more than one for each."""
+    runs, masks = [], {}
+    at = 0
+    while at < len(ranges):
+        first, stop = ranges[at], at + 1
+        stride = ranges[stop].first - first.first if stop < len(ranges) else 0
+        # As of blocks, one behind the other.
+        while stride > 0 and stop < len(ranges) and _follows(ranges[stop - 1], ranges[stop], stride):
+            stop += 1
+        count = stop - at
+        if count < max(2, groups):
+            runs += ranges[at:stop]
+        else:
+            mask = first.mask
+            if mask is not None:
+                # Streams that began together and have gaps in their slots may have them in several runs.
+                key = id(mask)
+                if key not in masks:
+                    masks[key] = mask.repeat_interleave(groups, 2)
+                mask = masks[key]
+            runs.append(first._replace(mask=mask, streams=count, stride=stride))
+        at = stop
+    return runs
+
+
+def _follows(last: _Range, this: _Range, stride: int) -> bool:
+    # Ranges share a mask if they are alike in all that it says; one that sees all of its range has none.
+    return (
+        this.first - last.first == stride
+        and this.stop - last.stop == stride
+        and this.rows == last.rows
+        and this.mask is last.mask
+    )
 
 
 class _Ranges:
@@ -123,17 +165,39 @@ class _Ranges:
     def __call__(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
         heads, tokens, dim = q.shape
         kv = self._pool.kv[layer]
-        # [H_kv, G, N, D]: query heads by the KV head that they share.
-        grouped = q.unflatten(0, (heads // self._groups, self._groups))
-        out = q.new_empty((tokens, heads // self._groups, self._groups, dim)).permute(1, 2, 0, 3)
+        # [N, H_kv, G, D]: query heads by the KV head that they share.
+        grouped = q.transpose(0, 1).unflatten(1, (heads // self._groups, self._groups))
+        out = q.new_empty((tokens, heads // self._groups, self._groups, dim))
         for r in self._ranges:
-            keys, values = kv[:, :, None, r.first : r.stop].unbind(0)
-            rows = grouped[:, :, r.start : r.start + r.rows]
-            shared = (-1, self._groups, -1, -1)
-            out[:, :, r.start : r.start + r.rows] = F.scaled_dot_product_attention(
-                rows, keys.expand(shared), values.expand(shared), attn_mask=r.mask, scale=scaling
-            )
-        return out.permute(2, 0, 1, 3).flatten(1, 2)
+            rows = slice(r.start, r.start + r.streams * r.rows)
+            attend = self._one if r.streams == 1 else self._run
+            attend(kv, r, grouped[rows], out[rows], scaling)
+        return out.flatten(1, 2)
+
+    def _one(self, kv: torch.Tensor, r: _Range, q: torch.Tensor, out: torch.Tensor, scaling: float) -> None:
+        """q, out: [rows, H_kv, G, D]."""
+        keys, values = kv[:, :, None, r.first : r.stop].expand(-1, -1, self._groups, -1, -1).unbind(0)
+        mixed = F.scaled_dot_product_attention(q.permute(1, 2, 0, 3), keys, values, attn_mask=r.mask, scale=scaling)
+        out.copy_(mixed.permute(2, 0, 1, 3))
+
+    def _run(self, kv: torch.Tensor, r: _Range, q: torch.Tensor, out: torch.Tensor, scaling: float) -> None:
+        """The query heads of a KV head as rows of one head: their keys are read once. q, out: [streams * rows, H_kv, G, D]."""
+        seen = _where_they_lie(kv, r.first, r.stride, r.streams, r.stop - r.first)
+        # [streams, H_kv, rows * G, D], all of a row's heads together.
+        rows = q.unflatten(0, (r.streams, r.rows)).transpose(1, 2).flatten(2, 3)
+        mixed = F.scaled_dot_product_attention(rows, seen[0], seen[1], attn_mask=r.mask, scale=scaling)
+        out.unflatten(0, (r.streams, r.rows)).copy_(mixed.unflatten(2, (r.rows, self._groups)).transpose(1, 2))
+
+
+def _where_they_lie(kv: torch.Tensor, first: int, stride: int, streams: int, keys: int) -> torch.Tensor:
+    """Return [2, streams, H_kv, keys, D], a view: the keys and values of streams whose slots lie `stride` apart.
+
+    kv: of one layer, [2, H_kv, slots, D].
+    """
+    dim = kv.shape[-1]
+    return kv[:, None, :, first:].as_strided(
+        (2, streams, kv.shape[1], keys, dim), (kv.stride(0), stride * dim, kv.stride(1), dim, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -206,7 +270,7 @@ class _Batches:
         self._pool, self._groups, self._batches, self._order = pool, groups, batches, order
 
     def __call__(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
-        heads, _, dim = q.shape
+        heads = len(q)
         kv = self._pool.kv[layer]
         if self._order is not None:
             q = q[:, self._order]
@@ -214,11 +278,7 @@ class _Batches:
         grouped = q.transpose(0, 1).unflatten(1, (heads // self._groups, self._groups))
         outs = []
         for batch, mask in self._batches:
-            # [2, rows, H_kv, keys, D], where they lie.
-            seen = kv[:, None, :, batch.first :].as_strided(
-                (2, batch.stop - batch.start, heads // self._groups, batch.keys, dim),
-                (kv.stride(0), batch.stride * dim, kv.stride(1), dim, 1),
-            )
+            seen = _where_they_lie(kv, batch.first, batch.stride, batch.stop - batch.start, batch.keys)
             rows = grouped[batch.start : batch.stop]
             outs.append(F.scaled_dot_product_attention(rows, seen[0], seen[1], attn_mask=mask, scale=scaling))
         mixed = (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1, 2)

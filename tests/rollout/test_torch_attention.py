@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rollout.engine.kv_pool import KVPool
 
 HEADS, KV_HEADS, DIM, SLOTS = 6, 2, 8, 90
 SCALE = DIM**-0.5
+SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 @pytest.fixture
@@ -49,6 +52,61 @@ def test_a_segment_sees_its_slots_in_any_order_and_its_own_tokens_causally(pool,
         for i in range(segment.rows):
             row, stop = segment.start + i, len(segment.slots) - segment.rows + i + 1
             torch.testing.assert_close(out[row], plain(pool, layer, q[:, row], segment.slots[:stop]))
+
+
+def attended(pool, segments: list[Segment]) -> int:
+    """Check every row of these segments against one softmax; return how many calls of SDPA a layer took."""
+    q = queries(sum(segment.rows for segment in segments))
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", wraps=SDPA) as sdpa:
+        out = make_backend("torch", pool, HEADS // KV_HEADS).segments(segments)(1, q, SCALE)
+    for segment in segments:
+        for i in range(segment.rows):
+            row, stop = segment.start + i, len(segment.slots) - segment.rows + i + 1
+            torch.testing.assert_close(out[row], plain(pool, 1, q[:, row], segment.slots[:stop]))
+    return sdpa.call_count
+
+
+# A KV head has 3 query heads: fewer streams than that would have a larger mask in one call than in calls of their own.
+@pytest.mark.parametrize(("streams", "calls"), [(1, 1), (2, 2), (3, 1), (4, 1)])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_streams_that_differ_in_their_place_alone_share_a_call(pool, streams, calls, rows, gaps):
+    seen = np.arange(20)
+    if gaps:
+        seen = np.delete(seen, [3, 4, 11])
+    segments = [Segment(rows * i, rows, 22 * i + seen) for i in range(streams)]
+    assert attended(pool, segments) == calls
+
+
+def test_runs_of_streams_end_where_one_differs(pool):
+    alike = [Segment(2 * i, 2, 10 * i + np.arange(9)) for i in range(3)]
+    for rows, slots, calls in (
+        (2, np.arange(30, 39), 1),
+        (2, np.arange(31, 40), 2),
+        (2, np.arange(30, 38), 2),
+        (3, np.arange(30, 39), 2),
+        (2, np.delete(np.arange(30, 39), 4), 2),
+    ):
+        assert attended(pool, [*alike, Segment(6, rows, slots)]) == calls
+    # Blocks that descend lie at no distance that a view can have.
+    assert attended(pool, [Segment(2 * i, 2, 20 - 10 * i + np.arange(9)) for i in range(3)]) == 3
+
+
+@given(st.data())
+def test_segments_in_any_places_see_their_own_keys_only(data):
+    pool = KVPool(SLOTS, layers=2, kv_heads=KV_HEADS, head_dim=DIM, dtype=torch.float64)
+    pool.kv.copy_(torch.randn(pool.kv.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    segments, at = [], 0
+    # Few values, so that neighbours are often alike; ranges may overlap, as nothing is written.
+    for _ in range(data.draw(st.integers(1, 9))):
+        keys = data.draw(st.sampled_from([4, 5]))
+        slots = 10 * data.draw(st.integers(0, 8)) + np.arange(keys)
+        rows = data.draw(st.sampled_from([1, 3]))
+        if data.draw(st.booleans()):
+            slots = np.delete(slots, 0 if rows == 3 else 1)
+        segments.append(Segment(at, rows, slots))
+        at += rows
+    attended(pool, segments)
 
 
 def test_a_seat_sees_the_first_slots_of_its_block(pool):
