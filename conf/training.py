@@ -92,7 +92,7 @@ class SftConfig:
         return SupervisedConfig(self.balance_decisions, self.decision_weight_clamp, self.answer_weight)
 
 
-ADVANTAGES = ("grpo", "mean", "rloo")
+ADVANTAGES = ("grpo", "mean", "rloo", "reinforce_pp", "reinforce_pp_baseline")
 """What `algorithm.advantage` may be; `rl.algorithms.table` has the algorithm of each."""
 CREDITS = ("stream", "turn")
 TURN_FORMS = ("td", "return")
@@ -120,14 +120,17 @@ class AlgorithmConfig:
     groups_per_step: int = 8
     """Groups of one optimiser step (B)."""
     group_size: int = 8
-    """Streams of one task in a group, at least 2: the advantage compares them."""
+    """Streams of one task in a group: at least 2 where the advantage compares them, 1 with
+    `algorithm.advantage=reinforce_pp`.
+    """
     groups_in_flight: int = 16
     """Groups that are admitted and not yet trained (C, at least B). With B and `weights.max_lag` it bounds the
     age of a sample: floor((C - 1) / B) + max_lag versions. Not used with `algorithm.mode=sync`.
     """
     advantage: str = "grpo"
     """`grpo` = (reward - mean) / (std + 1e-5) over the group, `mean` = reward - mean (Dr. GRPO), `rloo` =
-    reward - mean of the others.
+    reward - mean of the others. Over all tokens of a step: `reinforce_pp` = (reward - mean) / (std + 1e-5),
+    `reinforce_pp_baseline` = the same of `mean`'s.
     """
     clip_low: float = 0.2
     """The policy ratio is clipped below 1 - clip_low, in (0, 1)."""
@@ -210,10 +213,20 @@ class AlgorithmConfig:
                 raise ValueError(f"algorithm.{key}={getattr(self, key)} must be at least 1")
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"algorithm.advantage={self.advantage!r} is not one of {', '.join(ADVANTAGES)}")
-        if self.group_size == 1:
+        by_batch = self.advantage == "reinforce_pp"
+        if self.group_size == 1 and not (by_batch and self.credit == "stream"):
             raise ValueError(
-                f"algorithm.group_size=1 with algorithm.advantage={self.advantage}: the advantage of a group of one is "
-                "always 0, nothing would be learned; use at least 2 streams a group"
+                f"algorithm.group_size=1 with algorithm.advantage={self.advantage} and algorithm.credit={self.credit}: the "
+                "advantage of a group of one is always 0, nothing would be learned; use at least 2 streams a group"
+            )
+        if by_batch and self.zero_spread == "resample":
+            raise ValueError(
+                "algorithm.zero_spread=resample with algorithm.advantage=reinforce_pp: streams are compared with the whole "
+                "step, so a group whose streams did equally well teaches, too; use algorithm.zero_spread=train"
+            )
+        if by_batch and self.groups_per_step * self.group_size == 1:
+            raise ValueError(
+                "algorithm.groups_per_step=1 and algorithm.group_size=1: one stream has nothing to be compared with"
             )
         object.__setattr__(self, "entropy_kinds", tuple(self.entropy_kinds))
         for key, known in (("credit", CREDITS), ("turn_form", TURN_FORMS), ("zero_spread", ZERO_SPREADS)):

@@ -6,7 +6,7 @@ Pure functions over `StreamOutcome`, composed from the configuration. To use a t
 Invariant: imports only `streams`, never ray (`rewards.scorer` is the class that becomes an actor).
 """
 
-from rewards.brevity import ResponseCount, ThinkLength
+from rewards.brevity import ResponseCount, ThinkLength, ThinkOverlong
 from rewards.compose import AnswerResult, Reward, RewardConfig, RewardResult
 from rewards.correctness import Correctness, correct_answers
 from rewards.format import Format, format_score
@@ -28,6 +28,7 @@ __all__ = [
     "StreamOutcome",
     "Term",
     "ThinkLength",
+    "ThinkOverlong",
     "Timing",
     "correct_answers",
     "format_score",

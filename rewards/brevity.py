@@ -4,7 +4,7 @@ Pure.
 
 Invariants, with any settings:
 * one more response that answers nothing never raises `response_count`;
-* a longer thought never raises `think_length`.
+* a longer thought never raises `think_length`, nor `think_overlong`.
 """
 
 from __future__ import annotations
@@ -69,3 +69,28 @@ class ThinkLength:
     def __call__(self, outcome: StreamOutcome) -> np.ndarray:
         over = max(0.0, mean_think_tokens(outcome.turns) - self.budget)
         return np.full(len(outcome.task.answers), max(0.0, 1.0 - self.slope * over))
+
+
+@register("think_overlong")
+@dataclass(frozen=True)
+class ThinkOverlong:
+    """Reward term, the same for every answer of the stream: the mean over its think spans, each judged by its own length.
+
+    A span is worth 1 up to `cap - buffer` tokens with its tags, 0 from `cap` on, and falls evenly between: the soft punishment
+    of what is about to be cut off, for each turn. Unlike under `think_length`, short thoughts do not make up for long ones.
+    Source: DAPO's soft overlong punishment plus 1 (arXiv 2503.14476, eq. 13).
+    """
+
+    cap: float = 20.0
+    buffer: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check("cap", self.cap, "tokens")
+        _check("buffer", self.buffer, "tokens")
+        if not 0 < self.buffer <= self.cap:
+            raise ValueError(f"buffer={self.buffer!r} must be above 0 and at most cap={self.cap!r}")
+
+    def __call__(self, outcome: StreamOutcome) -> np.ndarray:
+        spans = np.array([turn.think_tokens for turn in outcome.turns if turn.think_tokens])
+        worth = np.clip((self.cap - spans) / self.buffer, 0.0, 1.0)
+        return np.full(len(outcome.task.answers), worth.mean() if len(spans) else 1.0)

@@ -40,7 +40,11 @@ class IdleWatch:
 
     def _count(self, values: Values) -> None:
         # Journals of earlier versions lack the share of such groups: their steps do not count.
-        if values.get(ZERO_STD) != 1.0:
+        idle = values.get(ZERO_STD) == 1.0
+        if self._config.algorithm.advantage == "reinforce_pp":
+            # Streams are compared with the whole step: groups of equal rewards teach, unless all of them are 0.
+            idle = idle and values.get(TOTAL) == 0
+        if not idle:
             self.steps, self._all_zero, self._sums = 0, 0, {}
             return
         self.steps += 1

@@ -1,10 +1,13 @@
-"""Advantages of whole streams from the rewards of their group. Pure functions.
+"""Advantages of whole streams from the rewards of their group, and what a whole batch does to advantages. Pure functions.
 
 Invariants:
-* a group whose rewards are all equal has advantages that are 0, but for rounding.
+* a group whose rewards are all equal has advantages that are 0, but for rounding;
+* rewards, or advantages, that are all equal are worth nothing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,3 +37,16 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     """
     count = len(rewards)
     return centred(rewards) * count / (count - 1)
+
+
+def whitened(advantages: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return (a - mean) / (std + 1e-5) of a batch, float64 [targets] each, from advantages [targets] of each stream.
+
+    Mean and standard deviation (the population's) are over all tokens: a stream counts by its length, so that what is added
+    up in the gradient has mean 0. Source: REINFORCE++ (arXiv 2501.03262).
+    """
+    if not any(len(values) for values in advantages):
+        return list(advantages)
+    pooled = np.concatenate(advantages)
+    mean, std = pooled.mean(), pooled.std()
+    return [(values - mean) / (std + EPSILON) for values in advantages]

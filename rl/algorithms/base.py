@@ -28,20 +28,27 @@ class Algorithm(Protocol):
         turn's value.
         """
 
+    def over_batch(
+        self, groups: Sequence[ReadyGroup], advantages: list[tuple[np.ndarray, ...]]
+    ) -> list[tuple[np.ndarray, ...]]:
+        """Return the advantages of a step's groups as they are trained on, from those that each has by itself."""
+
     @property
     def loss(self) -> LossConfig:
         """The settings of the loss, whose type also says which loss it is."""
 
 
-def even_advantages(group: ReadyGroup, of_rewards: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, ...]:
+def even_advantages(
+    group: ReadyGroup, of_rewards: Callable[[np.ndarray], np.ndarray], *, fewest: int = 2
+) -> tuple[np.ndarray, ...]:
     """Return the advantages of an algorithm that judges whole streams: all targets of a stream get the stream's.
 
     of_rewards: advantages float64 [S] from the rewards [S] of the streams whose reward did not fail. It is not called
-    for fewer than two of them, which there is nothing to compare with.
+    for fewer than `fewest` of them: one alone has nothing in its group to be compared with.
     """
     scored = [i for i, result in enumerate(group.results) if result.failed is None]
     advantages = np.zeros(len(group.results))
-    if len(scored) > 1:
+    if len(scored) >= fewest:
         advantages[scored] = of_rewards(np.array([group.results[i].total for i in scored]))
     return tuple(
         np.full(sum(by_turn), advantage) for advantage, by_turn in zip(advantages, group.summary.targets, strict=True)
@@ -50,6 +57,7 @@ def even_advantages(group: ReadyGroup, of_rewards: Callable[[np.ndarray], np.nda
 
 def train_batch(step: int, algorithm: Algorithm, groups: Sequence[ReadyGroup]) -> TrainBatch:
     """Return the batch of optimiser step `step` over scored groups."""
+    advantages = algorithm.over_batch(groups, [algorithm.advantages(group) for group in groups])
     return TrainBatch(
         step=step,
         loss=algorithm.loss,
@@ -57,9 +65,9 @@ def train_batch(step: int, algorithm: Algorithm, groups: Sequence[ReadyGroup]) -
             TrainGroup(
                 group=group.summary.group,
                 payload=group.payload,
-                advantages=tuple(Runs.of(values) for values in algorithm.advantages(group)),
+                advantages=tuple(Runs.of(values) for values in of_group),
                 tokens=group.summary.log_tokens,
             )
-            for group in groups
+            for group, of_group in zip(groups, advantages, strict=True)
         ),
     )

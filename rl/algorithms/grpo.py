@@ -7,6 +7,7 @@ are nearly always right, or nearly always wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,11 @@ class Grpo:
 
     def advantages(self, group: ReadyGroup) -> tuple[np.ndarray, ...]:
         return even_advantages(group, normalised)
+
+    def over_batch(
+        self, groups: Sequence[ReadyGroup], advantages: list[tuple[np.ndarray, ...]]
+    ) -> list[tuple[np.ndarray, ...]]:
+        return advantages
 
     @property
     def loss(self) -> PolicyGradientConfig:

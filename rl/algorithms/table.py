@@ -11,12 +11,15 @@ from collections.abc import Callable
 from conf.training import AlgorithmConfig
 from rl.algorithms.base import Algorithm
 from rl.algorithms.grpo import DrGrpo, Grpo, Rloo
+from rl.algorithms.reinforce import ReinforcePP, ReinforcePPBaseline
 from rl.algorithms.turn_credit import TurnCredit
 
 ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {
     "grpo": Grpo,
     "mean": DrGrpo,
     "rloo": Rloo,
+    "reinforce_pp": ReinforcePP,
+    "reinforce_pp_baseline": ReinforcePPBaseline,
 }
 
 

@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,11 @@ class TurnCredit:
             (1.0 - weight) * whole + weight * np.repeat(turns, targets)
             for whole, turns, targets in zip(self.stream.advantages(group), by_turn, group.summary.targets, strict=True)
         )
+
+    def over_batch(
+        self, groups: Sequence[ReadyGroup], advantages: list[tuple[np.ndarray, ...]]
+    ) -> list[tuple[np.ndarray, ...]]:
+        return self.stream.over_batch(groups, advantages)
 
     @property
     def loss(self) -> PolicyGradientConfig:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import ResponseCount, RewardConfig, StreamOutcome, ThinkLength, spare_responses
+from rewards import ResponseCount, RewardConfig, StreamOutcome, ThinkLength, ThinkOverlong, spare_responses
 from streams.turns import ParsedTurn
 from tests.support.rewards import make_task, one_answer, outcome
 
@@ -76,12 +76,39 @@ def test_a_longer_thought_never_pays(lengths, where, more, budget, slope):
 
 
 @pytest.mark.parametrize(
+    ("lengths", "value"),
+    # Spans of 16 to 19 tokens lose a fifth for each; a short thought does not make up for a long one.
+    [([2, 15], 1.0), ([16], 0.8), ([19], 0.2), ([20], 0.0), ([40], 0.0), ([30, 10], 0.5), ([0, 16], 0.8), ([], 1.0)],
+)
+def test_overlong_thoughts_by_hand(lengths, value):
+    assert ThinkOverlong()(thinking(lengths)).tolist() == [pytest.approx(value)]
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    st.integers(0, 7),
+    st.integers(1, 30),
+    st.floats(1, 80),
+    st.floats(0.01, 1),
+)
+def test_a_longer_thought_never_pays_under_overlong_either(lengths, where, more, cap, share):
+    longer = list(lengths)
+    longer[where % len(lengths)] += more
+    term = ThinkOverlong(cap=cap, buffer=share * cap)
+    assert (term(thinking(longer)) <= term(thinking(lengths))).all()
+    assert (term(thinking(lengths)) >= 0).all()
+
+
+@pytest.mark.parametrize(
     ("name", "params", "message"),
     [
         ("response_count", {"slope": -1}, "slope=-1"),
         ("response_count", {"slack": True}, "slack=True"),
         ("think_length", {"budget": float("inf")}, "budget=inf"),
         ("think_length", {"slope": "much"}, "slope='much'"),
+        ("think_overlong", {"cap": -2}, "cap=-2"),
+        ("think_overlong", {"cap": 4, "buffer": 5}, "buffer=5 must be above 0 and at most cap=4"),
+        ("think_overlong", {"buffer": 0}, "buffer=0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(name, params, message):

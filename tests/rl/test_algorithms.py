@@ -13,7 +13,7 @@ from conf.training import ADVANTAGES, AlgorithmConfig
 from learner.losses.config import PolicyGradientConfig
 from learner.messages import Runs
 from rewards import RewardResult
-from rl.algorithms.advantages import EPSILON, centred, leave_one_out, normalised
+from rl.algorithms.advantages import EPSILON, centred, leave_one_out, normalised, whitened
 from rl.algorithms.base import train_batch
 from rl.algorithms.table import ALGORITHMS, make_algorithm
 from rl.results import ReadyGroup
@@ -119,6 +119,90 @@ def test_the_algorithms_are_those_that_the_config_takes_and_their_loss_has_its_s
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         AlgorithmConfig(advantage="none")
     assert str(refused.value).endswith("is not one of " + ", ".join(ALGORITHMS))
+
+
+# --- what a batch does to advantages --------------------------------------------------------------------------------
+
+
+def test_whitening_counts_tokens_and_a_batch_of_equals_is_worth_nothing():
+    # Three tokens of 1 and one of 0: mean 3/4, variance 3/16.
+    long, short = whitened([np.ones(3), np.zeros(1)])
+    std = math.sqrt(3 / 16) + EPSILON
+    assert long == pytest.approx(np.full(3, 0.25 / std), abs=1e-15)
+    assert short == pytest.approx([-0.75 / std], abs=1e-15)
+    assert [values.tolist() for values in whitened([np.full(2, 0.25), np.zeros(0), np.full(1, 0.25)])] == [
+        [0.0] * 2,
+        [],
+        [0.0],
+    ]
+    assert [len(values) for values in whitened([np.zeros(0)])] == [0]
+    assert whitened([]) == []
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 9)), min_size=1, max_size=12), st.floats(-3, 3))
+def test_whitened_tokens_have_mean_zero_and_spread_one_and_forget_what_all_have(streams, constant):
+    values = [np.full(tokens, reward) for reward, tokens in streams]
+    pooled = np.concatenate(values)
+    found = np.concatenate(whitened(values))
+    assert abs(found.sum()) < 1e-6
+    if len(pooled):
+        assert found.std() == pytest.approx(pooled.std() / (pooled.std() + EPSILON), abs=1e-9)
+    assert np.concatenate(whitened([v + constant for v in values])) == pytest.approx(found, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_reinforce_pp_whitens_the_tokens_of_a_step_without_streams_whose_reward_failed(kind):
+    groups = [
+        group_of([1.0, None, 0.0], [[2, 1], [5, 5], [1, 0]], name="0/a"),
+        group_of([0.5, 0.5], [[1, 1], [4, 0]], name="0/b"),
+    ]
+    batch = train_batch(0, make_algorithm(config_of(kind)), groups)
+    found = [[runs.expand() for runs in group.advantages] for group in batch.groups]
+    if kind == "reinforce_pp":
+        plain = [1.0] * 3 + [0.0] + [0.5] * 6
+    else:
+        plain = [0.5] * 3 + [-0.5] + [0.0] * 6
+    expected = (np.array(plain) - np.mean(plain)) / (np.std(plain) + EPSILON)
+    scored = np.concatenate([found[0][0], found[0][2], found[1][0], found[1][1]])
+    assert scored == pytest.approx(expected, abs=1e-12)
+    assert found[0][1].tolist() == [0.0] * 10
+    assert scored.sum() == pytest.approx(0, abs=1e-9)
+
+
+def test_reinforce_pp_without_baseline_learns_from_groups_of_one_and_the_others_leave_a_batch_as_it_is():
+    groups = [group_of([reward], [[1]]) for reward in (1.0, 0.0)]
+    alone = train_batch(0, make_algorithm(config_of("reinforce_pp", group_size=1)), groups)
+    assert [runs.expand()[0] for g in alone.groups for runs in g.advantages] == pytest.approx([1, -1], abs=1e-4)
+    for kind in ("grpo", "mean", "rloo"):
+        algorithm = make_algorithm(config_of(kind))
+        each = [algorithm.advantages(group) for group in groups]
+        assert algorithm.over_batch(groups, each) is each
+
+
+def test_credit_by_turn_is_whitened_as_the_streams_own_algorithm_has_it():
+    groups = [group_of([1.0, 0.0], [[2, 1], [1, 1]]), group_of([0.5, 0.25], [[1, 1], [3, 0]])]
+    algorithm = make_algorithm(config_of("reinforce_pp_baseline", credit="turn", turn_weight=0.0))
+    by_turn, by_stream = (
+        train_batch(0, a, groups) for a in (algorithm, make_algorithm(config_of("reinforce_pp_baseline")))
+    )
+    for one, other in zip(by_turn.groups, by_stream.groups, strict=True):
+        for a, b in zip(one.advantages, other.advantages, strict=True):
+            assert a.expand() == pytest.approx(b.expand(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"advantage": "grpo", "group_size": 1}, "algorithm.group_size=1 with algorithm.advantage=grpo"),
+        ({"advantage": "reinforce_pp_baseline", "group_size": 1}, "algorithm.group_size=1"),
+        ({"advantage": "reinforce_pp", "group_size": 1, "credit": "turn"}, "algorithm.credit=turn"),
+        ({"advantage": "reinforce_pp", "zero_spread": "resample"}, "use algorithm.zero_spread=train"),
+        ({"advantage": "reinforce_pp", "group_size": 1, "groups_per_step": 1}, "nothing to be compared with"),
+    ],
+)
+def test_settings_under_which_nothing_could_be_compared_are_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        AlgorithmConfig(**values)
 
 
 # --- what goes to the learner -----------------------------------------------------------------------------------------

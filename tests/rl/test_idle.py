@@ -99,3 +99,10 @@ def test_it_says_what_to_look_at_by_what_the_terms_say(steps, words):
 def test_the_setting_is_checked():
     with pytest.raises(ValueError, match=r"monitor\.idle_steps=-1"):
         composed("monitor.idle_steps=-1")
+
+
+def test_where_streams_are_compared_with_the_whole_step_groups_of_equal_rewards_teach():
+    words = ("algorithm=reinforce_pp", "monitor.idle_steps=1")
+    assert watch("monitor.idle_steps=1").see(ALIKE)
+    assert watch(*words).see(ALIKE) is None
+    assert "every reward of the last 1 steps is 0" in watch(*words).see(ZERO)
