@@ -142,6 +142,10 @@ class AlgorithmConfig:
     """
     resample_most: int = 16
     """Groups that `algorithm.zero_spread=resample` gives up between two optimiser steps, at most."""
+    stop_when: float = 0.0
+    """Mean reward of `algorithm.stop_steps` steps in a row at which the stage ends before its last step; 0 = it never does."""
+    stop_steps: int = 5
+    """Steps that `algorithm.stop_when` looks at."""
     credit: str = "stream"
     """`stream` = every token of a stream has its advantage, `turn` = an answer's worth goes to the turns that led to it."""
     turn_form: str = "td"
@@ -236,12 +240,20 @@ class AlgorithmConfig:
             raise ValueError(
                 f"algorithm.resample_most={self.resample_most} must be at least 1; algorithm.zero_spread=train gives none up"
             )
+        if not (math.isfinite(self.stop_when) and self.stop_when >= 0):
+            raise ValueError(f"algorithm.stop_when={self.stop_when} must be a mean reward above 0, or 0 for none")
+        if self.stop_steps < 1:
+            raise ValueError(f"algorithm.stop_steps={self.stop_steps} must be at least 1")
         if not 0 <= self.turn_weight <= 1:
             raise ValueError(f"algorithm.turn_weight={self.turn_weight} must lie in [0, 1]")
         # Refuses settings that its loss could not work with.
         _ = self.loss
         if not self.reference:
             raise ValueError("algorithm.reference is empty: use auto or a checkpoint folder")
+
+    def satisfied_by(self, reward: float | None) -> bool:
+        """Return whether the stage ends at this mean reward of `stop_steps` steps; None = it has trained fewer."""
+        return reward is not None and 0 < self.stop_when <= reward
 
     @property
     def loss(self) -> PolicyGradientConfig:

@@ -9,6 +9,7 @@ Invariants:
 * no sample is older than the bound of `rl.groups.buffer`;
 * at most two published versions are alive (`rl.versions`);
 * every admitted group is trained, dropped by name, or left over at the end, whatever workers and scorers die meanwhile;
+* a stage that ends early (`algorithm.stop_when`) waits for what is under way: the next stage finds idle workers;
 * weights that the mismatch gate refuses reach no worker and no checkpoint.
 """
 
@@ -46,7 +47,7 @@ class RLLoop:
 
     def __init__(self, context: StageContext, tasks: Sequence[StreamTask], heldout: Sequence[StreamTask] = ()) -> None:
         config = self.config = context.config
-        self.session, self.total = context.session, context.steps
+        self.session = context.session
         self.stage = EvaluatedStage(
             context,
             tasks,
@@ -71,6 +72,7 @@ class RLLoop:
         self.stage.revival.watch(self.dispatch.reissue, self._worker_back)
         self.evaluation = PeriodicEvaluation(self.stage, self.workers, self)
         self.report = StepReport(context, [line.values for line in self.stage.journal.steps()])
+        self.total = self.report.last_step(self.version, self.result)
         self.published_off: OffToken | None = None
         self._training = False
 
@@ -85,7 +87,7 @@ class RLLoop:
         stage.catch_up()
         if stage.evaluation_missing():
             self.evaluation.begin(self.version)
-        while self.version < self.total or stage.checkpoints.busy or self.evaluation.active:
+        while self.version < self.total or stage.checkpoints.busy or self.evaluation.active or self.buffer.awaited:
             if stage.context.stop.requested:
                 # The step under way is finished first: the checkpoint must hold what the learner has.
                 while self._training:
@@ -267,6 +269,7 @@ class RLLoop:
         swaps = self.workers.take_swaps()
         values = self.report.metrics(report, groups, ages, swaps, self.buffer.ready, self.result)
         self.result.count_step(report, groups, ages, values["reward/total"])
+        self.total = self.report.last_step(self.version, self.result)
         self.stage.trained(self.version, tuple(g.summary.group for g in groups), values)
         self.report.say(self.version, values)
         evaluate = self.stage.evaluation_due(self.version)

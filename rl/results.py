@@ -49,6 +49,7 @@ class RLResult:
         monitor: Mismatch that the workers measured by re-scoring their own streams.
         age0: Mismatch that the learner measured on training streams of its own version.
         published, published_by_kind: Mismatch on the weights that the workers swapped in last; also by kind of token.
+        saturated_at: Mean reward with which the stage ended before its last step (`rl.saturation`); None if it did not.
         given_up: Groups that were not trained since they taught nothing.
         sampled_tokens: Sampled tokens of all trained groups.
         clips_encoded: Clips that the workers encoded.
@@ -74,6 +75,7 @@ class RLResult:
     sampled_tokens: int = 0
     clips_encoded: int = 0
     distinct_clips: int = 0
+    saturated_at: float | None = None
     best: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     deaths: dict[str, int] = field(default_factory=dict)

@@ -18,12 +18,12 @@ from runtime.tracking.progress import Progress
 from runtime.tracking.tracker import Tracker
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageContext:
     """What surrounds one training stage.
 
     Attributes:
-        steps: optimiser steps of the whole stage.
+        steps: optimiser steps of the whole stage; fewer than planned once it is told to end sooner.
         lock: the lock on run_root, checked before a checkpoint is written.
         streaming: the contents of streaming.json in exported checkpoints.
         settings: what the stage's outcome depends on (`runtime.store.manifests`).
@@ -53,3 +53,8 @@ class StageContext:
     def seconds(self) -> float:
         """Return the seconds since the stage began, in this attempt."""
         return time.monotonic() - self.began
+
+    def end_with(self, step: int) -> None:
+        """Make `step`, which has just been trained, the stage's last."""
+        assert step <= self.steps, f"step {step} of {self.steps}"
+        self.steps = step

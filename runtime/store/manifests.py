@@ -37,15 +37,7 @@ _STAGE_KEYS = {
     "data": ("data.synthetic.",),
     "sft": ("seed", "model.", "memory.", "layout.", "data.", "learner.", "sft.", "deterministic"),
     "rl": (
-        "seed",
-        "model.",
-        "memory.",
-        "layout.",
-        "data.",
-        "learner.",
-        "rollout.",
-        "algorithm.",
-        "reward.",
+        *("seed", "model.", "memory.", "layout.", "data.", "learner.", "rollout.", "algorithm.", "reward."),
         "deterministic",
     ),
 }
@@ -64,7 +56,7 @@ _FREE = (
     *(f"learner.{key}" for key in _LEARNER_FREE),
     *(f"sft.learner.{key}" for key in _LEARNER_FREE),
     *(f"data.{key}" for key in ("train", "heldout", "root", "cache_mb", "video.decode_timeout_s")),
-    "algorithm.groups_in_flight",
+    *(f"algorithm.{key}" for key in ("groups_in_flight", "stop_when", "stop_steps")),
     *("reward.timeout_s", "reward.workers"),
 )
 """Keys among those that change how a stage runs, not what it computes. (data.train is compared by its content.)"""
@@ -224,7 +216,10 @@ class StageStore:
             return self._restarted(stage, manifest, attempts + 1)
         if before := self._binding(stage, manifest):
             self._check_settings(stage, before)
-        grown = stage in TRAINING and self._total(stage) > int(manifest.get("result", {}).get("steps") or 1 << 60)
+        result = manifest.get("result", {})
+        grown = stage in TRAINING and self._total(stage) > int(result.get("steps") or 1 << 60)
+        # A stage that ended early, as it would again, has not grown.
+        grown = grown and not self.config.algorithm.satisfied_by(result.get("saturated_at"))
         if manifest.get("status") == "finished":
             if grown:
                 self._check_nothing_made_from(stage)
