@@ -192,7 +192,13 @@ class AlgorithmConfig:
     entropy_kinds: tuple[str, ...] = ENTROPY_KINDS
     """Tokens that the bonus is of, some of `think`, `decision`, `response`, `end`."""
     kl: str = "k3"
-    """Estimator of `algorithm.kl_coef`'s KL: `k3`, or `k2` = half the squared difference of log-probs."""
+    """Estimator of `algorithm.kl_coef`'s KL: `k3`, `k2` = half the squared difference of log-probs, or in the reward `k1` =
+    the difference.
+    """
+    kl_in: str = "loss"
+    """`loss` = the KL of the policy that is trained is a term of its loss; `reward` = that of the policy which sampled is
+    taken off the advantages: each token's, and those after it in its turn.
+    """
     kl_coef: float = 0.0
     """Weight of the KL divergence to a frozen reference (0 = no reference is held)."""
     reference: str = "auto"

@@ -22,7 +22,8 @@ RATIOS = ("token", "turn", "stream")
 AGGREGATES = ("token_mean", "stream_mean", "turn_mean", "token_sum")
 OLD_POLICIES = ("behaviour", "current")
 CORRECTIONS = ("none", "truncate", "token_mask", "stream_mask")
-KLS = ("k2", "k3")
+KLS = ("k1", "k2", "k3")
+KL_PLACES = ("loss", "reward")
 ENTROPY_KINDS = ("think", "decision", "response", "end")
 _CHOICES = {
     "policy_loss": POLICY_LOSSES,
@@ -31,6 +32,7 @@ _CHOICES = {
     "old_policy": OLD_POLICIES,
     "correction": CORRECTIONS,
     "kl": KLS,
+    "kl_in": KL_PLACES,
 }
 
 
@@ -50,7 +52,7 @@ class PolicyGradientConfig(LossConfig):
         sum_tokens: What `aggregate=token_sum` divides the sum of a stream by; 0 otherwise.
         old_policy: What the ratio is taken against, one of OLD_POLICIES.
         correction: One of CORRECTIONS, with the bounds correction_min and correction_max of the ratio.
-        kl: Estimator of the KL to the reference, one of KLS.
+        kl: Estimator of the KL to the reference, one of KLS. kl_in: what it is a term of, one of KL_PLACES.
         entropy_coef: Weight of the entropy bonus; 0 = none. It is of tokens of these entropy_kinds (of ENTROPY_KINDS), and of
             each no more than entropy_floor nats; 0 = all of it.
     """
@@ -69,6 +71,7 @@ class PolicyGradientConfig(LossConfig):
     correction_min: float = 0.5
     correction_max: float = 2.0
     kl: str = "k3"
+    kl_in: str = "loss"
     entropy_coef: float = 0.0
     entropy_floor: float = 0.0
     entropy_kinds: tuple[str, ...] = ENTROPY_KINDS
@@ -115,6 +118,11 @@ class PolicyGradientConfig(LossConfig):
         if self.entropy_floor and not self.entropy_coef:
             raise ValueError(
                 f"algorithm.entropy_floor={self.entropy_floor} without algorithm.entropy_coef: nothing would lift entropy to it"
+            )
+        if self.kl == "k1" and self.kl_in == "loss":
+            raise ValueError(
+                "algorithm.kl=k1 with algorithm.kl_in=loss: its gradient is 0 in expectation, so it would hold nothing; use "
+                "algorithm.kl_in=reward, or algorithm.kl=k2, whose gradient is that of the KL"
             )
         if self.policy_loss != "ppo":
             for key, off in (("ratio", "token"), ("dual_clip", 0)):

@@ -1,4 +1,4 @@
-"""Divergences as terms of a loss, estimated at sampled tokens, and the bound that keeps their exponentials finite."""
+"""Divergences at sampled tokens, as terms of a loss or of the reward, and the bound that keeps their exponentials finite."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ def k2_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     Source: estimator k2 of http://joschu.net/blog/kl-approx.html.
     """
     return (logp - reference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).square() / 2
+
+
+def k1_kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Estimate KL(current || reference) at sampled tokens, [N]: logp - reference, without bias, and of either sign.
+
+    Its gradient is 0 in expectation, so it is a term of the reward only. Bounded by MAX_LOG_RATIO on both sides.
+    Source: estimator k1 of http://joschu.net/blog/kl-approx.html.
+    """
+    return (logp - reference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+ESTIMATORS = {"k1": k1_kl, "k2": k2_kl, "k3": k3_kl}

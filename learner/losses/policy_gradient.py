@@ -17,7 +17,7 @@ from learner.batching import MicroBatch, RankWork
 from learner.losses import correction, objectives
 from learner.losses.base import Loss, LossValue, Sums, TargetCounts, or_infinite
 from learner.losses.config import PolicyGradientConfig
-from learner.losses.kl import MAX_LOG_RATIO, k2_kl, k3_kl
+from learner.losses.kl import ESTIMATORS, MAX_LOG_RATIO
 from learner.losses.units import BatchUnits
 from streams.backbone.boundary import Boundary
 from streams.layout.layout import LayoutTokens
@@ -40,6 +40,11 @@ def policy_loss(
     a KL. Log-ratios are bounded by MAX_LOG_RATIO, also in the metrics.
     Source: GRPO (arXiv 2402.03300, eq. 3), and for each objective where `learner.losses.objectives` has it.
     """
+    kl = None
+    if reference is not None and config.kl_in == "reward":
+        # Of the policy that sampled, as rewards are: it is known, and has no gradient.
+        kl = ESTIMATORS[config.kl](behaviour, reference)
+        advantage = advantage - config.kl_coef * units.turn.to_go(kl)
     objective, bounded = _objective(logp, behaviour, advantage, config, units)
     weight = correction.weights(logp - behaviour, units.stream, config)
     share = _share(logp, config, units)
@@ -60,9 +65,10 @@ def policy_loss(
     if config.square_coef:
         square = (logp - behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).square()
         loss = loss + config.square_coef * _total(square, share)
-    if reference is not None:
-        kl = (k2_kl if config.kl == "k2" else k3_kl)(logp, reference)
+    if reference is not None and kl is None:
+        kl = ESTIMATORS[config.kl](logp, reference)
         loss = loss + config.kl_coef * _total(kl, share)
+    if kl is not None:
         sums["kl"] = kl.detach().sum()
     return loss / normaliser, sums
 

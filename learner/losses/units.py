@@ -44,6 +44,17 @@ class Units:
         of = self.of.to(values.device)
         return values.new_zeros(len(self.counts)).index_add_(0, of, values)[of] / self.size(values)
 
+    def to_go(self, values: torch.Tensor) -> torch.Tensor:
+        """Return for each target the sum of values [N] from it to the last of its unit, [N]; targets are in order."""
+        order = self.of.argsort(stable=True)
+        # Sums from the end over all units, less what lies behind the target's own.
+        behind = values[order].flip(0).cumsum(0).flip(0)
+        ends = self.counts.cumsum(0)
+        after = torch.cat([behind, behind.new_zeros(1)])[ends]
+        to_go = torch.empty_like(values)
+        to_go[order] = behind - after[self.of[order]]
+        return to_go
+
 
 @dataclass(frozen=True)
 class BatchUnits:

@@ -36,6 +36,7 @@ FAMILY = {
     "stream mask": replace(CURRENT, correction="stream_mask"),
     "masked ppo": replace(PLAIN, correction="token_mask"),
     "k2": replace(PLAIN, kl_coef=0.1, kl="k2"),
+    "k1 in the reward": replace(PLAIN, kl_coef=0.1, kl="k1", kl_in="reward"),
 }
 
 STREAM = np.array([0, 0, 0, 0, 0, 2, 2, 2])
@@ -143,6 +144,58 @@ def test_k2_is_half_the_square_and_its_gradient_the_difference():
     assert loss == pytest.approx(0.1 * (0.125 + 0.5) / 2)
     assert gradient == pytest.approx([0.1 * 0.5 / 2, 0.1 * -1.0 / 2])
     assert sums["kl"] == pytest.approx(0.625)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_a_kl_in_the_reward_is_that_of_the_sampler_and_of_the_rest_of_the_turn(kl):
+    behaviour = np.linspace(-2.0, -0.5, 8)
+    reference = behaviour + np.array([0.3, -0.4, 0.1, 0.2, -0.6, 0.5, -0.1, 0.7])
+    logp, advantage = behaviour + 0.05, np.linspace(-1, 1, 8)
+    d = reference - behaviour
+    cost = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - d - 1}[kl]
+    # Turns are tokens 0-1 and 2-4 of one stream, 5 and 6-7 of the other.
+    to_go = np.concatenate([np.cumsum(cost[a:b][::-1])[::-1] for a, b in ((0, 2), (2, 5), (5, 6), (6, 8))])
+    config = replace(PLAIN, kl_coef=0.25, kl=kl, kl_in="reward")
+    loss, gradient, sums = of(config, logp, behaviour, advantage, reference=reference)
+    plain = of(PLAIN, logp, behaviour, advantage - 0.25 * to_go)
+    assert loss == pytest.approx(plain[0], abs=1e-12)
+    assert gradient == pytest.approx(plain[1], abs=1e-12)
+    assert sums.pop("kl") == pytest.approx(cost.sum())
+    assert sums == pytest.approx(plain[2])
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.data())
+def test_sums_to_go_are_those_of_a_loop(labels, data):
+    values = data.draw(st.lists(st.floats(-2, 2), min_size=len(labels), max_size=len(labels)))
+    found = Units.by(np.array(labels)).to_go(torch.tensor(values, dtype=torch.float64))
+    expected = [
+        sum(v for v, label in zip(values[i:], labels[i:], strict=True) if label == labels[i])
+        for i in range(len(labels))
+    ]
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_kl_in_the_reward_pulls_towards_the_reference_by_the_gradient_of_a_turns_kl():
+    """Over all turns of two tokens from a small vocabulary: the expected gradient is that of the KL of whole turns."""
+    generator = torch.Generator().manual_seed(0)
+    first, then = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((3,), (3, 3)))
+    ref_first, ref_then = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3,), (3, 3)))
+    logp = first.log_softmax(0)[:, None] + then.log_softmax(1)
+    exact = (logp.exp() * (logp - ref_first.log_softmax(0)[:, None] - ref_then.log_softmax(1))).sum()
+    wanted = torch.autograd.grad(exact, (first, then))
+    config = replace(PLAIN, kl_coef=1.0, kl="k1", kl_in="reward")
+    units = BatchUnits.of(np.zeros(2, int), np.zeros(2, int))
+    loss = torch.zeros((), dtype=torch.float64)
+    for a in range(3):
+        for b in range(3):
+            mine = torch.stack([first.log_softmax(0)[a], then.log_softmax(1)[a, b]])
+            other = torch.stack([ref_first.log_softmax(0)[a], ref_then.log_softmax(1)[a, b]])
+            value, _ = policy_loss(
+                mine, mine.detach(), torch.zeros(2).double(), config, normaliser=1.0, units=units, reference=other
+            )
+            loss = loss + logp[a, b].exp().detach() * value
+    for found, gradient in zip(torch.autograd.grad(loss, (first, then)), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, atol=1e-12, rtol=0)
 
 
 def test_the_entropy_bonus_is_of_chosen_tokens_and_lifts_only_what_is_below_the_floor():
@@ -345,7 +398,9 @@ def test_units_count_all_that_have_their_labels():
     ("values", "says"),
     [
         ({"policy_loss": "trpo"}, r"algorithm\.policy_loss='trpo' is not one of ppo, cispo, dppo"),
-        ({"kl": "k1"}, r"algorithm\.kl='k1' is not one of k2, k3"),
+        ({"kl": "k1"}, r"algorithm\.kl=k1 with algorithm\.kl_in=loss: its gradient is 0 in expectation"),
+        ({"kl": "k4"}, r"algorithm\.kl='k4' is not one of k1, k2, k3"),
+        ({"kl_in": "both"}, r"algorithm\.kl_in='both' is not one of loss, reward"),
         ({"correction": "tis"}, r"algorithm\.correction='tis' is not one of"),
         ({"correction": "truncate"}, r"would count it twice; use algorithm\.old_policy=current"),
         ({"policy_loss": "cispo", "ratio": "turn"}, r"algorithm\.ratio=turn with algorithm\.policy_loss=cispo"),

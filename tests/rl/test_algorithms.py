@@ -228,6 +228,9 @@ def test_an_algorithm_of_turns_needs_no_log():
         def advantages(self, group):
             return tuple(np.repeat(np.arange(len(t)) + 10.0 * i, t) for i, t in enumerate(group.summary.targets))
 
+        def over_batch(self, groups, advantages):
+            return advantages
+
     batch = train_batch(0, ByTurn(), [group_of([1.0, 0.0], [[2, 0, 3], [1, 1, 1]])])
     first, second = batch.groups[0].advantages
     assert first.expand().tolist() == [0, 0, 2, 2, 2]
