@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streams.backbone.boundary import Boundary
-from streams.backbone.kernel_choice import LEARNER_ATTENTION
+from streams.backbone.kernel_choice import HEAD_VOCAB, LEARNER_ATTENTION
 
 OFFLOAD = ("none", "cpu")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -73,7 +73,9 @@ class LearnerConfig:
     device holds: then losses of different GPUs differ in rounding.
     """
     head_chunk: int = 4096
-    """Target positions whose logits (positions x vocabulary) exist at once."""
+    """Target positions whose logits exist at once, `learner.head_vocab` of each."""
+    head_vocab: int = HEAD_VOCAB
+    """Ids of the vocabulary whose logits exist at once."""
     threads: int = 1
     """Torch CPU threads of a rank."""
 
@@ -113,7 +115,7 @@ class LearnerConfig:
             raise ValueError(
                 f"learner.micro_batch_tokens={self.micro_batch_tokens} must be a number of tokens, 0 for what the device holds"
             )
-        for key in ("row_tokens", "head_chunk", "threads"):
+        for key in ("row_tokens", "head_chunk", "head_vocab", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"learner.{key}={getattr(self, key)} must be at least 1")
         if self.warmup_steps < 0:

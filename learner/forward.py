@@ -76,6 +76,7 @@ class PolicyForward(nn.Module):
             features,
             temperature=temperature,
             head_chunk=self._config.head_chunk,
+            head_vocab=self._config.head_vocab,
             head_chunks=work.head_chunks,
             attention=choose_learner_attention(self._config.attention, backbone.device.type).name,
             entropy_gradient=entropy_gradient,

@@ -88,6 +88,7 @@ class Reference:
             features,
             temperature=temperature,
             head_chunk=self._config.head_chunk,
+            head_vocab=self._config.head_vocab,
             attention=choose_learner_attention(self._config.attention, self._backbone.device.type).name,
         )
         return scores.logp

@@ -187,7 +187,7 @@ def _ways_out(here: list[Process], taken: frozenset[str]) -> str:
     if ranks:
         ways += ["learner.offload=cpu"] if cuda else []
         ways += ["learner.freeze=tower+merger", "learner.activation_checkpointing=true"]
-        ways.append("a smaller learner.micro_batch_tokens or learner.head_chunk")
+        ways.append("a smaller learner.micro_batch_tokens or learner.head_vocab")
     if pools:
         ways += ["weights.staging=host"] if cuda else []
         ways.append("a smaller rollout.max_streams or data.cache_mb")

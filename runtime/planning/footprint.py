@@ -15,7 +15,7 @@ from learner.config import GATHER_BYTES, ZERO_BUCKET, LearnerConfig
 from rollout.config import PREFILL_ROWS, SELF_CHECK_HEAD
 from runtime.planning.stream_size import StreamSize
 from streams.backbone.freezing import trained
-from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, REGION_SCORES
+from streams.backbone.kernel_choice import FLASHINFER_WORKSPACE, HEAD_VOCAB, REGION_SCORES
 from streams.backbone.slices import chunks_per_slice
 from streams.checkpoint.model_shape import ModelGeometry, kv_values
 from streams.memory import CONTIGUOUS, NATIVE
@@ -133,7 +133,7 @@ def learner_footprint(
         row = _row(learner, stream, tokens)
         media += tokens * row * (1 + width * (1 if learner.activation_checkpointing else geometry.layers))
     chunk = min(learner.head_chunk, math.ceil(tokens * stream.text_share))
-    head = chunk * geometry.vocab * 18
+    head = head_bytes(geometry, width, chunk, learner.head_vocab)
     gradients = trained * width
     bucket = min(ZERO_BUCKET, trained) * width if stage else 0
     several = math.ceil(streams / ranks) * stream.tokens > tokens
@@ -273,7 +273,7 @@ def scorer_footprint(
     """Return the peak memory of a rank that only scores logs: no backward, no moments (a first step makes them)."""
     width, ranks = BYTES[learner.dtype], learner.ranks
     tokens = micro_batch_tokens(learner, stream, streams)
-    row, head = _row(learner, stream, tokens), learner.head_chunk
+    row, head = _row(learner, stream, tokens), (learner.head_chunk, learner.head_vocab)
     forward = _scoring_bytes(geometry, width, tokens, row, head, stream.text_share, flex=flex, positions=positions)
     if learner.boundary.learner_runs_tower:
         # Every stream of an evaluation shows a clip of its own.
@@ -292,13 +292,29 @@ def scorer_footprint(
 def self_check_bytes(geometry: ModelGeometry, width: int, stream: StreamSize, *, flex: bool, positions: str) -> int:
     """Return the memory that a rollout worker needs to re-score the largest stream."""
     tokens, share = stream.tokens, stream.text_share
-    return _scoring_bytes(geometry, width, tokens, tokens, SELF_CHECK_HEAD, share, flex=flex, positions=positions)
+    head = SELF_CHECK_HEAD, HEAD_VOCAB
+    return _scoring_bytes(geometry, width, tokens, tokens, head, share, flex=flex, positions=positions)
+
+
+def head_bytes(geometry: ModelGeometry, width: int, targets: int, block: int) -> int:
+    """Return the memory of the LM head for `targets` at once, hidden states and their gradient included."""
+    # A block's logits and one more of their kind, in float32 at least; in half precision the logits' gradient, too.
+    block_bytes = min(geometry.vocab, block) * (2 * max(width, 4) + (width if width < 4 else 0))
+    return targets * (block_bytes + (width + 8) * geometry.hidden)
 
 
 def _scoring_bytes(
-    geometry: ModelGeometry, width: int, tokens: int, row: int, head: int, text: float, *, flex: bool, positions: str
+    geometry: ModelGeometry,
+    width: int,
+    tokens: int,
+    row: int,
+    head: tuple[int, int],
+    text: float,
+    *,
+    flex: bool,
+    positions: str,
 ) -> int:
-    """Return the memory of a forward without a backward: `tokens` in rows of `row`, logits of `head` at a time."""
+    """Return the memory of a forward without a backward: `tokens` in rows of `row`, `head` targets and ids at a time."""
     query, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     keys = 1 + 2 * text if positions == CONTIGUOUS else 1
     # Queries, as they come and rotated, and the output; keys and values, repeated for every query head under a mask.
@@ -312,8 +328,7 @@ def _scoring_bytes(
         attention += tokens * row * width  # the mask as numbers to add
     mlp = tokens * width * 3 * geometry.mlp
     layer = max(attention, mlp) + tokens * width * 2 * geometry.hidden
-    # In float32: the log-softmax, and three of its kind for the entropy.
-    logits = min(head, math.ceil(tokens * text)) * geometry.vocab * 16
+    logits = head_bytes(geometry, width, min(head[0], math.ceil(tokens * text)), head[1])
     mask = 0 if flex else int(tokens * row * keys)
     lasting = int(tokens * width * (2 * geometry.hidden + (1 - text) * geometry.feature_width)) + mask
     return lasting + max(layer, logits)

@@ -44,8 +44,8 @@ _STAGE_KEYS = {
 """Prefixes of the keys that a stage's outcome depends on."""
 
 _LEARNER_FREE = (
-    *("threads", "head_chunk", "row_tokens", "micro_batch_tokens", "attention", "collective_timeout_s"),
-    "activation_checkpointing",
+    *("threads", "head_chunk", "head_vocab", "row_tokens", "micro_batch_tokens", "attention"),
+    *("activation_checkpointing", "collective_timeout_s"),
 )
 
 _ROLLOUT_FREE = ("workers", "max_streams", "kv_memory_mb", "group_deadline_s", "threads", "attention")

@@ -37,6 +37,8 @@ from streams.backbone.attention import (
 )
 from streams.backbone.freezing import trained
 from streams.backbone.fused.modules import fuse
+from streams.backbone.head import Asked, let_score
+from streams.backbone.kernel_choice import HEAD_VOCAB
 from streams.backbone.vocabulary import add_streaming_tokens
 from streams.checkpoint.families import FAMILIES
 from streams.checkpoint.folder import (
@@ -146,6 +148,7 @@ class Backbone:
         self.family = FAMILIES[self.name]
         self.position_convention = self.family.convention
         self._ban_index = torch.tensor(layout.banned, dtype=torch.long, device=self.device)
+        let_score(model.lm_head)
 
     @classmethod
     def load(
@@ -294,6 +297,23 @@ class Backbone:
             scale = torch.full((1,), temperature, dtype=wide, device=logits.device)
         # Dividing is what widens half precision: the one copy of [N, V], which the ban list is written into.
         return (logits / scale).index_fill_(-1, self._ban_index.to(logits.device), float("-inf"))
+
+    def score(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        *,
+        block: int = HEAD_VOCAB,
+        entropy_gradient: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probs of targets [N] and entropies, both [N] in nats, of `logits` of hidden [N, H].
+
+        block, entropy_gradient: see `streams.backbone.head.Asked`.
+        """
+        asked = Asked(targets, torch.tensor(self.layout.banned), temperature, block, entropy_gradient)
+        logp, entropy = self.model.lm_head(hidden, asked)
+        return logp, entropy
 
     @property
     def pre_merger_width(self) -> int:

@@ -31,6 +31,8 @@ DEFAULT_CUDA = "/usr/local/cuda"
 LINKER_FOLDERS = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 """Where GNU's linker looks for libraries by itself, as patterns."""
 
+HEAD_VOCAB = 16384
+"""Ids of the vocabulary whose logits a scored target has at once (`streams.backbone.head`)."""
 REGION_SCORES = 2**26
 """Attention scores of contiguous streams that exist at once where no backward needs them and FlexAttention does not run."""
 

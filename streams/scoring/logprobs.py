@@ -1,7 +1,7 @@
 """Log-probs at target positions: one forward over packed rows, then a chunked LM head.
 
 Invariants:
-* logits exist only at target positions, `head_chunk` of them at a time;
+* logits exist only at target positions, for `head_chunk` of them and `head_vocab` ids at a time;
 * the ban list and the score temperature are applied before log-softmax, as in the engine;
 * the predictor of a target is the log entry just before it.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from streams.backbone.attention import AttentionPlan
 from streams.backbone.backbone import Backbone, VideoTokens
+from streams.backbone.kernel_choice import HEAD_VOCAB
 from streams.log.record import StreamLog
 from streams.scoring.block_mask import BLOCK
 from streams.scoring.contiguous import region_plan
@@ -52,6 +52,7 @@ def score_rows(
     temperature: float = 1.0,
     head_chunk: int = 1024,
     head_chunks: int = 0,
+    head_vocab: int = HEAD_VOCAB,
     attention: str = "sdpa",
     entropy_gradient: bool = False,
 ) -> Scores:
@@ -75,23 +76,14 @@ def score_rows(
     hidden = backbone.hidden(rows.ids, rows.positions, plan, video)
     at_predictors = hidden.flatten(0, 1)[rows.predictor]
 
-    def head(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logp = torch.log_softmax(backbone.logits(states, temperature), dim=-1)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            # 0 * -inf at banned ids would be NaN.
-            entropy = -(logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(-1)
-        return logp.gather(-1, targets[:, None])[:, 0], entropy
-
     logps, entropies = [], []
     chunks = max(-(-rows.num_targets // head_chunk), head_chunks)
     for start in range(0, chunks * head_chunk, head_chunk):
         states = at_predictors[start : start + head_chunk]
         targets = rows.target_ids[start : start + head_chunk]
-        # Re-computing a chunk's logits in the backward keeps [N, V] from ever being held whole.
-        if torch.is_grad_enabled() and chunks > 1:
-            logp, entropy = checkpoint(head, states, targets, use_reentrant=False)
-        else:
-            logp, entropy = head(states, targets)
+        logp, entropy = backbone.score(
+            states, targets, temperature, block=head_vocab, entropy_gradient=entropy_gradient
+        )
         logps.append(logp)
         entropies.append(entropy)
     if not logps:
