@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.schema import RunConfig
 from evals.heldout import Condition, EvalResult, chance, evaluate, learner_mismatch, scripted_rewards
+from evals.results import write_results
 from evals.summary import heldout_fields, mismatch_fields
 from evals.transcripts.record import write_transcripts
 from learner.setup import LearnerSetup
@@ -73,6 +74,7 @@ def run_evaluation(
         if report is None:
             raise RuntimeError(f"held-out logs were lost {MOST_DEATHS + 1} times with workers that died")
         tracker.metrics(learner_mismatch(report.diff), step=0)
+    write_results(config.root.resolve(), results, config.reward)
     write_transcripts(config, session, results, tuple(checkpoints), tracker, progress)
     oracle, silent = scripted_rewards(config, session, tasks, fits)
     skipped = [asdict(sample) for result in results.values() for sample in result.skipped]

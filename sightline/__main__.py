@@ -3,6 +3,7 @@
     sightline [KEY=VALUE ...]              as launch.py
     sightline check FILE ...               check a task file before training on it
     sightline page OUT.html A.jsonl ...    make the page of transcripts
+    sightline report RUN [RUN ...]         compare runs on their held-out streams
     sightline --version
 
 Invariants:
@@ -25,7 +26,7 @@ import launch
 from streams.support.files import MODULES_VARIABLE, PACKAGES
 from streams.support.paths import expand_home
 
-TOOLS = {"check": "streams.data.check", "page": "evals.transcripts.page"}
+TOOLS = {"check": "streams.data.check", "page": "evals.transcripts.page", "report": "evals.report"}
 """First word of a command line -> the module whose `main` takes the others."""
 
 

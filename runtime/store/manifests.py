@@ -70,7 +70,7 @@ REPLACES = {
     "data": ["stages/data.json"],
     "sft": ["checkpoints/sft", "stages/sft.json", "stages/sft.steps.jsonl", "transcripts"],
     "rl": ["checkpoints/rl", "stages/rl.json", "stages/rl.steps.jsonl", "transcripts"],
-    "eval": ["summary.json"],
+    "eval": ["summary.json", "evaluations"],
 }
 """What a stage writes; a stage that starts over replaces its own and what was made from it. Tracking history stays."""
 _MADE_FROM = {"data": ["data"], "sft": ["sft", "rl", "eval"], "rl": ["rl", "eval"], "eval": ["eval"]}

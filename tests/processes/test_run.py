@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
+from evals.compare import mean
+from evals.report import chosen, report
 from runtime.store.checkpoint import read_state
 from runtime.task_order import names_of
 from streams.backbone.backbone import Backbone
@@ -150,6 +152,21 @@ def test_failed_held_out_streams_stay_in_the_denominator(run):
     }
     best = 3 * HELDOUT_PER_MODE / run.summary["heldout_n"]
     assert run.summary["heldout_reward_rl"] <= best
+
+
+def test_every_held_out_stream_is_kept_and_adds_up_to_the_summary(run):
+    kept = {labelled.label: labelled.kept for labelled in chosen([run.root], None)}
+    assert list(kept)[:2] == ["sft", "rl"]
+    assert set(kept) == set(run.summary["evaluations"])
+    for name, result in run.summary["evaluations"].items():
+        streams = kept[name].streams
+        assert (len(streams), sum(s.failed for s in streams)) == (result["streams"], result["failed_streams"])
+        for metric in ("reward", "timing", "accuracy"):
+            assert mean(streams, metric).value == pytest.approx(result[metric], abs=1e-12), (name, metric)
+    made = report(chosen([run.root], None))
+    assert made["comparisons"][0]["reward"]["value"] == pytest.approx(
+        run.summary["heldout_reward_rl"] - run.summary["heldout_reward_sft"], abs=1e-12
+    )
 
 
 def test_a_scripted_oracle_earns_1_and_silence_0(run):
