@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from streams.backbone.kernel_choice import CUDA_GRAPHS, ROLLOUT_ATTENTION
 
 PREFILL_ROWS = 2048
-"""Tokens of one prefill forward, about: fewer leave the cores of a GPU waiting."""
-CPU_PREFILL_ROWS = 1024
-"""The same on a CPU: what more of them take falls out of the caches, and goes back to the system after every layer."""
+"""Tokens of one prefill forward, about: fewer leave the cores of a GPU waiting, more fall out of a CPU's caches."""
 SELF_CHECK_HEAD = 256
 """Tokens whose logits exist at once when a worker re-scores a stream: the memory is missing in its KV pool."""
 

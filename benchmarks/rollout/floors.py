@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks.baselines.decoder import DenseDecoder, Stopwatch
 from benchmarks.rollout.presets import FRAMES, World
-from rollout.config import CPU_PREFILL_ROWS, PREFILL_ROWS
+from rollout.config import PREFILL_ROWS
 
 PEAK_SIZE = 1024
 
@@ -131,8 +131,7 @@ def floor_ratio(world: World, prefill: int, prompts: int) -> dict[str, float]:
     preset = world.preset
     group, streams = preset.group, preset.group * prompts
     decodes = preset.max_new_tokens - 3
-    cut_at = CPU_PREFILL_ROWS if world.backbone.device.type == "cpu" else PREFILL_ROWS
-    cut = max(1, -(-streams * prefill // cut_at))
+    cut = max(1, -(-streams * prefill // PREFILL_ROWS))
     text = {
         rows: linear_seconds(world, rows) for rows in {group, streams, group * prefill, -(-streams * prefill // cut)}
     }

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 
 from rollout.attention import make_backend, with_decode
-from rollout.config import CPU_PREFILL_ROWS, PREFILL_ROWS
+from rollout.config import PREFILL_ROWS
 from rollout.decode.decoder import Decoder
 from rollout.engine.admission import Admission
 from rollout.engine.forward import forward
@@ -92,9 +92,7 @@ class Engine:
         )
         self._decoder = Decoder(backbone, self.pool, self._backend, max_streams, decode_steps)
         self._failed: list[StreamFailure] = []
-        self._prefill_rows = PREFILL_ROWS
         if device == "cpu":
-            self._prefill_rows = CPU_PREFILL_ROWS
             backbone.lay_out_for_few_rows()
         self.graphs = choose_cuda_graphs(cuda_graphs, device, self.decode_attention.name)
         if self.graphs.name == "graphs" and (failure := self._decoder.capture()):
@@ -159,7 +157,7 @@ class Engine:
         self.pool.book.clear()
 
     def _begin_turns(self) -> None:
-        """Prefill the next turn of every stream that has one, in rows of about `_prefill_rows` tokens."""
+        """Prefill the next turn of every stream that has one, in rows of about PREFILL_ROWS tokens."""
         plan = self._plan()
         for stream in self.admission.due():
             plan = self._begin(stream, plan)
@@ -173,7 +171,7 @@ class Engine:
         turn = plan.open(stream)
         if turn is None:
             return plan
-        full = plan.rows >= self._prefill_rows and not plan.leads(turn)
+        full = plan.rows >= PREFILL_ROWS and not plan.leads(turn)
         if full or not plan.has_room(turn):
             self._prefill(plan)
             plan = self._plan()

@@ -211,7 +211,7 @@ def worker_footprint(
     updates = trained * width if "rl" in config.job.stages else 0
     staged = updates if config.weights.staging == "device" else 0
     streams = config.rollout.max_streams
-    # A forward takes turns of streams until it has PREFILL_ROWS rows, on a CPU fewer; each has a mask over its stream's keys.
+    # A forward takes turns of streams until it has PREFILL_ROWS rows; each has a mask over its stream's keys.
     turn = stream.video + stream.text
     rows = min(streams * turn, PREFILL_ROWS + turn)
     masks = rows * stream.live(config) * max(width, 4)
