@@ -87,7 +87,13 @@ class RLLoop:
         stage.catch_up()
         if stage.evaluation_missing():
             self.evaluation.begin(self.version)
-        while self.version < self.total or stage.checkpoints.busy or self.evaluation.active or self.buffer.awaited:
+        # Of a stage that ends early some groups are still under way.
+        while (
+            self.version < self.total
+            or stage.checkpoints.busy
+            or self.evaluation.active
+            or self.buffer.untrained > self.buffer.ready
+        ):
             if stage.context.stop.requested:
                 # The step under way is finished first: the checkpoint must hold what the learner has.
                 while self._training:

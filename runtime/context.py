@@ -19,11 +19,18 @@ from runtime.tracking.tracker import Tracker
 
 
 @dataclass
+class StageLength:
+    """Optimiser steps of a whole stage; fewer than planned once it is told to end sooner."""
+
+    steps: int
+
+
+@dataclass(frozen=True)
 class StageContext:
     """What surrounds one training stage.
 
     Attributes:
-        steps: optimiser steps of the whole stage; fewer than planned once it is told to end sooner.
+        length: how many optimiser steps the stage has.
         lock: the lock on run_root, checked before a checkpoint is written.
         streaming: the contents of streaming.json in exported checkpoints.
         settings: what the stage's outcome depends on (`runtime.store.manifests`).
@@ -34,7 +41,7 @@ class StageContext:
     """
 
     stage: str
-    steps: int
+    length: StageLength
     config: RunConfig
     session: Session
     tracker: Tracker
@@ -50,6 +57,11 @@ class StageContext:
     saves: set[Any] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole stage."""
+        return self.length.steps
+
     def seconds(self) -> float:
         """Return the seconds since the stage began, in this attempt."""
         return time.monotonic() - self.began
@@ -57,4 +69,4 @@ class StageContext:
     def end_with(self, step: int) -> None:
         """Make `step`, which has just been trained, the stage's last."""
         assert step <= self.steps, f"step {step} of {self.steps}"
-        self.steps = step
+        self.length.steps = step

@@ -26,7 +26,7 @@ from learner.setup import LearnerSetup
 from rollout.setup import SelfCheckSetup, WorkerSetup
 from runtime.checks import Rows, describe
 from runtime.cluster.session import Session
-from runtime.context import StageContext
+from runtime.context import StageContext, StageLength
 from runtime.mismatch_gate import MismatchGate
 from runtime.planning.device_plan import DevicePlan, plan_devices
 from runtime.planning.footprint import gib
@@ -287,7 +287,7 @@ class Run:
         )
         return StageContext(
             stage=stage,
-            steps=steps,
+            length=StageLength(steps),
             config=self.config,
             session=session,
             tracker=self.tracker,

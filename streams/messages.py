@@ -23,7 +23,7 @@ from streams.memory import MemoryConfig
 from streams.task import Plan, Reason, StreamTask
 from streams.turns import ParsedTurn
 
-MESSAGES_VERSION = 14
+MESSAGES_VERSION = 15
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,6 @@ class GroupBuffer(Generic[G]):
         """The groups that wait for a batch, scored, in the order of their admission."""
         return [value for _, value in sorted(self._waiting.items()) if value is not None]
 
-    @property
-    def awaited(self) -> int:
-        """Number of groups that are admitted, and neither dropped nor there yet."""
-        return sum(group is None for group in self._waiting.values())
-
     def may_admit(self) -> bool:
         """Return whether there is room for one more group."""
         return self.untrained < self.limits.capacity

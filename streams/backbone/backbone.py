@@ -147,7 +147,8 @@ class Backbone:
         self.name = str(model.config.model_type)
         self.family = FAMILIES[self.name]
         self.position_convention = self.family.convention
-        self._ban_index = torch.tensor(layout.banned, dtype=torch.long, device=self.device)
+        self._banned = torch.tensor(layout.banned, dtype=torch.long)
+        self._ban_index = self._banned.to(self.device)
         let_score(model.lm_head)
 
     @classmethod
@@ -311,7 +312,7 @@ class Backbone:
 
         block, entropy_gradient: see `streams.backbone.head.Asked`.
         """
-        asked = Asked(targets, torch.tensor(self.layout.banned), temperature, block, entropy_gradient)
+        asked = Asked(targets, self._banned, temperature, block, entropy_gradient)
         logp, entropy = self.model.lm_head(hidden, asked)
         return logp, entropy
 

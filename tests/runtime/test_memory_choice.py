@@ -51,14 +51,14 @@ def test_a_card_that_is_too_small_is_refused_with_what_was_tried_and_what_is_lef
     with pytest.raises(
         ValueError, match=r"GiB too many\. Ways out: learner\.offload=cpu, .*2048, the least of"
     ) as refused:
-        planned(smoke(), card(24))
+        planned(smoke(), card(22))
     assert "weights.staging=host, " not in str(refused.value)
     with pytest.raises(ValueError, match=r"GiB too many\. Ways out: a smaller learner"):
-        planned(smoke("learner.offload=cpu"), card(24))
+        planned(smoke("learner.offload=cpu"), card(22))
 
 
 def test_micro_batches_shrink_until_the_pool_holds_all_streams():
-    offloaded, tight = smoke("learner.offload=cpu"), card(29)
+    offloaded, tight = smoke("learner.offload=cpu"), card(27)
     plan = planned(offloaded, tight)
     assert (plan.staging, plan.kv_slots) == ("host", plan.wanted_slots)
     assert plan.micro_batch_tokens < 16384

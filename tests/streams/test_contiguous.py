@@ -173,7 +173,7 @@ class TestPlantedDefects:
         assert self.rescored(fp64, evicting, late) > CAUGHT
 
     def test_a_ban_list_missing_in_the_learner(self, fp64, evicting, monkeypatch):
-        monkeypatch.setattr(fp64, "_ban_index", torch.tensor([], dtype=torch.long))
+        monkeypatch.setattr(fp64, "_banned", torch.tensor([], dtype=torch.long))
         assert self.rescored(fp64, evicting, lambda log, *_: log) > CAUGHT
 
     def test_an_end_token_that_sees_keys_where_the_next_turn_has_them(self, fp64, evicting, monkeypatch):

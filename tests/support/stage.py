@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from conf.schema import RunConfig
-from runtime.context import StageContext
+from runtime.context import StageContext, StageLength
 from runtime.scoring.scorers import Scorers
 from runtime.stop import StopSignal
 from runtime.store.checkpoint import CheckpointState, Groups
@@ -49,7 +49,7 @@ def stage_context(
     told = Told()
     context = StageContext(
         stage=stage,
-        steps=steps,
+        length=StageLength(steps),
         config=config,
         session=SimpleNamespace(
             crew=SimpleNamespace(
