@@ -133,7 +133,7 @@ def learner_footprint(
         row = _row(learner, stream, tokens)
         media += tokens * row * (1 + width * (1 if learner.activation_checkpointing else geometry.layers))
     chunk = min(learner.head_chunk, math.ceil(tokens * stream.text_share))
-    head = head_bytes(geometry, width, chunk, learner.head_vocab)
+    head = head_bytes(geometry, width, chunk, learner.head_vocab, backward=True)
     gradients = trained * width
     bucket = min(ZERO_BUCKET, trained) * width if stage else 0
     several = math.ceil(streams / ranks) * stream.tokens > tokens
@@ -296,11 +296,14 @@ def self_check_bytes(geometry: ModelGeometry, width: int, stream: StreamSize, *,
     return _scoring_bytes(geometry, width, tokens, tokens, head, share, flex=flex, positions=positions)
 
 
-def head_bytes(geometry: ModelGeometry, width: int, targets: int, block: int) -> int:
-    """Return the memory of the LM head for `targets` at once, hidden states and their gradient included."""
-    # A block's logits and one more of their kind, in float32 at least; in half precision the logits' gradient, too.
-    block_bytes = min(geometry.vocab, block) * (2 * max(width, 4) + (width if width < 4 else 0))
-    return targets * (block_bytes + (width + 8) * geometry.hidden)
+def head_bytes(geometry: ModelGeometry, width: int, targets: int, block: int, *, backward: bool) -> int:
+    """Return the memory of the LM head for `targets` at once. backward: with the gradients of hidden states and logits."""
+    # A block's logits and one more of their kind, in float32 at least.
+    each = min(geometry.vocab, block) * 2 * max(width, 4)
+    if backward:
+        # In half precision the logits' gradient is a copy.
+        each += min(geometry.vocab, block) * (width if width < 4 else 0) + (width + 8) * geometry.hidden
+    return targets * each
 
 
 def _scoring_bytes(
@@ -328,7 +331,7 @@ def _scoring_bytes(
         attention += tokens * row * width  # the mask as numbers to add
     mlp = tokens * width * 3 * geometry.mlp
     layer = max(attention, mlp) + tokens * width * 2 * geometry.hidden
-    logits = head_bytes(geometry, width, min(head[0], math.ceil(tokens * text)), head[1])
+    logits = head_bytes(geometry, width, min(head[0], math.ceil(tokens * text)), head[1], backward=False)
     mask = 0 if flex else int(tokens * row * keys)
     lasting = int(tokens * width * (2 * geometry.hidden + (1 - text) * geometry.feature_width)) + mask
     return lasting + max(layer, logits)
